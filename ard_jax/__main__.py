@@ -1,0 +1,38 @@
+"""python -m ard_jax STAGE --config FILE[:key=value,…] --workdir DIR [--config.key=value …]
+
+Stages, in the order of a run:
+    teacher        train the diffusion teacher on images
+    trajectories   solve its ODE many times and store the trajectories
+    distill        train a student of few steps on them (ARD, or step distillation)
+    sample         draw images from the teacher and the students
+    evaluate       measure them
+    report         put it all on one page
+`python -m ard_jax STAGE --help` explains a stage; configs/ has the configs.
+"""
+
+import importlib
+import os
+import pathlib
+import sys
+
+STAGES = ("teacher", "trajectories", "distill", "sample", "evaluate", "report")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a stage; returns the exit status: 0 done, 2 a user's mistake."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0
+    stage, *rest = arguments
+    if stage not in STAGES:
+        print(f"ard_jax: there is no stage {stage!r}: choose one of {', '.join(STAGES)}.", file=sys.stderr)
+        return 2
+    from ard_jax.command_line import run_stage
+
+    return run_stage(importlib.import_module(f"ard_jax.stages.{stage}"), stage, rest)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.path.insert(0, str(pathlib.Path.cwd()))
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,293 @@
+"""Every setting of every stage, its default and its meaning, in one visible block.
+
+A file in `configs/` starts from `default_config()` and changes what its experiment needs; the command line overrides
+single keys (`--config.student.history_layers=2`).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, Process, find_solver
+from ard_jax.errors import UserError
+from ard_jax.models import ARDStudent, DiT, size_fields
+
+
+def optimizer_defaults() -> dict[str, Any]:
+    return {
+        "name": "adamw",  # any optimiser of optax, by its name there
+        "learning_rate": 1e-4,
+        "schedule": "constant",  # or "cosine", falling to 0 at the last step
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "clip": 1.0,  # global gradient norm; 0 for none
+        "ema": 0.9999,  # decay of the averaged parameters, ramped up as (1 + step) / (10 + step)
+    }
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The paper's ImageNet-256 settings wherever METHOD.md section 5 gives a number."""
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "data": {
+                "source": "tfds",  # "digits", "tfds" or "folder"
+                "name": "",  # TFDS name
+                "dir": "",  # TFDS data_dir, or the folder of images
+                "split": "train",
+                "image_size": 32,  # side of the network's input: pixels, or latents
+                "channels": 4,
+                "num_classes": 1000,
+                "space": "latent",  # or "pixel"
+                "horizontal_flip": False,
+            },
+            "model": {
+                "name": "",  # a published size such as "DiT-XL/2", which sets the next four
+                "patch_size": 2,
+                "hidden_size": 1152,
+                "depth": 28,
+                "num_heads": 16,
+                "mlp_ratio": 4.0,
+                "learn_sigma": True,
+                "label_init_std": 0.02,
+                "time_init_std": 0.02,
+                "dtype": "auto",  # compute type: bfloat16 on accelerators, float32 on CPU; or either by name
+                "remat": "none",  # or "dots", "full"
+            },
+            "diffusion": {
+                "process": "vp",  # the network predicts noise; or "flow": velocity
+                "train_steps": 1000,
+                "beta_start": 1e-4,
+                "beta_end": 0.02,
+                "time_scale": 1000.0,  # flow only: network time of t = 1
+                "solver": "ddim",  # or "heun", "dpm++2m"
+                "steps": 25,
+                "guidance_scale": 1.5,
+                "guided_channels": 3,  # 0 for all
+                "guidance_interval": (0.0, 1.0),
+            },
+            "teacher": {
+                "dir": "",  # a teacher trained elsewhere: the `teacher` folder of its workdir
+                "steps": 400_000,
+                "batch_size": 256,
+                "label_dropout": 0.1,
+                "checkpoint_every": 5000,
+                "optimizer": optimizer_defaults(),
+            },
+            "trajectories": {
+                "dir": "",  # a store made elsewhere: the `trajectories` folder of its workdir
+                "count": 2_560_000,
+                "points": (15, 10, 5, 0),  # respaced indices that are kept, counted down to the data
+                "keep_noisy": False,  # keep the noisy points beside the x0-predictions
+                "dtype": "float16",  # or "bfloat16", "float32"
+                "batch_size": 64,  # trajectories a device solves at a time
+                "shard_size": 4096,  # trajectories a file
+                "max_abs": 0.0,  # trajectories that leave [-max_abs, max_abs] are dropped; 0 keeps all
+            },
+            "student": {
+                "name": "ard",  # its folder under distill/
+                "points": (15, 10, 5, 0),  # S respaced indices out of the store's
+                "target": "x0",  # predicted x0 at each point, or "xt": the noisy point itself
+                "history_layers": 6,
+                "mask": "causal",
+                "heads": "separate",  # or "shared"
+                "block_times": (),  # network time of each block; () for T·(S−b)/S
+            },
+            "distill": {
+                "online": False,  # solve the teacher inside the training step; no store is read
+                "steps": 300_000,
+                "batch_size": 64,
+                "checkpoint_every": 5000,
+                "optimizer": optimizer_defaults(),
+            },
+            "sample": {
+                "models": ("teacher", "ard"),  # "teacher", or names of students
+                "count": 50_000,
+                "batch_size": 64,  # a device
+                "seed": 1,
+                "labels": (),  # classes to draw, in turn; () for labels drawn uniformly
+                "grid": 64,  # pictures in the PNG
+            },
+            "evaluate": {
+                "paired": 512,  # trajectories for the errors that are paired with the teacher
+                "pictures": 16,
+                "feature_steps": 600,  # training steps of the small classifier
+                "neighbours": 3,
+            },
+            "report": {"title": "ard_jax"},
+            "run": {  # how a run shows itself; may change between restarts
+                "log_every": 100,
+                "keep_checkpoints": 2,
+                "tensorboard": True,
+                "workers": 2,  # threads that read data
+                "in_memory": 2**30,  # bytes of data that may be held decoded in memory
+            },
+        }
+    )
+
+
+def config_arguments(text: str | None, **defaults: Any) -> dict[str, Any]:
+    """Parses what follows the colon of `--config FILE:key=value,key=value`, typed as the defaults are.
+
+    Raises:
+        UserError: a key that the file does not have, or a value of the wrong type.
+    """
+    values = dict(defaults)
+    for part in filter(None, (text or "").split(",")):
+        key, _, value = part.partition("=")
+        if key not in defaults:
+            raise UserError(f"config argument {key!r} does not exist: this config has {', '.join(defaults)}.")
+        try:
+            values[key] = type(defaults[key])(value)
+        except ValueError:
+            expected = type(defaults[key]).__name__
+            raise UserError(f"config argument {key} is {value!r}, which is no {expected}: give one.") from None
+    return values
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The networks' compute type: "auto" is bfloat16 on accelerators and float32 on CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def model_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    model = config.model
+    fields = {key: model[key] for key in ("patch_size", "hidden_size", "depth", "num_heads")}
+    return {
+        **(size_fields(model.name) if model.name else fields),
+        "channels": config.data.channels,
+        "num_classes": config.data.num_classes,
+        "mlp_ratio": model.mlp_ratio,
+        "learn_sigma": model.learn_sigma,
+        "label_init_std": model.label_init_std,
+        "time_init_std": model.time_init_std,
+        "dtype": compute_dtype(model.dtype),
+        "remat": model.remat,
+    }
+
+
+def make_teacher(config: ml_collections.ConfigDict) -> DiT:
+    """The teacher that `config.model` describes."""
+    return DiT(**model_fields(config))
+
+
+def make_student(config: ml_collections.ConfigDict) -> ARDStudent:
+    """The student that `config.student` describes, of the teacher's sizes; S is the number of its points."""
+    student = config.student
+    return ARDStudent(
+        **model_fields(config),
+        steps=len(student.points),
+        history_layers=student.history_layers,
+        mask=student.mask,
+        heads=student.heads,
+        block_times=tuple(student.block_times),
+        noise_time=make_process(config).noise_time,
+    )
+
+
+def make_process(config: ml_collections.ConfigDict) -> Process:
+    """The forward process of `config.diffusion`."""
+    diffusion = config.diffusion
+    if diffusion.process == "vp":
+        return LinearVP(diffusion.train_steps, diffusion.beta_start, diffusion.beta_end)
+    if diffusion.process == "flow":
+        return FlowMatching(diffusion.time_scale)
+    raise UserError(f"diffusion.process is {diffusion.process!r}, which does not exist: choose vp or flow.")
+
+
+def solver_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The keyword arguments of `sample_teacher`."""
+    diffusion = config.diffusion
+    return {
+        "steps": diffusion.steps,
+        "guidance_scale": diffusion.guidance_scale,
+        "guided_channels": diffusion.guided_channels,
+        "guidance_interval": tuple(diffusion.guidance_interval),
+        "solver": diffusion.solver,
+        "process": make_process(config),
+    }
+
+
+def example_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
+    """(height, width, channel) of what the networks see."""
+    return config.data.image_size, config.data.image_size, config.data.channels
+
+
+def check_points(points: tuple[int, ...], steps: int, key: str) -> None:
+    """Points are respaced indices, strictly falling and ending at 0 (METHOD.md section 3)."""
+    falling = all(a > b for a, b in zip(points, points[1:], strict=False))
+    if not points or not falling or points[-1] != 0 or points[0] >= steps:
+        raise UserError(
+            f"{key} is {tuple(points)}: give strictly falling indices below the teacher's {steps} steps, "
+            f"the last one 0, such as (15, 10, 5, 0) for 4 of 25 steps."
+        )
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks what can be checked without data or devices, in milliseconds.
+
+    Raises:
+        UserError: the first thing that is wrong, in one sentence.
+    """
+    diffusion, trajectories, student = config.diffusion, config.trajectories, config.student
+    make_teacher(config)
+    make_student(config)
+    make_process(config).grid(diffusion.steps)
+    find_solver(diffusion.solver)
+    Guidance(diffusion.guidance_scale, diffusion.guided_channels, tuple(diffusion.guidance_interval))
+    patch_size, size = model_fields(config)["patch_size"], config.data.image_size
+    if size % patch_size:
+        raise UserError(
+            f"data.image_size {size} is not a multiple of the patch size {patch_size}: choose a size that is."
+        )
+    check_points(tuple(trajectories.points), diffusion.steps, "trajectories.points")
+    check_points(tuple(student.points), diffusion.steps, "student.points")
+    missing = sorted(set(student.points) - set(trajectories.points), reverse=True)
+    if missing and not config.distill.online:
+        raise UserError(
+            f"student.points has {missing}, which the store does not keep (trajectories.points is "
+            f"{tuple(trajectories.points)}): choose points out of the store's, or make a store that has them."
+        )
+    if student.target not in ("x0", "xt"):
+        raise UserError(f"student.target is {student.target!r}: choose x0 (predicted x0) or xt (noisy points).")
+    if student.target == "xt" and not trajectories.keep_noisy and not config.distill.online:
+        raise UserError(
+            "student.target is 'xt', but the store keeps no noisy points: set trajectories.keep_noisy=True."
+        )
+    if student.name == "teacher" or not str(student.name).replace("_", "").replace("-", "").isalnum():
+        raise UserError(
+            f"student.name is {student.name!r}, which cannot name a folder beside the teacher's: "
+            f"use letters, digits, '-' and '_', and not 'teacher'."
+        )
+    if trajectories.dtype not in ("float16", "bfloat16", "float32"):
+        raise UserError(f"trajectories.dtype is {trajectories.dtype!r}: choose float16, bfloat16 or float32.")
+    for key in (
+        "teacher.steps",
+        "teacher.batch_size",
+        "teacher.checkpoint_every",
+        "trajectories.count",
+        "trajectories.batch_size",
+        "trajectories.shard_size",
+        "distill.steps",
+        "distill.batch_size",
+        "distill.checkpoint_every",
+        "sample.count",
+        "sample.batch_size",
+        "run.log_every",
+        "run.keep_checkpoints",
+    ):
+        section, name = key.split(".")
+        if config[section][name] < 1:
+            raise UserError(f"{key} is {config[section][name]}: give a number of at least 1.")
+    if not 0.0 <= config.teacher.label_dropout <= 1.0:
+        raise UserError(f"teacher.label_dropout is {config.teacher.label_dropout}: give a probability from 0 to 1.")
+    outside = [label for label in config.sample.labels if not 0 <= label < config.data.num_classes]
+    if outside:
+        raise UserError(
+            f"sample.labels has {outside[0]}, but there are {config.data.num_classes} classes: "
+            f"give labels from 0 to {config.data.num_classes - 1}."
+        )

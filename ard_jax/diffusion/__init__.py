@@ -1,0 +1,20 @@
+"""Processes, guidance and ODE solvers: pure functions."""
+
+from ard_jax.diffusion.guidance import Guidance, guided_output
+from ard_jax.diffusion.processes import FlowMatching, Grid, LinearVP, Prediction, Process
+from ard_jax.diffusion.solvers import SOLVERS, Solution, calls, find_solver, solve
+
+__all__ = [
+    "SOLVERS",
+    "FlowMatching",
+    "Grid",
+    "Guidance",
+    "LinearVP",
+    "Prediction",
+    "Process",
+    "Solution",
+    "calls",
+    "find_solver",
+    "guided_output",
+    "solve",
+]

@@ -1,0 +1,10 @@
+"""The one exception that a user's mistake raises."""
+
+
+class UserError(Exception):
+    """Something the user handed over is wrong.
+
+    The message is one sentence: what was wrong, what was expected, what to do.
+    The command line prints it without a traceback and exits with status 2. It is no ValueError, since flag parsers
+    catch and reword those.
+    """

@@ -1,0 +1,60 @@
+"""Files that are either whole or absent, and the hashes that say what is in them."""
+
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def atomic_write(path: str | os.PathLike, write: Callable[[pathlib.Path], None]) -> None:
+    """Calls `write(temporary)` and renames the result to `path` only if it succeeded.
+
+    The temporary file lies in the same folder, so that the rename is atomic; it keeps
+    the suffix of `path`, since many writers choose their format by it.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".partial-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = pathlib.Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)  # mkstemp makes private files; results are meant to be read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, sort_keys=False, allow_nan=True) + "\n"
+    atomic_write(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    return json.loads(pathlib.Path(path).read_text())
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_sha256(tree: Any) -> str:
+    """SHA-256 of a pytree of arrays: names, types, shapes and bytes, in the order of the names.
+
+    Leaves are fetched one at a time, so the host never holds a second copy of the tree.
+    """
+    digest = hashlib.sha256()
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    for name in sorted(leaves):
+        array = np.asarray(leaves[name])
+        digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,17 @@
+"""Pure Flax modules: nothing here trains, reads or writes."""
+
+from ard_jax.models.dit import DiT, count_parameters, parameter_shapes, size_fields
+from ard_jax.models.masks import MASKS, visible_blocks
+from ard_jax.models.student import ARDStudent, default_block_times, init_from_teacher
+
+__all__ = [
+    "MASKS",
+    "ARDStudent",
+    "DiT",
+    "count_parameters",
+    "default_block_times",
+    "init_from_teacher",
+    "parameter_shapes",
+    "size_fields",
+    "visible_blocks",
+]

@@ -1,0 +1,180 @@
+"""The student: a history encoder under per-block layers (METHOD.md section 4; ARD, section 3).
+
+Its parameters are the teacher's, name by name, but for the final layer, which has a leading block axis: one head a
+step. The lowest `history_layers` slices of the layer stack look across blocks, the others stay inside a block.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ard_jax.errors import UserError
+from ard_jax.models import layers
+from ard_jax.models.dit import DiT, take
+from ard_jax.models.masks import MASKS, visible_blocks
+
+HEADS = ("separate", "shared")
+
+
+# Of one block in all history layers, each (history layer, batch, token, heads, head width).
+KeysAndValues = tuple[jax.Array, jax.Array]
+
+
+def default_block_times(steps: int, noise_time: float) -> tuple[float, ...]:
+    """Network time of each block, T·(S−b)/S (METHOD.md section 4): 999, 749.25, 499.5, 249.75 for S = 4."""
+    return tuple(noise_time * (steps - block) / steps for block in range(steps))
+
+
+class ARDStudent(DiT):
+    """Predicts the next point of a trajectory from all points before it.
+
+    Attributes (beside those of `DiT`):
+        steps: S, the number of blocks and of predictions.
+        history_layers: N, how many of the lowest layers see earlier blocks.
+        mask: which of them ("diagonal", "window", "noise_and_own", "causal").
+        heads: "separate" (one final layer a step) or "shared".
+        block_times: network time of each block; empty for T·(S−b)/S.
+        noise_time: T, the network time of pure noise.
+    """
+
+    steps: int = 4
+    history_layers: int = 6
+    mask: str = "causal"
+    heads: str = "separate"
+    block_times: tuple[float, ...] = ()
+    noise_time: float = 999.0
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise UserError(f"student.steps is {self.steps}: a student makes at least 1 step.")
+        if not 0 <= self.history_layers <= self.depth:
+            raise UserError(
+                f"history_layers is {self.history_layers}, but the model has {self.depth} layers: "
+                f"choose a number from 0 to {self.depth}."
+            )
+        if self.mask not in MASKS:
+            raise UserError(f"mask is {self.mask!r}, which does not exist: choose one of {', '.join(MASKS)}.")
+        if self.heads not in HEADS:
+            raise UserError(f"heads is {self.heads!r}: choose one of {', '.join(HEADS)}.")
+        if self.block_times and len(self.block_times) != self.steps:
+            raise UserError(
+                f"block_times has {len(self.block_times)} times for {self.steps} steps: give one time a step, or none."
+            )
+        super().__post_init__()
+
+    @property
+    def layers_with_history(self) -> int:
+        """How many layers cross blocks: none if the mask is diagonal or there is but one block."""
+        return 0 if self.mask == "diagonal" or self.steps == 1 else self.history_layers
+
+    def conditions(self, y: jax.Array, dtype: Any) -> jax.Array:
+        """SiLU(time of the block + label): labels (batch,) → (batch, block, width). One vector a block."""
+        times = self.block_times or default_block_times(self.steps, self.noise_time)
+        time = self.time_embed(jnp.asarray(times, jnp.promote_types(dtype, jnp.float32)))
+        return nn.silu(time[None] + self.label_embed(y)[:, None])
+
+    def head(self, h: jax.Array, condition: jax.Array, block: int) -> jax.Array:
+        """Head `block`: h (batch, token, width), condition (batch, width) → tokens (batch, token, features)."""
+
+        def run(final_layer, h, condition):
+            return final_layer(h, condition)
+
+        if self.heads == "separate" and self.is_initializing():  # makes all of them, stacked on a block axis
+            stack = nn.vmap(run, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,
+                            axis_size=self.steps)  # fmt: skip
+            return stack(self.final_layer, h, condition)[block]
+        if self.heads == "separate":
+            run = nn.map_variables(run, "params", trans_in_fn=lambda stack: take(stack, block))
+        return run(self.final_layer, h, condition)
+
+    def predict(self, h: jax.Array, condition: jax.Array, block: int, images: jax.Array) -> jax.Array:
+        """The next point after `block`, (batch, height, width, channel); the learned variance is dropped."""
+        return self.to_image(self.head(h, condition, block), images)[..., : self.channels]
+
+    def __call__(self, points: jax.Array, y: jax.Array) -> jax.Array:
+        """Teacher forcing: predicts every next point from the given ones.
+
+        Args:
+            points: x_T, x_{τS−1}, …, x_{τ1}: (batch, block, height, width, channel), block 0 the noise.
+            y: labels, (batch,).
+
+        Returns:
+            Predictions of x_{τS−1}, …, x_{τ0}, of the shape of `points`.
+
+        Raises:
+            UserError: the number of blocks is not `steps`, or what `DiT` raises.
+        """
+        batch, steps = points.shape[:2]
+        if steps != self.steps:
+            raise UserError(
+                f"a student of {self.steps} steps was given {steps} points: its input is the noise and the "
+                f"{self.steps - 1} points after it."
+            )
+        conditions = self.conditions(y, points.dtype)
+        rows = points.reshape(batch * steps, *points.shape[2:])
+        per_row = conditions.reshape(batch * steps, -1)
+        h = self.embed(rows)
+        if self.is_initializing():  # the parameters do not depend on which layers have a history
+            h, _ = self.run_blocks(h, per_row, layers.attend_within_rows, 0, self.depth)
+        else:
+            history = self.layers_with_history
+            h, _ = self.run_blocks(h, per_row, self.attend_to_history, 0, history)
+            h, _ = self.run_blocks(h, per_row, layers.attend_within_rows, history, self.depth)
+        h = h.reshape(batch, steps, *h.shape[1:])
+        predictions = [self.predict(h[:, b], conditions[:, b], b, points[:, b]) for b in range(steps)]
+        return jnp.stack(predictions, axis=1)
+
+    def attend_to_history(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, memory: None = None
+    ) -> tuple[jax.Array, None]:
+        """Each block's queries meet the keys of just the blocks that it sees; no mask over S·T tokens is formed."""
+        q, k, v = (x.reshape(-1, self.steps, *x.shape[1:]) for x in (q, k, v))
+        outputs = []
+        for block in range(self.steps):
+            seen = visible_blocks(self.mask, block)
+            keys = jnp.concatenate([k[:, b] for b in seen], axis=1)
+            values = jnp.concatenate([v[:, b] for b in seen], axis=1)
+            outputs.append(layers.attention(q[:, block], keys, values))
+        return jnp.stack(outputs, axis=1).reshape(-1, *q.shape[2:]), memory
+
+    def step(
+        self, point: jax.Array, y: jax.Array, cache: tuple[KeysAndValues, ...] = ()
+    ) -> tuple[jax.Array, tuple[KeysAndValues, ...]]:
+        """One step of the cached sampler: the block index is the number of blocks in the cache.
+
+        Args:
+            point: the newest point (the noise at first), (batch, height, width, channel).
+            y: labels, (batch,).
+            cache: what the earlier steps returned, () at first.
+
+        Returns:
+            The prediction of the next point, and the cache with this block's keys and values in it.
+        """
+        block, history = len(cache), self.layers_with_history
+        condition = self.conditions(y, point.dtype)[:, block]
+        seen = tuple(cache[b] for b in visible_blocks(self.mask, block)[:-1]) if history else ()
+
+        def attend(q, k, v, earlier):
+            keys = jnp.concatenate([keys for keys, _ in earlier] + [k], axis=1)
+            values = jnp.concatenate([values for _, values in earlier] + [v], axis=1)
+            return layers.attention(q, keys, values), (k, v)
+
+        h, own = self.run_blocks(self.embed(point), condition, attend, 0, history, seen)
+        h, _ = self.run_blocks(h, condition, layers.attend_within_rows, history, self.depth)
+        return self.predict(h, condition, block, point), (*cache, own)
+
+
+def init_from_teacher(teacher_params: Any, student: ARDStudent) -> Any:
+    """The student's parameters at the start: the teacher's, with a copy of its final layer for every head.
+
+    The stack of layers is shared with the teacher's tree, not copied.
+    """
+    if student.heads == "shared":
+        return dict(teacher_params)
+
+    def repeat(leaf):
+        return jnp.broadcast_to(leaf, (student.steps, *leaf.shape))
+
+    return {**teacher_params, "final_layer": jax.tree.map(repeat, teacher_params["final_layer"])}

@@ -1,0 +1,96 @@
+"""Autoregressive distillation: L = 1/S · Σ_s mean‖G(x_{τS:s}, s) − x_{τs−1}‖² (ARD, section 3.1; METHOD.md section 1).
+
+With one block it is knowledge distillation; with the diagonal mask or no history layers it is step distillation, the
+baseline.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ard_jax.models import ARDStudent, DiT
+from ard_jax.objectives import Objective
+from ard_jax.sampling import draw_noise_and_labels, sample_teacher, take_points, trajectory_key, within_bounds
+
+
+def teacher_forcing(student: ARDStudent, params, noise: jax.Array, points: jax.Array, label: jax.Array) -> jax.Array:
+    """Predictions of every point from the teacher's own earlier points.
+
+    Args:
+        student, params: an `ARDStudent` and its parameters.
+        noise: x_T, (batch, height, width, channel).
+        points: x_{τS−1}, …, x_{τ0}, (batch, step, height, width, channel).
+        label: (batch,).
+
+    Returns:
+        Of the shape of `points`.
+    """
+    inputs = jnp.concatenate([noise[:, None], points[:, :-1]], axis=1)
+    return student.apply({"params": params}, inputs, label)
+
+
+def loss_per_step(student: ARDStudent, params, noise, points, label, weight) -> jax.Array:
+    """Mean squared error of each step over the rows, weighted, (step,); see `teacher_forcing`."""
+    error = teacher_forcing(student, params, noise, points, label).astype(jnp.float32) - points
+    per_row = jnp.mean(error**2, axis=(2, 3, 4))
+    return jnp.sum(per_row * weight[:, None], axis=0) / jnp.maximum(jnp.sum(weight), 1.0)
+
+
+def summarise(per_step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return jnp.mean(per_step), {f"loss_step_{step + 1}": value for step, value in enumerate(per_step)}
+
+
+def ard(student: ARDStudent, *, target: str, columns: tuple[int, ...]) -> Objective:
+    """Builds the objective on stored trajectories.
+
+    Args:
+        student: the student.
+        target: "x0" or "xt", which of the record's arrays to learn.
+        columns: where the student's points stand among the record's.
+
+    The batch holds "noise" (batch, height, width, channel), `target` (batch, point, height, width, channel) and "label"
+    (batch,).
+    """
+
+    def loss(params, frozen, batch, key):
+        noise = batch["noise"].astype(jnp.float32)
+        points = batch[target][:, jnp.asarray(columns)].astype(jnp.float32)
+        return summarise(loss_per_step(student, params, noise, points, batch["label"], jnp.ones(len(noise))))
+
+    return loss
+
+
+def online_ard(
+    student: ARDStudent,
+    teacher: DiT,
+    *,
+    target: str,
+    points: tuple[int, ...],
+    shape: tuple[int, int, int],
+    seed: int,
+    max_abs: float,
+    **solver,
+) -> Objective:
+    """Builds the objective whose teacher runs inside the training step; no store is needed.
+
+    Args:
+        student, teacher: the two networks; `frozen` holds the teacher's parameters.
+        target: "x0" or "xt".
+        points: respaced indices of the student's points.
+        shape: (height, width, channel).
+        seed: of the trajectories: position i is the trajectory that the job would store as record i.
+        max_abs: trajectories that leave [-max_abs, max_abs] get no weight; 0 keeps all.
+        solver: keyword arguments of `sample_teacher`.
+
+    The batch holds "position" (batch,).
+    """
+
+    def loss(params, frozen, batch, key):
+        noise, label = draw_noise_and_labels(trajectory_key(seed), batch["position"], shape, teacher.num_classes)
+        solution = sample_teacher(teacher, frozen, noise, label, **solver)
+        kept = within_bounds(take_points(solution.x0, points, solver["steps"]), max_abs)
+        states = take_points(getattr(solution, target), points, solver["steps"])
+        # a dropped row may hold anything, and 0 · inf is not 0
+        states = jnp.where(kept[:, None, None, None, None], jax.lax.stop_gradient(states), 0.0)
+        return summarise(loss_per_step(student, params, noise, states, label, kept.astype(jnp.float32)))
+
+    return loss

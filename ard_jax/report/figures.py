@@ -1,0 +1,251 @@
+"""Picture grids (Pillow) and charts (matplotlib, as SVG that follows the page's colours)."""
+
+import io
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
+
+from ard_jax.errors import UserError
+from ard_jax.report import words
+
+GUTTER = 2
+SHOWN_SIDE = 160  # pictures on the page are never drawn larger, and the page has to stay mailable
+
+# CSS variable → (light, dark). Charts are drawn in the light colours, then told to follow the variable.
+PALETTE = {
+    "paper": ("#fcfcfb", "#14161a"),
+    "ink": ("#1c1f24", "#e4e6ea"),
+    "soft": ("#5f6671", "#9ba3af"),
+    "rule": ("#e2e4e8", "#2c3138"),
+    "teacher": ("#6b7280", "#a3abb8"),
+    "ard": ("#2458a8", "#7caaf2"),
+    "step": ("#c4601a", "#f0a263"),
+    "other1": ("#1b7d76", "#62c4ba"),
+    "other2": ("#8b4ea6", "#c996e0"),
+    "other3": ("#a63a55", "#ee8fa6"),
+}
+
+
+class Series(NamedTuple):
+    """One line of a chart: its words, its colour (a name of `PALETTE`), its points."""
+
+    label: str
+    colour: str
+    x: Sequence[float]
+    y: Sequence[float]
+    dashed: bool = False
+
+
+def check_images(images: np.ndarray) -> np.ndarray:
+    """Returns `images` as an array if it is uint8 (N, H, W, C) with N ≥ 1 and C of 1 or 3.
+
+    Raises:
+      UserError: if it is anything else.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise UserError(
+            f"Pictures of type {images.dtype} and shape {images.shape} cannot be shown: hand over uint8 pictures "
+            "(number, height, width, channel) with 1 or 3 channels."
+        )
+    return images
+
+
+def enlarge(images: np.ndarray, side: int) -> np.ndarray:
+    """Repeats pixels of (N, H, W, C) by the smallest whole factor that brings the longer side to `side` or more."""
+    factor = max(1, -(-side // max(images.shape[1:3])))
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def image_grid(images: np.ndarray, columns: int, side: int = 64) -> Image.Image:
+    """Lays pictures out in rows, left to right and top to bottom, with thin white gutters between them.
+
+    Args:
+      images: uint8 (N, H, W, C), C = 1 gray or 3 RGB.
+      columns: pictures in a row; the last row may be short.
+      side: small pictures are enlarged by whole pixels until their longer side has at least so many.
+
+    Raises:
+      UserError: if `images` or `columns` cannot be laid out.
+    """
+    images = check_images(images)
+    if columns < 1:
+        raise UserError(f"A grid of {columns} columns holds no picture: ask for 1 column or more.")
+    images = enlarge(images, side)
+    count, height, width, channels = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    down, across = height + GUTTER, width + GUTTER
+    canvas = np.full((rows * down - GUTTER, columns * across - GUTTER, channels), 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = index // columns * down, index % columns * across
+        canvas[top : top + height, left : left + width] = image
+    return _pil(canvas)
+
+
+def _pil(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def shrink(image: np.ndarray, side: int = SHOWN_SIDE) -> np.ndarray:
+    """(H, W, C) with its longer side brought down to `side`; smaller pictures stay as they are."""
+    if max(image.shape[:2]) <= side:
+        return image
+    picture = _pil(image)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(picture).reshape(picture.height, picture.width, image.shape[-1])
+
+
+def cell_png(image: np.ndarray) -> bytes:
+    """PNG of one picture (H, W, C) for the page: tiny ones enlarged by whole pixels, large ones reduced."""
+    return png_bytes(_pil(enlarge(shrink(check_images(image[None])[0])[None], 64)[0]))
+
+
+def shown(images: np.ndarray) -> int:
+    """How many pictures of (N, H, W, C) fit side by side on the page and still say something."""
+    return min(len(images), 16 if max(images.shape[1:3]) <= 64 else 8)
+
+
+def teaser(pictures: Mapping[str, np.ndarray], results: Mapping) -> bytes:
+    """One picture for a README: teacher, step distillation and ARD (x0 points), a column a sample from the same noise.
+
+    Args:
+      pictures, results: as `page.build_report` takes them.
+
+    Returns:
+      PNG bytes.
+
+    Raises:
+      UserError: if the pictures of the teacher or of all students with x0 points are missing.
+    """
+    models = results.get("models") or {}
+    names = [name for name in ("teacher", *words.pair(models, "x0")) if name in pictures]
+    if "teacher" not in names or len(names) < 2:
+        raise UserError(
+            "The README picture needs those of the teacher and of a student with x0 points, and got "
+            f"{sorted(pictures)}: evaluate them first."
+        )
+    finals = [check_images(np.asarray(pictures[name])[:, -1]) for name in names]
+    count = min(12, *(shown(images) for images in finals))
+    strips = []
+    for images in finals:
+        small = np.stack([shrink(image, 128) for image in images[:count]])
+        strips.append(np.asarray(image_grid(small, count, side=96).convert("RGB")))
+    known = words.titles({"teacher": {"kind": "teacher"}} | models)
+    return _titled_rows([(known[name], _row_note(models.get(name, {}))) for name in names], strips)
+
+
+def _row_note(model: Mapping) -> str:
+    calls, fd = model.get("network_calls"), model.get("fd")
+    parts = [f"{words.number(calls, ',.0f')} calls" if calls is not None else "", f"FD {words.number(fd, ',.1f')}"]
+    return " · ".join(part for part in parts if part)
+
+
+def _titled_rows(titles: Sequence[tuple[str, str]], strips: Sequence[np.ndarray]) -> bytes:
+    """PNG of strips (h, w, 3) under each other, pixel for pixel, each with a title and a note on its left."""
+    dpi, margin, gap, left = 144, 24, 14, 290
+    height, width = strips[0].shape[:2]
+    full_width, full_height = left + width + margin, 2 * margin + len(strips) * (height + gap) - gap
+    figure = Figure(figsize=(full_width / dpi, full_height / dpi), dpi=dpi, facecolor="white")
+    for row, ((title, note), strip) in enumerate(zip(titles, strips, strict=True)):
+        bottom = full_height - margin - height - row * (height + gap)
+        figure.figimage(strip, left, bottom)
+        middle = (bottom + height / 2) / full_height
+        ink, soft = PALETTE["ink"][0], PALETTE["soft"][0]
+        figure.text(margin / full_width, middle + 4 / full_height, title, size=11.5, weight="bold", color=ink)
+        figure.text(margin / full_width, middle - 6 / full_height, note, size=9.5, va="top", color=soft)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def line_chart(
+    name: str, series: Sequence[Series], xlabel: str, ylabel: str, *, log: bool = False, markers: bool = False
+) -> str | None:
+    """Inline SVG of the finite points of `series`; None if there are none.
+
+    Args:
+      name: told apart from the other charts of the page by this; its ids begin with it.
+      log: logarithmic vertical axis (values that are not positive are left out, having no place on it).
+      markers: for few points at whole numbers, such as the steps of a student.
+    """
+    kept = [_drawable(line, log) for line in series]
+    if not any(len(line.x) for line in kept):
+        return None
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11}):
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        if log:
+            axes.set_yscale("log")
+        for line in kept:
+            style = {"linestyle": (0, (4, 2.4)) if line.dashed else "-", "marker": "o" if markers else None}
+            axes.plot(line.x, line.y, color=PALETTE[line.colour][0], linewidth=1.7, markersize=4.5, **style)
+        _dress(axes, xlabel, ylabel, log, markers)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    return _inline_svg(buffer.getvalue(), name, f"{ylabel} by {xlabel}: {', '.join(line.label for line in kept)}")
+
+
+def _drawable(line: Series, log: bool) -> Series:
+    x, y = np.asarray(line.x, float), np.asarray(line.y, float)
+    keep = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log))
+    return line._replace(x=x[keep], y=y[keep])
+
+
+def _dress(axes, xlabel: str, ylabel: str, log: bool, whole: bool) -> None:
+    """Axes that stay behind the data: no frame, thin rules, plain numbers."""
+    ink, soft, rule = (PALETTE[name][0] for name in ("ink", "soft", "rule"))
+    axes.set_xlabel(xlabel, color=soft)
+    axes.set_ylabel(ylabel, color=soft)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(soft)
+    axes.grid(axis="y", color=rule, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=soft, labelcolor=ink, length=0, pad=5)
+    axes.margins(x=0.03)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    if log:
+        low, high = axes.get_ylim()
+        subs = (1, 1.5, 2, 3, 5, 7) if high / low < 6 else (1, 2, 5) if high / low < 200 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=10) if high / low > 2 else MaxNLocator(4))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+
+
+def _inline_svg(text: str, name: str, label: str) -> str:
+    """matplotlib's SVG file as an element of an HTML page: no namespaces, ids of its own, the page's colours."""
+    root = ElementTree.fromstring(text.replace("xlink:href", "href"))
+    for parent in root.iter():
+        for child in list(parent):
+            if child.tag.endswith("}style"):  # its rule for `*` would reach the whole page
+                parent.remove(child)
+        parent.tag = parent.tag.rpartition("}")[2]
+        for key, value in list(parent.attrib.items()):
+            if key == "id":
+                parent.set(key, f"{name}-{value}")
+            elif key == "href":
+                parent.set(key, f"#{name}-{value[1:]}")
+            else:
+                parent.set(key, value.replace("url(#", f"url(#{name}-"))
+    for key in ("width", "height"):
+        root.attrib.pop(key)
+    root.set("role", "img")
+    root.set("aria-label", label)
+    inline = ElementTree.tostring(root, encoding="unicode")
+    for variable, (light, _) in PALETTE.items():
+        inline = inline.replace(light, f"var(--{variable})")
+    return inline

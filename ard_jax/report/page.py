@@ -1,0 +1,480 @@
+"""One HTML page that shows a run: no file beside it, no request to anywhere."""
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from ard_jax.report import figures, words
+from ard_jax.report.figures import Series
+from ard_jax.report.style import CSS
+from ard_jax.report.words import number, significant
+
+DIFFERENCE_GAIN = 3  # an error of 10 in 255 is plain in numbers and invisible on a screen
+CURVE_POINTS = 300  # more cannot be told apart at the width of a chart
+
+
+def build_report(
+    title: str, results: Mapping, pictures: Mapping[str, np.ndarray] | None, curves: Mapping | None
+) -> str:
+    """The whole report as one self-contained HTML page.
+
+    Whatever is missing leaves its section out, with a sentence in its place; numbers that are not finite are
+    shown as words; all text is escaped.
+
+    Args:
+      title: heading of the page.
+      results: `features`, `real_images`, `samples`, `degradation_ratio`, `degradation_ratios`, `seconds` (stage →
+        seconds), optionally `config`, and `models`: name → measurements. A teacher has kind "teacher", a
+        student kind "student", `target` ("x0" or "xt"), `mask`, `steps` (S) and, by step, lists of S numbers
+        `psnr_per_step` (dB), `forced_mse` and `rollout_mse`. Times are seconds, costs GMAC.
+      pictures: uint8 arrays, all rows from the same noise: `noise` (n, H, W, C); `teacher` and each student by its
+        name (n, S, H, W, C); `label` (n,); where there are students with noisy points also
+        `teacher_xt` (n, S, H, W, C), the teacher's noisy points. Empty or None where nothing can be shown.
+      curves: name of the model → rows of its metrics.jsonl (`step`, `loss`, `samples_per_s`).
+
+    Raises:
+      UserError: if a picture is not uint8 or not of the stated shape.
+    """
+    models = results.get("models") or {}
+    pictures = pictures or {}
+    curves = curves or {}
+    sections = [
+        _headline(title, results, models),
+        _section("Side by side", "pictures", _pictures(models, pictures)),
+        _section("Measurements", "measurements", _measurements(results, models)),
+        _section("x0 points and noisy points", "points", _points(results, models)),
+        _section("Closeness to the teacher, step by step", "psnr", _psnr(models)),
+        _section("Exposure bias", "exposure", _exposure(models)),
+        _section("Training", "training", _training(models, curves)),
+        _section("Time", "time", _time(results.get("seconds") or {})),
+        _section("How it was made", "made", _made(results)),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        # The policy makes "no request to anywhere" a thing that the browser enforces.
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(sections)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+# --- pieces of HTML ---------------------------------------------------------------------------------------------------
+
+
+def _section(heading: str, name: str, body: str) -> str:
+    return f'<section id="{name}">\n<h2>{escape(heading)}</h2>\n{body}\n</section>'
+
+
+def _p(text: str, kind: str = "") -> str:
+    return f"<p{_class(kind)}>{escape(text)}</p>"
+
+
+def _capital(phrase: str) -> str:
+    """First letter large, except that of the symbol x0."""
+    return phrase if phrase.startswith("x0") else phrase.capitalize()
+
+
+def _class(kind: str) -> str:
+    return f' class="{kind}"' if kind else ""
+
+
+def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls sideways on a narrow screen; the first cell of a row is its heading."""
+    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>\n'
+        for first, *rest in rows
+    )
+    label = f' tabindex="0" role="region" aria-label="{escape(caption)}"'
+    return (
+        f'<div class="scroll"{label}><table><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody></table></div>"
+    )
+
+
+def _image(image: np.ndarray, alt: str) -> str:
+    data = base64.b64encode(figures.cell_png(image)).decode("ascii")
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
+
+
+def _chart(name: str, caption: str, series: Sequence[Series], xlabel: str, ylabel: str, **options: bool) -> str:
+    """A chart with its legend, or nothing if no point of it is finite."""
+    svg = figures.line_chart(name, series, xlabel, ylabel, **options)
+    if svg is None:
+        return ""
+    legend = "".join(
+        f'<li><span class="{"dashed" if line.dashed else "solid"}" style="border-color:var(--{line.colour})"></span>'
+        f"{escape(line.label)}</li>"
+        for line in series
+    )
+    return (
+        f"<figure>\n<figcaption><b>{escape(caption)}</b></figcaption>\n"
+        f'<ul class="legend">{legend}</ul>\n{svg}\n</figure>'
+    )
+
+
+def _charts(charts: Sequence[str], absent: str) -> str:
+    charts = [chart for chart in charts if chart]
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else _p(absent, "absent")
+
+
+def _students(models: Mapping[str, Mapping], target: str) -> dict[str, Mapping]:
+    """Step distillation first: what ARD is compared with is read before it."""
+    students = {n: m for n, m in models.items() if not words.is_teacher(m) and m.get("target", "x0") == target}
+    return dict(sorted(students.items(), key=lambda item: not words.is_step_distillation(item[1])))
+
+
+def _colours(models: Mapping[str, Mapping]) -> dict[str, str]:
+    """A colour a model: the same for step distillation, and for the first ARD student, whatever the target."""
+    colours = {name: "teacher" for name, model in models.items() if words.is_teacher(model)}
+    for target in words.TARGETS:
+        first = dict(zip(words.pair(models, target), ("step", "ard"), strict=True))
+        rest = 0
+        for name in _students(models, target):
+            colours[name] = first.get(name) or f"other{rest % 3 + 1}"
+            rest += name not in first
+    return colours
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def _headline(title: str, results: Mapping, models: Mapping[str, Mapping]) -> str:
+    lead, detail = words.headline(results)
+    said = [f"<header>\n<h1>{escape(title)}</h1>", _p(lead, "lead"), _tiles(results, models)]
+    if models:
+        said.append(_p(f"{detail} {_how_measured(results)}".strip()))
+    return "\n".join([*said, _p(words.PAPER, "note"), "</header>"])
+
+
+def _how_measured(results: Mapping) -> str:
+    measured = "Measured here, on this data, in one run"
+    if results.get("samples") is not None and results.get("real_images") is not None:
+        samples, real = number(results["samples"], ",.0f"), number(results["real_images"], ",.0f")
+        measured += f": FD between {samples} samples of each model and {real} real images"
+    if results.get("features"):
+        measured += f", in {str(results['features']).rstrip('.')}"
+    return (
+        f"{measured}. Degradation is a student’s FD less the teacher’s; the ratio divides two such differences, so "
+        "read it together with them."
+    )
+
+
+def _tiles(results: Mapping, models: Mapping[str, Mapping]) -> str:
+    """The few numbers that a reader came for."""
+    tiles = []
+    ratio = results.get("degradation_ratio")
+    step, ard = words.pair(models, "x0")
+    both = [name for name in (step, ard) if name is not None]
+    risen = [words.degradation(models, name) for name in both]
+    if len(both) == 2 and words.finite(ratio) and all(words.finite(value) and value > 0 for value in risen):
+        tiles.append((f"{number(ratio, ',.1f')}×", "degradation, step distillation over ARD", "ink"))
+    teacher = words.teacher_of(models)
+    if teacher.get("fd") is not None:
+        calls = teacher.get("network_calls")
+        note = "FD of the teacher" + (f", {number(calls, ',.0f')} network calls" if calls is not None else "")
+        tiles.append((number(teacher["fd"]), note, "teacher"))
+    for name, colour in ((step, "step"), (ard, "ard")):
+        if name is not None and models[name].get("fd") is not None:
+            calls = models[name].get("network_calls")
+            note = f"FD of {'step distillation' if colour == 'step' else 'ARD'}"
+            note += f", {number(calls, ',.0f')} network calls" if calls is not None else ""
+            tiles.append((number(models[name]["fd"]), note, colour))
+    cells = "".join(
+        f'<div style="border-color:var(--{colour})"><strong>{escape(value)}</strong><span>{escape(note)}</span></div>'
+        for value, note, colour in tiles
+    )
+    return f'<div class="tiles">{cells}</div>' if tiles else ""
+
+
+def _pictures(models: Mapping[str, Mapping], pictures: Mapping[str, np.ndarray]) -> str:
+    drawn = [name for name in pictures if name not in ("label", "noise", "teacher", "teacher_xt")]
+    if not drawn and "teacher" not in pictures:
+        return _p(
+            "There are no pictures in these results: a latent-space model needs a decoder before it can be shown.",
+            "absent",
+        )
+    models = {name: models.get(name, {}) for name in ("teacher", *models, *drawn)} | {
+        "teacher": {"kind": "teacher", **models.get("teacher", {})}
+    }
+    body = []
+    for target, word in words.TARGETS.items():
+        names = [name for name in _students(models, target) if name in pictures]
+        if not names and not (target == "x0" and not drawn):
+            continue
+        body.append(_finals(f"Final images, {word}", models, pictures, names))
+        body.append(_progressions(models, pictures, names, target))
+    return "\n".join(body)
+
+
+def _finals(
+    heading: str, models: Mapping[str, Mapping], pictures: Mapping[str, np.ndarray], names: Sequence[str]
+) -> str:
+    """Rows of finished pictures, a column a noise, and under each student what parts it from the teacher."""
+    titles = words.titles(models)
+    teacher = pictures.get("teacher")
+    rows = [name for name in ("teacher", *names) if name in pictures]
+    finals = {name: figures.check_images(np.asarray(pictures[name])[:, -1]) for name in rows}
+    count = min(figures.shown(images) for images in finals.values())
+    cells = []
+    labels = pictures.get("label")
+    if labels is not None:
+        cells.append('<span class="name note">class</span>')
+        cells += [f'<span class="class">{escape(str(label))}</span>' for label in np.asarray(labels)[:count]]
+        cells += ["<span></span>"] * (count - len(labels))
+    for name in rows:
+        cells.append(_row_name(titles[name], _fd_note(models[name])))
+        cells += [_image(image, f"{titles[name]}, sample {i + 1}") for i, image in enumerate(finals[name][:count])]
+        if name != "teacher" and teacher is not None:
+            apart = _apart(finals[name][:count], finals["teacher"][:count])
+            cells.append(f'<span class="name note">difference from the teacher, ×{DIFFERENCE_GAIN}</span>')
+            cells += [_image(image, f"{titles[name]}, difference, sample {i + 1}") for i, image in enumerate(apart)]
+    return (
+        f"<figure>\n<figcaption><b>{escape(heading)}.</b> Every column starts from one noise, the same for all rows; "
+        "the samples are the first ones, not chosen. Black difference: a perfect copy of the teacher.</figcaption>\n"
+        f'<div class="scroll"><div class="finals" style="--n:{count}">{"".join(cells)}</div></div>\n</figure>'
+    )
+
+
+def _apart(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    return np.minimum(np.abs(images.astype(int) - others) * DIFFERENCE_GAIN, 255).astype(np.uint8)
+
+
+def _row_name(title: str, note: str = "") -> str:
+    small = f"<small>{escape(note)}</small>" if note else ""
+    return f'<span class="name">{escape(title)}{small}</span>'
+
+
+def _fd_note(model: Mapping) -> str:
+    return f"FD {number(model['fd'])}" if model.get("fd") is not None else ""
+
+
+def _progressions(
+    models: Mapping[str, Mapping], pictures: Mapping[str, np.ndarray], names: Sequence[str], target: str
+) -> str:
+    """For the first few samples: the noise and then every step, a row a model."""
+    titles = words.titles(models)
+    shown = {titles[name]: np.asarray(pictures[name]) for name in names}
+    taught = _taught(pictures, target)
+    rows = ({titles["teacher"]: taught} if taught is not None else {}) | shown
+    noise = pictures.get("noise")
+    steps = max(points.shape[1] for points in rows.values())
+    count = min(4 if target == "x0" else 2, *(len(points) for points in rows.values()))
+    blocks = [_progression(rows, noise, steps, sample) for sample in range(count)]
+    said = {
+        "x0": "Each step is a prediction of the clean image, the teacher’s or the student’s own.",
+        "xt": "Each step is a noisy point, less noisy every time; the last one is the image.",
+    }[target]
+    return (
+        f"<figure>\n<figcaption><b>Step by step, {escape(words.TARGETS[target])}.</b> {escape(said)} "
+        "Students run on their own predictions.</figcaption>\n"
+        f'<div class="steps">{"".join(blocks)}</div>\n</figure>'
+    )
+
+
+def _taught(pictures: Mapping[str, np.ndarray], target: str) -> np.ndarray | None:
+    """The teacher's points (n, S, H, W, C) of this kind; of both kinds the last one is the image."""
+    if target == "xt" and "teacher_xt" in pictures:
+        return np.asarray(pictures["teacher_xt"])
+    points = pictures.get("teacher")
+    if points is None:
+        return None
+    return np.asarray(points) if target == "x0" else np.asarray(points)[:, -1:]
+
+
+def _progression(rows: Mapping[str, np.ndarray], noise: np.ndarray | None, steps: int, sample: int) -> str:
+    heads = ["", *(["noise"] if noise is not None else []), *(f"step {step}" for step in range(1, steps + 1))]
+    cells = [f'<span class="class">{escape(head)}</span>' for head in heads]
+    for title, points in rows.items():
+        cells.append(_row_name(words.short(title)))
+        if noise is not None:
+            cells.append(_image(np.asarray(noise)[sample], f"noise {sample + 1}"))
+        own = points.shape[1]
+        # Fewer steps spread over the same trajectory: step s of S stands where the trajectory has got to.
+        places = {round((step + 1) * steps / own): step for step in range(own)}
+        for place in range(1, steps + 1):
+            step = places.get(place)
+            alt = "" if step is None else f"{title}, sample {sample + 1}, step {step + 1} of {own}"
+            cells.append("<span></span>" if step is None else _image(points[sample, step], alt))
+    return f'<div class="progression" style="--n:{len(heads) - 1}">{"".join(cells)}</div>'
+
+
+def _measurements(results: Mapping, models: Mapping[str, Mapping]) -> str:
+    if not models:
+        return _p("No model was measured.", "absent")
+    titles = words.titles(models)
+    head = [
+        "Model",
+        "FD\N{NO-BREAK SPACE}↓",
+        "Degradation\N{NO-BREAK SPACE}↓",
+        "Precision\N{NO-BREAK SPACE}↑",
+        "Recall\N{NO-BREAK SPACE}↑",
+        "PSNR to teacher, dB\N{NO-BREAK SPACE}↑",
+    ]
+    head += ["Network calls", "GMAC / image", "ms / image", "Parameters"]
+    rows = []
+    teachers = {name: model for name, model in models.items() if words.is_teacher(model)}
+    for name, model in (teachers | _students(models, "x0") | _students(models, "xt")).items():
+        seconds = model.get("seconds_per_image")
+        rows.append(
+            [
+                titles[name],
+                number(model.get("fd")),
+                words.ABSENT if words.is_teacher(model) else number(words.degradation(models, name)),
+                number(model.get("precision"), ".3f"),
+                number(model.get("recall"), ".3f"),
+                number(model.get("psnr"), ".1f"),
+                number(model.get("network_calls"), ",.0f"),
+                significant(model.get("gmac_per_image")),
+                significant(seconds * 1000 if words.finite(seconds) else seconds),
+                number(model.get("parameters"), ",.0f"),
+            ]
+        )
+    note = (
+        "↓ lower is better, ↑ higher is better. FD: Fréchet distance to the real images; PSNR: to the teacher’s image "
+        "from the same noise. The teacher’s network calls count guidance, which a student has learned and no longer "
+        "pays for."
+    )
+    if results.get("features"):
+        note += f" Features: {str(results['features']).rstrip('.')}."
+    return _table("Every model of this run", head, rows) + "\n" + _p(note, "note")
+
+
+def _points(results: Mapping, models: Mapping[str, Mapping]) -> str:
+    body = [_p(words.POINTS)]
+    ratios = results.get("degradation_ratios") or {}
+    rows = []
+    for target, word in words.TARGETS.items():
+        step, ard = words.pair(models, target)
+        if step is None and ard is None:
+            body.append(_p(f"These results hold no student with {word}.", "absent"))
+            continue
+        by_step, by_ard = (None if name is None else words.degradation(models, name) for name in (step, ard))
+        rows.append([_capital(word), *_degradations(by_step, by_ard, ratios.get(target))])
+    if rows:
+        head = ["Points", "Step distillation", "ARD", "Ratio"]
+        body.append(_table("Degradation (FD less the teacher’s) by kind of point, as measured here", head, rows))
+    return "\n".join(body)
+
+
+def _degradations(by_step: float | None, by_ard: float | None, ratio: float | None) -> list[str]:
+    """Cells; a ratio is only shown of two differences that are both above zero, else it means nothing."""
+    meant = all(words.finite(value) and value > 0 for value in (by_step, by_ard))
+    none = "none" if by_step is not None and by_ard is not None else None
+    return [number(by_step, "+,.2f"), number(by_ard, "+,.2f"), number(ratio, ",.1f") if meant else number(none)]
+
+
+def _psnr(models: Mapping[str, Mapping]) -> str:
+    titles, colours = words.titles(models), _colours(models)
+    charts = []
+    for target, word in words.TARGETS.items():
+        series = [
+            _by_step(words.short(titles[name]), colours[name], model["psnr_per_step"])
+            for name, model in _students(models, target).items()
+            if model.get("psnr_per_step")
+        ]
+        charts.append(_chart(f"psnr-{target}", _capital(word), series, "step", "PSNR to the teacher, dB", markers=True))
+    said = (
+        "PSNR of each prediction to the teacher’s point of the same step, on the student’s own rollout; higher is "
+        "better. Each kind of point has its own scale: compare lines within a plot."
+    )
+    absent = "PSNR by step was not measured, so there is no plot of it."
+    return (_p(said) + "\n" if any(charts) else "") + _charts(charts, absent)
+
+
+def _by_step(label: str, colour: str, values: Sequence[float], dashed: bool = False) -> Series:
+    y = [np.nan if value is None else float(value) for value in values]
+    return Series(label, colour, range(1, len(y) + 1), y, dashed)
+
+
+def _exposure(models: Mapping[str, Mapping]) -> str:
+    titles, colours = words.titles(models), _colours(models)
+    charts = []
+    for target, word in words.TARGETS.items():
+        series = []
+        for name, model in _students(models, target).items():
+            title = words.short(titles[name])
+            if model.get("rollout_mse"):
+                series.append(_by_step(f"{title}, rollout", colours[name], model["rollout_mse"]))
+            if model.get("forced_mse"):
+                series.append(_by_step(f"{title}, forced", colours[name], model["forced_mse"], dashed=True))
+        charts.append(
+            _chart(f"exposure-{target}", _capital(word), series, "step", "mean squared error", log=True, markers=True)
+        )
+    said = (
+        "Error of each step when the student is fed the teacher’s points, as in training (forced, dashed), and when it "
+        "is fed its own predictions, as in use (rollout, solid). The gap between the two is the exposure bias; at step "
+        "1 both see only the noise."
+    )
+    return (_p(said) + "\n" if any(charts) else "") + _charts(
+        charts, "Errors by step were not measured, so there is no plot."
+    )
+
+
+def _training(models: Mapping[str, Mapping], curves: Mapping[str, Sequence[Mapping]]) -> str:
+    titles, colours = words.titles(models), _colours(models)
+    groups = {"teacher": ("Teacher", [n for n, m in models.items() if words.is_teacher(m)])}
+    groups |= {t: (f"Students, {w}", list(_students(models, t))) for t, w in words.TARGETS.items()}
+    known = {name for _, names in groups.values() for name in names}
+    groups["rest"] = ("Other runs", [name for name in curves if name not in known])
+    charts = []
+    for group, (caption, names) in groups.items():
+        series = [
+            Series(titles.get(name, name), colours.get(name, f"other{i % 3 + 1}"), *_thinned(curves[name]))
+            for i, name in enumerate(names)
+            if curves.get(name)
+        ]
+        charts.append(_chart(f"loss-{group}", caption, series, "training step", "loss", log=True))
+    body = _charts(charts, "There are no loss curves in these results.")
+    rates = {name: _median(rows, "samples_per_s") for name, rows in curves.items()}
+    rates = [f"{titles.get(name, name)} {significant(rate)}" for name, rate in rates.items() if rate is not None]
+    return body + ("\n" + _p(f"Median throughput in samples a second: {'; '.join(rates)}.", "note") if rates else "")
+
+
+def _thinned(rows: Sequence[Mapping]) -> tuple[list[float], list[float]]:
+    """Steps and losses of the rows that have both finite, as means over equal runs of them where there are many."""
+    points = [
+        (row["step"], row["loss"]) for row in rows if words.finite(row.get("step")) and words.finite(row.get("loss"))
+    ]
+    runs = np.array_split(np.asarray(points, float).reshape(-1, 2), min(len(points), CURVE_POINTS) or 1)
+    means = [run.mean(axis=0) for run in runs if len(run)]
+    return [float(step) for step, _ in means], [float(loss) for _, loss in means]
+
+
+def _median(rows: Sequence[Mapping], key: str) -> float | None:
+    values = [row[key] for row in rows if words.finite(row.get(key))]
+    return float(np.median(values)) if values else None
+
+
+def _time(seconds: Mapping[str, Any]) -> str:
+    if not seconds:
+        return _p("The stages’ times were not recorded.", "absent")
+    finite = {stage: value for stage, value in seconds.items() if words.finite(value)}
+    longest = max(finite.values(), default=0)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(str(stage))}</th>'
+        f'<td class="bar"><i style="width:{_share(value, longest):.1f}%"></i></td>'
+        f"<td>{escape(words.duration(value))}</td></tr>\n"
+        for stage, value in seconds.items()
+    )
+    total = f'<tr class="total"><th scope="row">total</th><td></td><td>{words.duration(sum(finite.values()))}</td></tr>'
+    return f'<table class="times"><caption>Wall-clock time by stage</caption><tbody>\n{rows}{total}</tbody></table>'
+
+
+def _share(value: Any, longest: float) -> float:
+    return 100 * value / longest if words.finite(value) and longest > 0 else 0.0
+
+
+def _made(results: Mapping) -> str:
+    if results.get("config") is None:
+        return _p("The config was not handed over with these results.", "absent")
+    config = json.dumps(results["config"], indent=2, default=str)
+    return f"<details><summary>Config, as it was resolved</summary><pre>{escape(config)}</pre></details>"

@@ -1,0 +1,159 @@
+"""Numbers and findings in words: everything on the page that is said rather than drawn.
+
+Plain text throughout; `ard_jax.report.page` escapes it. A model is one entry of `results["models"]`
+(see `page.build_report`).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+ABSENT = "–"
+TARGETS = {"x0": "x0 points", "xt": "noisy points"}
+NOISY = ", noisy points"
+
+PAPER = (
+    "The paper (arXiv 2504.11295) reports for ImageNet 256×256 in 4 steps: FID 2.89 for the teacher, 10.25 for step "
+    "distillation, 4.32 for ARD; a degradation of 7.36 against 1.43, a ratio of 5.1. Those are the paper’s numbers in "
+    "another measure; none of them was measured here."
+)
+
+POINTS = (
+    "A student learns the teacher’s trajectory at a few points. An x0 point is the clean image that the teacher "
+    "predicts from where it stands. Early on that is close to an average over many images: what the noise had already "
+    "decided is dropped, and a student that sees this point alone cannot know it. ARD still sees the noise and every "
+    "earlier point. A noisy point is the state of the solver itself: it carries what the x0-prediction drops, so a "
+    "student needs little history, and both students are expected to come close to the teacher."
+)
+
+
+def finite(value: Any) -> bool:
+    """Whether `value` is a number that can be compared and divided by."""
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
+
+
+def number(value: Any, spec: str = ",.2f") -> str:
+    """`value` in the format `spec`; a dash where it is missing, words where it is not finite."""
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        return ABSENT if value is None else str(value)
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "minus infinite"
+    return format(value, spec).replace("-", "\N{MINUS SIGN}")
+
+
+def significant(value: Any) -> str:
+    """About three significant digits and never an exponent that a reader has to decode."""
+    if not finite(value):
+        return number(value)
+    size = abs(value)
+    return number(value, ",.0f" if size >= 100 else ",.1f" if size >= 10 else ",.2f" if size >= 1 else ",.3g")
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as a person says them: `4.2 s`, `1 min 20 s`, `2 h 5 min`."""
+    if not finite(seconds):
+        return number(seconds)
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(whole / 60)
+    return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def is_teacher(model: Mapping) -> bool:
+    return model.get("kind") == "teacher"
+
+
+def is_step_distillation(model: Mapping) -> bool:
+    """A student without history: METHOD section 1, mask M1 or no history layers."""
+    return model.get("mask") == "diagonal" or model.get("history_layers") == 0
+
+
+def titles(models: Mapping[str, Mapping]) -> dict[str, str]:
+    """What each model is called on the page; no two alike."""
+    named = {}
+    for name, model in models.items():
+        usual = "Teacher" if is_teacher(model) else "Step distillation" if is_step_distillation(model) else "ARD"
+        title = str(model.get("title") or usual)
+        if model.get("target") == "xt" and "noisy" not in title.lower():
+            title += NOISY
+        named[name] = title
+    shared = {title for title in named.values() if list(named.values()).count(title) > 1}
+    return {name: f"{title} ({name})" if title in shared else title for name, title in named.items()}
+
+
+def short(title: str) -> str:
+    """A title where the heading above it already says which kind of point is meant."""
+    return title.removesuffix(NOISY)
+
+
+def teacher_of(models: Mapping[str, Mapping]) -> Mapping:
+    return next((model for model in models.values() if is_teacher(model)), {})
+
+
+def degradation(models: Mapping[str, Mapping], name: str) -> float | None:
+    """FD of the student less FD of the teacher; None where either was not measured."""
+    student, teacher = models[name], teacher_of(models)
+    if student.get("degradation") is not None:
+        return student["degradation"]
+    if student.get("fd") is None or teacher.get("fd") is None:
+        return None
+    return student["fd"] - teacher["fd"]
+
+
+def pair(models: Mapping[str, Mapping], target: str) -> tuple[str | None, str | None]:
+    """Names of the step-distillation student and of the ARD student (the first of each) with this target."""
+    students = {n: m for n, m in models.items() if not is_teacher(m) and m.get("target", "x0") == target}
+    step = next((name for name, model in students.items() if is_step_distillation(model)), None)
+    ard = next((name for name, model in students.items() if not is_step_distillation(model)), None)
+    return step, ard
+
+
+def headline(results: Mapping) -> tuple[str, str]:
+    """What the degradation ratio says, claiming no more than was measured: a sentence, and the numbers behind it."""
+    models = results.get("models") or {}
+    step, ard = pair(models, "x0")
+    if step is None or ard is None:
+        missing = " and no ".join(word for word, name in (("step distillation", step), ("ARD", ard)) if name is None)
+        return f"These results hold no {missing} with x0 points, so the two cannot be compared here.", ""
+    by_step, by_ard = degradation(models, step), degradation(models, ard)
+    if not (finite(by_step) and finite(by_ard)):
+        reason = f"The degradation of step distillation is {_measured(by_step)}, that of ARD {_measured(by_ard)}."
+        return "The two students cannot be compared here.", reason
+    detail = (
+        f"In Fréchet distance (FD), step distillation stands at {number(by_step, '+,.2f')} against the teacher’s "
+        f"{_measured(teacher_of(models).get('fd'))}, ARD at {number(by_ard, '+,.2f')}."
+    )
+    ratio = results.get("degradation_ratio")
+    if min(by_step, by_ard) <= 0:
+        level = [word for word, value in (("step distillation", by_step), ("ARD", by_ard)) if value <= 0]
+        return f"No degradation ratio can be given: {_are(level)} no worse than the teacher by this measure.", detail
+    if not finite(ratio):
+        return "No degradation ratio was computed for these results.", detail
+    return _compare(ratio, models[ard].get("steps")), detail
+
+
+def _are(level: list[str]) -> str:
+    return f"{' and '.join(level)} {'is' if len(level) == 1 else 'are'}"
+
+
+def _measured(value: float | None) -> str:
+    return "not measured" if value is None else number(value)
+
+
+def _compare(ratio: float, steps: int | None) -> str:
+    start = f"Distilled to {steps} step{'s' * (steps != 1)}" if steps else "Distilled"
+    if 0.95 <= ratio <= 1.05:
+        return f"{start}, ARD and step distillation fall about equally far behind their teacher."
+    if ratio > 1:
+        return f"{start}, step distillation falls {number(ratio, ',.1f')} times as far behind its teacher as ARD does."
+    return f"{start}, ARD falls {number(1 / ratio, ',.1f')} times as far behind its teacher as step distillation does."

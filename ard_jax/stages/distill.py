@@ -1,0 +1,146 @@
+"""Distils the teacher into a student of few steps: ARD, or step distillation with `student.mask=diagonal`.
+
+Reads the teacher and the trajectory store (or, with `distill.online`, the teacher alone) and writes
+`distill/<student.name>/`, as the teacher stage does, and `distill/done.json`. Started again, it goes on where it
+stopped.
+"""
+
+import hashlib
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from ard_jax.config import example_shape, make_student, solver_settings
+from ard_jax.data import InMemory, in_memory, stream
+from ard_jax.errors import UserError
+from ard_jax.files import tree_sha256
+from ard_jax.models import init_from_teacher
+from ard_jax.objectives.ard import ard, online_ard
+from ard_jax.parallel import check_batch, make_mesh
+from ard_jax.stages.workdir import (
+    Stopwatch,
+    claim,
+    is_first,
+    load_teacher,
+    merge_done,
+    plain,
+    store_folder,
+    write_done,
+)
+from ard_jax.training.flops import student_macs, teacher_macs
+from ard_jax.training.loop import train
+from ard_jax.trajectories.generate import stored_settings
+from ard_jax.trajectories.store import check_shards, open_store, read_manifest
+
+SECTIONS = ("seed", "data", "model", "diffusion", "student", "distill")
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Trains the student to `config.distill.steps`.
+
+    Raises:
+        UserError: there is no teacher, the store does not fit the config, or the batch or the workdir do not fit.
+    """
+    watch, mesh = Stopwatch(), make_mesh()
+    settings, student = config.distill, make_student(config)
+    directory = workdir / "distill" / config.student.name
+    check_batch(settings.batch_size, mesh, "distill.batch_size")
+    store = None if settings.online else store_folder(config, workdir)
+    manifest = read_manifest(store) if store else None
+    teacher, teacher_params, teacher_hash = load_teacher(config, workdir, mesh)
+    if manifest:
+        check_store(manifest, config, teacher_hash)
+        check_shards(store, manifest, checksums=total_bytes(manifest) <= config.run.in_memory)
+    claim(directory, config, SECTIONS, teacher=teacher_hash, store=store_hash(manifest))
+    shape, points = example_shape(config), tuple(config.student.points)
+    flops = 6 * student_macs(student, shape)
+    if manifest:
+        source = in_memory(open_store(store), config.run.in_memory)
+        columns = tuple(manifest["points"].index(point) for point in points)
+        objective, frozen = ard(student, target=config.student.target, columns=columns), None
+    else:
+        solver, trajectories = solver_settings(config), config.trajectories
+        source = InMemory({"index": np.arange(trajectories.count)})
+        objective, frozen = (
+            online_ard(
+                student,
+                teacher,
+                target=config.student.target,
+                points=points,
+                shape=shape,
+                seed=config.seed,
+                max_abs=trajectories.max_abs,
+                **solver,
+            ),
+            teacher_params,
+        )
+        flops += 2 * solver["steps"] * (2 if solver["guidance_scale"] != 1 else 1) * teacher_macs(teacher, shape)
+    batches = stream(
+        source,
+        batch_size=settings.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.run.workers,
+    )
+    trained = train(
+        objective,
+        init_from_teacher(teacher_params, student),
+        batches,
+        settings=settings,
+        run=config.run,
+        seed=config.seed,
+        directory=directory,
+        mesh=mesh,
+        frozen=frozen,
+        flops_per_example=flops,
+    )
+    hashes = {"params": tree_sha256(trained.state.params), "ema": tree_sha256(trained.state.ema)}
+    made = {"sha256": hashes, "seconds": round(max(watch(), trained.seconds), 2), "step": int(trained.state.step)}
+    write_done(directory, hashes, made["seconds"], step=made["step"], teacher=teacher_hash)
+    if is_first():
+        merge_done(workdir / "distill", {config.student.name: made})
+
+
+def store_hash(manifest: dict[str, Any] | None) -> str:
+    """One hash for all shards of a store, "" for none."""
+    if manifest is None:
+        return ""
+    return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
+
+
+def total_bytes(manifest: dict[str, Any]) -> int:
+    return sum(shard["bytes"] for shard in manifest["shards"])
+
+
+def check_store(manifest: dict[str, Any], config: ml_collections.ConfigDict, teacher_hash: str) -> None:
+    """Compares a store with the config that wants to train on it.
+
+    Raises:
+        UserError: it was made by another teacher or with other settings, or lacks a point.
+    """
+    remedy = "make a store with this config, or use the config that the store was made with"
+    if manifest["teacher_sha256"] != teacher_hash:
+        raise UserError(
+            f"the trajectory store was made by another teacher (weights {manifest['teacher_sha256'][:12]}…, "
+            f"the teacher here has {teacher_hash[:12]}…): {remedy}."
+        )
+    here = stored_settings(plain(config))
+    differing = [
+        f"{key} {value!r} there, {here[key]!r} here"
+        for key, value in manifest["settings"].items()
+        if here[key] != value
+    ]
+    if differing:
+        raise UserError(f"the trajectory store does not fit this config ({'; '.join(differing[:3])}): {remedy}.")
+    missing = [point for point in config.student.points if point not in manifest["points"]]
+    if missing:
+        raise UserError(
+            f"student.points has {missing}, but the trajectory store keeps {manifest['points']}: "
+            f"choose points out of the store's, or {remedy}."
+        )
+    if config.student.target == "xt" and not manifest["keep_noisy"]:
+        raise UserError(f"student.target is 'xt', but the trajectory store keeps no noisy points: {remedy}.")

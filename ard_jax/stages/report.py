@@ -1,0 +1,68 @@
+"""Puts a run on one self-contained HTML page: pictures from the same noise, tables, curves.
+
+Reads `evaluate/` and the metrics of every training, and writes `report/index.html`, `report/results.json` and
+`report/teaser.png`.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from ard_jax.files import atomic_write, file_sha256, read_json, write_json
+from ard_jax.report import build_report, teaser
+from ard_jax.stages.workdir import Stopwatch, finished, is_first, read_done, teacher_folder, write_done
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes the report.
+
+    Raises:
+        UserError: the run has not been evaluated.
+    """
+    if not is_first():
+        return
+    watch, directory = Stopwatch(), workdir / "report"
+    finished(workdir / "evaluate", "evaluate")
+    results = read_json(workdir / "evaluate" / "results.json") | {"seconds": stage_seconds(workdir)}
+    with np.load(workdir / "evaluate" / "pictures.npz", allow_pickle=False) as file:
+        pictures = dict(file)
+    curves = read_curves(config, workdir, results["models"])
+    html = build_report(config.report.title, results, pictures, curves)
+    atomic_write(directory / "index.html", lambda temporary: temporary.write_text(html, encoding="utf-8"))
+    atomic_write(directory / "teaser.png", lambda temporary: temporary.write_bytes(teaser(pictures, results)))
+    write_json(directory / "results.json", summary(results))
+    files = ("index.html", "teaser.png", "results.json")
+    write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())
+
+
+def summary(results: dict[str, Any]) -> dict[str, Any]:
+    """results.json: each model under its own name, then the rest."""
+    rest = {key: value for key, value in results.items() if key != "models"}
+    return results["models"] | rest
+
+
+def stage_seconds(workdir: pathlib.Path) -> dict[str, float]:
+    """Seconds of every finished stage; one entry a model where a stage runs model by model."""
+    seconds = {}
+    for stage in ("teacher", "trajectories", "distill", "sample", "evaluate"):
+        done = read_done(workdir / stage) or {}
+        if "models" in done:
+            seconds |= {f"{stage}/{name}": model["seconds"] for name, model in done["models"].items()}
+        elif done:
+            seconds[stage] = done["seconds"]
+    return seconds
+
+
+def read_curves(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: dict) -> dict[str, list[dict]]:
+    """The lines of every training's metrics.jsonl, by model."""
+    folders = {name: workdir / "distill" / name for name in models if name != "teacher"}
+    folders = {"teacher": teacher_folder(config, workdir), **folders}
+    paths = {name: folder / "metrics.jsonl" for name, folder in folders.items()}
+    return {
+        name: [json.loads(line) for line in path.read_text().splitlines()]
+        for name, path in paths.items()
+        if path.exists()
+    }

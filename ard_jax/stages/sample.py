@@ -1,0 +1,143 @@
+"""Draws images from the teacher and from students, in batches over all devices.
+
+Writes, for each name in `sample.models`, `sample/<name>/samples.npz` (uint8 images under the key `arr_0`, as the ADM
+evaluator wants them, and `labels`) and `grid.png`. Models of latents write float32 latents under the key `latents`.
+Image i has the same noise and label for every model.
+"""
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ard_jax.config import example_shape, solver_settings
+from ard_jax.data import to_uint8
+from ard_jax.diffusion import calls
+from ard_jax.files import atomic_write, file_sha256
+from ard_jax.models import count_parameters
+from ard_jax.parallel import make_mesh, put_batch
+from ard_jax.report import image_grid
+from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
+from ard_jax.stages.workdir import Stopwatch, is_first, load_student, load_teacher, merge_done
+from ard_jax.training.flops import student_macs, teacher_macs
+from ard_jax.training.metrics import progress_bar
+
+# (params, noise, labels) → images (batch, height, width, channel)
+Sampler = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Samples every model of `config.sample.models`.
+
+    Raises:
+        UserError: a model has not been trained.
+    """
+    mesh = make_mesh()
+    loaded = {name: load_sampler(config, workdir, name, mesh) for name in config.sample.models}
+    for name, (sampler, params, facts) in loaded.items():
+        watch, directory = Stopwatch(), workdir / "sample" / name
+        images, labels, seconds_per_image = draw(sampler, params, config, mesh)
+        if not is_first():
+            continue
+        files = write(directory, images, labels, config)
+        hashes = {file: file_sha256(directory / file) for file in files}
+        made = {"sha256": hashes, "seconds": round(watch(), 2), "seconds_per_image": seconds_per_image, **facts}
+        merge_done(workdir / "sample", {name: made})
+
+
+def load_sampler(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, mesh
+) -> tuple[Sampler, Any, dict[str, Any]]:
+    """A model's sampler, its parameters, and what it costs."""
+    shape = example_shape(config)
+    if name == "teacher":
+        model, params, sha = load_teacher(config, workdir, mesh)
+        settings = solver_settings(config)
+        evaluations = calls(settings["solver"], settings["steps"]) * (2 if settings["guidance_scale"] != 1 else 1)
+        facts = {"steps": settings["steps"], "network_calls": evaluations}
+        macs = evaluations * teacher_macs(model, shape)
+
+        def sampler(params, noise, y):
+            return sample_teacher(model, params, noise, y, **settings).xt[:, -1]
+
+    else:
+        model, params, sha, _ = load_student(workdir / "distill" / name, mesh)
+        facts = {"steps": model.steps, "network_calls": model.steps}
+        macs = student_macs(model, shape)
+
+        def sampler(params, noise, y):
+            return sample_student(model, params, noise, y)[:, -1]
+
+    facts |= {"ema_sha256": sha, "parameters": count_parameters(params), "gmac_per_image": macs / 1e9}
+    return sampler, params, facts
+
+
+def draw(
+    sampler: Sampler, params: Any, config: ml_collections.ConfigDict, mesh
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Images 0 … count−1 with their labels, and the seconds that one takes once compiled."""
+    settings, shape = config.sample, example_shape(config)
+    key = sampling_key(settings.seed)
+    chosen = np.asarray(settings.labels, np.int32)
+
+    @jax.jit
+    def sample(params, batch):
+        noise, label = draw_noise_and_labels(key, batch["index"], shape, config.data.num_classes)
+        label = batch["label"] if len(chosen) else label
+        return sampler(params, noise, label), label
+
+    def batch_of(first):
+        """This process's rows; indices beyond the count fill the last batch up."""
+        index = np.arange(first, first + batch_size)[jax.process_index() :: jax.process_count()]
+        label = chosen[index % len(chosen)] if len(chosen) else np.zeros_like(index)
+        return put_batch({"index": index, "label": label}, mesh)
+
+    batch_size = settings.batch_size * mesh.size
+    images, labels = [], []
+    sample(params, batch_of(0))[0].block_until_ready()  # compiles, so that the rate below is the rate
+    started = time.perf_counter()
+    with progress_bar(settings.count, "image") as bar:
+        for first in range(0, settings.count, batch_size):
+            image, label = gather(sample(params, batch_of(first)))
+            images.append(image)
+            labels.append(label)
+            bar.update(min(batch_size, settings.count - first))
+    seconds = (time.perf_counter() - started) / (len(images) * batch_size)
+    return np.concatenate(images)[: settings.count], np.concatenate(labels)[: settings.count], seconds
+
+
+def gather(arrays: tuple[jax.Array, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
+    """Every process's rows in the order of their indices, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(arrays)
+    return tuple(interleave(multihost_utils.process_allgather(array, tiled=True)) for array in arrays)
+
+
+def interleave(rows: np.ndarray) -> np.ndarray:
+    """Process p held rows p, p + P, …: puts them back in order."""
+    per_process = rows.reshape(jax.process_count(), -1, *rows.shape[1:])
+    return per_process.swapaxes(0, 1).reshape(rows.shape)
+
+
+def write(
+    directory: pathlib.Path, images: np.ndarray, labels: np.ndarray, config: ml_collections.ConfigDict
+) -> list[str]:
+    """Writes a model's samples; returns the names of the files."""
+    if config.data.space == "latent":
+        write_npz(directory / "samples.npz", latents=images.astype(np.float32), labels=labels)
+        return ["samples.npz"]
+    pixels = to_uint8(np.nan_to_num(images))
+    write_npz(directory / "samples.npz", arr_0=pixels, labels=labels)
+    shown = pixels[: config.sample.grid]
+    grid = image_grid(shown, columns=int(np.ceil(len(shown) ** 0.5)))
+    atomic_write(directory / "grid.png", lambda temporary: grid.save(temporary))
+    return ["samples.npz", "grid.png"]
+
+
+def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
+    atomic_write(path, lambda temporary: np.savez(temporary, **arrays))

@@ -1,0 +1,59 @@
+"""Solves the teacher's ODE from numbered noises and stores the trajectories as a TFDS dataset.
+
+Reads the teacher and writes `trajectories/`. Started again, on any number of hosts, it makes just the shards that are
+missing, truncated or altered.
+"""
+
+import logging
+import pathlib
+
+import jax
+import ml_collections
+from jax.experimental import multihost_utils
+
+from ard_jax.errors import UserError
+from ard_jax.parallel import make_mesh
+from ard_jax.stages.workdir import Stopwatch, claim, is_first, load_teacher, plain, write_done
+from ard_jax.trajectories import store
+from ard_jax.trajectories.generate import features_of, make_store, manifest, number_of_shards, stored_settings
+
+log = logging.getLogger("ard_jax")
+
+SECTIONS = ("seed", "data", "model", "diffusion", "trajectories")
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Makes the store.
+
+    Raises:
+        UserError: there is no teacher, the workdir belongs to another config, or every trajectory was dropped.
+    """
+    watch, directory = Stopwatch(), workdir / "trajectories"
+    mesh = make_mesh(jax.local_devices())
+    model, params, teacher_hash = load_teacher(config, workdir, mesh)
+    claim(directory, config, SECTIONS, teacher=teacher_hash)
+    make_store(
+        model,
+        params,
+        config,
+        directory,
+        mesh,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("all shards are written")
+    if not is_first():
+        return
+    shards = number_of_shards(config)
+    described = store.describe(directory, shards)
+    made = manifest(config, stored_settings(plain(config)), teacher_hash, described)
+    if not made["kept"]:
+        raise UserError(
+            f"all {made['tried']} trajectories leave [-{config.trajectories.max_abs}, {config.trajectories.max_abs}]: "
+            f"train the teacher longer, or raise trajectories.max_abs."
+        )
+    store.finish(directory, features_of(config), described, made)
+    log.info("%d trajectories kept, %d dropped.", made["kept"], made["dropped"])
+    hashes = {shard["file"]: shard["sha256"] for shard in described}
+    write_done(directory, hashes, watch(), kept=made["kept"], dropped=made["dropped"])

@@ -1,0 +1,181 @@
+"""A workdir: one folder a stage, its config beside what it made, and `done.json` when it is finished.
+
+teacher/                 config.json, checkpoints/, metrics.jsonl, done.json
+trajectories/            config.json, the store (see trajectories/store.py), done.json
+distill/ard/             as teacher/; one folder a student
+distill/done.json        of every student that is finished
+sample/ard/              samples.npz, grid.png
+evaluate/, report/       results
+"""
+
+import json
+import logging
+import pathlib
+import time
+from typing import Any
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from ard_jax.config import make_student, make_teacher
+from ard_jax.errors import UserError
+from ard_jax.files import read_json, write_json
+from ard_jax.models import ARDStudent, DiT, init_from_teacher, parameter_shapes
+from ard_jax.parallel import replicated
+from ard_jax.training.checkpoints import load_parameters
+
+log = logging.getLogger("ard_jax")
+
+# Settings that may differ between two starts of the same run: where things lie and how they are shown.
+FREE = ("run.", "teacher.dir", "trajectories.dir", "report.")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict → dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as JSON gives it back: tuples have become lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, sections: tuple[str, ...], **inputs: str) -> None:
+    """Writes the resolved config into a stage's folder, or compares it with the one that is there.
+
+    Args:
+        directory: the stage's folder.
+        config: the config.
+        sections: the keys on top that this stage's results depend on.
+        inputs: hashes of what else they depend on, such as the teacher's.
+
+    Raises:
+        UserError: the folder belongs to another config; the sentence names the first keys that differ.
+    """
+    path = directory / "config.json"
+    now = plain(config) | {"inputs": inputs}
+    if path.exists():
+        compare(read_json(path), now, (*sections, "inputs"), directory)
+    elif is_first():
+        write_json(path, now)
+        log.info("config:\n%s", config)
+
+
+def compare(before: dict, now: dict, sections: tuple[str, ...], directory: pathlib.Path) -> None:
+    """Raises UserError if two configs differ in some sections, naming the first keys that do."""
+    before, now = flatten(before), flatten(now)
+    differing = [
+        f"{key} {before.get(key)!r} there, {now.get(key)!r} here"
+        for key in sorted(before.keys() | now.keys())
+        if key.split(".")[0] in sections and not key.startswith(FREE) and before.get(key) != now.get(key)
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"{directory} belongs to another config ({'; '.join(differing[:3])}{more}): "
+            f"use that config, or another --workdir, or delete the folder."
+        )
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def write_done(directory: pathlib.Path, hashes: dict[str, str], seconds: float, **made: Any) -> None:
+    """Ends a stage: `done.json` says what it made, with its SHA-256."""
+    if is_first():
+        write_json(directory / "done.json", {"sha256": hashes, "seconds": round(seconds, 2), **made})
+        print(f"done: {directory}", flush=True)
+
+
+def read_done(directory: pathlib.Path) -> dict[str, Any] | None:
+    path = directory / "done.json"
+    return read_json(path) if path.exists() else None
+
+
+def merge_done(directory: pathlib.Path, made: dict[str, dict[str, Any]]) -> None:
+    """Adds to the `done.json` of a stage that makes one thing a model, such as distill.
+
+    Args:
+        directory: the stage's folder.
+        made: by the model's name, what `write_done` takes: "sha256", "seconds" and more.
+    """
+    models = (read_done(directory) or {}).get("models", {}) | made
+    hashes = {f"{name}/{file}": sha for name in sorted(models) for file, sha in models[name]["sha256"].items()}
+    write_done(directory, hashes, sum(model["seconds"] for model in models.values()), models=models)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self):
+        self.start = time.monotonic()
+
+    def __call__(self) -> float:
+        return time.monotonic() - self.start
+
+
+def teacher_folder(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(config.teacher.dir) if config.teacher.dir else workdir / "teacher"
+
+
+def store_folder(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(config.trajectories.dir) if config.trajectories.dir else workdir / "trajectories"
+
+
+def finished(directory: pathlib.Path, stage: str) -> dict[str, Any]:
+    """`done.json` of a stage that this one stands on.
+
+    Raises:
+        UserError: it has not been run to its end.
+    """
+    done = read_done(directory)
+    if done is None:
+        raise UserError(f"{directory} has no done.json: run the stage '{stage}' to its end first, with this config.")
+    return done
+
+
+def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[DiT, Any, str]:
+    """The trained teacher's model, averaged parameters and their SHA-256.
+
+    Raises:
+        UserError: it is not there, or the config describes another model.
+    """
+    directory = teacher_folder(config, workdir)
+    hashes = finished(directory, "teacher")["sha256"]
+    compare(read_json(directory / "config.json"), plain(config), ("data", "model"), directory)
+    model = make_teacher(config)
+    like = placed(teacher_shapes(model), mesh)
+    return model, load_parameters(directory / "checkpoints", "ema", like), hashes["ema"]
+
+
+def load_student(directory: pathlib.Path, mesh: Mesh) -> tuple[ARDStudent, Any, str, ml_collections.ConfigDict]:
+    """A trained student's model, averaged parameters, their SHA-256, and the config that it was trained with.
+
+    Raises:
+        UserError: it is not there.
+    """
+    hashes = finished(directory, "distill")["sha256"]
+    config = ml_collections.ConfigDict(read_json(directory / "config.json"))
+    model = make_student(config)
+    shapes = jax.eval_shape(lambda params: init_from_teacher(params, model), teacher_shapes(make_teacher(config)))
+    params = load_parameters(directory / "checkpoints", "ema", placed(shapes, mesh))
+    return model, params, hashes["ema"], config
+
+
+def teacher_shapes(model: DiT) -> Any:
+    """Shapes of a teacher's parameters, which do not depend on the size of its images."""
+    image = jax.ShapeDtypeStruct((1, model.patch_size, model.patch_size, model.channels), "float32")
+    time, label = jax.ShapeDtypeStruct((1,), "float32"), jax.ShapeDtypeStruct((1,), "int32")
+    return parameter_shapes(model, image, time, label)
+
+
+def placed(shapes: Any, mesh: Mesh) -> Any:
+    """Shapes with the placement that their arrays shall have."""
+    sharding = replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)

@@ -1,0 +1,112 @@
+"""Orbax checkpoints of a training state and its place in the data."""
+
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ard_jax.errors import UserError
+from ard_jax.training.state import TrainState
+
+log = logging.getLogger("ard_jax")
+
+# The parts of a checkpoint; `params` and `ema` are apart so that other stages read just what they need.
+PARTS = ("params", "ema", "optimizer", "position")
+
+
+def make_manager(directory: pathlib.Path, keep: int) -> ocp.CheckpointManager:
+    """Keeps the newest `keep` checkpoints in `directory`; saving runs beside the training."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+    )
+    return ocp.CheckpointManager(directory.absolute(), options=options, item_names=PARTS)
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, position: dict[str, Any]) -> None:
+    """Saves the state and, as JSON, the position: of the data iterator, and the seconds spent."""
+    manager.save(
+        int(state.step),
+        args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            ema=ocp.args.StandardSave(state.ema),
+            optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step, "rng": state.rng}),
+            position=ocp.args.JsonSave(position),
+        ),
+    )
+
+
+def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest checkpoint that can be read, laid out as `like` is; None if there is none.
+
+    A checkpoint that cannot be read is reported and removed, and the one before it is tried.
+
+    Raises:
+        UserError: there are checkpoints, and none can be read.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            state, position = restore_step(manager, step, like)
+        except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+            log.warning("checkpoint %d cannot be read (%s): going back to the one before.", step, first_line(error))
+            continue
+        for broken in (other for other in steps if other > step):
+            manager.delete(broken)
+        return state, position
+    if steps:
+        raise UserError(
+            f"none of the checkpoints in {manager.directory} can be read (steps {steps}): "
+            f"delete that folder to start again."
+        )
+    return None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def restore_step(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            ema=ocp.args.StandardRestore(abstract.ema),
+            optimizer=ocp.args.StandardRestore(
+                {"opt_state": abstract.opt_state, "step": abstract.step, "rng": abstract.rng}
+            ),
+            position=ocp.args.JsonRestore(),
+        ),
+    )
+    rest = restored.optimizer
+    state = TrainState(rest["step"], restored.params, restored.ema, rest["opt_state"], rest["rng"])
+    return state, restored.position
+
+
+def load_parameters(directory: pathlib.Path, part: str, like: Any) -> Any:
+    """Reads "params" or "ema" of the newest checkpoint in a folder of checkpoints.
+
+    Args:
+        directory: a run's `checkpoints` folder.
+        part: "params" or "ema".
+        like: pytree of arrays or `jax.ShapeDtypeStruct`s with shardings, giving shapes, types and placement.
+
+    Raises:
+        UserError: there is no checkpoint, or it does not fit.
+    """
+    if not directory.is_dir():
+        raise UserError(f"there are no checkpoints in {directory}: run the stage that makes them first.")
+    with ocp.CheckpointManager(os.fspath(directory.absolute()), item_names=PARTS) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"there is no whole checkpoint in {directory}: run the stage that makes it first.")
+        try:
+            return manager.restore(step, args=ocp.args.Composite(**{part: ocp.args.StandardRestore(like)}))[part]
+        except Exception as error:
+            raise UserError(
+                f"checkpoint {step} in {directory} cannot be read as this config's model ({first_line(error)}): "
+                f"use the config that it was made with, or make it again."
+            ) from None

@@ -1,0 +1,86 @@
+"""Model FLOPs by formula, and the rates that devices could reach.
+
+A multiply-accumulate counts as two FLOPs and only matrix products count, as usual for utilisation figures. The formulas
+are checked against XLA's cost analysis of the unrolled models in the tests.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from ard_jax.models import ARDStudent, DiT, visible_blocks
+
+# Dense bf16 peak, FLOP/s, by the name in `jax.Device.device_kind`. TPU: Google Cloud's system-architecture pages of
+# v4, v5e, v5p and v6e; NVIDIA: the data sheets of A100 and H100 (SXM, without sparsity).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+}
+
+
+def row_macs(model: DiT, tokens: int) -> int:
+    """Multiply-accumulates of one row (image or block) without attention between tokens."""
+    width, hidden = model.hidden_size, int(model.hidden_size * model.mlp_ratio)
+    patch = model.patch_size**2 * model.channels
+    out = patch * (2 if model.learn_sigma else 1)
+    per_token = patch * width + model.depth * (4 * width**2 + 2 * width * hidden) + width * out
+    modulation = model.depth * 6 * width**2 + 2 * width**2
+    return tokens * per_token + modulation
+
+
+def attention_macs(model: DiT, queries: int, keys: int) -> int:
+    """Multiply-accumulates of one layer's attention."""
+    return 2 * queries * keys * model.hidden_size
+
+
+def time_macs(model: DiT) -> int:
+    return 256 * model.hidden_size + model.hidden_size**2
+
+
+def image_tokens(model: DiT, shape: tuple[int, int, int]) -> int:
+    return (shape[0] // model.patch_size) * (shape[1] // model.patch_size)
+
+
+def teacher_macs(model: DiT, shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one forward pass of one image of (height, width, channel)."""
+    tokens = image_tokens(model, shape)
+    return row_macs(model, tokens) + time_macs(model) + model.depth * attention_macs(model, tokens, tokens)
+
+
+def student_macs(model: ARDStudent, shape: tuple[int, int, int]) -> int:
+    """The same of all S steps of one trajectory, in training or cached sampling: they cost the same."""
+    tokens, history = image_tokens(model, shape), model.layers_with_history
+    seen = sum(len(visible_blocks(model.mask, block)) for block in range(model.steps))
+    attention = history * seen + (model.depth - history) * model.steps
+    rows = model.steps * (row_macs(model, tokens) + time_macs(model))
+    return rows + attention * attention_macs(model, tokens, tokens)
+
+
+def measured_matmul_rate(size: int = 2048, seconds: float = 0.3) -> float:
+    """FLOP/s of a large float32 matrix product on the default device: the ceiling where no data sheet gives one."""
+    multiply = jax.jit(jnp.dot)
+    a = jnp.ones((size, size), jnp.float32)
+    multiply(a, a).block_until_ready()
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        multiply(a, a).block_until_ready()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def peak_flops() -> float:
+    """Peak FLOP/s of all devices together: by device kind, measured on a CPU or a kind that is not in the table."""
+    device = jax.devices()[0]
+    for kind, rate in PEAK_FLOPS.items():
+        if device.device_kind.startswith(kind):
+            return rate * jax.device_count()
+    return measured_matmul_rate() * jax.process_count()  # a CPU's devices share its cores

@@ -1,0 +1,168 @@
+"""The one loop that every objective runs in."""
+
+import logging
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from ard_jax.errors import UserError
+from ard_jax.objectives import Objective
+from ard_jax.parallel import put_batch
+from ard_jax.training import checkpoints
+from ard_jax.training.flops import peak_flops
+from ard_jax.training.metrics import MetricLog
+from ard_jax.training.state import TrainState, init_state, make_optimizer, make_step
+
+log = logging.getLogger("ard_jax")
+
+
+class Preempted(Exception):
+    """The run was asked to stop, has saved its state, and goes on when started again."""
+
+
+class NotFinite(UserError):
+    """A metric became NaN or infinite."""
+
+
+class Trained(NamedTuple):
+    """What a training hands back: its last state, and the seconds that it took over all its starts."""
+
+    state: TrainState
+    seconds: float
+
+
+def train(
+    objective: Objective,
+    params: Any,
+    batches: Iterator[dict[str, Any]],
+    *,
+    settings: ml_collections.ConfigDict,
+    run: ml_collections.ConfigDict,
+    seed: int,
+    directory: pathlib.Path,
+    mesh: Mesh,
+    frozen: Any = None,
+    flops_per_example: float,
+) -> Trained:
+    """Trains until `settings.steps`, from the newest checkpoint if there is one.
+
+    Args:
+        objective: see `ard_jax.objectives`.
+        params: where a fresh run starts.
+        batches: an iterator of this process's rows of each batch, with Grain's `get_state` and `set_state`.
+        settings: a stage's section of the config: steps, batch_size, checkpoint_every, optimizer.
+        run: the `run` section.
+        seed: of the run.
+        directory: of the run: checkpoints/, metrics.jsonl and TensorBoard's files go there.
+        mesh: of devices.
+        frozen: parameters that the objective reads and that are not trained.
+        flops_per_example: of a training step, for the utilisation.
+
+    Raises:
+        NotFinite: a metric is; the last good checkpoint stays.
+        Preempted: SIGTERM came; the state has been saved.
+    """
+    started = time.monotonic()
+    optimizer = make_optimizer(settings.optimizer, settings.steps)
+    state = init_state(params, optimizer, seed, mesh)
+    step_function = make_step(objective, optimizer, settings.optimizer.ema, mesh)
+    with checkpoints.make_manager(directory / "checkpoints", run.keep_checkpoints) as manager:
+        seconds = 0.0
+        if restored := checkpoints.restore(manager, state):
+            state, position = restored
+            batches.set_state(position["data"])
+            seconds = position["seconds"]
+            log.info("resuming at step %d of %d.", state.step, settings.steps)
+        elif jax.process_index() == 0:
+            log.info("parameters:\n%s", parameter_overview.get_parameter_overview(state.params))
+
+        def save(state: TrainState) -> None:
+            spent = seconds + time.monotonic() - started
+            checkpoints.save(manager, state, {"data": batches.get_state(), "seconds": spent})
+
+        metric_log = MetricLog(directory, int(state.step), settings.steps, run.tensorboard) if is_first() else None
+        meter = Meter(settings.batch_size, flops_per_example, int(state.step), metric_log)
+        try:
+            with Preemption() as preemption:
+                for step in range(int(state.step) + 1, settings.steps + 1):
+                    state, metrics = step_function(state, frozen, put_batch(next(batches), mesh))
+                    meter.add(step, metrics)
+                    last = step == settings.steps
+                    saving = last or preemption.asked or step % settings.checkpoint_every == 0
+                    if saving or step % run.log_every == 0:
+                        meter.report()  # raises before anything that is not finite is saved
+                    if saving:
+                        save(state)
+                    if preemption.asked and not last:
+                        manager.wait_until_finished()
+                        raise Preempted(f"stopped at step {step} of {settings.steps}")
+            manager.wait_until_finished()
+        finally:
+            if metric_log:
+                metric_log.close()
+    return Trained(state, seconds + time.monotonic() - started)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that logs."""
+    return jax.process_index() == 0
+
+
+class Meter:
+    """Collects metrics on the device and fetches them only when they are reported."""
+
+    def __init__(self, batch_size: int, flops_per_example: float, step: int, metric_log: MetricLog | None):
+        self.batch_size, self.flops_per_example, self.metric_log = batch_size, flops_per_example, metric_log
+        self.peak = peak_flops()
+        self.step, self.pending, self.since = step, [], time.monotonic()
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self.pending.append((step, metrics))
+
+    def report(self) -> None:
+        """Means of the metrics since the last report; raises NotFinite with the step and the name of a bad one."""
+        fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
+        for step, metrics in fetched:
+            for name, value in metrics.items():
+                if not math.isfinite(value):
+                    raise NotFinite(
+                        f"{name} is {value} at step {step}, so the run stopped and its last good checkpoint stays: "
+                        f"lower the learning rate or the gradient clip, or look at the data, and start again."
+                    )
+        now = time.monotonic()
+        done = len(fetched)
+        rate = done / (now - self.since)
+        values = {name: float(sum(m[name] for _, m in fetched)) / done for name in fetched[0][1]}
+        samples = rate * self.batch_size
+        values |= {
+            "steps_per_s": rate,
+            "samples_per_s": samples,
+            "utilisation": samples * self.flops_per_example / self.peak,
+        }
+        self.step, self.pending, self.since = fetched[-1][0], [], now
+        if self.metric_log:
+            self.metric_log.write(self.step, values)
+
+
+class Preemption:
+    """Turns SIGTERM into a flag while the loop runs."""
+
+    asked = False
+
+    def __enter__(self) -> "Preemption":
+        self.before = signal.signal(signal.SIGTERM, self.ask)
+        return self
+
+    def ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self.before)

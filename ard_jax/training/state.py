@@ -1,0 +1,118 @@
+"""Training state, optimiser and the jitted step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from ard_jax.errors import UserError
+from ard_jax.objectives import Metrics, Objective
+from ard_jax.parallel import batch_sharding, replicated
+
+
+class TrainState(NamedTuple):
+    """All that a step reads and writes.
+
+    Attributes:
+        step: steps done, int32.
+        params: the trained parameters.
+        ema: their running average, which is what gets sampled.
+        opt_state: optax's.
+        rng: the run's key data, uint32; it never changes: randomness is a function of it and the data position.
+    """
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt_state: Any
+    rng: jax.Array
+
+
+def learning_rate(settings: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+    """Linear warm-up, then constant or cosine to 0 at the last step.
+
+    Raises:
+        UserError: unknown schedule, or a warm-up as long as the training.
+    """
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    if not 0 <= warmup < steps:
+        raise UserError(f"optimizer.warmup_steps is {warmup} of {steps} steps: choose fewer than all of them.")
+    if settings.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif settings.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, steps - warmup)
+    else:
+        raise UserError(f"optimizer.schedule is {settings.schedule!r}: choose constant or cosine.")
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def make_optimizer(settings: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+    """Gradient clipping and any optimiser of optax by its name.
+
+    Raises:
+        UserError: optax has no such optimiser, or it takes no weight decay and one is asked for.
+    """
+    build = getattr(optax, settings.name, None)
+    if build is None or not callable(build):
+        raise UserError(f"optimizer.name is {settings.name!r}, which optax does not have: choose one such as adamw.")
+    options = {"weight_decay": settings.weight_decay} if settings.name == "adamw" or settings.weight_decay else {}
+    try:
+        optimizer = build(learning_rate(settings, steps), **options)
+    except TypeError as error:
+        raise UserError(
+            f"optax's {settings.name!r} cannot be built with a learning rate and {options or 'no options'} ({error}): "
+            f"choose another optimiser, or weight_decay=0."
+        ) from None
+    if settings.clip < 0:
+        raise UserError(f"optimizer.clip is {settings.clip}: give a gradient norm, or 0 for no clipping.")
+    return optax.chain(optax.clip_by_global_norm(settings.clip), optimizer) if settings.clip else optimizer
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+    """State before the first step; every array owns its memory, so that the step may be given it for good."""
+
+    def start(params):
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema=jax.tree.map(jnp.copy, params),
+            opt_state=optimizer.init(params),
+            rng=jax.random.key_data(jax.random.key(seed)),
+        )
+
+    return jax.jit(start, out_shardings=replicated(mesh))(params)
+
+
+def ramped_decay(decay: float, step: jax.Array) -> jax.Array:
+    """EMA decay that forgets the start: min(decay, (1 + step) / (10 + step))."""
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+def make_step(
+    objective: Objective, optimizer: optax.GradientTransformation, ema_decay: float, mesh: Mesh
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+    """The jitted step (state, frozen, batch) → (state, metrics); the old state's memory is reused."""
+
+    def step(state, frozen, batch):
+        key = jax.random.wrap_key_data(state.rng)
+        grad = jax.value_and_grad(objective, has_aux=True)
+        (loss, metrics), gradient = grad(state.params, frozen, batch, key)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1.0 - ramped_decay(ema_decay, state.step))
+        metrics = {"loss": loss, **metrics, "gradient_norm": optax.global_norm(gradient)}
+        return TrainState(state.step + 1, params, ema, opt_state, state.rng), metrics
+
+    everywhere = replicated(mesh)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(everywhere, everywhere, batch_sharding(mesh)),
+        out_shardings=(everywhere, everywhere),
+    )

@@ -1,0 +1,177 @@
+"""The trajectory job: solves the teacher's ODE from numbered noises and stores the points (DESIGN.md section 3).
+
+Record i is a function of (config, teacher weights, seed, i) alone: its noise and label are drawn from (seed, i), and
+every device always solves batches of `trajectories.batch_size`, however many devices and hosts there are. Hosts share
+the shards out by number and never talk while they work.
+"""
+
+import logging
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from ard_jax import __version__
+from ard_jax.config import example_shape, solver_settings
+from ard_jax.models import DiT
+from ard_jax.parallel import put_batch
+from ard_jax.sampling import draw_noise_and_labels, sample_teacher, take_points, trajectory_key, within_bounds
+from ard_jax.training.metrics import progress_bar
+from ard_jax.trajectories import store
+
+log = logging.getLogger("ard_jax")
+
+Record = dict[str, Any]
+
+
+def make_solver(model: DiT, config: ml_collections.ConfigDict) -> Callable[[Any, dict[str, jax.Array]], Record]:
+    """The jitted function (params, {"index": (batch,)}) → records, each leaf with a leading batch axis.
+
+    The records have the store's type already, and "kept" says which are within bounds.
+    """
+    trajectories, settings = config.trajectories, solver_settings(config)
+    points, dtype = tuple(trajectories.points), jnp.dtype(store.DTYPES[trajectories.dtype])
+    key = trajectory_key(config.seed)
+
+    def solve(params, batch):
+        noise, label = draw_noise_and_labels(key, batch["index"], example_shape(config), model.num_classes)
+        solution = sample_teacher(model, params, noise, label, **settings)
+        x0 = take_points(solution.x0, points, settings["steps"])
+        record = {"noise": noise.astype(dtype), "x0": x0.astype(dtype), "label": label, "index": batch["index"]}
+        if trajectories.keep_noisy:
+            record["xt"] = take_points(solution.xt, points, settings["steps"]).astype(dtype)
+        return record, within_bounds(x0, min(trajectories.max_abs or jnp.inf, float(jnp.finfo(dtype).max)))
+
+    return jax.jit(solve)
+
+
+def solve_range(solver, params: Any, indices: np.ndarray, batch_size: int, mesh: Mesh) -> Iterator[tuple[Record, Any]]:
+    """Solves numbered trajectories in batches of one size, in order; yields (records, kept) as NumPy arrays.
+
+    The next batch is on the device while the last one is fetched and written.
+    """
+
+    def start(first):
+        rows = np.resize(indices[first : first + batch_size], batch_size)  # the last batch is filled up, then cut
+        return solver(params, put_batch({"index": rows}, mesh)), len(indices[first : first + batch_size])
+
+    def fetch(pending):
+        results, count = pending
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], results)
+
+    pending = None
+    for first in range(0, len(indices), batch_size):
+        following = start(first)
+        if pending is not None:
+            yield fetch(pending)
+        pending = following
+    yield fetch(pending)
+
+
+def stored_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What a store must share with whoever trains on it, by dotted key; takes and gives plain JSON values."""
+    keys = [("data", key) for key in ("image_size", "channels", "num_classes")]
+    keys += [("diffusion", key) for key in config["diffusion"]]
+    return {f"{section}.{key}": config[section][key] for section, key in keys}
+
+
+def make_store(
+    model: DiT,
+    params: Any,
+    config: ml_collections.ConfigDict,
+    directory: pathlib.Path,
+    mesh: Mesh,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> None:
+    """Makes this process's shards that are missing, truncated or altered.
+
+    Args:
+        model, params: the teacher and its parameters.
+        config: `trajectories`, `diffusion`, `data` and `seed` count.
+        directory: of the store.
+        mesh: of this process's own devices.
+        process_index, process_count: which shards are this process's: every process_count-th.
+    """
+    trajectories = config.trajectories
+    shards = number_of_shards(config)
+    mine = range(process_index, shards, process_count)
+    whole = store.whole_shards(directory, shards, mine)
+    missing = [shard for shard in mine if shard not in whole]
+    if not missing:
+        return
+    solver = make_solver(model, config)
+    features = features_of(config)
+    total = sum(len(shard_indices(config, shard)) for shard in missing)
+    done, started = 0, time.monotonic()
+    with progress_bar(total, "trajectory") as bar:
+        for shard in missing:
+            dropped: list[int] = []
+            batches = solve_range(
+                solver, params, shard_indices(config, shard), trajectories.batch_size * mesh.size, mesh
+            )
+            store.write_shard(directory, shard, shards, features, keep(batches, dropped, bar), dropped)
+            done += len(shard_indices(config, shard))
+            rate = done / (time.monotonic() - started)
+            left = (total - done) / rate
+            log.info("shard %d of %d written, %.0f trajectories/s, %.0f s left.", shard + 1, shards, rate, left)
+
+
+def number_of_shards(config: ml_collections.ConfigDict) -> int:
+    return -(-config.trajectories.count // config.trajectories.shard_size)
+
+
+def shard_indices(config: ml_collections.ConfigDict, shard: int) -> np.ndarray:
+    """Numbers of the trajectories that a shard covers."""
+    size = config.trajectories.shard_size
+    return np.arange(shard * size, min((shard + 1) * size, config.trajectories.count))
+
+
+def features_of(config: ml_collections.ConfigDict):
+    trajectories = config.trajectories
+    return store.record_features(
+        example_shape(config), len(trajectories.points), trajectories.dtype, trajectories.keep_noisy
+    )
+
+
+def keep(batches: Iterator[tuple[Record, np.ndarray]], dropped: list[int], bar) -> Iterator[Record]:
+    """Yields the records that are within bounds, and notes the numbers of the others in `dropped`."""
+    for records, kept in batches:
+        for row, good in enumerate(kept):
+            record = {name: values[row] for name, values in records.items()}
+            if good:
+                yield record
+            else:
+                dropped.append(int(record["index"]))
+        bar.update(len(kept))
+
+
+def manifest(
+    config: ml_collections.ConfigDict, settings: dict, teacher_hash: str, shards: list[dict]
+) -> dict[str, Any]:
+    """How the store was made."""
+    trajectories = config.trajectories
+    dropped = sum(len(shard["dropped"]) for shard in shards)
+    return {
+        "format": 1,
+        "code_version": __version__,
+        "teacher_sha256": teacher_hash,
+        "seed": config.seed,
+        "settings": settings,
+        "points": list(trajectories.points),
+        "keep_noisy": trajectories.keep_noisy,
+        "dtype": trajectories.dtype,
+        "max_abs": trajectories.max_abs,
+        "batch_size": trajectories.batch_size,
+        "tried": trajectories.count,
+        "kept": trajectories.count - dropped,
+        "dropped": dropped,
+        "shards": shards,
+    }

@@ -1,0 +1,30 @@
+"""scikit-learn's handwritten digits, 8×8: the whole pipeline on a laptop.
+
+--config configs/digits.py[:student=ard|step|ard_noisy|step_noisy]
+"""
+
+from ard_jax.config import config_arguments, default_config
+
+
+def get_config(argument: str = ""):
+    student = config_arguments(argument, student="ard")["student"]
+    config = default_config()
+    with config.unlocked():
+        config.data.update(source="digits", image_size=8, channels=1, num_classes=10, space="pixel")
+        config.model.update(patch_size=2, hidden_size=64, depth=6, num_heads=2, learn_sigma=False)
+        # a label table at 0.02 hardly reaches a network this small
+        config.model.update(label_init_std=0.5, time_init_std=0.1)
+        config.teacher.update(steps=2000, batch_size=64, checkpoint_every=500)
+        config.teacher.optimizer.update(learning_rate=2e-3, schedule="cosine", ema=0.998)
+        config.trajectories.update(
+            count=4352, keep_noisy=True, batch_size=128, shard_size=1088, max_abs=4.0, dtype="float16"
+        )
+        config.student.update(
+            name=student, history_layers=2, mask="diagonal" if student.startswith("step") else "causal"
+        )
+        config.student.target = "xt" if student.endswith("noisy") else "x0"
+        config.distill.update(steps=1000, batch_size=32, checkpoint_every=500)
+        config.distill.optimizer.update(learning_rate=1.5e-3, schedule="cosine", ema=0.995)
+        config.sample.update(models=("teacher", "ard"), count=3072, batch_size=128)
+        config.report.title = "Handwritten digits, 8×8"
+    return config

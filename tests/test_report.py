@@ -1,0 +1,396 @@
+"""The report: pixels where they belong, numbers in their cells, nothing fetched, nothing that crashes it."""
+
+import base64
+import io
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ard_jax.errors import UserError
+from ard_jax.report import build_report, image_grid, teaser, words
+from ard_jax.report.figures import GUTTER, PALETTE, Series, line_chart
+from ard_jax.report.page import _thinned
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+STEPS, COUNT, SIDE = 4, 5, 8
+
+
+class Page(HTMLParser):
+    """The parsed page: checks nesting, keeps images, links, ids, table cells and the text of each section."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open, self.images, self.links, self.ids, self.rows, self.text = [], [], [], [], [], {}
+        self.section = "top"
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self._keep(tag, dict(attrs))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self._keep(tag, dict(attrs))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text[self.section] = self.text.get(self.section, "") + data
+        if self.rows and self.open[-1:] in (["th"], ["td"]):
+            self.rows[-1][-1] += data
+
+    def _keep(self, tag, attrs):
+        self.links += [attrs[key] for key in ("src", "href", "srcset", "action", "data") if key in attrs]
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        if tag == "section":
+            self.section = attrs["id"]
+        if tag == "img":
+            self.images.append(attrs)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+
+    def row(self, heading: str) -> list[str]:
+        return next(row for row in self.rows if row[0] == heading)
+
+
+def student(target, mask, fd, degradation, **more):
+    measured = {"precision": 0.91, "recall": 0.7244, "psnr": 26.14, "network_calls": 4, "parameters": 480512}
+    costs = {"gmac_per_image": 0.02914, "seconds_per_image": 0.000312}
+    by_step = {"psnr_per_step": [27, 26, 26, 26.1], "forced_mse": [0.002, 0.001, 0.001, 0.001]}
+    by_step["rollout_mse"] = [0.002, 0.003, 0.004, 0.005]
+    return {"kind": "student", "target": target, "mask": mask, "history_layers": 2, "steps": STEPS} | (
+        measured | costs | by_step | {"fd": fd, "degradation": degradation} | more
+    )
+
+
+@pytest.fixture
+def results():
+    teacher = {"kind": "teacher", "fd": 17.604, "precision": 0.934, "recall": 0.8, "network_calls": 50, "steps": 25}
+    return {
+        "features": "64 features of a small classifier",
+        "real_images": 1797,
+        "samples": 3072,
+        "models": {
+            "teacher": teacher | {"parameters": 467216, "gmac_per_image": 3.531, "seconds_per_image": 0.0041},
+            "ard": student("x0", "causal", 22.914, 5.31),
+            "step": student("x0", "diagonal", 59.524, 41.92),
+            "ard_noisy": student("xt", "causal", 17.9, 0.3),
+            "step_noisy": student("xt", "diagonal", 18.3, 0.7),
+        },
+        "degradation_ratio": 7.894,
+        "degradation_ratios": {"x0": 7.894, "xt": 2.333},
+        "seconds": {"teacher": 80.0, "distill/ard": 40.0},
+        "config": {"seed": 3, "data": "<digits>"},
+    }
+
+
+@pytest.fixture
+def pictures():
+    rng = np.random.default_rng(0)
+    points = {
+        name: rng.integers(0, 256, (COUNT, STEPS, SIDE, SIDE, 1), dtype=np.uint8)
+        for name in ("teacher", "ard", "step", "ard_noisy", "step_noisy")
+    }
+    noise = rng.integers(0, 256, (COUNT, SIDE, SIDE, 1), dtype=np.uint8)
+    return points | {"noise": noise, "label": np.arange(COUNT) + 4}
+
+
+@pytest.fixture
+def curves():
+    rows = [{"step": 10 * (i + 1), "loss": 1 / (i + 1), "samples_per_s": 1000.0 + i} for i in range(9)]
+    return {"teacher": rows, "ard": rows, "step": rows}
+
+
+def decoded(image: dict) -> Image.Image:
+    head, data = image["src"].split(",", 1)
+    assert head == "data:image/png;base64"
+    return Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+
+
+def test_grid_puts_every_pixel_in_its_place():
+    images = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(3, 2, 2, 1)
+    grid = np.asarray(image_grid(images, columns=2, side=4))  # pixels become 2×2
+    expected = np.full((4 + GUTTER + 4, 4 + GUTTER + 4), 255, np.uint8)
+    for index, (top, left) in enumerate([(0, 0), (0, 4 + GUTTER), (4 + GUTTER, 0)]):
+        expected[top : top + 4, left : left + 4] = np.kron(images[index, ..., 0], np.ones((2, 2), np.uint8))
+    np.testing.assert_array_equal(grid, expected)
+
+
+def test_grid_enlarges_only_small_pictures_and_keeps_colour():
+    assert image_grid(np.zeros((1, 8, 8, 1), np.uint8), 4).size == (64, 64)
+    large = np.random.default_rng(0).integers(0, 256, (2, 100, 80, 3), dtype=np.uint8)
+    grid = image_grid(large, 2)
+    assert grid.mode == "RGB"
+    assert grid.size == (160 + GUTTER, 100)
+    np.testing.assert_array_equal(np.asarray(grid)[:, 80 + GUTTER :], large[1])
+
+
+@pytest.mark.parametrize(
+    ("images", "columns", "said"),
+    [
+        (np.zeros((2, 8, 8, 1)), 2, "type float64"),
+        (np.zeros((8, 8, 1), np.uint8), 2, r"shape \(8, 8, 1\)"),
+        (np.zeros((0, 8, 8, 1), np.uint8), 2, r"shape \(0, 8, 8, 1\)"),
+        (np.zeros((2, 8, 8, 4), np.uint8), 2, "1 or 3 channels"),
+        (np.zeros((2, 8, 8, 1), np.uint8), 0, "0 columns"),
+    ],
+)
+def test_grid_refuses_what_it_cannot_lay_out(images, columns, said):
+    with pytest.raises(UserError, match=said):
+        image_grid(images, columns)
+
+
+def test_page_is_well_formed_and_fetches_nothing(results, pictures, curves):
+    html = build_report("Digits", results, pictures, curves)
+    page = Page(html)
+    assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import|<script|<link", re.sub(r'"data:[^"]*"', "", html))
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    sections = ["pictures", "measurements", "points", "psnr", "exposure", "training", "time", "made"]
+    assert [name for name in page.text if name != "top"] == sections
+    assert html.count("<svg") == 2 + 2 + 2  # PSNR and exposure bias by kind of point, losses of teacher and students
+    assert not [light for light, _ in PALETTE.values() if light in html.split("</style>")[1]]
+
+
+def test_every_picture_of_the_page_decodes_to_what_was_handed_over(results, pictures, curves):
+    page = Page(build_report("Digits", results, pictures, curves))
+    # Finals: teacher, 2 students and their differences, twice. Progressions: noise and 4 steps by 3 rows for 4 samples
+    # with x0 points, 2 with noisy ones, where the teacher's row (x0 points alone are here) shows only the last.
+    assert len(page.images) == 2 * 5 * COUNT + 4 * 3 * (1 + STEPS) + 2 * (2 * (1 + STEPS) + 2)
+    assert {decoded(image).size for image in page.images} == {(64, 64)}
+    by_alt = {image["alt"]: np.asarray(decoded(image))[::8, ::8] for image in page.images}
+    np.testing.assert_array_equal(by_alt["ARD, sample 2"], pictures["ard"][1, -1, ..., 0])
+    np.testing.assert_array_equal(by_alt["ARD, sample 2, step 3 of 4"], pictures["ard"][1, 2, ..., 0])
+    np.testing.assert_array_equal(by_alt["noise 3"], pictures["noise"][2, ..., 0])
+    apart = np.abs(pictures["step"][0, -1].astype(int) - pictures["teacher"][0, -1])[..., 0]
+    np.testing.assert_array_equal(by_alt["Step distillation, difference, sample 1"], np.minimum(3 * apart, 255))
+
+
+def test_large_colour_pictures_are_reduced(results):
+    rng = np.random.default_rng(0)
+    points = rng.integers(0, 256, (10, STEPS, 256, 256, 3), dtype=np.uint8)
+    page = Page(build_report("Large", results, {"teacher": points, "ard": points}, {}))
+    assert {(decoded(image).size, decoded(image).mode) for image in page.images} == {((160, 160), "RGB")}
+    assert len(page.images) == 3 * 8 + 4 * 2 * STEPS
+    assert all(np.asarray(decoded(image)).max() == 0 for image in page.images if "difference" in image["alt"])
+
+
+def test_fewer_steps_stand_where_the_trajectory_has_got_to(results, pictures):
+    pictures["ard"] = pictures["ard"][:, [1, 3]]
+    html = build_report("Digits", results, pictures, {})
+    block = html.split('class="progression"')[1]
+    cells = re.findall(r'<span></span>|alt="(ARD, sample 1[^"]*)"', block[block.index(">ARD<") :])
+    assert cells[:4] == ["", "ARD, sample 1, step 1 of 2", "", "ARD, sample 1, step 2 of 2"]
+
+
+def test_noisy_points_of_the_teacher_are_shown_where_they_are_given(results, pictures):
+    pictures["teacher_xt"] = pictures["teacher"][::-1].copy()
+    page = Page(build_report("Digits", results, pictures, {}))
+    shown = [np.asarray(decoded(i))[::8, ::8] for i in page.images if i["alt"] == "Teacher, sample 1, step 2 of 4"]
+    np.testing.assert_array_equal(shown, [pictures["teacher"][0, 1, ..., 0], pictures["teacher_xt"][0, 1, ..., 0]])
+
+
+def test_table_cells(results):
+    page = Page(build_report("Digits", results, {}, {}))
+    none = words.ABSENT
+    assert page.row("Teacher") == ["Teacher", "17.60", none, "0.934", "0.800", none, "50", "3.53", "4.10", "467,216"]
+    ard = ["ARD", "22.91", "5.31", "0.910", "0.724", "26.1", "4", "0.0291", "0.312", "480,512"]
+    assert page.row("ARD") == ard
+    assert page.row("Step distillation, noisy points")[:3] == ["Step distillation, noisy points", "18.30", "0.70"]
+    assert page.row("x0 points") == ["x0 points", "+41.92", "+5.31", "7.9"]
+    assert page.row("Noisy points") == ["Noisy points", "+0.70", "+0.30", "2.3"]
+    assert page.row("distill/ard") == ["distill/ard", "", "40.0 s"]
+    assert page.row("total") == ["total", "", "2 min 0 s"]
+
+
+def test_headline_says_the_ratio_and_whose_the_other_one_is(results):
+    lead, detail = words.headline(results)
+    assert lead == "Distilled to 4 steps, step distillation falls 7.9 times as far behind its teacher as ARD does."
+    assert detail == (
+        "In Fréchet distance (FD), step distillation stands at +41.92 against the teacher’s 17.60, ARD at +5.31."
+    )
+    top = Page(build_report("Digits", results, {}, {})).text["top"]
+    assert "7.9×" in top
+    assert "Measured here, on this data" in top
+    assert "The paper (arXiv 2504.11295) reports for ImageNet 256×256" in top
+    assert "5.1. Those are the paper’s numbers" in top
+
+
+@pytest.mark.parametrize(
+    ("changes", "ratio", "said"),
+    [
+        ({"ard": -0.4}, None, "No degradation ratio can be given: ARD is no worse than the teacher by this measure."),
+        ({"ard": -0.4, "step": -1}, 2.5, "step distillation and ARD are no worse than the teacher by this measure."),
+        ({"ard": math.nan}, math.nan, "The two students cannot be compared here."),
+        ({}, None, "No degradation ratio was computed for these results."),
+        ({}, 0.5, "ARD falls 2.0 times as far behind its teacher as step distillation does."),
+        ({}, 1.02, "ARD and step distillation fall about equally far behind their teacher."),
+    ],
+)
+def test_headline_does_not_claim_more_than_there_is(results, changes, ratio, said):
+    results["degradation_ratio"] = results["degradation_ratios"]["x0"] = ratio
+    for name, value in changes.items():
+        results["models"][name]["degradation"] = value
+    page = Page(build_report("Digits", results, {}, {}))
+    assert words.headline(results)[0].endswith(said)
+    assert said in page.text["top"]
+    if changes:
+        assert "×" not in page.text["top"].replace("256×256", "")
+        assert page.row("x0 points")[-1] == "none"
+
+
+def test_missing_baseline_is_named(results):
+    del results["models"]["step"]
+    lead, _ = words.headline(results)
+    assert lead == "These results hold no step distillation with x0 points, so the two cannot be compared here."
+    assert Page(build_report("Digits", results, {}, {})).row("x0 points") == ["x0 points", "–", "+5.31", "–"]
+
+
+def test_all_text_is_escaped(results, pictures, curves):
+    evil = '<script>alert("1")</script>&'
+    results["features"] = results["models"]["ard"]["title"] = evil
+    results["models"][evil] = results["models"].pop("ard") | {"parameters": evil}
+    results["seconds"][evil] = 1.0
+    results["config"][evil] = evil
+    pictures[evil] = pictures.pop("ard")
+    pictures["label"] = np.array([evil] * COUNT)
+    curves[evil] = curves.pop("ard")
+    html = build_report(evil, results, pictures, curves)
+    page = Page(html)
+    assert "<script" not in html
+    assert {"script", "/script"}.isdisjoint(page.open)
+    for section in ("top", "pictures", "measurements", "psnr", "exposure", "training", "time"):
+        assert evil in page.text[section]
+    assert page.row(evil)[-1] == evil
+    assert f"{evil}, sample 1" in [image["alt"] for image in page.images]
+    assert '"data": "<digits>"' in page.text["made"]
+
+
+@pytest.mark.parametrize("results_", [{}, {"models": {}, "seconds": None, "degradation_ratios": None}])
+def test_nothing_at_all_still_makes_a_page(results_):
+    page = Page(build_report("Empty", results_, None, None))
+    assert "hold no step distillation and no ARD" in page.text["top"]
+    assert "needs a decoder" in page.text["pictures"]
+    assert "No model was measured." in page.text["measurements"]
+    assert "hold no student with x0 points" in page.text["points"]
+    assert "hold no student with noisy points" in page.text["points"]
+    assert "was not measured" in page.text["psnr"]
+    assert "were not measured" in page.text["exposure"]
+    assert "no loss curves" in page.text["training"]
+    assert "not recorded" in page.text["time"]
+    assert "not handed over" in page.text["made"]
+
+
+def _paths(value, path=()):
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield (*path, key)
+            yield from _paths(child, (*path, key))
+
+
+def test_no_single_missing_key_breaks_the_page(results, pictures, curves):
+    for name in ("ard_noisy", "step_noisy"):  # to be quick; they pass through the same code
+        del results["models"][name], pictures[name]
+    pictures |= {name: images[:1, :, :1, :1] for name, images in pictures.items() if images.ndim == 5}
+    given = {"results": results, "pictures": pictures, "curves": curves}
+    paths = [path for path in _paths(given) if len(path) > 1 and "step" not in path[:-1]]
+    assert ("results", "models", "ard", "psnr_per_step") in paths
+    for *parents, key in paths:
+        holder = given
+        for parent in parents:
+            holder = holder[parent]
+        kept = dict(holder)
+        del holder[key]
+        Page(build_report("Digits", results, pictures, curves))
+        holder.clear()
+        holder.update(kept)
+
+
+def test_numbers_that_are_not_finite_are_words(results, curves):
+    results["models"]["ard"] |= {"fd": math.nan, "degradation": math.nan, "precision": math.inf, "psnr": -math.inf}
+    results["models"]["ard"] |= {"seconds_per_image": math.nan, "gmac_per_image": None}
+    results["models"]["ard"] |= {"psnr_per_step": [math.nan] * 4, "rollout_mse": [0.1, None, math.inf, 0.2]}
+    results["seconds"]["distill/ard"] = math.nan
+    curves["ard"] = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": None}, {"loss": 1.0}]
+    html = build_report("Digits", results, {}, curves)
+    row = Page(html).row("ARD")
+    assert row[1:4] == ["not a number", "not a number", "infinite"]
+    assert row[5:9] == ["minus infinite", "4", "–", "not a number"]
+    assert Page(html).row("distill/ard") == ["distill/ard", "", "not a number"]
+    assert Page(html).row("total") == ["total", "", "1 min 20 s"]
+    assert not re.search(r"\bnan\b|\binf\b", html)
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [
+        (words.number(-1234.5), "−1,234.50"),
+        (words.number(None), "–"),
+        (words.number(np.float32(0.5), ".3f"), "0.500"),
+        (words.significant(5931.2), "5,931"),
+        (words.significant(0.00123456), "0.00123"),
+        (words.significant(47.26), "47.3"),
+        (words.duration(4.24), "4.2 s"),
+        (words.duration(59.97), "1 min 0 s"),
+        (words.duration(3599.7), "1 h 0 min"),
+        (words.duration(2 * 3600 + 299), "2 h 5 min"),
+        (words.duration(None), "–"),
+    ],
+)
+def test_numbers_as_people_write_them(said, value):
+    assert said == value
+
+
+def test_models_of_one_title_are_told_apart():
+    models = {"teacher": {"kind": "teacher"}, "a": {"title": "ARD"}, "b": {"title": "ARD"}, "s": {"mask": "diagonal"}}
+    named = words.titles(models | {"n": {"title": "ARD", "target": "xt"}})
+    assert named == {
+        "teacher": "Teacher",
+        "a": "ARD (a)",
+        "b": "ARD (b)",
+        "s": "Step distillation",
+        "n": "ARD, noisy points",
+    }
+
+
+def test_chart_draws_its_points_and_nothing_that_has_no_place():
+    svg = line_chart("loss", [Series("a", "ard", [1, 2, 3], [1.0, 0.0, 0.1])], "step", "loss", log=True, markers=True)
+    assert len(re.findall(r"<use [^>]*--ard", svg)) == 2  # markers; zero has no logarithm
+    assert 'aria-label="loss by step: a"' in svg
+    assert all(name.startswith("loss-") for name in re.findall(r' id="([^"]*)"', svg))
+    assert line_chart("none", [Series("a", "ard", [1, 2], [math.nan, -1.0])], "step", "loss", log=True) is None
+
+
+def test_long_curves_become_means():
+    rows = [{"step": i, "loss": 2.0 if i % 2 else 1.0} for i in range(600)]
+    steps, losses = _thinned(rows)
+    assert steps == [2 * i + 0.5 for i in range(300)]
+    assert losses == [1.5] * 300
+    assert _thinned(rows[:3] + [{"step": 3, "loss": math.nan}, {"step": 4}]) == ([0, 1, 2], [1, 2, 1])
+
+
+def test_teaser_shows_the_three_rows_pixel_for_pixel(results, pictures):
+    image = np.asarray(Image.open(io.BytesIO(teaser(pictures, results))).convert("L"))
+    strip, margin, gap, left = 96, 24, 14, 290
+    assert image.shape == (2 * margin + 3 * strip + 2 * gap, left + COUNT * (strip + GUTTER) - GUTTER + margin)
+    for row, name in enumerate(["teacher", "step", "ard"]):
+        top = margin + row * (strip + gap)
+        cell = image[top : top + strip, left + 2 * (strip + GUTTER) :][:, :strip]
+        np.testing.assert_array_equal(cell[6::12, 6::12], pictures[name][2, -1, ..., 0])
+        assert image[top : top + strip, :left].min() < 100  # the row has a title
+
+
+def test_teaser_without_a_student_says_what_it_needs(results, pictures):
+    with pytest.raises(UserError, match=r"got \['noise', 'teacher'\]: evaluate them first"):
+        teaser({"teacher": pictures["teacher"], "noise": pictures["noise"]}, results)
