@@ -11,7 +11,6 @@ Stages, in the order of a run:
 """
 
 import importlib
-import os
 import pathlib
 import sys
 
@@ -33,6 +32,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.path.insert(0, str(pathlib.Path.cwd()))
     sys.exit(main(sys.argv[1:]))

@@ -14,7 +14,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from ard_jax.config import validate
+from ard_jax.config import default_config, validate
 from ard_jax.errors import UserError
 from ard_jax.training.loop import Preempted
 
@@ -33,17 +33,34 @@ def run_stage(module: types.ModuleType, stage: str, arguments: list[str]) -> int
     try:
         config, workdir = parse(arguments)
         validate(config)
-        set_up_jax(workdir)
+    except UserError as error:
+        return fail(stage, str(error))
+    set_up_jax(workdir)
+    try:
         module.run(config, workdir)
     except UserError as error:
         return fail(stage, str(error))
     except Preempted as stop:
         print(f"{stage}: {stop}; its state is saved: resume by running the same command.", flush=True)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        sentence = storage_trouble(error, workdir)
+        if not sentence:
             raise
-        return fail(stage, f"the disk of {error.filename or workdir} is full: free some space and run the same again.")
+        return fail(stage, sentence)
     return 0
+
+
+def storage_trouble(error: Exception, workdir: pathlib.Path) -> str:
+    """The sentence for a full disk or a path that cannot be used, "" for any other error.
+
+    ArrayRecord and TensorStore raise errors of their own, with the system's words in them.
+    """
+    said = one_line(error)
+    if any(os.strerror(code) in said for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        return f"the disk of {workdir} is full: free some space and run the same command again."
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+        return f"a file or folder cannot be used ({said}): mend that, or choose another --workdir."
+    return ""
 
 
 def fail(stage: str, sentence: str) -> int:
@@ -52,10 +69,14 @@ def fail(stage: str, sentence: str) -> int:
 
 
 def set_up_logging() -> None:
-    """Our own log lines and everybody's warnings; Orbax alone would write forty lines a checkpoint."""
+    """Our own log lines and everybody's warnings, but for those around checkpoints.
+
+    Orbax writes forty lines a checkpoint, and a failed one at length before it raises it; asyncio repeats that.
+    """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
     logging.getLogger("ard_jax").setLevel(logging.INFO)
-    absl.logging.set_verbosity(absl.logging.WARNING)
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def set_up_jax(workdir: pathlib.Path) -> None:
@@ -68,43 +89,56 @@ def parse(arguments: list[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path
     """Flags → (resolved config, workdir).
 
     Raises:
-        UserError: an unknown flag or key, a value of the wrong type, a config file that is not there.
+        UserError: an unknown flag or key, a value of the wrong type, a config file that is not there or does not work.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["ard_jax", *arguments])
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    given = {argument.lstrip("-").split("=")[0].split(".")[0] for argument in arguments if argument.startswith("-")}
-    for name in ("config", "workdir"):
-        if name not in given:
-            raise UserError(f"--{name} is missing: give --config FILE and --workdir DIR.")
-    check_config_file(arguments)
+    check_flags(arguments)
     try:
         rest = values(["ard_jax", *arguments])[1:]
-    except flags.UnrecognizedFlagError as error:
-        raise UserError(f"there is no flag --{error.flagname}: {suggestion(error.flagname, values)}.") from None
-    except (flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"the command line cannot be used: {one_line(error)}.") from None
+        config = values.config
+    except UserError:
+        raise
+    except flags.Error as error:
+        raise UserError(f"the command line cannot be used: {last_line(error)}.") from None
+    except Exception as error:  # a config file is code, which may raise anything
+        raise UserError(f"the config file cannot be used ({type(error).__name__}: {last_line(error)}).") from None
     if rest:
         raise UserError(f"{rest[0]!r} is not understood: settings are given as --config.key=value.")
-    return values.config, pathlib.Path(values.workdir)
+    if not isinstance(config, ml_collections.ConfigDict) or set(known_keys()) - set(dotted(config)):
+        raise UserError("the config file leaves settings out: let its get_config start from default_config().")
+    return config, pathlib.Path(values.workdir)
 
 
-def check_config_file(arguments: list[str]) -> None:
-    """Raises UserError if the file named by --config is not there; ml_collections would say so much later."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument.lstrip("-").startswith("config=") or argument.lstrip("-") == "config":
-            name = (argument.partition("=")[2] or following).split(":")[0]
-            if not pathlib.Path(name).is_file():
-                raise UserError(f"the config file {name!r} is not there: name one, such as configs/digits.py.")
+def check_flags(arguments: list[str]) -> None:
+    """Says in words what ml_collections would say late or unclearly.
+
+    Raises:
+        UserError: a flag is missing, empty or unknown, or the config file is not there.
+    """
+    given = {}
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        if argument.startswith("-"):
+            name, equals, value = argument.lstrip("-").partition("=")
+            given[name] = value if equals else following
+    for name in ("config", "workdir"):
+        if not given.get(name):
+            raise UserError(f"--{name} is missing: give --config FILE and --workdir DIR.")
+    file = given["config"].split(":")[0]
+    if not pathlib.Path(file).is_file():
+        raise UserError(f"the config file {file!r} is not there: name one, such as configs/digits.py.")
+    known = ["config", "workdir", *(f"config.{key}" for key in known_keys())]
+    for name in given:
+        if name not in known and name.removeprefix("no") not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean --{' or --'.join(close)}" if close else "ard_jax/config.py lists the settings"
+            raise UserError(f"there is no flag --{name}: {hint}.")
 
 
-def suggestion(name: str, values: flags.FlagValues) -> str:
-    """The closest keys of the config, for a misspelt one."""
-    known = list(values)
-    if name.startswith("config.") and values["config"].value is not None:
-        known = [f"config.{key}" for key in dotted(values["config"].value)]
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean --{' or --'.join(close)}" if close else "configs/ and ard_jax/config.py list the settings"
+def known_keys() -> list[str]:
+    """Every setting that there is."""
+    return dotted(default_config())
 
 
 def dotted(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
@@ -112,6 +146,11 @@ def dotted(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
     for key, value in config.items():
         keys += dotted(value, f"{prefix}{key}.") if isinstance(value, ml_collections.ConfigDict) else [prefix + key]
     return keys
+
+
+def last_line(error: Exception) -> str:
+    """ml_collections puts a traceback before what matters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
 
 
 def one_line(error: Exception) -> str:

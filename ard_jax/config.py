@@ -4,15 +4,19 @@ A file in `configs/` starts from `default_config()` and changes what its experim
 single keys (`--config.student.history_layers=2`).
 """
 
+import functools
+import math
+from operator import getitem
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, Process, find_solver
+from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, Process, calls, find_solver
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT, size_fields
+from ard_jax.training.state import make_optimizer
 
 
 def optimizer_defaults() -> dict[str, Any]:
@@ -148,9 +152,11 @@ def config_arguments(text: str | None, **defaults: Any) -> dict[str, Any]:
 
 
 def compute_dtype(name: str) -> jnp.dtype:
-    """The networks' compute type: "auto" is bfloat16 on accelerators and float32 on CPU."""
+    """The networks' compute type: "auto" is bfloat16 on accelerators and float32 on CPU; UserError for another."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in ("bfloat16", "float32"):
+        raise UserError(f"model.dtype is {name!r}: choose auto, bfloat16 or float32.")
     return jnp.dtype(name)
 
 
@@ -212,6 +218,11 @@ def solver_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
+def network_calls(settings: dict[str, Any]) -> int:
+    """Network evaluations of one image with the given `solver_settings`; guidance doubles them."""
+    return calls(settings["solver"], settings["steps"]) * (1 if settings["guidance_scale"] == 1 else 2)
+
+
 def example_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
     """(height, width, channel) of what the networks see."""
     return config.data.image_size, config.data.image_size, config.data.channels
@@ -219,12 +230,62 @@ def example_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
 
 def check_points(points: tuple[int, ...], steps: int, key: str) -> None:
     """Points are respaced indices, strictly falling and ending at 0 (METHOD.md section 3)."""
-    falling = all(a > b for a, b in zip(points, points[1:], strict=False))
-    if not points or not falling or points[-1] != 0 or points[0] >= steps:
+    whole = all(isinstance(point, int) for point in points)
+    if not points or not whole or list(points) != sorted(set(points), reverse=True) or points[-1] or points[0] >= steps:
         raise UserError(
             f"{key} is {tuple(points)}: give strictly falling indices below the teacher's {steps} steps, "
             f"the last one 0, such as (15, 10, 5, 0) for 4 of 25 steps."
         )
+
+
+def names_folder(name: Any) -> bool:
+    """Whether a model's name can be that of its folder."""
+    return isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
+
+
+POSITIVE = {
+    "data": ("image_size", "channels", "num_classes"),
+    "model": ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio"),
+    "diffusion": ("train_steps", "steps", "time_scale"),
+    "teacher": ("steps", "batch_size", "checkpoint_every"),
+    "trajectories": ("count", "batch_size", "shard_size"),
+    "distill": ("steps", "batch_size", "checkpoint_every"),
+    "sample": ("count", "batch_size", "grid"),
+    "evaluate": ("paired", "pictures", "feature_steps", "neighbours"),
+    "run": ("log_every", "keep_checkpoints", "workers"),
+}
+
+# key: the least and the greatest value that it may have
+RANGES = {
+    "seed": (0, 2**31 - 1),
+    "sample.seed": (0, 2**31 - 1),
+    "model.label_init_std": (0, math.inf),
+    "model.time_init_std": (0, math.inf),
+    "diffusion.beta_start": (0, 1),
+    "diffusion.beta_end": (0, 1),
+    "diffusion.guidance_scale": (0, 1000),
+    "teacher.label_dropout": (0, 1),
+    "trajectories.max_abs": (0, math.inf),
+    **{f"{stage}.optimizer.learning_rate": (0, 1000) for stage in ("teacher", "distill")},
+    **{f"{stage}.optimizer.weight_decay": (0, 1000) for stage in ("teacher", "distill")},
+    **{f"{stage}.optimizer.ema": (0, 1) for stage in ("teacher", "distill")},
+    "run.in_memory": (0, math.inf),
+}
+
+
+def check_numbers(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for the first number that is out of range, NaN included."""
+    for section, names in POSITIVE.items():
+        for name in names:
+            value = config[section][name]
+            if not 0 < value < math.inf:
+                asked = "of at least 1" if isinstance(value, int) else "above 0"
+                raise UserError(f"{section}.{name} is {value}: give a number {asked}.")
+    for key, (low, high) in RANGES.items():
+        value = functools.reduce(getitem, key.split("."), config)
+        if not low <= value <= high:
+            asked = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise UserError(f"{key} is {value}: give a number {asked}.")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -234,18 +295,23 @@ def validate(config: ml_collections.ConfigDict) -> None:
         UserError: the first thing that is wrong, in one sentence.
     """
     diffusion, trajectories, student = config.diffusion, config.trajectories, config.student
+    check_numbers(config)
+    for section in (config.teacher, config.distill):
+        make_optimizer(section.optimizer, section.steps)
+    check_points(tuple(trajectories.points), diffusion.steps, "trajectories.points")
+    check_points(tuple(student.points), diffusion.steps, "student.points")
     make_teacher(config)
     make_student(config)
     make_process(config).grid(diffusion.steps)
     find_solver(diffusion.solver)
+    if len(diffusion.guidance_interval) != 2:
+        raise UserError(f"diffusion.guidance_interval is {tuple(diffusion.guidance_interval)}: give two numbers.")
     Guidance(diffusion.guidance_scale, diffusion.guided_channels, tuple(diffusion.guidance_interval))
     patch_size, size = model_fields(config)["patch_size"], config.data.image_size
     if size % patch_size:
         raise UserError(
             f"data.image_size {size} is not a multiple of the patch size {patch_size}: choose a size that is."
         )
-    check_points(tuple(trajectories.points), diffusion.steps, "trajectories.points")
-    check_points(tuple(student.points), diffusion.steps, "student.points")
     missing = sorted(set(student.points) - set(trajectories.points), reverse=True)
     if missing and not config.distill.online:
         raise UserError(
@@ -258,36 +324,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             "student.target is 'xt', but the store keeps no noisy points: set trajectories.keep_noisy=True."
         )
-    if student.name == "teacher" or not str(student.name).replace("_", "").replace("-", "").isalnum():
+    if student.name == "teacher" or not names_folder(student.name):
         raise UserError(
             f"student.name is {student.name!r}, which cannot name a folder beside the teacher's: "
             f"use letters, digits, '-' and '_', and not 'teacher'."
         )
+    if not config.sample.models or not all(names_folder(name) for name in config.sample.models):
+        raise UserError(f"sample.models is {tuple(config.sample.models)}: name the teacher, or students, or both.")
     if trajectories.dtype not in ("float16", "bfloat16", "float32"):
         raise UserError(f"trajectories.dtype is {trajectories.dtype!r}: choose float16, bfloat16 or float32.")
-    for key in (
-        "teacher.steps",
-        "teacher.batch_size",
-        "teacher.checkpoint_every",
-        "trajectories.count",
-        "trajectories.batch_size",
-        "trajectories.shard_size",
-        "distill.steps",
-        "distill.batch_size",
-        "distill.checkpoint_every",
-        "sample.count",
-        "sample.batch_size",
-        "run.log_every",
-        "run.keep_checkpoints",
-    ):
-        section, name = key.split(".")
-        if config[section][name] < 1:
-            raise UserError(f"{key} is {config[section][name]}: give a number of at least 1.")
-    if not 0.0 <= config.teacher.label_dropout <= 1.0:
-        raise UserError(f"teacher.label_dropout is {config.teacher.label_dropout}: give a probability from 0 to 1.")
-    outside = [label for label in config.sample.labels if not 0 <= label < config.data.num_classes]
+    classes = range(config.data.num_classes)
+    outside = [label for label in config.sample.labels if label not in classes]
     if outside:
         raise UserError(
-            f"sample.labels has {outside[0]}, but there are {config.data.num_classes} classes: "
+            f"sample.labels has {outside[0]!r}, but there are {config.data.num_classes} classes: "
             f"give labels from 0 to {config.data.num_classes - 1}."
         )

@@ -12,6 +12,8 @@ def get_config(argument: str = ""):
     with config.unlocked():
         config.data.update(source="digits", image_size=8, channels=1, num_classes=10, space="pixel")
         config.model.update(patch_size=2, hidden_size=64, depth=6, num_heads=2, learn_sigma=False)
+        # on a CPU, computing activations again is cheaper than faulting in the memory to keep them
+        config.model.remat = "full"
         # a label table at 0.02 hardly reaches a network this small
         config.model.update(label_init_std=0.5, time_init_std=0.1)
         config.teacher.update(steps=2000, batch_size=64, checkpoint_every=500)
@@ -23,7 +25,7 @@ def get_config(argument: str = ""):
             name=student, history_layers=2, mask="diagonal" if student.startswith("step") else "causal"
         )
         config.student.target = "xt" if student.endswith("noisy") else "x0"
-        config.distill.update(steps=1000, batch_size=32, checkpoint_every=500)
+        config.distill.update(steps=1200, batch_size=32, checkpoint_every=500)
         config.distill.optimizer.update(learning_rate=1.5e-3, schedule="cosine", ema=0.995)
         config.sample.update(models=("teacher", "ard"), count=3072, batch_size=128)
         config.report.title = "Handwritten digits, 8×8"

@@ -4,7 +4,8 @@ PyTorch's Linear weights are (out, in), ours (in, out); its patch convolution is
 patches in the order (row, column, channel); our layers are stacked.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ BLOCK_NAMES = {  # ours: published
     "mlp_in": "mlp.fc1",
     "mlp_out": "mlp.fc2",
 }
+# What tells the sizes, and how many axes each has.
+NEEDED = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2}
 FINAL_NAMES = {"modulation": "adaLN_modulation.1", "linear": "linear"}
 
 
@@ -43,12 +46,17 @@ def from_torch(
         UserError: names are missing or unexpected, shapes do not fit, or the position table is not the fixed one.
     """
     shapes = {name: np.shape(array) for name, array in state_dict.items()}
-    for name in ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight"):
+    for name, axes in NEEDED.items():
         if name not in shapes:
             raise UserError(f"the state dict has no {name!r}, so it is not a DiT's: give one with the published names.")
+        if len(shapes[name]) != axes:
+            raise UserError(
+                f"the state dict's {name!r} has shape {shapes[name]} where a DiT's has {axes} axes: "
+                f"give one with the published names and shapes."
+            )
     width, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
-    depth = count_prefixes(shapes, "blocks.{}.attn.qkv.weight")
-    steps = 1 + count_prefixes(shapes, "final_layer{}.linear.weight", start=2)
+    depth = 1 + highest(shapes, r"blocks\.(\d+)\.", none=-1)
+    steps = highest(shapes, r"final_layer(\d+)\.", none=1)
     fields = {
         "channels": channels,
         "patch_size": patch_size,
@@ -65,15 +73,13 @@ def from_torch(
     else:
         model = DiT(**fields)
     check_names(shapes, expected_shapes(model))
-    check_position_table(state_dict["pos_embed"])
+    check_position_table(np.asarray(state_dict["pos_embed"]), width)
     return model, build_tree(state_dict, depth, steps)
 
 
-def count_prefixes(names: Mapping[str, Any], pattern: str, start: int = 0) -> int:
-    count = 0
-    while pattern.format(start + count) in names:
-        count += 1
-    return count
+def highest(names: Iterable[str], pattern: str, none: int) -> int:
+    """The highest number in names that start with `pattern`, so that a gap below it shows as missing names."""
+    return max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=none)
 
 
 def build_tree(state_dict: Mapping[str, np.ndarray], depth: int, steps: int) -> Any:
@@ -110,7 +116,7 @@ def jnp_tree(tree: Any) -> Any:
 
 def expected_shapes(model: DiT) -> dict[str, tuple[int, ...] | None]:
     """Published names and shapes of a model; None where any shape will do (the position table's length)."""
-    width, hidden = model.hidden_size, int(model.hidden_size * model.mlp_ratio)
+    width, hidden = model.hidden_size, round(model.hidden_size * model.mlp_ratio)
     out = model.patch_size**2 * model.channels * (2 if model.learn_sigma else 1)
     dense = {"t_embedder.mlp.0": (width, 256), "t_embedder.mlp.2": (width, width)}
     for layer in range(model.depth):
@@ -156,10 +162,10 @@ def check_names(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tup
         )
 
 
-def check_position_table(table: np.ndarray) -> None:
-    tokens, width = table.shape[-2:]
-    side = int(round(tokens**0.5))
-    if side * side != tokens or np.abs(np.asarray(table)[0] - position_table(side, side, width)).max() > 1e-6:
+def check_position_table(table: np.ndarray, width: int) -> None:
+    side = round((table.size / width) ** 0.5)
+    fixed = position_table(side, side, width)
+    if table.shape != (1, *fixed.shape) or not np.allclose(table[0], fixed, rtol=0, atol=1e-6):
         raise UserError(
             f"the state dict's pos_embed {tuple(table.shape)} is not the fixed sin-cos table of a square grid: "
             f"only DiTs with the published table can be used."

@@ -100,8 +100,9 @@ class LinearVP:
 
     def noised(self, x0: jax.Array, noise: jax.Array, times: jax.Array) -> jax.Array:
         """x_t = √ᾱ·x_0 + √(1−ᾱ)·ε."""
-        signal = jnp.asarray(self.alphas_cumprod(), jnp.float32)[times.astype(jnp.int32)]
-        return per_row(jnp.sqrt(signal), x0) * x0 + per_row(jnp.sqrt(1.0 - signal), x0) * noise
+        signal = self.alphas_cumprod()  # 1 − ᾱ is taken in float64: it starts at 1e-4
+        alpha, sigma = (jnp.asarray(np.sqrt(s), x0.dtype)[times.astype(jnp.int32)] for s in (signal, 1.0 - signal))
+        return per_row(alpha, x0) * x0 + per_row(sigma, x0) * noise
 
     def target(self, x0: jax.Array, noise: jax.Array) -> jax.Array:
         """What the network is trained to put out: ε."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from ard_jax.errors import UserError
 from ard_jax.models import layers
@@ -172,4 +171,4 @@ def parameter_shapes(model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Any:
 
 def count_parameters(params: Any) -> int:
     """Number of trained parameters; the fixed position table is not among them."""
-    return sum(int(jnp.size(leaf)) for leaf in jax.tree.leaves(params))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -160,7 +160,7 @@ class DiTBlock(nn.Module):
         x = x + gate_a[:, None] * h
 
         h = modulate(layer_norm(x, self.dtype), shift_m, scale_m)
-        h = dense(int(width * self.mlp_ratio), name="mlp_in")(h)
+        h = dense(round(width * self.mlp_ratio), name="mlp_in")(h)
         h = dense(width, name="mlp_out")(nn.gelu(h, approximate=True))
         return x + gate_m[:, None] * h, memory
 

@@ -69,9 +69,9 @@ class ARDStudent(DiT):
         """How many layers cross blocks: none if the mask is diagonal or there is but one block."""
         return 0 if self.mask == "diagonal" or self.steps == 1 else self.history_layers
 
-    def conditions(self, y: jax.Array, dtype: Any) -> jax.Array:
-        """SiLU(time of the block + label): labels (batch,) → (batch, block, width). One vector a block."""
-        times = self.block_times or default_block_times(self.steps, self.noise_time)
+    def conditions(self, y: jax.Array, dtype: Any, blocks: slice = slice(None)) -> jax.Array:
+        """SiLU(time of the block + label) of the given blocks: labels (batch,) → (batch, block, width)."""
+        times = (self.block_times or default_block_times(self.steps, self.noise_time))[blocks]
         time = self.time_embed(jnp.asarray(times, jnp.promote_types(dtype, jnp.float32)))
         return nn.silu(time[None] + self.label_embed(y)[:, None])
 
@@ -153,7 +153,7 @@ class ARDStudent(DiT):
             The prediction of the next point, and the cache with this block's keys and values in it.
         """
         block, history = len(cache), self.layers_with_history
-        condition = self.conditions(y, point.dtype)[:, block]
+        condition = self.conditions(y, point.dtype, slice(block, block + 1))[:, 0]
         seen = tuple(cache[b] for b in visible_blocks(self.mask, block)[:-1]) if history else ()
 
         def attend(q, k, v, earlier):

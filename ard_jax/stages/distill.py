@@ -7,17 +7,18 @@ stopped.
 
 import hashlib
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 
-from ard_jax.config import example_shape, make_student, solver_settings
+from ard_jax.config import example_shape, make_student, network_calls, solver_settings
 from ard_jax.data import InMemory, in_memory, stream
 from ard_jax.errors import UserError
 from ard_jax.files import tree_sha256
-from ard_jax.models import init_from_teacher
+from ard_jax.models import ARDStudent, DiT, init_from_teacher
+from ard_jax.objectives import Objective
 from ard_jax.objectives.ard import ard, online_ard
 from ard_jax.parallel import check_batch, make_mesh
 from ard_jax.stages.workdir import (
@@ -33,9 +34,18 @@ from ard_jax.stages.workdir import (
 from ard_jax.training.flops import student_macs, teacher_macs
 from ard_jax.training.loop import train
 from ard_jax.trajectories.generate import stored_settings
-from ard_jax.trajectories.store import check_shards, open_store, read_manifest
+from ard_jax.trajectories.store import Store, check_shards, read_manifest
 
 SECTIONS = ("seed", "data", "model", "diffusion", "student", "distill")
+
+
+class Task(NamedTuple):
+    """What a student is trained on: the source of batches, the objective, what it reads, and its FLOPs an example."""
+
+    source: Any
+    objective: Objective
+    frozen: Any
+    flops: float
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -55,31 +65,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         check_store(manifest, config, teacher_hash)
         check_shards(store, manifest, checksums=total_bytes(manifest) <= config.run.in_memory)
     claim(directory, config, SECTIONS, teacher=teacher_hash, store=store_hash(manifest))
-    shape, points = example_shape(config), tuple(config.student.points)
-    flops = 6 * student_macs(student, shape)
-    if manifest:
-        source = in_memory(open_store(store), config.run.in_memory)
-        columns = tuple(manifest["points"].index(point) for point in points)
-        objective, frozen = ard(student, target=config.student.target, columns=columns), None
-    else:
-        solver, trajectories = solver_settings(config), config.trajectories
-        source = InMemory({"index": np.arange(trajectories.count)})
-        objective, frozen = (
-            online_ard(
-                student,
-                teacher,
-                target=config.student.target,
-                points=points,
-                shape=shape,
-                seed=config.seed,
-                max_abs=trajectories.max_abs,
-                **solver,
-            ),
-            teacher_params,
-        )
-        flops += 2 * solver["steps"] * (2 if solver["guidance_scale"] != 1 else 1) * teacher_macs(teacher, shape)
+    task = stored(student, config, store, manifest) if manifest else online(student, config, teacher, teacher_params)
     batches = stream(
-        source,
+        task.source,
         batch_size=settings.batch_size,
         seed=config.seed,
         process_index=jax.process_index(),
@@ -87,7 +75,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         num_threads=config.run.workers,
     )
     trained = train(
-        objective,
+        task.objective,
         init_from_teacher(teacher_params, student),
         batches,
         settings=settings,
@@ -95,14 +83,47 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         seed=config.seed,
         directory=directory,
         mesh=mesh,
-        frozen=frozen,
-        flops_per_example=flops,
+        frozen=task.frozen,
+        flops_per_example=task.flops,
     )
     hashes = {"params": tree_sha256(trained.state.params), "ema": tree_sha256(trained.state.ema)}
-    made = {"sha256": hashes, "seconds": round(max(watch(), trained.seconds), 2), "step": int(trained.state.step)}
-    write_done(directory, hashes, made["seconds"], step=made["step"], teacher=teacher_hash)
+    made = {"seconds": round(max(watch(), trained.seconds), 2), "step": int(trained.state.step)}
+    write_done(directory, hashes, **made, teacher=teacher_hash)
     if is_first():
-        merge_done(workdir / "distill", {config.student.name: made})
+        merge_done(workdir / "distill", {config.student.name: {"sha256": hashes, **made}})
+
+
+def stored(student: ARDStudent, config: ml_collections.ConfigDict, store: pathlib.Path, manifest: dict) -> Task:
+    """Distillation from a trajectory store."""
+    columns = tuple(manifest["points"].index(point) for point in config.student.points)
+    return Task(
+        source=in_memory(Store(store, manifest), config.run.in_memory),
+        objective=ard(student, target=config.student.target, columns=columns),
+        frozen=None,
+        flops=6 * student_macs(student, example_shape(config)),
+    )
+
+
+def online(student: ARDStudent, config: ml_collections.ConfigDict, teacher: DiT, teacher_params: Any) -> Task:
+    """Distillation with the teacher inside the training step: every position of the stream is a new trajectory."""
+    solver, shape = solver_settings(config), example_shape(config)
+    objective = online_ard(
+        student,
+        teacher,
+        target=config.student.target,
+        points=tuple(config.student.points),
+        shape=shape,
+        seed=config.seed,
+        max_abs=config.trajectories.max_abs,
+        **solver,
+    )
+    teacher_flops = 2 * network_calls(solver) * teacher_macs(teacher, shape)
+    return Task(
+        source=InMemory({"nothing": np.zeros(1, np.int32)}),  # the stream's positions are all that is needed
+        objective=objective,
+        frozen=teacher_params,
+        flops=6 * student_macs(student, shape) + teacher_flops,
+    )
 
 
 def store_hash(manifest: dict[str, Any] | None) -> str:
@@ -130,9 +151,9 @@ def check_store(manifest: dict[str, Any], config: ml_collections.ConfigDict, tea
         )
     here = stored_settings(plain(config))
     differing = [
-        f"{key} {value!r} there, {here[key]!r} here"
+        f"{key} {value!r} there, {here.get(key)!r} here"
         for key, value in manifest["settings"].items()
-        if here[key] != value
+        if here.get(key) != value
     ]
     if differing:
         raise UserError(f"the trajectory store does not fit this config ({'; '.join(differing[:3])}): {remedy}.")

@@ -121,6 +121,11 @@ class Paired:
         )
         solution = jax.jit(functools.partial(sample_teacher, model, **settings))(params, noise, label)
         kept = within_bounds(self.points(solution.x0, config), config.trajectories.max_abs)
+        if not kept.any():
+            raise UserError(
+                f"none of the teacher's {len(index)} trajectories stays within trajectories.max_abs="
+                f"{config.trajectories.max_abs}: train the teacher longer, or raise max_abs or evaluate.paired."
+            )
         self.noise, self.label, self.x0, self.xt = (leaf[kept] for leaf in (noise, label, solution.x0, solution.xt))
         self.config, self.count = config, int(kept.sum())
 

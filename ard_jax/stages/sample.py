@@ -15,9 +15,8 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ard_jax.config import example_shape, solver_settings
+from ard_jax.config import example_shape, network_calls, solver_settings
 from ard_jax.data import to_uint8
-from ard_jax.diffusion import calls
 from ard_jax.files import atomic_write, file_sha256
 from ard_jax.models import count_parameters
 from ard_jax.parallel import make_mesh, put_batch
@@ -58,7 +57,7 @@ def load_sampler(
     if name == "teacher":
         model, params, sha = load_teacher(config, workdir, mesh)
         settings = solver_settings(config)
-        evaluations = calls(settings["solver"], settings["steps"]) * (2 if settings["guidance_scale"] != 1 else 1)
+        evaluations = network_calls(settings)
         facts = {"steps": settings["steps"], "network_calls": evaluations}
         macs = evaluations * teacher_macs(model, shape)
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from ard_jax.config import make_student, make_teacher
 from ard_jax.errors import UserError
-from ard_jax.files import read_json, write_json
+from ard_jax.files import read_json, tree_sha256, write_json
 from ard_jax.models import ARDStudent, DiT, init_from_teacher, parameter_shapes
 from ard_jax.parallel import replicated
 from ard_jax.training.checkpoints import load_parameters
@@ -151,7 +151,7 @@ def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh:
     compare(read_json(directory / "config.json"), plain(config), ("data", "model"), directory)
     model = make_teacher(config)
     like = placed(teacher_shapes(model), mesh)
-    return model, load_parameters(directory / "checkpoints", "ema", like), hashes["ema"]
+    return model, load_weights(directory, like, hashes["ema"]), hashes["ema"]
 
 
 def load_student(directory: pathlib.Path, mesh: Mesh) -> tuple[ARDStudent, Any, str, ml_collections.ConfigDict]:
@@ -164,8 +164,23 @@ def load_student(directory: pathlib.Path, mesh: Mesh) -> tuple[ARDStudent, Any, 
     config = ml_collections.ConfigDict(read_json(directory / "config.json"))
     model = make_student(config)
     shapes = jax.eval_shape(lambda params: init_from_teacher(params, model), teacher_shapes(make_teacher(config)))
-    params = load_parameters(directory / "checkpoints", "ema", placed(shapes, mesh))
+    params = load_weights(directory, placed(shapes, mesh), hashes["ema"])
     return model, params, hashes["ema"], config
+
+
+def load_weights(directory: pathlib.Path, like: Any, sha256: str) -> Any:
+    """A finished training's averaged parameters, laid out as `like` says.
+
+    Raises:
+        UserError: they cannot be read, or are not those of `done.json`: Orbax does not see a flipped bit.
+    """
+    params = load_parameters(directory / "checkpoints", "ema", like)
+    if tree_sha256(params) != sha256:
+        raise UserError(
+            f"the weights in {directory} are not those that its done.json names, since files there were altered or "
+            f"lost: restore that folder, or delete it and run its stage again."
+        )
+    return params
 
 
 def teacher_shapes(model: DiT) -> Any:

@@ -28,7 +28,7 @@ PEAK_FLOPS = {
 
 def row_macs(model: DiT, tokens: int) -> int:
     """Multiply-accumulates of one row (image or block) without attention between tokens."""
-    width, hidden = model.hidden_size, int(model.hidden_size * model.mlp_ratio)
+    width, hidden = model.hidden_size, round(model.hidden_size * model.mlp_ratio)
     patch = model.patch_size**2 * model.channels
     out = patch * (2 if model.learn_sigma else 1)
     per_token = patch * width + model.depth * (4 * width**2 + 2 * width * hidden) + width * out
@@ -83,4 +83,5 @@ def peak_flops() -> float:
     for kind, rate in PEAK_FLOPS.items():
         if device.device_kind.startswith(kind):
             return rate * jax.device_count()
-    return measured_matmul_rate() * jax.process_count()  # a CPU's devices share its cores
+    # a CPU's devices share its cores
+    return measured_matmul_rate() * (jax.process_count() if device.platform == "cpu" else jax.device_count())

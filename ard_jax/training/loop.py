@@ -89,19 +89,19 @@ def train(
             checkpoints.save(manager, state, {"data": batches.get_state(), "seconds": spent})
 
         metric_log = MetricLog(directory, int(state.step), settings.steps, run.tensorboard) if is_first() else None
-        meter = Meter(settings.batch_size, flops_per_example, int(state.step), metric_log)
+        meter = Meter(settings.batch_size, flops_per_example, metric_log)
         try:
             with Preemption() as preemption:
                 for step in range(int(state.step) + 1, settings.steps + 1):
                     state, metrics = step_function(state, frozen, put_batch(next(batches), mesh))
                     meter.add(step, metrics)
-                    last = step == settings.steps
-                    saving = last or preemption.asked or step % settings.checkpoint_every == 0
+                    last, asked = step == settings.steps, preemption.asked  # asked once: it may change at any time
+                    saving = last or asked or step % settings.checkpoint_every == 0
                     if saving or step % run.log_every == 0:
                         meter.report()  # raises before anything that is not finite is saved
                     if saving:
                         save(state)
-                    if preemption.asked and not last:
+                    if asked and not last:
                         manager.wait_until_finished()
                         raise Preempted(f"stopped at step {step} of {settings.steps}")
             manager.wait_until_finished()
@@ -119,13 +119,19 @@ def is_first() -> bool:
 class Meter:
     """Collects metrics on the device and fetches them only when they are reported."""
 
-    def __init__(self, batch_size: int, flops_per_example: float, step: int, metric_log: MetricLog | None):
+    def __init__(self, batch_size: int, flops_per_example: float, metric_log: MetricLog | None):
         self.batch_size, self.flops_per_example, self.metric_log = batch_size, flops_per_example, metric_log
         self.peak = peak_flops()
-        self.step, self.pending, self.since = step, [], time.monotonic()
+        self.pending = []
+        self.since, self.timed = None, 0  # the clock starts after the first step, which compiles
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.pending.append((step, metrics))
+        if self.since is None:
+            jax.block_until_ready(metrics)
+            self.since = time.monotonic()
+        else:
+            self.timed += 1
 
     def report(self) -> None:
         """Means of the metrics since the last report; raises NotFinite with the step and the name of a bad one."""
@@ -138,18 +144,17 @@ class Meter:
                         f"lower the learning rate or the gradient clip, or look at the data, and start again."
                     )
         now = time.monotonic()
-        done = len(fetched)
-        rate = done / (now - self.since)
-        values = {name: float(sum(m[name] for _, m in fetched)) / done for name in fetched[0][1]}
+        rate = self.timed / max(now - self.since, 1e-9)
+        values = {name: float(sum(m[name] for _, m in fetched)) / len(fetched) for name in fetched[0][1]}
         samples = rate * self.batch_size
         values |= {
             "steps_per_s": rate,
             "samples_per_s": samples,
             "utilisation": samples * self.flops_per_example / self.peak,
         }
-        self.step, self.pending, self.since = fetched[-1][0], [], now
+        self.pending, self.since, self.timed = [], now, 0
         if self.metric_log:
-            self.metric_log.write(self.step, values)
+            self.metric_log.write(fetched[-1][0], values)
 
 
 class Preemption:

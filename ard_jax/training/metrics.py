@@ -1,13 +1,17 @@
 """What a run shows while it goes: a progress bar or log lines, metrics.jsonl, TensorBoard."""
 
+import concurrent.futures
+import importlib.util
 import json
 import logging
+import os
 import pathlib
 import sys
 from typing import Any
 
 import tqdm
 
+from ard_jax.errors import UserError
 from ard_jax.files import atomic_write
 
 log = logging.getLogger("ard_jax")
@@ -20,24 +24,30 @@ class MetricLog:
     """
 
     def __init__(self, directory: pathlib.Path, step: int, total: int, tensorboard: bool):
+        if tensorboard and importlib.util.find_spec("tensorflow") is None:
+            raise UserError(
+                "run.tensorboard needs TensorFlow, which is not installed: install tensorflow-cpu, or set "
+                "run.tensorboard=False and read metrics.jsonl."
+            )
         self.path = directory / "metrics.jsonl"
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         atomic_write(self.path, lambda temporary: temporary.write_text("".join(kept)))
         self.file = self.path.open("a", buffering=1)
-        self.writer = make_writer(directory) if tensorboard else None
+        self.writer = TensorBoard(directory) if tensorboard else None
         self.total = total
         self.bar = progress_bar(total, "step", initial=step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         if self.writer:
-            self.writer.write_scalars(step, values)
+            self.writer.write(step, values)
         short = {key: f"{values[key]:.4g}" for key in ("loss", "steps_per_s", "samples_per_s", "utilisation")}
         if self.bar.disable:
-            left = (self.total - step) / max(values["steps_per_s"], 1e-9)
+            rate = values["steps_per_s"]
+            left = f"{(self.total - step) / rate:.0f} s left" if rate else "compiled"
             said = "  ".join(f"{key} {value}" for key, value in short.items())
-            log.info("step %d/%d  %s  %.0f s left", step, self.total, said, left)
+            log.info("step %d/%d  %s  %s", step, self.total, said, left)
         else:
             self.bar.set_postfix(short)
             self.bar.update(step - self.bar.n)
@@ -49,14 +59,34 @@ class MetricLog:
             self.writer.close()
 
 
+class TensorBoard:
+    """TensorBoard through clu's metric writer, in a thread of its own.
+
+    The writer needs TensorFlow, whose import takes seconds: here it runs while XLA compiles the training step.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self.thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self.writer = self.thread.submit(make_writer, directory)
+        self.last = self.writer
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.last = self.thread.submit(lambda: self.writer.result().write_scalars(step, values))
+
+    def close(self) -> None:
+        """Waits for what is still to be written; raises what writing it raised."""
+        self.last.result()
+        self.thread.submit(lambda: self.writer.result().close()).result()
+        self.thread.shutdown()
+
+
 def make_writer(directory: pathlib.Path) -> Any:
-    """TensorBoard through clu; it needs TensorFlow, which is why it is imported here and nowhere else."""
-    try:
-        from clu import metric_writers
-    except ImportError as error:
-        log.warning("no TensorBoard logs, since %s cannot be imported: install tensorflow-cpu.", error.name)
-        return None
-    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(directory)))
+    """clu's writer of TensorBoard files; this is the only place that imports TensorFlow."""
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nothing is computed with it, and it would say so at length
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from clu import metric_writers
+
+    return metric_writers.SummaryWriter(str(directory))
 
 
 def progress_bar(total: int, unit: str, initial: int = 0) -> tqdm.tqdm:

@@ -1,5 +1,6 @@
 """Training state, optimiser and the jitted step."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,18 +57,26 @@ def make_optimizer(settings: ml_collections.ConfigDict, steps: int) -> optax.Gra
     """Gradient clipping and any optimiser of optax by its name.
 
     Raises:
-        UserError: optax has no such optimiser, or it takes no weight decay and one is asked for.
+        UserError: optax has no such optimiser, it takes no weight decay and one is asked for, or clip is below 0.
     """
     build = getattr(optax, settings.name, None)
-    if build is None or not callable(build):
-        raise UserError(f"optimizer.name is {settings.name!r}, which optax does not have: choose one such as adamw.")
-    options = {"weight_decay": settings.weight_decay} if settings.name == "adamw" or settings.weight_decay else {}
-    try:
-        optimizer = build(learning_rate(settings, steps), **options)
-    except TypeError as error:
+    takes = inspect.signature(build).parameters if inspect.isfunction(build) else ()
+    if "learning_rate" not in takes:
         raise UserError(
-            f"optax's {settings.name!r} cannot be built with a learning rate and {options or 'no options'} ({error}): "
-            f"choose another optimiser, or weight_decay=0."
+            f"optimizer.name is {settings.name!r}, which is no optimiser of optax: choose one such as adamw."
+        )
+    if settings.weight_decay and "weight_decay" not in takes:
+        raise UserError(
+            f"optax's {settings.name!r} takes no weight decay: choose another such as adamw, or set it to 0."
+        )
+    # a decay of 0 is said too, since some of optax's defaults are not 0
+    options = {"weight_decay": settings.weight_decay} if "weight_decay" in takes else {}
+    try:
+        optimizer = build(learning_rate=learning_rate(settings, steps), **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"optax's {settings.name!r} cannot be built with just a learning rate and weight decay ({error}): "
+            f"choose another such as adamw."
         ) from None
     if settings.clip < 0:
         raise UserError(f"optimizer.clip is {settings.clip}: give a gradient norm, or 0 for no clipping.")
@@ -106,7 +115,8 @@ def make_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1.0 - ramped_decay(ema_decay, state.step))
-        metrics = {"loss": loss, **metrics, "gradient_norm": optax.global_norm(gradient)}
+        norms = {"gradient_norm": optax.tree.norm(gradient), "parameter_norm": optax.tree.norm(params)}
+        metrics = {"loss": loss, **metrics, **norms}
         return TrainState(state.step + 1, params, ema, opt_state, state.rng), metrics
 
     everywhere = replicated(mesh)

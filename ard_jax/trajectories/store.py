@@ -2,6 +2,8 @@
 
     tfds.builder_from_directory(directory / "1.0.0").as_data_source("train")
 
+(A store in bfloat16 wants `import ml_dtypes` before, as JAX does, or TFDS imports TensorFlow to learn that type.)
+
 Folder:
     1.0.0/trajectories-train.array_record-00000-of-00008   one record a trajectory
     1.0.0/features.json, dataset_info.json                 TFDS's own; written last
@@ -87,7 +89,8 @@ def write_shard(
         writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
         count = 0
         for count, record in enumerate(records, start=1):  # noqa: B007 (the count is used after the loop)
-            writer.write(serializer.serialize_example(features.encode_example(record)))
+            example = serializer.get_tf_example(features.encode_example(record))
+            writer.write(example.SerializeToString(deterministic=True))  # or the fields come in an order of chance
         writer.close()
         description = {
             "file": path.name,
@@ -171,12 +174,33 @@ def check_shards(directory: pathlib.Path, manifest: dict[str, Any], checksums: b
             problem = "does not have the checksum that it was written with"
         else:
             continue
-        raise UserError(
-            f"shard {path} {problem}: delete that file and run the stage 'trajectories' again, "
-            f"which makes only what is missing."
-        )
+        raise broken_shard(path, problem)
 
 
-def open_store(directory: pathlib.Path):
-    """The store as a random-access source of records (dicts of arrays); checked by `check_shards` beforehand."""
-    return tfds.builder_from_directory(os.fspath(data_folder(directory))).as_data_source(SPLIT)
+def broken_shard(path: pathlib.Path, problem: str) -> UserError:
+    return UserError(
+        f"shard {path} {problem}: delete that file and run the stage 'trajectories' again, "
+        f"which makes only what is missing."
+    )
+
+
+class Store:
+    """A whole store as a random-access source of records (dicts of arrays); see `check_shards`.
+
+    Reading a record raises UserError if its bytes are not those that were written, as ArrayRecord's checksums tell.
+    """
+
+    def __init__(self, directory: pathlib.Path, manifest: dict[str, Any]):
+        self.records = tfds.builder_from_directory(os.fspath(data_folder(directory))).as_data_source(SPLIT)
+        self.paths = [data_folder(directory) / shard["file"] for shard in manifest["shards"]]
+        self.ends = np.cumsum([shard["records"] for shard in manifest["shards"]])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        try:
+            return self.records[index]
+        except RuntimeError as error:
+            path = self.paths[np.searchsorted(self.ends, index, side="right")]
+            raise broken_shard(path, f"cannot be read ({str(error).splitlines()[0]})") from error

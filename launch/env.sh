@@ -1,0 +1,21 @@
+# Sourced by the other scripts: makes or reuses .venv and installs requirements.txt into it when that has changed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [[ ! -x .venv/bin/python ]]; then
+  for python in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+    if [[ -n "$python" ]] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      "$python" -m venv .venv
+      break
+    fi
+  done
+fi
+if [[ ! -x .venv/bin/python ]]; then
+  echo "ard_jax needs Python 3.11 or newer: install it, or name it with PYTHON=/path/to/python." >&2
+  exit 2
+fi
+if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+  cp requirements.txt .venv/installed-requirements.txt
+fi
+python=.venv/bin/python

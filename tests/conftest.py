@@ -1,0 +1,49 @@
+"""What several test files share: the CPU, float64 for one test, and the reference numbers of tests/golden/."""
+
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from pipeline_fixtures import compile_cache, pipeline  # noqa: F401 (fixtures)
+
+jax.config.update("jax_platforms", "cpu")  # the tests never ask for an accelerator, whatever the machine has
+os.environ["JAX_PLATFORMS"] = "cpu"  # nor do the processes that they start
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+class Golden(dict):
+    """The arrays of one golden file by name; see tests/golden/README.md."""
+
+    def images(self, name: str) -> np.ndarray:
+        """An array of channels-first images (…, C, H, W) as channels last, (…, H, W, C)."""
+        return np.moveaxis(self[name], -3, -1)
+
+    def state_dict(self, dtype=np.float32) -> dict[str, np.ndarray]:
+        """The weights by their published names."""
+        return {name.removeprefix("param/"): self[name].astype(dtype) for name in self if name.startswith("param/")}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("dit_tiny") → a `Golden`."""
+    files = {}
+
+    def load(name: str) -> Golden:
+        if name not in files:
+            with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+                files[name] = Golden(arrays)
+        return files[name]
+
+    return load
+
+
+@pytest.fixture
+def x64():
+    """float64 in JAX for one test."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)

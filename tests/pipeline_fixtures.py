@@ -1,0 +1,119 @@
+"""What the tests of the pipeline share: the command line in this process, and one finished run of configs/smoke.py."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from ard_jax.__main__ import main
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMOKE = str(ROOT / "configs" / "smoke.py")
+STAGES = ("teacher", "trajectories", "distill", "sample", "evaluate", "report")
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a command ended with."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run(stage: str, *arguments: str) -> Outcome:
+    """`python -m ard_jax STAGE …` in this process, which saves its start-up; logging is left as it was."""
+    out, err = io.StringIO(), io.StringIO()
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    root.handlers.clear()  # or basicConfig would close pytest's
+    sys.modules.pop("config_config", None)  # ml_collections would leave the last config's names in it
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main([stage, *map(str, arguments)])
+    finally:
+        root.handlers[:] = handlers
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def smoke(stage: str, workdir: pathlib.Path, *overrides: str, arguments: str = "") -> Outcome:
+    """A stage of configs/smoke.py, with overrides such as "seed=1"."""
+    flags = [f"--config.{override}" for override in overrides]
+    return run(stage, "--config", f"{SMOKE}:{arguments}", "--workdir", workdir, *flags)
+
+
+def process(stage: str, workdir: pathlib.Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
+    """The same in a process of its own."""
+    flags = [f"--config.{override}" for override in overrides]
+    return subprocess.Popen(
+        [sys.executable, "-m", "ard_jax", stage, "--config", SMOKE, "--workdir", workdir, *flags],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(running: subprocess.Popen) -> Outcome:
+    """Waits for a process."""
+    out, err = running.communicate()
+    return Outcome(running.returncode, out, err)
+
+
+def sentence(outcome: Outcome, stage: str) -> str:
+    """The one sentence that a user's mistake ends in; fails if it is anything else."""
+    assert outcome.status == 2, outcome
+    said = outcome.err.strip()
+    assert "\n" not in said and "Traceback" not in said, said
+    assert said.startswith(f"ard_jax {stage}: ") and said.endswith("."), said
+    return said
+
+
+def done(folder: pathlib.Path) -> dict:
+    return json.loads((folder / "done.json").read_text())
+
+
+def files(folder: pathlib.Path) -> list[str]:
+    """Every file under a folder, hidden ones too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def copy(source: pathlib.Path, target: pathlib.Path, *stages: str) -> pathlib.Path:
+    """A workdir with some stages of another one."""
+    for stage in stages:
+        shutil.copytree(source / stage, target / stage)
+    return target
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Every program is compiled once a session, in whichever process; compiling is nearly all of these tests' time."""
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compile_cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    for name, value in settings.items():
+        value = os.environ.setdefault(name, value)
+        jax.config.update(name.lower(), value if name.endswith("DIR") else int(value))
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory, compile_cache) -> pathlib.Path:
+    """The workdir of a whole run of configs/smoke.py, each stage's output in STAGE.log; not to be written to."""
+    workdir = tmp_path_factory.mktemp("pipeline")
+    for stage in STAGES:
+        outcome = smoke(stage, workdir)
+        assert outcome.status == 0, outcome.err
+        (workdir / f"{stage}.log").write_text(outcome.err + outcome.out)
+    return workdir

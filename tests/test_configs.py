@@ -1,0 +1,98 @@
+"""The configs: each is valid, and ImageNet's holds the paper's numbers (METHOD.md section 5)."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ard_jax.config import config_arguments, example_shape, make_student, make_teacher, validate
+from ard_jax.errors import UserError
+from ard_jax.models import count_parameters, init_from_teacher
+from ard_jax.objectives.ard import ard
+from ard_jax.parallel import make_mesh
+from ard_jax.stages.workdir import teacher_shapes
+from ard_jax.training.state import TrainState, make_optimizer, make_step
+
+
+def get_config(name, argument=""):
+    return importlib.import_module(f"configs.{name}").get_config(argument)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("digits", ""),
+        ("digits", "student=step_noisy"),
+        ("smoke", "process=flow,target=xt"),
+        ("imagenet256", ""),
+        ("imagenet256", "steps=2,mask=diagonal"),
+        ("imagenet256", "steps=1"),
+    ],
+)
+def test_every_config_is_valid(name, argument):
+    validate(get_config(name, argument))
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "points"), [(4, 64, (15, 10, 5, 0)), (2, 128, (10, 0)), (1, 256, (0,))]
+)
+def test_imagenet_has_the_numbers_of_the_paper(steps, batch_size, points):
+    config = get_config("imagenet256", f"steps={steps}")
+    optimizer = config.distill.optimizer
+    assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("adamw", 1e-4, 0.0)
+    assert (optimizer.clip, optimizer.ema, optimizer.schedule) == (1.0, 0.9999, "constant")
+    assert (config.distill.steps, config.distill.batch_size) == (300_000, batch_size)
+    assert (tuple(config.student.points), config.student.history_layers) == (points, 6)
+    assert (config.student.mask, config.student.target, config.student.heads) == ("causal", "x0", "separate")
+    assert (config.diffusion.steps, config.diffusion.solver, config.diffusion.guidance_scale) == (25, "ddim", 1.5)
+    assert (config.diffusion.guided_channels, config.trajectories.count) == (3, 2_560_000)
+    model = make_student(config)
+    assert (model.depth, model.hidden_size, model.num_heads, model.patch_size) == (28, 1152, 16, 2)
+    assert (model.steps, model.noise_time) == (steps, 999.0)
+
+
+def test_imagenet_trains_at_full_size_in_shapes():
+    """The whole step of the paper's recipe is traced, without its memory: 683 million parameters, batch 64."""
+    config = get_config("imagenet256")
+    student, shape = make_student(config), example_shape(config)
+    params = jax.eval_shape(lambda p: init_from_teacher(p, student), teacher_shapes(make_teacher(config)))
+    assert count_parameters(params) == 683_209_856 - 256 * 1152  # the position table is a constant here
+    optimizer = make_optimizer(config.distill.optimizer, config.distill.steps)
+    step = make_step(ard(student, target="x0", columns=(0, 1, 2, 3)), optimizer, 0.9999, make_mesh(jax.devices()[:1]))
+    state = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=params,
+        ema=params,
+        opt_state=jax.eval_shape(optimizer.init, params),
+        rng=jax.ShapeDtypeStruct((2,), jnp.uint32),
+    )
+    batch = {
+        "noise": jax.ShapeDtypeStruct((64, *shape), jnp.float16),
+        "x0": jax.ShapeDtypeStruct((64, 4, *shape), jnp.float16),
+        "label": jax.ShapeDtypeStruct((64,), jnp.int32),
+    }
+    after, metrics = jax.eval_shape(step, state, None, batch)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    assert set(metrics) >= {"loss", "loss_step_1", "loss_step_4", "gradient_norm"}
+
+
+def test_config_arguments_are_typed_as_their_defaults():
+    assert config_arguments("steps=2,mask=window", steps=4, mask="causal") == {"steps": 2, "mask": "window"}
+    assert config_arguments(None, steps=4) == {"steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "sentence"),
+    [
+        ("imagenet256", "step=2", "config argument 'step' does not exist: this config has steps, mask"),
+        ("imagenet256", "steps=two", "config argument steps is 'two', which is no int"),
+        ("imagenet256", "steps=3", "config argument steps is 3: the paper's recipe has 4, 2 and 1"),
+        ("digits", "students=ard", "config argument 'students' does not exist"),
+    ],
+)
+def test_wrong_config_arguments_are_refused(name, argument, sentence):
+    with pytest.raises(UserError, match=sentence):
+        get_config(name, argument)
