@@ -10,6 +10,8 @@ from pipeline_fixtures import compile_cache, pipeline  # noqa: F401 (fixtures)
 
 jax.config.update("jax_platforms", "cpu")  # the tests never ask for an accelerator, whatever the machine has
 os.environ["JAX_PLATFORMS"] = "cpu"  # nor do the processes that they start
+# Compiling is most of the time that tests take, and these flags halve it; slow tests run some programs optimised.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -51,13 +51,13 @@ def smoke(stage: str, workdir: pathlib.Path, *overrides: str, arguments: str = "
     return run(stage, "--config", f"{SMOKE}:{arguments}", "--workdir", workdir, *flags)
 
 
-def process(stage: str, workdir: pathlib.Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
-    """The same in a process of its own."""
+def process(stage: str, workdir: pathlib.Path, *overrides: str, **environment: str) -> subprocess.Popen:
+    """The same in a process of its own, with changes of the environment."""
     flags = [f"--config.{override}" for override in overrides]
     return subprocess.Popen(
         [sys.executable, "-m", "ard_jax", stage, "--config", SMOKE, "--workdir", workdir, *flags],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

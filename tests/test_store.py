@@ -1,5 +1,6 @@
 """The trajectory store and the job that makes it: what a record is, whole or absent, the same whoever makes it."""
 
+import functools
 import json
 import os
 import pathlib
@@ -15,11 +16,11 @@ import pytest
 import tensorflow_datasets as tfds
 from pipeline_fixtures import ROOT, copy, done, files, sentence, smoke
 
-from ard_jax.config import make_teacher, solver_settings
+from ard_jax.config import solver_settings
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, write_json
 from ard_jax.parallel import make_mesh
-from ard_jax.sampling import sample_teacher
+from ard_jax.sampling import draw_noise_and_labels, sample_teacher, trajectory_key
 from ard_jax.stages.workdir import load_teacher
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import make_store
@@ -88,26 +89,22 @@ def test_anybody_can_open_it(tmp_path, pipeline):
     store.finish(tmp_path, features, store.describe(tmp_path, 1), {})
     code = """if True:
         import json, sys
+        import numpy as np
         import ml_dtypes  # tells NumPy what bfloat16 is; TFDS would import TensorFlow to learn it
         import tensorflow_datasets as tfds
         for folder in sys.argv[1:]:
             source = tfds.builder_from_directory(folder).as_data_source("train")
-            record = source[1]
-            print(json.dumps([len(source), {k: [str(v.dtype), list(v.shape)] for k, v in record.items()},
-                              float(record["x0"].astype("float32").sum())]))
+            record = {name: np.asarray(value) for name, value in source[1].items()}
+            kinds = {name: [str(value.dtype), list(value.shape)] for name, value in record.items()}
+            print(json.dumps([len(source), kinds, float(record["x0"].astype("float32").sum())]))
         assert "tensorflow" not in sys.modules and "ard_jax" not in sys.modules
     """
     folders = [tmp_path / "1.0.0", pipeline / "trajectories" / "1.0.0"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    out = subprocess.run(
-        [sys.executable, "-c", code, *folders],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    ours, job = map(json.loads, out.splitlines())
+    command = [sys.executable, "-c", code, *folders]
+    opened = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert opened.returncode == 0, opened.stderr
+    ours, job = map(json.loads, opened.stdout.splitlines())
     assert ours[:2] == [5, dict(noise=["bfloat16", [4, 4, 2]], x0=["bfloat16", [3, 4, 4, 2]],
                                 xt=["bfloat16", [3, 4, 4, 2]], label=["int64", []], index=["int64", []])]  # fmt: skip
     assert ours[2] == records(dtype="bfloat16")[1]["x0"].astype("float32").sum()
@@ -156,47 +153,46 @@ def test_a_shard_that_fails_in_the_middle_is_not_there(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def job(pipeline):
-    """job(directory, processes=1, mesh=…, seed=…, **trajectories): the job on the pipeline's teacher, float32."""
-    config = smoke_config.get_config()
-    model, params, _ = load_teacher(config, pipeline, make_mesh())
+def teacher(pipeline):
+    """The pipeline's teacher and its parameters."""
+    return load_teacher(smoke_config.get_config(), pipeline, make_mesh())[:2]
 
-    def make(directory, processes=1, mesh=None, seed=0, **settings):
+
+@pytest.fixture(scope="module")
+def job(teacher):
+    """job(directory, processes=1, **trajectories): runs the job and reads the store back, by index."""
+
+    def make(directory, processes=1, **settings):
         config = smoke_config.get_config()
-        config.trajectories.update(dtype="float32", **settings)
-        config.seed = seed
+        config.trajectories.update(settings)
         for process in range(processes):
-            make_store(
-                model, params, config, directory, mesh or make_mesh(), process_index=process, process_count=processes
-            )
+            make_store(*teacher, config, directory, make_mesh(), process_index=process, process_count=processes)
         shards = store.describe(directory, -(-config.trajectories.count // config.trajectories.shard_size))
-        features = store.record_features((8, 8, 1), 4, "float32", True)
-        store.finish(directory, features, shards, {"shards": shards})
+        store.finish(directory, store.record_features((8, 8, 1), 4, "float16", True), shards, {"shards": shards})
         return read(directory)
 
     return make
 
 
 @pytest.fixture(scope="module")
-def reference(job, tmp_path_factory):
-    return job(tmp_path_factory.mktemp("reference"))
+def reference(pipeline):
+    return read(pipeline / "trajectories")
 
 
-def test_a_record_is_the_teachers_trajectory(pipeline, reference):
-    """Points, noise and label are what the sampler gives from the record's own noise."""
+def test_a_record_is_the_teachers_trajectory(teacher, reference):
+    """Number i has noise and label number i of the seed, and the points of the teacher's solve from there."""
     config = smoke_config.get_config()
-    _, params, _ = load_teacher(config, pipeline, make_mesh())
-    rows = [reference[index] for index in range(4)]
-    noise, label = np.stack([r["noise"] for r in rows]), np.stack([r["label"] for r in rows])
-    solution = jax.jit(lambda n, y: sample_teacher(make_teacher(config), params, n, y, **solver_settings(config)))(
-        noise, label
-    )
+    (model, params), rows = teacher, [reference[index] for index in range(4)]
+    noise, label = draw_noise_and_labels(trajectory_key(0), np.arange(4), (8, 8, 1), 10)
+    solution = jax.jit(functools.partial(sample_teacher, model, **solver_settings(config)))(params, noise, label)
     walked = [1, 2, 3, 4]  # five steps are 4 … 0 respaced; the points are 3, 2, 1, 0
     for name in ("x0", "xt"):
         expected = np.asarray(getattr(solution, name))[:, walked]
-        np.testing.assert_allclose(np.stack([r[name] for r in rows]), expected, rtol=1e-4, atol=1e-4)
-    assert abs(noise.mean()) < 0.2 and 0.9 < noise.std() < 1.1
-    assert not np.array_equal(reference[0]["noise"], reference[1]["noise"])
+        np.testing.assert_allclose(np.stack([r[name] for r in rows]), expected, rtol=2e-3, atol=2e-3)
+    np.testing.assert_array_equal(np.stack([r["noise"] for r in rows]), np.asarray(noise, np.float16))
+    np.testing.assert_array_equal([r["label"] for r in rows], label)
+    noise = np.stack([record["noise"] for record in reference.values()]).astype(float)
+    assert abs(noise.mean()) < 0.1 and 0.95 < noise.std() < 1.05 and len(np.unique(noise[:, 0, 0])) > 20
 
 
 @pytest.mark.parametrize("layout", [dict(shard_size=5), dict(processes=2), dict(count=10), dict(shard_size=24)])
@@ -212,16 +208,12 @@ def test_a_record_hardly_depends_on_the_batch_size(job, reference, tmp_path):
     for index, record in reference.items():
         same = ("noise", "label", "index")
         assert bits({k: made[index][k] for k in same}) == bits({k: record[k] for k in same})
-        np.testing.assert_allclose(made[index]["x0"], record["x0"], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(made[index]["x0"], record["x0"], rtol=2e-3, atol=2e-3)
 
 
-def test_the_seed_changes_every_record(job, reference, tmp_path):
-    made = job(tmp_path, seed=1, count=4)
-    assert not any(np.array_equal(made[index]["noise"], reference[index]["noise"]) for index in made)
-
-
-def test_the_store_is_the_same_on_any_number_of_devices(pipeline, tmp_path):
-    """Two and four devices, in another process: the very bytes of the shards."""
+@pytest.mark.parametrize("optimised", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_store_is_the_same_on_any_number_of_devices(pipeline, tmp_path, optimised):
+    """One, two and four devices, in another process: the very bytes of the shards."""
     code = """if True:
         import pathlib, sys
         import jax
@@ -230,17 +222,19 @@ def test_the_store_is_the_same_on_any_number_of_devices(pipeline, tmp_path):
         from ard_jax.trajectories.generate import make_store
         from configs import smoke
         workdir, target = map(pathlib.Path, sys.argv[1:])
-        for count in (2, 4):
+        for count in (1, 2, 4):
             mesh = make_mesh(jax.devices()[:count])
             assert mesh.size == count
             model, params, _ = load_teacher(smoke.get_config(), workdir, mesh)
             make_store(model, params, smoke.get_config(), target / str(count), mesh)
     """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    flags = "--xla_force_host_platform_device_count=4 " + ("" if optimised else os.environ["XLA_FLAGS"])
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code, pipeline, tmp_path], env=environment, check=True, capture_output=True)
-    expected = shard_hashes(pipeline / "trajectories")
-    assert len(expected) == 3
-    assert shard_hashes(tmp_path / "2") == shard_hashes(tmp_path / "4") == expected
+    one, two, four = (shard_hashes(tmp_path / count) for count in ("1", "2", "4"))
+    assert len(one) == 3 and one == two == four
+    if not optimised:
+        assert one == shard_hashes(pipeline / "trajectories")
 
 
 def test_trajectories_out_of_bounds_are_counted_and_the_others_keep_their_numbers(job, reference, tmp_path, pipeline):
@@ -264,22 +258,17 @@ def test_trajectories_out_of_bounds_are_counted_and_the_others_keep_their_number
     assert [done(workdir / "trajectories")[key] for key in ("kept", "dropped")] == [manifest["kept"], len(expected)]
 
 
-def test_trajectories_that_are_not_finite_are_dropped(pipeline, tmp_path):
-    config = smoke_config.get_config()
-    model, params, _ = load_teacher(config, pipeline, make_mesh())
-    params = jax.tree.map(lambda leaf: leaf * np.nan, params)
-    make_store(model, params, config, tmp_path, make_mesh())
-    described = store.describe(tmp_path, 3)
+def test_a_teacher_that_gives_nothing_finite_gives_no_store(pipeline, tmp_path, teacher, monkeypatch):
+    workdir, (model, params) = copy(pipeline, tmp_path, "teacher"), teacher
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    monkeypatch.setattr("ard_jax.stages.trajectories.load_teacher", lambda *_: (model, broken, "sha"))
+    outcome = smoke("trajectories", workdir)
+    assert outcome.status == 2 and "Traceback" not in outcome.err
+    said = outcome.err.strip().splitlines()[-1]
+    assert "all 24 trajectories leave" in said and "train the teacher longer" in said
+    described = store.describe(workdir / "trajectories", 3)
     assert [index for shard in described for index in shard["dropped"]] == list(range(24))
     assert sum(shard["records"] for shard in described) == 0
-
-
-def test_a_job_that_drops_everything_says_so(pipeline, tmp_path):
-    workdir = copy(pipeline, tmp_path, "teacher")
-    outcome = smoke("trajectories", workdir, "trajectories.max_abs=1e-9")
-    said = outcome.err.strip().splitlines()[-1]
-    assert outcome.status == 2 and "Traceback" not in outcome.err
-    assert "all 24 trajectories leave [-1e-09, 1e-09]" in said and "max_abs" in said
     assert not (workdir / "trajectories" / "manifest.json").exists()
     assert not (workdir / "trajectories" / "done.json").exists()
 

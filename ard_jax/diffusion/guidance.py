@@ -55,8 +55,10 @@ def guided_output(model, params, x, time, y, guidance: Guidance, process: Proces
         return model.apply({"params": params}, x, times, y)[..., :channels].astype(x.dtype)
 
     def guided():
-        both = call(jnp.concatenate([x, x]), jnp.concatenate([y, jnp.full_like(y, model.num_classes)]))
-        conditional, unconditional = jnp.split(both, 2)
+        # the two calls of an image lie side by side, so that they stay on its device where the batch is split
+        labels = jnp.stack([y, jnp.full_like(y, model.num_classes)], axis=1)
+        both = call(jnp.repeat(x, 2, axis=0), labels.reshape(-1)).reshape(-1, 2, *x.shape[1:])
+        conditional, unconditional = both[:, 0], both[:, 1]
         moved = unconditional + guidance.scale * (conditional - unconditional)
         kept = guidance.channels or channels
         return jnp.concatenate([moved[..., :kept], conditional[..., kept:]], axis=-1)

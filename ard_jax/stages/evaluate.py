@@ -71,6 +71,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     models: dict[str, dict[str, Any]] = {}
     for name, facts in sampled.items():
         images = np.load(workdir / "sample" / name / "samples.npz", allow_pickle=False)["arr_0"]
+        if len(images) != config.sample.count:  # a Fréchet distance depends on how many images it is taken from
+            raise UserError(
+                f"{workdir / 'sample' / name} holds {len(images)} images, but sample.count is {config.sample.count}: "
+                f"run 'sample' again with this config."
+            )
         kept = ("steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
         models[name] = {key: facts[key] for key in kept} | distances(extractor, real, images, config)
     pictures = paired.teacher_pictures(config.evaluate.pictures)

@@ -80,7 +80,7 @@ def train(
             state, position = restored
             batches.set_state(position["data"])
             seconds = position["seconds"]
-            log.info("resuming at step %d of %d.", state.step, settings.steps)
+            log.info("resuming at step %d of %d.", int(state.step), settings.steps)
         elif jax.process_index() == 0:
             log.info("parameters:\n%s", parameter_overview.get_parameter_overview(state.params))
 
@@ -137,7 +137,7 @@ class Meter:
         """Means of the metrics since the last report; raises NotFinite with the step and the name of a bad one."""
         fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
         for step, metrics in fetched:
-            for name, value in metrics.items():
+            for name, value in sorted(metrics.items(), key=lambda item: item[0] != "loss"):  # the loss is named first
                 if not math.isfinite(value):
                     raise NotFinite(
                         f"{name} is {value} at step {step}, so the run stopped and its last good checkpoint stays: "

@@ -1,5 +1,6 @@
 """Training state, optimiser and the jitted step."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -60,7 +61,8 @@ def make_optimizer(settings: ml_collections.ConfigDict, steps: int) -> optax.Gra
         UserError: optax has no such optimiser, it takes no weight decay and one is asked for, or clip is below 0.
     """
     build = getattr(optax, settings.name, None)
-    takes = inspect.signature(build).parameters if inspect.isfunction(build) else ()
+    is_function = inspect.isfunction(build) or isinstance(build, functools.partial)  # nadamw is a partial adamw
+    takes = inspect.signature(build).parameters if is_function else ()
     if "learning_rate" not in takes:
         raise UserError(
             f"optimizer.name is {settings.name!r}, which is no optimiser of optax: choose one such as adamw."

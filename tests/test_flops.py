@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jaxprs import macs
+
+from ard_jax.diffusion import Guidance, LinearVP, guided_output
+from ard_jax.models import MASKS, ARDStudent, DiT, parameter_shapes, size_fields
+from ard_jax.sampling import sample_student
+from ard_jax.training import flops
+from ard_jax.training.flops import measured_matmul_rate, peak_flops, student_macs, teacher_macs
+
+SMALL = dict(channels=3, patch_size=2, hidden_size=24, depth=2, num_heads=2, num_classes=5)
+LATENT = (32, 32, 4)
+XL = size_fields("DiT-XL/2")
+
+
+def image(shape, *leading):
+    return jax.ShapeDtypeStruct((*leading, *shape), jnp.float32)
+
+
+LABEL, TIME = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.float32)
+
+
+def traced_teacher(model, shape):
+    """Multiply-accumulates of the network itself, from its trace; nothing is computed or compiled."""
+    params = parameter_shapes(model, image(shape, 1), TIME, LABEL)
+    return macs(lambda p, *inputs: model.apply({"params": p}, *inputs), params, image(shape, 1), TIME, LABEL)
+
+
+def traced_student(model, shape):
+    """The same of the training forward and of the cached sampler."""
+    points = image(shape, 1, model.steps)
+    params = parameter_shapes(model, points, LABEL)
+    forward = macs(lambda p, *inputs: model.apply({"params": p}, *inputs), params, points, LABEL)
+    return forward, macs(lambda p, *inputs: sample_student(model, p, *inputs), params, image(shape, 1), LABEL)
+
+
+@pytest.mark.parametrize("fields", [{}, {"learn_sigma": False, "mlp_ratio": 2.6}, {"patch_size": 4, "unroll": True}])
+def test_formulas_count_every_product_of_small_models(fields):
+    shape = (16, 8, 3)
+    teacher = DiT(**(SMALL | fields))
+    assert teacher_macs(teacher, shape) == traced_teacher(teacher, shape)
+    masks = MASKS if not fields else ("causal",)
+    for steps, history_layers, mask in [(3, 1, mask) for mask in masks] + [(1, 2, "causal"), (4, 2, "causal")]:
+        student = ARDStudent(**(SMALL | fields), steps=steps, history_layers=history_layers, mask=mask)
+        assert traced_student(student, shape) == (student_macs(student, shape),) * 2
+
+
+def test_xla_counts_the_same_products():
+    """XLA adds the elementwise work to the products, little in a wide model; a loop's body it counts but once."""
+    shape = (4, 4, 4)
+    student = ARDStudent(hidden_size=512, depth=2, num_heads=4, num_classes=5, steps=3, history_layers=1, unroll=True)
+    params = parameter_shapes(student, image(shape, 1, 3), LABEL)
+    lowered = jax.jit(lambda p, *inputs: student.apply({"params": p}, *inputs)).lower(params, image(shape, 1, 3), LABEL)
+    assert lowered.cost_analysis()["flops"] == pytest.approx(2 * student_macs(student, shape), rel=0.02)
+
+
+def test_the_paper_s_teacher():
+    teacher = DiT(**XL)
+    assert round(teacher_macs(teacher, LATENT) / 1e9, 2) == 118.62
+    assert traced_teacher(teacher, LATENT) == teacher_macs(teacher, LATENT)
+    params = parameter_shapes(teacher, image(LATENT, 1), TIME, LABEL)
+
+    def guided(params, x, y):
+        return guided_output(teacher, params, x, 10.0, y, Guidance(1.5, 3), LinearVP())
+
+    # 25 steps with guidance; both halves share nothing, not even the time embedding
+    assert round(25 * macs(guided, params, image(LATENT, 1), LABEL) / 1e9) == 5931
+
+
+@pytest.mark.parametrize("history_layers, giga", [(0, 474.5), (6, 479.9), (28, 499.9)])
+def test_the_paper_s_student(history_layers, giga):
+    student = ARDStudent(**XL, steps=4, history_layers=history_layers)
+    counted = student_macs(student, LATENT)
+    assert round(counted / 1e9, 1) == giga
+    assert traced_student(student, LATENT) == (counted, counted)
+
+
+def test_history_costs_about_a_percent():
+    with_history, without = (student_macs(ARDStudent(**XL, steps=4, history_layers=n), LATENT) for n in (6, 0))
+    assert with_history <= 1.02 * 480e9
+    assert 1.011 <= with_history / without <= 1.012
+    cheaper = {m: student_macs(ARDStudent(**XL, steps=4, history_layers=6, mask=m), LATENT) for m in MASKS}
+    assert (
+        cheaper["diagonal"]
+        == without
+        < cheaper["window"]
+        == cheaper["noise_and_own"]
+        < with_history
+        == cheaper["causal"]
+    )
+
+
+def test_peak_rates(monkeypatch):
+    class Device:
+        def __init__(self, kind, platform):
+            self.device_kind, self.platform = kind, platform
+
+    def peak(kind, platform, devices=4):
+        monkeypatch.setattr(jax, "devices", lambda: [Device(kind, platform)])
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        return peak_flops()
+
+    monkeypatch.setattr(flops, "measured_matmul_rate", lambda: 1e9)
+    assert peak("TPU v5 lite", "tpu") == 4 * 197e12
+    assert peak("TPU v5", "tpu") == peak("TPU v5p", "tpu") == 4 * 459e12
+    assert peak("NVIDIA H100 80GB HBM3", "gpu") == 4 * 989e12
+    assert peak("cpu", "cpu") == 1e9  # they share the machine's cores
+    assert peak("a new accelerator", "gpu") == 4e9
+    assert 1e7 < measured_matmul_rate(size=64, seconds=0.001) < 1e15

@@ -1,0 +1,257 @@
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+from quick import quick_jit
+
+from ard_jax.config import optimizer_defaults
+from ard_jax.convert import from_torch
+from ard_jax.diffusion import FlowMatching, LinearVP
+from ard_jax.errors import UserError
+from ard_jax.models import ARDStudent, DiT, parameter_shapes
+from ard_jax.objectives.ard import ard, online_ard
+from ard_jax.objectives.denoising import denoising
+from ard_jax.sampling import draw_noise_and_labels, sample_teacher, take_points, trajectory_key, within_bounds
+from ard_jax.training.state import learning_rate, make_optimizer
+
+KEY = jax.random.key(0)
+
+# --- distillation ---
+
+
+def test_ard_loss_equals_the_published_implementation(golden):
+    run = quick_jit(lambda objective, *inputs: objective(*inputs), static_argnums=0)
+    objective = None
+    for kind in ("tiny", "strong"):
+        arrays = golden(f"ard_{kind}")
+        student, params = from_torch(arrays.state_dict(), num_heads=2, history_layers=2)
+        objective = objective or ard(student, target="x0", columns=(1, 3, 4, 5))
+        points = [arrays.images(name) for name in ("z15", "z10", "z5", "z0")]
+        unused = np.full_like(points[0], 1e6)  # points of the store that this student does not have
+        record = np.stack([unused, points[0], unused, *points[1:]], axis=1)
+        batch = {"noise": arrays.images("zT"), "x0": record, "label": arrays["y"]}
+        loss, metrics = run(objective, params, None, batch, KEY)
+        np.testing.assert_allclose(loss, arrays["loss/n2"].mean(), rtol=2e-6)
+        np.testing.assert_allclose(loss, arrays["loss_f64_mean"], rtol=2e-6)
+        predictions = [arrays.images(f"forward/n2/pred_{name}")[..., :4] for name in ("z15", "z10", "z5", "z0")]
+        for step, (prediction, point) in enumerate(zip(predictions, points, strict=True), start=1):
+            expected = np.mean((prediction.astype(np.float64) - point) ** 2)
+            np.testing.assert_allclose(metrics[f"loss_step_{step}"], expected, rtol=1e-5)
+        assert len(metrics) == 4
+
+
+SHAPE = (4, 4, 2)
+STEPS = 4
+POINTS = (3, 1, 0)
+POSITIONS = jnp.asarray([4, 0, 11, 7, 2, 9], jnp.int32)
+SOLVER = {"steps": STEPS, "guidance_scale": 1.5, "guided_channels": 0}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """A teacher, a student, and parameters of both that are large enough to matter."""
+    fields = dict(channels=2, patch_size=2, hidden_size=8, num_heads=2, num_classes=3)
+    teacher, student = DiT(**fields, depth=1), ARDStudent(**fields, depth=1, steps=3, history_layers=1)
+    label, time = jnp.zeros(1, jnp.int32), jnp.zeros(1)
+    shapes = (
+        parameter_shapes(teacher, jnp.zeros((1, *SHAPE)), time, label),
+        parameter_shapes(student, jnp.zeros((1, 3, *SHAPE)), label),
+    )
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32)  # noqa: E731
+    return teacher, student, *(jax.tree.map(draw, tree) for tree in shapes)
+
+
+def evaluate(objective, *inputs):
+    return quick_jit(objective)(*inputs, KEY)
+
+
+def assert_same(left, right):
+    """Equal but for rounding, as large as the largest number of an array."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), left, right)
+
+
+def stored(teacher, params, seed):
+    """What the trajectory job would store at `POSITIONS`: the noise, the label and all points, indices falling."""
+
+    @quick_jit
+    def job(params):
+        noise, label = draw_noise_and_labels(trajectory_key(seed), POSITIONS, SHAPE, teacher.num_classes)
+        solution = sample_teacher(teacher, params, noise, label, **SOLVER)
+        points = {name: take_points(getattr(solution, name), (3, 2, 1, 0), STEPS) for name in ("x0", "xt")}
+        return {"noise": noise, "label": label} | points
+
+    return job(params)
+
+
+@pytest.mark.parametrize("target", ["x0", "xt"])
+def test_online_distillation_equals_that_from_the_store(networks, target):
+    teacher, student, teacher_params, params = networks
+    settings = dict(points=POINTS, shape=SHAPE, seed=5, **SOLVER)
+    columns = (0, 2, 3)  # of the points 3, 1, 0 among 3, 2, 1, 0
+    records = stored(teacher, teacher_params, seed=5)
+    from_store = ard(student, target=target, columns=columns)
+    online = online_ard(student, teacher, target=target, max_abs=0.0, **settings)
+    expected = evaluate(from_store, params, None, records)
+    assert_same(evaluate(online, params, teacher_params, {"position": POSITIONS}), expected)
+    assert expected[0] > 1e-2
+
+    # dropped trajectories count neither in the sum nor in the number
+    largest = jnp.abs(records["x0"][:, jnp.asarray(columns)]).max(axis=(1, 2, 3, 4))
+    max_abs = float(np.median(largest))
+    kept = np.flatnonzero(within_bounds(records["x0"][:, jnp.asarray(columns)], max_abs))
+    assert len(kept) == 3
+    rest = jax.tree.map(lambda array: array[kept], records)
+    online = online_ard(student, teacher, target=target, max_abs=max_abs, **settings)
+    assert_same(
+        evaluate(online, params, teacher_params, {"position": POSITIONS}), evaluate(from_store, params, None, rest)
+    )
+
+
+def test_trajectories_that_blow_up_do_no_harm_online(networks):
+    teacher, student, teacher_params, params = networks
+    table = teacher_params["label_embed"]["embedding"]
+    broken = teacher_params | {"label_embed": {"embedding": table.at[1].set(jnp.nan)}}
+    labels = np.asarray(stored(teacher, teacher_params, seed=5)["label"])
+    sound = POSITIONS[np.flatnonzero(labels != 1)]
+    assert 0 < len(sound) < len(POSITIONS)
+    objective = online_ard(student, teacher, target="x0", points=POINTS, shape=SHAPE, seed=5, max_abs=0.0, **SOLVER)
+    with_gradient = quick_jit(jax.value_and_grad(objective, has_aux=True))
+    value, gradient = with_gradient(params, broken, {"position": POSITIONS}, KEY)
+    assert_same(value, evaluate(objective, params, broken, {"position": sound}))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)) and optax.tree.norm(gradient) > 0.1
+    everything = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), teacher_params)
+    (loss, _), gradient = with_gradient(params, everything, {"position": POSITIONS}, KEY)
+    assert loss == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+# --- the teacher's objective ---
+
+
+class Probe:
+    """Stands in for a network: remembers what it was called with, and puts out zeros (and a variance, far off)."""
+
+    num_classes = 10
+    channels = 3
+
+    def __init__(self, learn_sigma=False):
+        self.learn_sigma = learn_sigma
+
+    def apply(self, variables, x, t, y):
+        self.x, self.t, self.y = (np.asarray(array) for array in (x, t, y))
+        return jnp.concatenate([jnp.zeros_like(x), jnp.full_like(x, 1e6)], -1) if self.learn_sigma else 0 * x
+
+
+def images(count):
+    rng = np.random.default_rng(1)
+    return {
+        "image": jnp.asarray(rng.uniform(-1, 1, (count, 2, 4, 3)), jnp.float32),
+        "label": jnp.asarray(rng.integers(0, 10, count), jnp.int32),
+        "position": jnp.asarray(rng.choice(10_000, count, replace=False), jnp.int32),
+    }
+
+
+def drawn(batch, process=FlowMatching(1.0), key=KEY, label_dropout=0.5, horizontal_flip=True, learn_sigma=False):  # noqa: B008
+    """What the objective drew for a batch: the image as flipped, noise, time, label, and the loss."""
+    probe = Probe(learn_sigma)
+    objective = denoising(probe, process, label_dropout=label_dropout, horizontal_flip=horizontal_flip)
+    loss, metrics = objective({}, None, batch, key)
+    assert metrics == {}
+    x, t, y = probe.x, probe.t, probe.y
+    objective({}, None, batch | {"image": jnp.zeros_like(batch["image"])}, key)
+    noised_only = np.asarray(process.noised(jnp.zeros_like(x), jnp.ones_like(x), jnp.asarray(t)))
+    noise = probe.x / noised_only
+    image = (x - probe.x) / np.asarray(process.noised(jnp.ones_like(x), jnp.zeros_like(x), jnp.asarray(t)))
+    return image, noise, t, y, float(loss)
+
+
+@pytest.mark.parametrize("process", [FlowMatching(1.0), LinearVP()], ids=["flow", "vp"])
+def test_denoising_draws_what_it_should(process):
+    batch = images(400)
+    image, noise, t, y, loss = drawn(batch, process, label_dropout=0.2)
+    given, mirrored = np.asarray(batch["image"]), np.asarray(batch["image"])[:, :, ::-1]
+    error = [np.abs(image - other).max(axis=(1, 2, 3)) for other in (given, mirrored)]
+    sure = t < 0.9 * process.noise_time  # near pure noise the image cannot be told
+    assert np.minimum(*error)[sure].max() < 1e-2
+    flipped = error[1] < error[0]
+    assert 0.4 < flipped[sure].mean() < 0.6
+    dropped = y == Probe.num_classes
+    assert 0.14 < dropped.mean() < 0.26  # three standard deviations
+    np.testing.assert_array_equal(y[~dropped], np.asarray(batch["label"])[~dropped])
+    assert 0.45 < t.mean() / process.noise_time < 0.55 and len(np.unique(t)) > 300
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    for one, other in ((flipped, dropped), (flipped, t > np.median(t)), (dropped, t > np.median(t))):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.16  # drawn apart
+    # what the network should have put out: the noise, or the velocity ε − x_0
+    target = noise - np.where(flipped[:, None, None, None], mirrored, given) if process != LinearVP() else noise
+    assert loss == pytest.approx(np.mean(target**2), rel=1e-3)
+
+
+def test_denoising_draws_by_seed_and_position_alone():
+    batch = images(24)
+    whole = drawn(batch)
+    rows = np.random.default_rng(2).permutation(24)[:10]  # in other places, and among other neighbours
+    others = jax.tree.map(lambda array: array[14:], images(24) | {"position": jnp.arange(10_000, 10_024)})
+    mixed = jax.tree.map(lambda array, other: jnp.concatenate([array[rows], other, array[:4]]), batch, others)
+    for ours, expected in zip(drawn(mixed)[:4], whole[:4], strict=True):
+        np.testing.assert_allclose(ours[:10], expected[rows], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(ours[20:], expected[:4], rtol=0, atol=1e-6)
+    for changed in (drawn(batch, key=jax.random.key(1)), drawn(batch | {"position": batch["position"] + 1})):
+        assert not np.isin(changed[2], whole[2]).any()
+        assert (changed[3] != whole[3]).any()
+
+
+def test_denoising_without_augmentation_and_with_a_learned_variance():
+    batch = images(24)
+    image, *_, y, loss = drawn(batch, label_dropout=0.0, horizontal_flip=False)
+    np.testing.assert_allclose(image, batch["image"], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(y, batch["label"])
+    *_, y, _ = drawn(batch, label_dropout=1.0)
+    np.testing.assert_array_equal(y, np.full(24, Probe.num_classes))
+    assert drawn(batch, label_dropout=0.0, horizontal_flip=False, learn_sigma=True)[-1] == loss
+
+
+# --- optimisers by name ---
+
+
+def settings(**changed):
+    return ml_collections.ConfigDict(optimizer_defaults() | changed)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "nadamw", "adan"])
+def test_weight_decay_is_what_the_config_says_and_not_what_optax_would_take(name):
+    params = {"w": jnp.ones(3)}
+
+    def moved(decay):
+        optimizer = make_optimizer(settings(name=name, learning_rate=0.1, weight_decay=decay), 10)
+        updates, _ = optimizer.update({"w": jnp.zeros(3)}, optimizer.init(params), params)
+        return optax.apply_updates(params, updates)["w"]
+
+    np.testing.assert_array_equal(moved(0.0), params["w"])
+    np.testing.assert_allclose(moved(0.5), 0.95, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changed, sentence",
+    [
+        ({"name": "adamm"}, "optimizer.name is 'adamm', which is no optimiser of optax: choose one such as adamw."),
+        ({"name": "chain"}, "optimizer.name is 'chain', which is no optimiser of optax"),
+        ({"name": "tree"}, "optimizer.name is 'tree', which is no optimiser of optax"),
+        ({"name": "adam", "weight_decay": 0.1}, "optax's 'adam' takes no weight decay: choose another such as adamw"),
+        ({"name": "optimistic_adam"}, r"optax's 'optimistic_adam' cannot be built .*: choose another such as adamw."),
+        ({"clip": -1.0}, "optimizer.clip is -1.0: give a gradient norm, or 0 for no clipping."),
+        ({"schedule": "linear"}, "optimizer.schedule is 'linear': choose constant or cosine."),
+        ({"warmup_steps": 10}, "optimizer.warmup_steps is 10 of 10 steps: choose fewer than all of them."),
+        ({"warmup_steps": -1}, "optimizer.warmup_steps is -1 of 10 steps"),
+    ],
+)
+def test_bad_optimisers(changed, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_optimizer(settings(**changed), 10)
+
+
+def test_warm_up_then_constant():
+    rate = learning_rate(settings(warmup_steps=4, learning_rate=1.0), 10)
+    np.testing.assert_allclose([rate(step) for step in range(7)], [0, 0.25, 0.5, 0.75, 1, 1, 1], rtol=1e-6)

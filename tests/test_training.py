@@ -1,0 +1,500 @@
+"""The training loop: a run that is stopped at any instant and started again is the run that was never stopped."""
+
+import json
+import math
+import os
+import pathlib
+import random
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+from pipeline_fixtures import copy, done, finish, process, smoke
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+from ard_jax import parallel
+from ard_jax.config import optimizer_defaults
+from ard_jax.data import InMemory, stream
+from ard_jax.errors import UserError
+from ard_jax.files import tree_sha256
+from ard_jax.parallel import make_mesh
+from ard_jax.training import checkpoints, loop
+from ard_jax.training.loop import NotFinite, Preempted, train
+from ard_jax.training.state import init_state, learning_rate, make_optimizer, make_step, ramped_decay
+
+STEPS, BATCH = 12, 4
+
+
+# ------------------------------------------------------------------------------- a model that compiles at once
+
+
+def objective(params, frozen, batch, key):
+    """Linear regression with noise drawn from the run's key and the example's position."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["position"])
+    noise = jax.vmap(lambda k: jax.random.normal(k, (3,)))(keys)
+    error = (batch["x"] + 0.1 * noise) @ params["w"] + params["b"] - batch["y"]
+    return jnp.mean(error**2), {"error": jnp.mean(jnp.abs(error))}
+
+
+def data(**replaced):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 3)).astype(np.float32)
+    return InMemory({"x": x, "y": (x @ [1.0, -2.0, 0.5]).astype(np.float32)} | replaced)
+
+
+def settings(**changes):
+    values = {"steps": STEPS, "batch_size": BATCH, "checkpoint_every": 3, "optimizer": optimizer_defaults()}
+    values["optimizer"] |= {"learning_rate": 0.05, "ema": 0.9}
+    return ml_collections.ConfigDict(values | changes)
+
+
+def fit(directory, source=None, tensorboard=False, log_every=2, **changes):
+    """Trains the small model; returns what `train` does."""
+    run = ml_collections.ConfigDict({"log_every": log_every, "keep_checkpoints": 2, "tensorboard": tensorboard})
+    return train(
+        objective,
+        {"w": jnp.zeros(3), "b": jnp.zeros(())},
+        stream(source or data(), batch_size=BATCH, seed=3),
+        settings=settings(**changes),
+        run=run,
+        seed=5,
+        directory=directory,
+        mesh=make_mesh(),
+        flops_per_example=24.0,
+    )
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_steps(directory):
+    return sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
+
+
+@pytest.fixture(autouse=True)
+def quick_peak(monkeypatch):
+    """The small model needs no measured peak, which takes a third of a second."""
+    monkeypatch.setattr(loop, "peak_flops", lambda: 1e12)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "peak_flops", lambda: 1e12)
+        directory = tmp_path_factory.mktemp("uninterrupted")
+        return directory, fit(directory).state
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(step, act): does something just before a step of the training."""
+    calls = {}
+    before = loop.put_batch
+
+    def put_batch(batch, mesh):
+        step = int(batch["position"][0]) // BATCH + 1
+        calls.get(step, lambda: None)()
+        return before(batch, mesh)
+
+    monkeypatch.setattr(loop, "put_batch", put_batch)
+    return calls.__setitem__
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_small_model_trains(uninterrupted):
+    directory, state = uninterrupted
+    logged = lines(directory)
+    assert [line["step"] for line in logged] == [2, 3, 4, 6, 8, 9, 10, 12]
+    x, y = data().arrays["x"], data().arrays["y"]
+    assert np.mean((x @ state.params["w"] + state.params["b"] - y) ** 2) < 0.6 * np.mean(y**2)
+    assert saved_steps(directory) == [9, 12] and int(state.step) == 12
+
+
+def test_the_loop_computes_what_it_says(uninterrupted):
+    """The same steps written out: batches in the stream's order, clipping, AdamW, the ramped average."""
+    directory, state = uninterrupted
+    batches = stream(data(), batch_size=BATCH, seed=3)
+    params = average = {"w": jnp.zeros(3), "b": jnp.zeros(())}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.05, weight_decay=0.0))
+    opt_state, losses = optimizer.init(params), []
+    for step in range(STEPS):
+        batch = next(batches)
+        (loss, _), gradient = jax.value_and_grad(objective, has_aux=True)(params, None, batch, jax.random.key(5))
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, average, params)
+        losses.append(float(loss))
+    for ours, theirs in ((state.params, params), (state.ema, average)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
+    logged = {line["step"]: line["loss"] for line in lines(directory)}
+    assert logged[2] == pytest.approx(np.mean(losses[:2]), rel=1e-5)
+    assert logged[3] == pytest.approx(losses[2], rel=1e-5)
+    assert logged[12] == pytest.approx(np.mean(losses[10:]), rel=1e-5)
+
+
+def test_metrics_have_their_fields(uninterrupted):
+    for line in lines(uninterrupted[0]):
+        assert set(line) == {
+            *("step", "loss", "error", "gradient_norm", "parameter_norm"),
+            *("steps_per_s", "samples_per_s", "utilisation"),
+        }
+        assert line["samples_per_s"] == pytest.approx(BATCH * line["steps_per_s"])
+        assert line["utilisation"] == pytest.approx(line["samples_per_s"] * 24.0 / 1e12)
+
+
+# ------------------------------------------------------------------------------------------ stopped and resumed
+
+
+@pytest.mark.parametrize("step", [1, 3, 7, 11])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(uninterrupted, tmp_path, at_step, step):
+    at_step(step, terminate)
+    with pytest.raises(Preempted, match=f"stopped at step {step} of 12"):
+        fit(tmp_path)
+    assert saved_steps(tmp_path)[-1] == step
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    at_step(step, lambda: pytest.fail("a step that was saved was done again"))
+    state = fit(tmp_path).state
+    assert tree_sha256(state) == tree_sha256(uninterrupted[1])
+    steps = [line["step"] for line in lines(tmp_path)]
+    assert steps == sorted(set(steps)) and steps[-1] == 12
+
+
+def test_a_request_to_stop_in_the_last_step_changes_nothing(uninterrupted, tmp_path, at_step):
+    at_step(12, terminate)
+    assert tree_sha256(fit(tmp_path).state) == tree_sha256(uninterrupted[1])
+
+
+def test_a_request_that_comes_while_metrics_are_fetched_is_not_answered_without_saving(tmp_path, monkeypatch):
+    """Fetching waits for the device, so that is where most requests come; step 4 logs, but saves nothing."""
+    report, reports = loop.Meter.report, iter(range(1, 10))
+
+    def interrupted(meter):
+        report(meter)
+        if next(reports) == 3:  # after steps 2, 3 and 4
+            terminate()
+
+    monkeypatch.setattr(loop.Meter, "report", interrupted)
+    with pytest.raises(Preempted) as stop:
+        fit(tmp_path)
+    assert str(stop.value) == f"stopped at step {saved_steps(tmp_path)[-1]} of 12" == "stopped at step 5 of 12"
+
+
+@pytest.mark.parametrize("step", [2, 5, 9])
+def test_a_run_that_fails_between_checkpoints_goes_on_from_the_last_one(uninterrupted, tmp_path, at_step, step):
+    def fall_over():
+        raise KeyboardInterrupt
+
+    at_step(step, fall_over)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path)
+    assert saved_steps(tmp_path)[-1:] == [step - 1 - (step - 1) % 3 or None][: step > 3]
+    at_step(step, lambda: None)
+    assert tree_sha256(fit(tmp_path).state) == tree_sha256(uninterrupted[1])
+    # whatever had been logged beyond the checkpoint is logged once
+    assert [line["step"] for line in lines(tmp_path)] == [2, 3, 4, 6, 8, 9, 10, 12]
+
+
+def test_a_line_cut_in_two_is_dropped(uninterrupted, tmp_path, at_step):
+    at_step(6, terminate)
+    with pytest.raises(Preempted):
+        fit(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 1')
+    fit(tmp_path)
+    assert [line["step"] for line in lines(tmp_path)] == [2, 3, 4, 6, 8, 9, 10, 12]
+
+
+def test_seconds_add_up_over_starts(tmp_path, at_step):
+    at_step(7, terminate)
+    with pytest.raises(Preempted):
+        fit(tmp_path)
+    at_step(7, lambda: None)
+    at_step(10, lambda: time.sleep(0.2))
+    manager = checkpoints.make_manager(tmp_path / "checkpoints", 2)
+    first = manager.restore(7, args=checkpoints.ocp.args.Composite(position=checkpoints.ocp.args.JsonRestore()))
+    manager.close()
+    assert first.position["seconds"] > 0
+    assert fit(tmp_path).seconds > first.position["seconds"] + 0.2
+
+
+def test_the_order_of_the_data_is_a_function_of_the_step(tmp_path, at_step, monkeypatch):
+    """Step k reads positions [(k-1)·B, k·B) of the endless row, however often the run was stopped."""
+    seen, put = {}, loop.put_batch
+
+    def watch(batch, mesh):
+        seen.setdefault(int(batch["position"][0]) // BATCH + 1, []).append((batch["position"].tolist(), batch["x"]))
+        return put(batch, mesh)
+
+    monkeypatch.setattr(loop, "put_batch", watch)
+    for step in (2, 5, 8):
+        at_step(step, terminate)
+        with pytest.raises(Preempted):
+            fit(tmp_path)
+    fit(tmp_path)
+    source = stream(data(), batch_size=BATCH, seed=3)
+    assert sorted(seen) == list(range(1, 13))
+    for step in range(1, 13):
+        batch = next(source)
+        ((positions, x),) = seen[step]  # once, though the run was stopped three times
+        assert positions == list(range((step - 1) * BATCH, step * BATCH))
+        np.testing.assert_array_equal(x, batch["x"])
+
+
+# ------------------------------------------------------------------------------------------ damaged checkpoints
+
+
+def largest_file(folder):
+    """The largest file of values in a part of a checkpoint."""
+    return max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [truncate, pathlib.Path.unlink])
+@pytest.mark.parametrize("part", ["params", "ema", "optimizer", "position"])
+def test_a_broken_checkpoint_is_passed_over(uninterrupted, tmp_path, part, damage, caplog):
+    folder = copy(uninterrupted[0], tmp_path, "checkpoints") / "checkpoints" / "12" / part
+    damage(folder / "metadata" if part == "position" else largest_file(folder))
+    with caplog.at_level("INFO", logger="ard_jax"):
+        state = fit(tmp_path).state
+    said = [record.getMessage() for record in caplog.records if record.name == "ard_jax"]
+    assert any(text.startswith("checkpoint 12 cannot be read (") and "the one before" in text for text in said)
+    assert "resuming at step 9 of 12." in said
+    assert tree_sha256(state) == tree_sha256(uninterrupted[1])
+    assert saved_steps(tmp_path) == [9, 12]
+    assert tree_sha256(fit(tmp_path).state) == tree_sha256(uninterrupted[1])  # and what it left is whole
+
+
+def test_no_readable_checkpoint_ends_in_a_sentence(uninterrupted, tmp_path):
+    copy(uninterrupted[0], tmp_path, "checkpoints")
+    for step in ("9", "12"):
+        truncate(largest_file(tmp_path / "checkpoints" / step / "params"))
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be read \(steps \[12, 9\]\): delete"):
+        fit(tmp_path)
+    assert saved_steps(tmp_path) == [9, 12]  # nothing was deleted on the user's behalf
+
+
+def test_parameters_of_a_broken_checkpoint_end_in_a_sentence(uninterrupted, tmp_path):
+    copy(uninterrupted[0], tmp_path, "checkpoints")
+    truncate(largest_file(tmp_path / "checkpoints" / "12" / "ema"))
+    with pytest.raises(UserError, match="checkpoint 12 in .* cannot be read") as error:
+        checkpoints.load_parameters(tmp_path / "checkpoints", "ema", uninterrupted[1].ema)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_with_a_flipped_bit_are_refused_by_the_next_stage(pipeline, tmp_path):
+    """Orbax reads them without a word."""
+    workdir = copy(pipeline, tmp_path, "teacher")
+    path = largest_file(workdir / "teacher" / "checkpoints" / "20" / "ema")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    outcome = smoke("trajectories", workdir)
+    assert outcome.status == 2 and "Traceback" not in outcome.err
+    assert "are not those that its done.json names" in outcome.err or "cannot be read" in outcome.err
+    assert not (workdir / "trajectories").exists()
+
+
+# ------------------------------------------------------------------------------------------------- not finite
+
+
+def everything_saved_is_finite(directory, like):
+    for step in saved_steps(directory):
+        manager = checkpoints.make_manager(directory / "checkpoints", 2)
+        state, _ = checkpoints.restore_step(manager, step, like)
+        manager.close()
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(uninterrupted, tmp_path):
+    """The source has a NaN at one record; the run stops in the step that reads it."""
+    source = data()
+    batches = stream(source, batch_size=BATCH, seed=3)
+    order = [next(batches) for _ in range(5)]
+    bad = int(np.flatnonzero((source.arrays["x"] == order[4]["x"][2]).all(axis=1))[0])  # first read in step 5
+    y = source.arrays["y"].copy()
+    y[bad] = np.nan
+    with pytest.raises(NotFinite, match="^loss is nan at step 5, so the run stopped"):
+        fit(tmp_path, source=data(y=y))
+    assert saved_steps(tmp_path) == [3]
+    everything_saved_is_finite(tmp_path, uninterrupted[1])
+    assert tree_sha256(fit(tmp_path).state) == tree_sha256(uninterrupted[1])  # with mended data it goes on
+
+
+def test_parameters_that_overflow_are_not_saved(uninterrupted, tmp_path):
+    """The loss of that very step is still finite: it was computed before the update."""
+    optimizer = optimizer_defaults() | {"learning_rate": 3e38, "name": "sgd", "clip": 0.0}
+    with pytest.raises(NotFinite, match="^parameter_norm is inf at step 1,"):
+        fit(tmp_path, checkpoint_every=1, optimizer=optimizer)
+    assert saved_steps(tmp_path) == []
+
+
+def test_images_that_are_not_finite_stop_the_teacher(pipeline, tmp_path, monkeypatch):
+    from ard_jax.stages import teacher
+
+    source = teacher.image_source
+    monkeypatch.setattr(
+        teacher,
+        "image_source",
+        lambda settings: InMemory({**source(settings).arrays, "image": np.full((1797, 8, 8, 1), np.nan, np.float32)}),
+    )
+    outcome = smoke("teacher", tmp_path)
+    assert outcome.status == 2 and "Traceback" not in outcome.err
+    assert outcome.err.strip().splitlines()[-1].startswith("ard_jax teacher: loss is nan at step 1, so the run stopped")
+    assert not (tmp_path / "teacher" / "done.json").exists()
+    assert saved_steps(tmp_path / "teacher") == []
+
+
+# ---------------------------------------------------------------------------------------- optimiser and average
+
+
+def test_learning_rate_warms_up_and_falls():
+    cosine = learning_rate(
+        settings(optimizer=optimizer_defaults() | {"schedule": "cosine", "warmup_steps": 4}).optimizer, 20
+    )
+    assert [float(cosine(step)) for step in (0, 2, 4, 12, 20)] == pytest.approx([0, 5e-5, 1e-4, 5e-5, 0], abs=1e-9)
+    constant = learning_rate(settings(optimizer=optimizer_defaults()).optimizer, 20)
+    assert float(constant(0)) == float(constant(19)) == pytest.approx(1e-4)
+
+
+def test_the_average_forgets_the_start():
+    steps = np.array([0, 1, 90, 10**6])
+    np.testing.assert_allclose(ramped_decay(0.99, jnp.asarray(steps)), [0.1, 2 / 11, 0.91, 0.99], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adam", "lion", "adafactor"])
+def test_any_optimiser_of_optax_trains(name):
+    optimizer = make_optimizer(settings(optimizer=optimizer_defaults() | {"name": name}).optimizer, 10)
+    mesh = make_mesh()
+    state = init_state({"w": jnp.ones(3), "b": jnp.ones(())}, optimizer, 0, mesh)
+    batch = parallel.put_batch(next(stream(data(), batch_size=BATCH, seed=0)), mesh)
+    after, _ = make_step(objective, optimizer, 0.9, mesh)(state, None, batch)
+    assert all(not np.array_equal(a, np.ones_like(a)) for a in jax.tree.leaves(after.params))
+
+
+def test_gradients_are_clipped(monkeypatch):
+    mesh, batch = make_mesh(), {"x": jnp.full((4, 3), 100.0), "y": jnp.zeros(4), "position": jnp.arange(4)}
+    sgd = {"name": "sgd", "learning_rate": 1.0}
+    moved = {}
+    for clip in (0.5, 0.0):
+        optimizer = make_optimizer(settings(optimizer=optimizer_defaults() | sgd | {"clip": clip}).optimizer, 10)
+        start = {"w": jnp.ones(3), "b": jnp.ones(())}
+        state, metrics = make_step(objective, optimizer, 0.9, mesh)(init_state(start, optimizer, 0, mesh), None, batch)
+        moved[clip] = math.sqrt(sum(float(((a - 1) ** 2).sum()) for a in jax.tree.leaves(state.params)))
+        assert float(metrics["gradient_norm"]) > 1e4  # as it was before clipping
+    assert moved[0.5] == pytest.approx(0.5, rel=1e-4) and moved[0.0] > 1e4
+
+
+# ------------------------------------------------------------------------------------------------ TensorBoard
+
+
+def test_tensorboard_shows_what_metrics_jsonl_holds(uninterrupted, tmp_path):
+    fit(tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    logged = lines(tmp_path)
+    for name in ("loss", "error", "gradient_norm"):
+        shown = [(event.step, float(make_ndarray(event.tensor_proto))) for event in events.Tensors(name)]
+        assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in logged]
+
+
+# --------------------------------------------------------------------------------- the real thing, really killed
+
+
+def training_folder(workdir, stage):
+    return workdir / "teacher" if stage == "teacher" else workdir / "distill" / "ard"
+
+
+def kill_at_random(stage, workdir, delay):
+    """Starts a stage, waits until it trains, kills it after `delay` seconds; the status it ended with."""
+    running = process(stage, workdir)
+    metrics = training_folder(workdir, stage) / "metrics.jsonl"
+    before = metrics.read_text() if metrics.exists() else ""
+    while running.poll() is None and not (metrics.exists() and metrics.read_text() not in ("", before)):
+        time.sleep(0.005)
+    time.sleep(delay)
+    running.kill()
+    return finish(running).status
+
+
+def resumed_like_the_pipeline(stage, workdir, pipeline):
+    resumed = finish(process(stage, workdir))
+    assert resumed.status == 0, resumed.err
+    assert done(workdir / stage)["sha256"] == done(pipeline / stage)["sha256"]
+    steps = [line["step"] for line in lines(training_folder(workdir, stage))]
+    assert steps == [5, 10, 15, 20]
+
+
+@pytest.mark.parametrize("stage", ["teacher", "distill"])
+def test_a_stage_that_was_killed_ends_like_one_that_was_not(pipeline, tmp_path, stage):
+    workdir = copy(pipeline, tmp_path, *([] if stage == "teacher" else ["teacher", "trajectories"]))
+    delay = random.SystemRandom().uniform(0, 0.3)
+    status = kill_at_random(stage, workdir, delay)
+    assert status in (0, -signal.SIGKILL), (delay, status)
+    resumed_like_the_pipeline(stage, workdir, pipeline)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["teacher", "distill"])
+def test_a_stage_that_was_killed_again_and_again_ends_like_one_that_was_not(pipeline, tmp_path, stage):
+    """The programs that users run too: compiled with every optimisation."""
+    before = [] if stage == "teacher" else ["teacher", "trajectories"]
+    whole, workdir = copy(pipeline, tmp_path / "whole", *before), copy(pipeline, tmp_path / "killed", *before)
+    assert finish(process(stage, whole, XLA_FLAGS="")).status == 0
+    folder, kills = training_folder(workdir, stage), 0
+    for _ in range(12):
+        running = process(stage, workdir, "run.log_every=1", XLA_FLAGS="")
+        while running.poll() is None and not (folder / "metrics.jsonl").exists():
+            time.sleep(0.005)
+        time.sleep(random.SystemRandom().uniform(0, 4))
+        running.kill()
+        kills += finish(running).status == -signal.SIGKILL
+    assert kills >= 3
+    resumed = finish(process(stage, workdir, XLA_FLAGS=""))
+    assert resumed.status == 0, resumed.err
+    assert done(workdir / stage)["sha256"] == done(whole / stage)["sha256"]
+    steps = [line["step"] for line in lines(folder)]
+    assert steps == sorted(set(steps)) and steps[-1] == 20
+
+
+def test_a_stage_that_is_asked_to_stop_ends_well_and_goes_on(pipeline, tmp_path, monkeypatch):
+    """The command line's part: status 0, and words that say how to go on."""
+    put = loop.put_batch
+
+    def put_batch(batch, mesh):
+        if batch["position"][0] == 7 * 16:
+            terminate()
+        return put(batch, mesh)
+
+    monkeypatch.setattr(loop, "put_batch", put_batch)
+    outcome = smoke("teacher", tmp_path)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out == "teacher: stopped at step 8 of 20; its state is saved: resume by running the same command.\n"
+    assert not (tmp_path / "teacher" / "done.json").exists()
+    monkeypatch.setattr(loop, "put_batch", put)
+    resumed = smoke("teacher", tmp_path)
+    assert resumed.status == 0 and "resuming at step 8 of 20." in resumed.err
+    assert done(tmp_path / "teacher")["sha256"] == done(pipeline / "teacher")["sha256"]
+    assert [line["step"] for line in lines(tmp_path / "teacher")] == [5, 8, 10, 15, 20]
+
+
+def test_a_stage_with_a_truncated_checkpoint_goes_back_to_the_one_before(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher")
+    truncate(largest_file(workdir / "teacher" / "checkpoints" / "20" / "params"))
+    outcome = smoke("teacher", workdir)
+    assert outcome.status == 0, outcome.err
+    assert "checkpoint 20 cannot be read" in outcome.err and "resuming at step 15 of 20." in outcome.err
+    assert "Traceback" not in outcome.err
+    assert done(workdir / "teacher")["sha256"] == done(pipeline / "teacher")["sha256"]
