@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and how other errors are quoted in it."""
 
 
 class UserError(Exception):
@@ -8,3 +8,8 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with status 2. It is no ValueError, since flag parsers
     catch and reword those.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, short enough for one sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

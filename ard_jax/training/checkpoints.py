@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ard_jax.errors import UserError
+from ard_jax.errors import UserError, first_line
 from ard_jax.training.state import TrainState
 
 log = logging.getLogger("ard_jax")
@@ -62,10 +62,6 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainStat
             f"delete that folder to start again."
         )
     return None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def restore_step(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:

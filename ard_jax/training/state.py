@@ -11,7 +11,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from ard_jax.errors import UserError
+from ard_jax.errors import UserError, first_line
 from ard_jax.objectives import Metrics, Objective
 from ard_jax.parallel import batch_sharding, replicated
 
@@ -75,10 +75,13 @@ def make_optimizer(settings: ml_collections.ConfigDict, steps: int) -> optax.Gra
     options = {"weight_decay": settings.weight_decay} if "weight_decay" in takes else {}
     try:
         optimizer = build(learning_rate=learning_rate(settings, steps), **options)
+        # a line search, for one, wants the loss as well; tracing an update finds that out without computing
+        one = jnp.zeros(1)
+        jax.eval_shape(lambda one: optimizer.update(one, optimizer.init(one), one), one)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"optax's {settings.name!r} cannot be built with just a learning rate and weight decay ({error}): "
-            f"choose another such as adamw."
+            f"optax's {settings.name!r} does not work with just a learning rate, weight decay and gradients "
+            f"({first_line(error)}): choose another such as adamw."
         ) from None
     if settings.clip < 0:
         raise UserError(f"optimizer.clip is {settings.clip}: give a gradient norm, or 0 for no clipping.")
