@@ -7,20 +7,18 @@ stopped.
 
 import hashlib
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
 from ard_jax.config import example_shape, make_student, network_calls, solver_settings
-from ard_jax.data import InMemory, in_memory, stream
+from ard_jax.data import InMemory
 from ard_jax.errors import UserError
-from ard_jax.files import tree_sha256
 from ard_jax.models import ARDStudent, DiT, init_from_teacher
-from ard_jax.objectives import Objective
 from ard_jax.objectives.ard import ard, online_ard
 from ard_jax.parallel import check_batch, make_mesh
+from ard_jax.stages.fit import Task, fit
 from ard_jax.stages.workdir import (
     Stopwatch,
     claim,
@@ -32,20 +30,10 @@ from ard_jax.stages.workdir import (
     write_done,
 )
 from ard_jax.training.flops import student_macs, teacher_macs
-from ard_jax.training.loop import train
 from ard_jax.trajectories.generate import stored_settings
 from ard_jax.trajectories.store import Store, check_shards, read_manifest
 
 SECTIONS = ("seed", "data", "model", "diffusion", "student", "distill")
-
-
-class Task(NamedTuple):
-    """What a student is trained on: the source of batches, the objective, what it reads, and its FLOPs an example."""
-
-    source: Any
-    objective: Objective
-    frozen: Any
-    flops: float
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -66,38 +54,17 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         check_shards(store, manifest, checksums=total_bytes(manifest) <= config.run.in_memory)
     claim(directory, config, SECTIONS, teacher=teacher_hash, store=store_hash(manifest))
     task = stored(student, config, store, manifest) if manifest else online(student, config, teacher, teacher_params)
-    batches = stream(
-        task.source,
-        batch_size=settings.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        num_threads=config.run.workers,
-    )
-    trained = train(
-        task.objective,
-        init_from_teacher(teacher_params, student),
-        batches,
-        settings=settings,
-        run=config.run,
-        seed=config.seed,
-        directory=directory,
-        mesh=mesh,
-        frozen=task.frozen,
-        flops_per_example=task.flops,
-    )
-    hashes = {"params": tree_sha256(trained.state.params), "ema": tree_sha256(trained.state.ema)}
-    made = {"seconds": round(max(watch(), trained.seconds), 2), "step": int(trained.state.step)}
-    write_done(directory, hashes, **made, teacher=teacher_hash)
+    made = fit(task, init_from_teacher(teacher_params, student), config, settings, directory, mesh, watch)
+    write_done(directory, **made, teacher=teacher_hash)
     if is_first():
-        merge_done(workdir / "distill", {config.student.name: {"sha256": hashes, **made}})
+        merge_done(workdir / "distill", {config.student.name: made})
 
 
 def stored(student: ARDStudent, config: ml_collections.ConfigDict, store: pathlib.Path, manifest: dict) -> Task:
     """Distillation from a trajectory store."""
     columns = tuple(manifest["points"].index(point) for point in config.student.points)
     return Task(
-        source=in_memory(Store(store, manifest), config.run.in_memory),
+        source=Store(store, manifest),
         objective=ard(student, target=config.student.target, columns=columns),
         frozen=None,
         flops=6 * student_macs(student, example_shape(config)),

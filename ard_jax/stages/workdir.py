@@ -86,10 +86,10 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def write_done(directory: pathlib.Path, hashes: dict[str, str], seconds: float, **made: Any) -> None:
+def write_done(directory: pathlib.Path, sha256: dict[str, str], seconds: float, **made: Any) -> None:
     """Ends a stage: `done.json` says what it made, with its SHA-256."""
     if is_first():
-        write_json(directory / "done.json", {"sha256": hashes, "seconds": round(seconds, 2), **made})
+        write_json(directory / "done.json", {"sha256": sha256, "seconds": round(seconds, 2), **made})
         print(f"done: {directory}", flush=True)
 
 
