@@ -22,7 +22,7 @@ from ard_jax.files import file_sha256, read_json, write_json
 from ard_jax.parallel import make_mesh
 from ard_jax.sampling import draw_noise_and_labels, sample_teacher, trajectory_key
 from ard_jax.stages.workdir import load_teacher
-from ard_jax.trajectories import store
+from ard_jax.trajectories import generate, store
 from ard_jax.trajectories.generate import make_store
 from configs import smoke as smoke_config
 
@@ -202,6 +202,12 @@ def test_a_record_is_the_same_in_every_layout(job, reference, tmp_path, layout):
     assert all(bits(made[index]) == bits(reference[index]) for index in made)
 
 
+def test_processes_share_the_shards_out(teacher, tmp_path):
+    for process, shards in ((1, {1}), (0, {0, 1, 2})):
+        make_store(*teacher, smoke_config.get_config(), tmp_path, make_mesh(), process_index=process, process_count=2)
+        assert store.whole_shards(tmp_path, 3, range(3)) == shards
+
+
 def test_a_record_hardly_depends_on_the_batch_size(job, reference, tmp_path):
     """Not at all in noise and label, to rounding in the solve."""
     made = job(tmp_path, batch_size=3)
@@ -329,6 +335,28 @@ def test_a_job_started_again_makes_nothing_twice(second):
     before = {path: path.stat().st_mtime_ns for path in shard.parent.glob("*array_record*")}
     assert smoke("trajectories", workdir).status == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_job_that_was_interrupted_makes_what_is_missing(pipeline, tmp_path, monkeypatch):
+    workdir = copy(pipeline, tmp_path, "teacher")
+    keep = generate.keep
+
+    def interrupted(batches, dropped, bar):
+        for record in keep(batches, dropped, bar):
+            if record["index"] == 12:  # in the middle of the second shard
+                raise KeyboardInterrupt
+            yield record
+
+    monkeypatch.setattr(generate, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        smoke("trajectories", workdir)
+    (first,) = (workdir / "trajectories" / "1.0.0").iterdir()
+    before = first.stat().st_mtime_ns
+    assert not (workdir / "trajectories" / "manifest.json").exists()
+    monkeypatch.setattr(generate, "keep", keep)
+    assert smoke("trajectories", workdir).status == 0
+    assert first.stat().st_mtime_ns == before
+    assert shard_hashes(workdir / "trajectories") == shard_hashes(pipeline / "trajectories")
 
 
 def test_a_bit_flipped_in_a_store_too_large_to_be_hashed_is_met_while_reading(second):
