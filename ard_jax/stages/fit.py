@@ -1,0 +1,81 @@
+"""What the stages that train have in common: they stream a source into the loop and hash what comes out."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from ard_jax.data import in_memory, stream
+from ard_jax.files import tree_sha256
+from ard_jax.objectives import Objective
+from ard_jax.stages.workdir import Stopwatch
+from ard_jax.training.loop import train
+
+
+class Task(NamedTuple):
+    """What a network is trained on.
+
+    Attributes:
+        source: random-access records.
+        objective: see `ard_jax.objectives`.
+        frozen: parameters that the objective reads and that are not trained, or None.
+        flops: of a training step, an example.
+    """
+
+    source: Any
+    objective: Objective
+    frozen: Any
+    flops: float
+
+
+def fit(
+    task: Task,
+    params: Any,
+    config: ml_collections.ConfigDict,
+    settings: ml_collections.ConfigDict,
+    directory: pathlib.Path,
+    mesh: Mesh,
+    watch: Stopwatch,
+) -> dict[str, Any]:
+    """Trains to the last step, from the newest checkpoint in `directory` if there is one.
+
+    Args:
+        task: what to train on.
+        params: where a fresh run starts.
+        config: `seed` and `run` count.
+        settings: the stage's section: steps, batch_size, checkpoint_every, optimizer.
+        directory: of the run.
+        mesh: of devices.
+        watch: started with the stage.
+
+    Returns:
+        What `write_done` takes: "sha256" of the parameters and their average, "seconds", "step".
+    """
+    batches = stream(
+        in_memory(task.source, config.run.in_memory),
+        batch_size=settings.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.run.workers,
+    )
+    trained = train(
+        task.objective,
+        params,
+        batches,
+        settings=settings,
+        run=config.run,
+        seed=config.seed,
+        directory=directory,
+        mesh=mesh,
+        frozen=task.frozen,
+        flops_per_example=task.flops,
+    )
+    state = trained.state
+    return {
+        "sha256": {"params": tree_sha256(state.params), "ema": tree_sha256(state.ema)},
+        "seconds": round(max(watch(), trained.seconds), 2),
+        "step": int(state.step),
+    }
