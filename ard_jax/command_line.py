@@ -23,7 +23,7 @@ def run_stage(module: types.ModuleType, stage: str, arguments: list[str]) -> int
     """Parses the flags and runs the stage.
 
     Returns:
-        The exit status: 0 done or saved before a preemption, 2 a user's mistake.
+        The exit status: 0 done or saved before a preemption, 2 a user's mistake, 130 interrupted.
     """
     if {"-h", "--help"} & set(arguments):
         print(f"python -m ard_jax {stage} --config FILE[:key=value,…] --workdir DIR [--config.key=value …]\n")
@@ -42,6 +42,9 @@ def run_stage(module: types.ModuleType, stage: str, arguments: list[str]) -> int
         return fail(stage, str(error))
     except Preempted as stop:
         print(f"{stage}: {stop}; its state is saved: resume by running the same command.", flush=True)
+    except KeyboardInterrupt:
+        print(f"\nard_jax {stage}: interrupted; running the same command goes on from what is saved.", file=sys.stderr)
+        return 130
     except Exception as error:
         sentence = storage_trouble(error, workdir)
         if not sentence:

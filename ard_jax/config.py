@@ -238,6 +238,13 @@ def check_points(points: tuple[int, ...], steps: int, key: str) -> None:
         )
 
 
+# Keys that results.json has beside the models' names.
+RESERVED = (
+    "teacher", "config", "degradation_ratio", "degradation_ratios", "features", "paired", "real_images", "samples",
+    "seconds",
+)  # fmt: skip
+
+
 def names_folder(name: Any) -> bool:
     """Whether a model's name can be that of its folder."""
     return isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
@@ -324,10 +331,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             "student.target is 'xt', but the store keeps no noisy points: set trajectories.keep_noisy=True."
         )
-    if student.name == "teacher" or not names_folder(student.name):
+    if student.name in RESERVED or not names_folder(student.name):
         raise UserError(
-            f"student.name is {student.name!r}, which cannot name a folder beside the teacher's: "
-            f"use letters, digits, '-' and '_', and not 'teacher'."
+            f"student.name is {student.name!r}, which cannot name a student's folder and its place in results.json: "
+            f"use letters, digits, '-' and '_', and none of {', '.join(RESERVED)}."
         )
     if not config.sample.models or not all(names_folder(name) for name in config.sample.models):
         raise UserError(f"sample.models is {tuple(config.sample.models)}: name the teacher, or students, or both.")

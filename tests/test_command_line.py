@@ -159,8 +159,9 @@ def test_config_files_that_are_not_there(file, workdir):
         ),
         (SMOKE, "process=heat", "diffusion.process is 'heat', which does not exist: choose vp or flow."),
         (SMOKE, "target=x1", "student.target is 'x1': choose x0"),
-        (SMOKE, "student=../ard", "student.name is '../ard', which cannot name a folder"),
-        (SMOKE, "student=teacher", "student.name is 'teacher', which cannot name a folder beside the teacher's"),
+        (SMOKE, "student=../ard", "student.name is '../ard', which cannot name a student's folder"),
+        (SMOKE, "student=teacher", "student.name is 'teacher', which cannot name a student's folder"),
+        (SMOKE, "student=seconds", "student.name is 'seconds', which cannot name a student's folder"),
         (IMAGENET, "steps=3", "config argument steps is 3: the paper's recipe has 4, 2 and 1."),
         (IMAGENET, "steps=four", "config argument steps is 'four', which is no int: give one."),
     ],
@@ -342,6 +343,18 @@ def test_a_workdir_that_is_a_file(tmp_path):
     said = sentence(smoke("teacher", tmp_path / "file"), "teacher")
     assert "a file or folder cannot be used" in said and str(tmp_path / "file") in said
     assert files(tmp_path) == ["file"]
+
+
+def test_an_interrupt_ends_in_a_sentence(tmp_path, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ard_jax.stages.teacher.image_source", interrupted)
+    outcome = smoke("teacher", tmp_path)
+    assert outcome.status == 130
+    assert outcome.err.strip().endswith(
+        "ard_jax teacher: interrupted; running the same command goes on from what is saved."
+    )
 
 
 def test_other_errors_are_not_hidden(tmp_path, monkeypatch):

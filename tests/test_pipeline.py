@@ -90,13 +90,15 @@ def test_done_names_the_hashes_of_the_files(pipeline, stage):
     assert hashes == {file: file_sha256(folder / file) for file in hashes}
 
 
-@pytest.mark.parametrize("folder", ["teacher", "trajectories", "distill/ard"])
+@pytest.mark.parametrize("folder", ["teacher", "trajectories", "distill/ard", "sample/ard", "sample/teacher"])
 def test_the_resolved_config_lies_beside_what_it_made(pipeline, folder):
     config = read_json(pipeline / folder / "config.json")
     inputs = config.pop("inputs")
     assert config == json.loads(json.dumps(CONFIG.to_dict()))
+    made_by = {"sample/ard": ("ema", "distill/ard"), "sample/teacher": ("ema", "teacher")}
     if folder != "teacher":
-        assert inputs["teacher"] == done(pipeline / "teacher")["sha256"]["ema"]
+        name, source = made_by.get(folder, ("teacher", "teacher"))
+        assert inputs[name] == done(pipeline / source)["sha256"]["ema"]
 
 
 def test_the_log_shows_config_parameters_and_speed(pipeline):

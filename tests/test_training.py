@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
-from pipeline_fixtures import copy, done, finish, process, smoke
+from pipeline_fixtures import STAGES, copy, done, finish, process, smoke
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
@@ -498,3 +498,16 @@ def test_a_stage_with_a_truncated_checkpoint_goes_back_to_the_one_before(pipelin
     assert "checkpoint 20 cannot be read" in outcome.err and "resuming at step 15 of 20." in outcome.err
     assert "Traceback" not in outcome.err
     assert done(workdir / "teacher")["sha256"] == done(pipeline / "teacher")["sha256"]
+
+
+@pytest.mark.slow
+def test_training_on_four_devices_is_that_on_one(pipeline, tmp_path):
+    """The batch is split over the devices: the losses agree to rounding, and every later stage runs on them too."""
+    workdir = tmp_path / "run"
+    for stage in STAGES:
+        outcome = finish(process(stage, workdir, XLA_FLAGS="--xla_force_host_platform_device_count=4"))
+        assert outcome.status == 0, outcome.err
+    for folder in ("teacher", "distill/ard"):
+        there, here = (lines(root / folder) for root in (pipeline, workdir))
+        assert [line["step"] for line in here] == [line["step"] for line in there]
+        np.testing.assert_allclose([m["loss"] for m in here], [m["loss"] for m in there], rtol=1e-4)

@@ -52,7 +52,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if manifest:
         check_store(manifest, config, teacher_hash)
         check_shards(store, manifest, checksums=total_bytes(manifest) <= config.run.in_memory)
-    claim(directory, config, SECTIONS, teacher=teacher_hash, store=store_hash(manifest))
+    bounds = "" if manifest else str(config.trajectories.max_abs)  # a store's own are part of its hash
+    claim(directory, config, SECTIONS, teacher=teacher_hash, store=store_hash(manifest), max_abs=bounds)
     task = stored(student, config, store, manifest) if manifest else online(student, config, teacher, teacher_params)
     made = fit(task, init_from_teacher(teacher_params, student), config, settings, directory, mesh, watch)
     write_done(directory, **made, teacher=teacher_hash)

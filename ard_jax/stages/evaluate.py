@@ -60,24 +60,18 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         return
     watch, directory, mesh = Stopwatch(), workdir / "evaluate", make_mesh(jax.local_devices())
     sampled = finished(workdir / "sample", "sample")["models"]
-    real, labels = labels_and_images(image_source(config.data), limit=REAL_LIMIT)
-    extractor = train_feature_net(real, labels, config.data.num_classes, steps=config.evaluate.feature_steps)
     teacher = load_teacher(config, workdir, mesh)
     students = {name: load_student(workdir / "distill" / name, mesh) for name in sampled if name != "teacher"}
-    for name, (_, _, sha, _) in {"teacher": (*teacher, None), **students}.items():
-        if name in sampled and sampled[name]["ema_sha256"] != sha:
-            raise UserError(f"the samples in {workdir / 'sample' / name} are of older weights: run 'sample' again.")
+    hashes = {"teacher": teacher[2]} | {name: student[2] for name, student in students.items()}
+    samples = {name: read_samples(workdir / "sample" / name, sampled[name], hashes[name], config) for name in sampled}
+    real, labels = labels_and_images(image_source(config.data), limit=REAL_LIMIT)
     paired = Paired(config, teacher)
-    models: dict[str, dict[str, Any]] = {}
-    for name, facts in sampled.items():
-        images = np.load(workdir / "sample" / name / "samples.npz", allow_pickle=False)["arr_0"]
-        if len(images) != config.sample.count:  # a Fréchet distance depends on how many images it is taken from
-            raise UserError(
-                f"{workdir / 'sample' / name} holds {len(images)} images, but sample.count is {config.sample.count}: "
-                f"run 'sample' again with this config."
-            )
-        kept = ("steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
-        models[name] = {key: facts[key] for key in kept} | distances(extractor, real, images, config)
+    extractor = train_feature_net(real, labels, config.data.num_classes, steps=config.evaluate.feature_steps)
+    kept = ("steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
+    models: dict[str, dict[str, Any]] = {
+        name: {key: facts[key] for key in kept} | distances(extractor, real, samples[name], config)
+        for name, facts in sampled.items()
+    }
     pictures = paired.teacher_pictures(config.evaluate.pictures)
     for name, student in students.items():
         errors, images = paired.compare(student, config.evaluate.pictures)
@@ -99,13 +93,39 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())
 
 
+def read_samples(
+    directory: pathlib.Path, facts: dict[str, Any], sha256: str, config: ml_collections.ConfigDict
+) -> np.ndarray:
+    """A model's samples, uint8 (count, height, width, channel).
+
+    Args:
+        directory: where they lie.
+        facts: what `done.json` says of them.
+        sha256: of the model's weights as they are now.
+        config: `sample.count` counts.
+
+    Raises:
+        UserError: they were drawn from other weights, or there are more or fewer than the config says.
+    """
+    if facts["ema_sha256"] != sha256:
+        raise UserError(f"the samples in {directory} are of older weights: run 'sample' again.")
+    images = np.load(directory / "samples.npz", allow_pickle=False)["arr_0"]
+    if len(images) != config.sample.count:  # a Fréchet distance depends on how many images it is taken from
+        raise UserError(
+            f"{directory} holds {len(images)} images, but sample.count is {config.sample.count}: "
+            f"run 'sample' again with this config."
+        )
+    return images
+
+
 def distances(
     extractor: FeatureExtractor, real: np.ndarray, images: np.ndarray, config: ml_collections.ConfigDict
 ) -> dict[str, float]:
     """Fréchet distance to the real images, precision and recall."""
     real_features, features = extractor(real), extractor(images)
     count = min(len(real_features), len(features), NEIGHBOUR_LIMIT)
-    precision, recall = precision_recall(real_features[:count], features[:count], k=config.evaluate.neighbours)
+    spread = np.linspace(0, len(real_features) - 1, count).astype(int)  # a folder's images come class by class
+    precision, recall = precision_recall(real_features[spread], features[:count], k=config.evaluate.neighbours)
     return {
         "fd": frechet_distance(feature_statistics(real_features), feature_statistics(features)),
         "precision": precision,

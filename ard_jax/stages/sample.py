@@ -17,12 +17,12 @@ from jax.experimental import multihost_utils
 
 from ard_jax.config import example_shape, network_calls, solver_settings
 from ard_jax.data import to_uint8
-from ard_jax.files import atomic_write, file_sha256
+from ard_jax.files import atomic_write, file_sha256, write_json
 from ard_jax.models import count_parameters
 from ard_jax.parallel import make_mesh, put_batch
 from ard_jax.report import image_grid
 from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
-from ard_jax.stages.workdir import Stopwatch, is_first, load_student, load_teacher, merge_done
+from ard_jax.stages.workdir import Stopwatch, is_first, load_student, load_teacher, merge_done, plain
 from ard_jax.training.flops import student_macs, teacher_macs
 from ard_jax.training.metrics import progress_bar
 
@@ -43,6 +43,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         images, labels, seconds_per_image = draw(sampler, params, config, mesh)
         if not is_first():
             continue
+        write_json(directory / "config.json", plain(config) | {"inputs": {"ema": facts["ema_sha256"]}})
         files = write(directory, images, labels, config)
         hashes = {file: file_sha256(directory / file) for file in files}
         made = {"sha256": hashes, "seconds": round(watch(), 2), "seconds_per_image": seconds_per_image, **facts}
