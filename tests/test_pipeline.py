@@ -345,3 +345,19 @@ def test_step_distillation_is_ard_without_history(pipeline, teacher, trajectorie
     np.testing.assert_allclose(made[0], made[1], rtol=1e-5, atol=1e-5)
     alone = make_teacher(CONFIG).apply({"params": teacher[1]}, noise, np.full(4, 999.0, np.float32), label)
     np.testing.assert_allclose(made[0][:, 0], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_of_images_trains_a_teacher(tmp_path):
+    """As the README says: a sub-folder a class."""
+    for label in ("left", "right"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(4):
+            image = np.zeros((12, 10), np.uint8)
+            image[:, :5] = 255 if label == "left" else 16 * number
+            Image.fromarray(image).save(tmp_path / "images" / label / f"{number}.png")
+    data = [f"data.{key}" for key in ("source=folder", f"dir={tmp_path / 'images'}", "num_classes=2")]
+    outcome = smoke("teacher", tmp_path / "run", *data, "teacher.steps=2", "data.horizontal_flip=True")
+    assert outcome.status == 0, outcome.err
+    assert done(tmp_path / "run" / "teacher")["step"] == 2
+    said = sentence(smoke("teacher", tmp_path / "other", *data[:2], "data.num_classes=3"), "teacher")
+    assert "num_classes" in said
