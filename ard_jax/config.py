@@ -32,7 +32,7 @@ def optimizer_defaults() -> dict[str, Any]:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The paper's ImageNet-256 settings wherever METHOD.md section 5 gives a number."""
+    """The paper's ImageNet-256 settings wherever docs/METHOD.md section 5 gives a number."""
     return ml_collections.ConfigDict(
         {
             "seed": 0,
@@ -229,7 +229,7 @@ def example_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
 
 
 def check_points(points: tuple[int, ...], steps: int, key: str) -> None:
-    """Points are respaced indices, strictly falling and ending at 0 (METHOD.md section 3)."""
+    """Points are respaced indices, strictly falling and ending at 0 (docs/METHOD.md section 3)."""
     whole = all(isinstance(point, int) for point in points)
     if not points or not whole or list(points) != sorted(set(points), reverse=True) or points[-1] or points[0] >= steps:
         raise UserError(

@@ -1,4 +1,4 @@
-"""ImageNet 256×256 in the latents of Stable Diffusion's VAE, the paper's main experiment (METHOD: sections 3 and 5).
+"""ImageNet 256×256 in the latents of Stable Diffusion's VAE, the paper's main experiment (docs/METHOD.md).
 
 --config configs/imagenet256.py[:steps=4|2|1,mask=causal|diagonal|window|noise_and_own]
 

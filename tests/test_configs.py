@@ -1,4 +1,4 @@
-"""The configs: each is valid, and ImageNet's holds the paper's numbers (METHOD.md section 5)."""
+"""The configs: each is valid, and ImageNet's holds the paper's numbers (docs/METHOD.md section 5)."""
 
 import importlib
 

@@ -16,7 +16,7 @@ class Guidance:
     Attributes:
         scale: 1 is no guidance.
         channels: how many leading channels are guided; 3 is what the published DiT does with its four latent channels
-            (METHOD.md section 2), 0 guides all.
+            (docs/METHOD.md section 2), 0 guides all.
         interval: guidance acts where network time over the time of pure noise lies in it (Kynkäänniemi et al. 2024),
             both ends included.
     """

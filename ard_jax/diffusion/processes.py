@@ -45,7 +45,7 @@ def per_row(values: jax.Array, like: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class LinearVP:
-    """Variance-preserving process with linear β (DDPM; METHOD.md section 2); the network predicts ε.
+    """Variance-preserving process with linear β (DDPM; docs/METHOD.md section 2); the network predicts ε.
 
     Attributes:
         train_steps: number of timesteps, the network times being 0 … train_steps − 1.

@@ -2,7 +2,7 @@
 
 Hidden states are (rows, token, width): a row is one image for the teacher and one block of one trajectory for the
 student. The modulation is one vector a row, never one a token: that is what makes the student's time embedding of a
-whole block cost the same as the teacher's of a whole image (METHOD.md section 4).
+whole block cost the same as the teacher's of a whole image (docs/METHOD.md section 4).
 """
 
 import functools

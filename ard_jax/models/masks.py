@@ -1,4 +1,4 @@
-"""Which earlier blocks a block sees in the history layers (METHOD.md section 4, the paper's figure of masks).
+"""Which earlier blocks a block sees in the history layers (docs/METHOD.md section 4, the paper's figure of masks).
 
 Block 0 is the noise; block b > 0 is the b-th point of the trajectory after it.
 """

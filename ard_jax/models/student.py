@@ -1,4 +1,4 @@
-"""The student: a history encoder under per-block layers (METHOD.md section 4; ARD, section 3).
+"""The student: a history encoder under per-block layers (docs/METHOD.md section 4; ARD, section 3).
 
 Its parameters are the teacher's, name by name, but for the final layer, which has a leading block axis: one head a
 step. The lowest `history_layers` slices of the layer stack look across blocks, the others stay inside a block.
@@ -23,7 +23,7 @@ KeysAndValues = tuple[jax.Array, jax.Array]
 
 
 def default_block_times(steps: int, noise_time: float) -> tuple[float, ...]:
-    """Network time of each block, T·(S−b)/S (METHOD.md section 4): 999, 749.25, 499.5, 249.75 for S = 4."""
+    """Network time of each block, T·(S−b)/S (docs/METHOD.md section 4): 999, 749.25, 499.5, 249.75 for S = 4."""
     return tuple(noise_time * (steps - block) / steps for block in range(steps))
 
 

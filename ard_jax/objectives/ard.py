@@ -1,4 +1,4 @@
-"""Autoregressive distillation: L = 1/S · Σ_s mean‖G(x_{τS:s}, s) − x_{τs−1}‖² (ARD, section 3.1; METHOD.md section 1).
+"""Autoregressive distillation: L = 1/S · Σ_s mean‖G(x_{τS:s}, s) − x_{τs−1}‖² (ARD, section 3.1).
 
 With one block it is knowledge distillation; with the diagonal mask or no history layers it is step distillation, the
 baseline.

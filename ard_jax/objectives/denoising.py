@@ -18,7 +18,7 @@ def denoising(model: DiT, process: Process, *, label_dropout: float, horizontal_
         horizontal_flip: mirror half of the images.
 
     The batch holds "image" (batch, height, width, channel) in [-1, 1], "label" (batch,) and "position" (batch,).
-    With a learned variance, its half of the output gets no loss: sampling discards it (METHOD.md section 2).
+    With a learned variance, its half of the output gets no loss: sampling discards it (docs/METHOD.md section 2).
     """
 
     def augment(key, image, label):

@@ -74,7 +74,7 @@ def is_teacher(model: Mapping) -> bool:
 
 
 def is_step_distillation(model: Mapping) -> bool:
-    """A student without history: METHOD section 1, mask M1 or no history layers."""
+    """A student without history: docs/METHOD.md section 1, mask M1 or no history layers."""
     return model.get("mask") == "diagonal" or model.get("history_layers") == 0
 
 

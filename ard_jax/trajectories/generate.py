@@ -1,4 +1,4 @@
-"""The trajectory job: solves the teacher's ODE from numbered noises and stores the points (DESIGN.md section 3).
+"""The trajectory job: solves the teacher's ODE from numbered noises and stores the points.
 
 Record i is a function of (config, teacher weights, seed, i) alone: its noise and label are drawn from (seed, i), and
 every device always solves batches of `trajectories.batch_size`, however many devices and hosts there are. Hosts share

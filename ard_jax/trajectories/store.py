@@ -1,4 +1,4 @@
-"""The trajectory store: a TFDS dataset of ArrayRecord shards that anybody can open (DESIGN.md section 3).
+"""The trajectory store: a TFDS dataset of ArrayRecord shards that anybody can open.
 
     tfds.builder_from_directory(directory / "1.0.0").as_data_source("train")
 
