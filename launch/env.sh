@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes or reuses .venv and installs requirements.txt into it when that has changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,4 +19,5 @@ if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
   cp requirements.txt .venv/installed-requirements.txt
 fi
+# shellcheck disable=SC2034 # for the scripts that source this
 python=.venv/bin/python

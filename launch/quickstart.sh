@@ -2,6 +2,7 @@
 # From nothing to a four-step student, on a laptop's CPU and real handwritten digits: a teacher is trained, its
 # trajectories are stored, step distillation and ARD are distilled from them, and all are sampled, measured and shown.
 #   launch/quickstart.sh [WORKDIR] [--config.key=value …]
+# shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 workdir=runs/quickstart

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is needed and runs the tests.
 #   launch/test.sh [PYTEST ARGUMENT …]
+# shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
