@@ -11,7 +11,6 @@ Stages, in the order of a run:
 """
 
 import importlib
-import pathlib
 import sys
 
 STAGES = ("teacher", "trajectories", "distill", "sample", "evaluate", "report")
@@ -32,5 +31,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(pathlib.Path.cwd()))
     sys.exit(main(sys.argv[1:]))
