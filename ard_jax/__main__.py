@@ -10,14 +10,13 @@ Stages, in the order of a run:
 `python -m ard_jax STAGE --help` explains a stage; configs/ has the configs.
 """
 
-import importlib
 import sys
 
 STAGES = ("teacher", "trajectories", "distill", "sample", "evaluate", "report")
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a stage; returns the exit status: 0 done, 2 a user's mistake."""
+    """Runs a stage; returns the exit status: 0 done, 2 a user's mistake, 130 interrupted."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(__doc__)
         return 0
@@ -27,7 +26,7 @@ def main(arguments: list[str]) -> int:
         return 2
     from ard_jax.command_line import run_stage
 
-    return run_stage(importlib.import_module(f"ard_jax.stages.{stage}"), stage, rest)
+    return run_stage(stage, rest)
 
 
 if __name__ == "__main__":

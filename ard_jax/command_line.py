@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import importlib
 import logging
 import os
 import pathlib
@@ -15,26 +16,26 @@ from absl import flags
 from ml_collections import config_flags
 
 from ard_jax.config import default_config, validate
-from ard_jax.errors import UserError
-from ard_jax.training.loop import Preempted
+from ard_jax.errors import Preempted, UserError
 
 
-def run_stage(module: types.ModuleType, stage: str, arguments: list[str]) -> int:
-    """Parses the flags and runs the stage.
+def run_stage(stage: str, arguments: list[str]) -> int:
+    """Parses the flags and runs the stage, whose module is imported only once the config is known to be good.
 
     Returns:
         The exit status: 0 done or saved before a preemption, 2 a user's mistake, 130 interrupted.
     """
     if {"-h", "--help"} & set(arguments):
         print(f"python -m ard_jax {stage} --config FILE[:key=value,…] --workdir DIR [--config.key=value …]\n")
-        print(module.__doc__.strip())
+        print(stage_module(stage).__doc__.strip())
         return 0
-    set_up_logging()
     try:
         config, workdir = parse(arguments)
         validate(config)
     except UserError as error:
         return fail(stage, str(error))
+    module = stage_module(stage)
+    set_up_logging()
     set_up_jax(workdir)
     try:
         module.run(config, workdir)
@@ -51,6 +52,10 @@ def run_stage(module: types.ModuleType, stage: str, arguments: list[str]) -> int
             raise
         return fail(stage, sentence)
     return 0
+
+
+def stage_module(stage: str) -> types.ModuleType:
+    return importlib.import_module(f"ard_jax.stages.{stage}")
 
 
 def storage_trouble(error: Exception, workdir: pathlib.Path) -> str:

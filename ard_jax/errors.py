@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and how other errors are quoted in it."""
+"""The exceptions that the command line answers with a sentence, and how other errors are quoted in one."""
 
 
 class UserError(Exception):
@@ -8,6 +8,10 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with status 2. It is no ValueError, since flag parsers
     catch and reword those.
     """
+
+
+class Preempted(Exception):
+    """The run was asked to stop, has saved its state, and goes on when started again."""
 
 
 def first_line(error: Exception) -> str:

@@ -21,11 +21,11 @@ from tensorboard.util.tensor_util import make_ndarray
 from ard_jax import parallel
 from ard_jax.config import optimizer_defaults
 from ard_jax.data import InMemory, stream
-from ard_jax.errors import UserError
+from ard_jax.errors import Preempted, UserError
 from ard_jax.files import tree_sha256
 from ard_jax.parallel import make_mesh
 from ard_jax.training import checkpoints, loop
-from ard_jax.training.loop import NotFinite, Preempted, train
+from ard_jax.training.loop import NotFinite, train
 from ard_jax.training.state import init_state, learning_rate, make_optimizer, make_step, ramped_decay
 
 STEPS, BATCH = 12, 4

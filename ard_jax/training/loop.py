@@ -13,7 +13,7 @@ import ml_collections
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from ard_jax.errors import UserError
+from ard_jax.errors import Preempted, UserError
 from ard_jax.objectives import Objective
 from ard_jax.parallel import put_batch
 from ard_jax.training import checkpoints
@@ -22,10 +22,6 @@ from ard_jax.training.metrics import MetricLog
 from ard_jax.training.state import TrainState, init_state, make_optimizer, make_step
 
 log = logging.getLogger("ard_jax")
-
-
-class Preempted(Exception):
-    """The run was asked to stop, has saved its state, and goes on when started again."""
 
 
 class NotFinite(UserError):
