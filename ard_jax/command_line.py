@@ -29,13 +29,13 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         print(f"python -m ard_jax {stage} --config FILE[:key=value,…] --workdir DIR [--config.key=value …]\n")
         print(stage_module(stage).__doc__.strip())
         return 0
+    set_up_logging()
     try:
         config, workdir = parse(arguments)
         validate(config)
     except UserError as error:
         return fail(stage, str(error))
     module = stage_module(stage)
-    set_up_logging()
     set_up_jax(workdir)
     try:
         module.run(config, workdir)
