@@ -9,6 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ard_jax.errors import UserError
 
 
+def is_first() -> bool:
+    """Whether this process is the one that logs, and writes what is written once."""
+    return jax.process_index() == 0
+
+
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """A one-axis mesh ("data") over the given devices, by default all of every process."""
     return Mesh(np.asarray(devices or jax.devices()), ("data",))
@@ -43,8 +48,3 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, rows)
 
     return jax.tree.map(put, batch)
-
-
-def put_replicated(tree: Any, mesh: Mesh) -> Any:
-    """The same values on every device."""
-    return jax.device_put(tree, replicated(mesh))

@@ -17,12 +17,11 @@ from ard_jax.data import InMemory
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT, init_from_teacher
 from ard_jax.objectives.ard import ard, online_ard
-from ard_jax.parallel import check_batch, make_mesh
+from ard_jax.parallel import check_batch, is_first, make_mesh
 from ard_jax.stages.fit import Task, fit
 from ard_jax.stages.workdir import (
     Stopwatch,
     claim,
-    is_first,
     load_teacher,
     merge_done,
     plain,

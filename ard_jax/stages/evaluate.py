@@ -29,7 +29,7 @@ from ard_jax.evaluation import (
 )
 from ard_jax.files import file_sha256, write_json
 from ard_jax.objectives.ard import teacher_forcing
-from ard_jax.parallel import make_mesh
+from ard_jax.parallel import is_first, make_mesh
 from ard_jax.sampling import (
     draw_noise_and_labels,
     sample_student,
@@ -39,7 +39,7 @@ from ard_jax.sampling import (
     within_bounds,
 )
 from ard_jax.stages.sample import write_npz
-from ard_jax.stages.workdir import Stopwatch, finished, is_first, load_student, load_teacher, plain, write_done
+from ard_jax.stages.workdir import Stopwatch, finished, load_student, load_teacher, plain, write_done
 
 # Real and generated images that precision and recall compare, at most: their cost is quadratic.
 NEIGHBOUR_LIMIT = 10_000

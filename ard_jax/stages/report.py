@@ -12,8 +12,9 @@ import ml_collections
 import numpy as np
 
 from ard_jax.files import atomic_write, file_sha256, read_json, write_json
+from ard_jax.parallel import is_first
 from ard_jax.report import build_report, teaser
-from ard_jax.stages.workdir import Stopwatch, finished, is_first, read_done, teacher_folder, write_done
+from ard_jax.stages.workdir import Stopwatch, finished, read_done, teacher_folder, write_done
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

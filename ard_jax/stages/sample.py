@@ -19,10 +19,10 @@ from ard_jax.config import example_shape, network_calls, solver_settings
 from ard_jax.data import to_uint8
 from ard_jax.files import atomic_write, file_sha256, write_json
 from ard_jax.models import count_parameters
-from ard_jax.parallel import make_mesh, put_batch
+from ard_jax.parallel import is_first, make_mesh, put_batch
 from ard_jax.report import image_grid
 from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
-from ard_jax.stages.workdir import Stopwatch, is_first, load_student, load_teacher, merge_done, plain
+from ard_jax.stages.workdir import Stopwatch, load_student, load_teacher, merge_done, plain
 from ard_jax.training.flops import student_macs, teacher_macs
 from ard_jax.training.metrics import progress_bar
 
@@ -104,7 +104,7 @@ def draw(
     with progress_bar(settings.count, "image") as bar:
         for first in range(0, settings.count, batch_size):
             image, label = gather(sample(params, batch_of(first)))
-            images.append(image)
+            images.append(as_stored(image, config))
             labels.append(label)
             bar.update(min(batch_size, settings.count - first))
     seconds = (time.perf_counter() - started) / (len(images) * batch_size)
@@ -124,16 +124,20 @@ def interleave(rows: np.ndarray) -> np.ndarray:
     return per_process.swapaxes(0, 1).reshape(rows.shape)
 
 
+def as_stored(images: np.ndarray, config: ml_collections.ConfigDict) -> np.ndarray:
+    """A batch in the type that is written, so that thousands of large images are never held as floats."""
+    return images.astype(np.float32) if config.data.space == "latent" else to_uint8(np.nan_to_num(images))
+
+
 def write(
     directory: pathlib.Path, images: np.ndarray, labels: np.ndarray, config: ml_collections.ConfigDict
 ) -> list[str]:
     """Writes a model's samples; returns the names of the files."""
     if config.data.space == "latent":
-        write_npz(directory / "samples.npz", latents=images.astype(np.float32), labels=labels)
+        write_npz(directory / "samples.npz", latents=images, labels=labels)
         return ["samples.npz"]
-    pixels = to_uint8(np.nan_to_num(images))
-    write_npz(directory / "samples.npz", arr_0=pixels, labels=labels)
-    shown = pixels[: config.sample.grid]
+    write_npz(directory / "samples.npz", arr_0=images, labels=labels)
+    shown = images[: config.sample.grid]
     grid = image_grid(shown, columns=int(np.ceil(len(shown) ** 0.5)))
     atomic_write(directory / "grid.png", lambda temporary: grid.save(temporary))
     return ["samples.npz", "grid.png"]

@@ -12,8 +12,8 @@ import ml_collections
 from jax.experimental import multihost_utils
 
 from ard_jax.errors import UserError
-from ard_jax.parallel import make_mesh
-from ard_jax.stages.workdir import Stopwatch, claim, is_first, load_teacher, plain, write_done
+from ard_jax.parallel import is_first, make_mesh
+from ard_jax.stages.workdir import Stopwatch, claim, load_teacher, plain, write_done
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import features_of, make_store, manifest, number_of_shards, stored_settings
 

@@ -22,7 +22,7 @@ from ard_jax.config import make_student, make_teacher
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, tree_sha256, write_json
 from ard_jax.models import ARDStudent, DiT, init_from_teacher, parameter_shapes
-from ard_jax.parallel import replicated
+from ard_jax.parallel import is_first, replicated
 from ard_jax.training.checkpoints import load_parameters
 
 log = logging.getLogger("ard_jax")
@@ -79,11 +79,6 @@ def compare(before: dict, now: dict, sections: tuple[str, ...], directory: pathl
             f"{directory} belongs to another config ({'; '.join(differing[:3])}{more}): "
             f"use that config, or another --workdir, or delete the folder."
         )
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes what is written once."""
-    return jax.process_index() == 0
 
 
 def write_done(directory: pathlib.Path, sha256: dict[str, str], seconds: float, **made: Any) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ard_jax.errors import Preempted, UserError
 from ard_jax.objectives import Objective
-from ard_jax.parallel import put_batch
+from ard_jax.parallel import is_first, put_batch
 from ard_jax.training import checkpoints
 from ard_jax.training.flops import peak_flops
 from ard_jax.training.metrics import MetricLog
@@ -77,7 +77,7 @@ def train(
             batches.set_state(position["data"])
             seconds = position["seconds"]
             log.info("resuming at step %d of %d.", int(state.step), settings.steps)
-        elif jax.process_index() == 0:
+        elif is_first():
             log.info("parameters:\n%s", parameter_overview.get_parameter_overview(state.params))
 
         def save(state: TrainState) -> None:
@@ -105,11 +105,6 @@ def train(
             if metric_log:
                 metric_log.close()
     return Trained(state, seconds + time.monotonic() - started)
-
-
-def is_first() -> bool:
-    """Whether this process is the one that logs."""
-    return jax.process_index() == 0
 
 
 class Meter:
