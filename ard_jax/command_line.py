@@ -1,5 +1,6 @@
 """What every stage's command line has in common: flags, the config, and errors in one sentence."""
 
+import argparse
 import difflib
 import errno
 import importlib
@@ -19,6 +20,10 @@ from ard_jax.config import default_config, validate
 from ard_jax.errors import Preempted, UserError
 
 
+# Stages about a model that exists: they find its config beside it.
+WITHOUT_CONFIG = ("convert", "export")
+
+
 def run_stage(stage: str, arguments: list[str]) -> int:
     """Parses the flags and runs the stage, whose module is imported only once the config is known to be good.
 
@@ -26,19 +31,30 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         The exit status: 0 done or saved before a preemption, 2 a user's mistake, 130 interrupted.
     """
     if {"-h", "--help"} & set(arguments):
+        module = stage_module(stage)
+        if stage in WITHOUT_CONFIG:
+            parser = module.flags()
+            parser.prog, parser.description = f"python -m ard_jax {stage}", module.__doc__.strip()
+            parser.formatter_class = argparse.RawDescriptionHelpFormatter
+            print(parser.format_help())
+            return 0
         print(f"python -m ard_jax {stage} --config FILE[:key=value,…] --workdir DIR [--config.key=value …]\n")
-        print(stage_module(stage).__doc__.strip())
+        print(module.__doc__.strip())
         return 0
     set_up_logging()
     try:
-        config, workdir = parse(arguments)
-        validate(config)
+        if stage in WITHOUT_CONFIG:
+            given = [parse_flags(stage_module(stage).flags(), arguments)]
+            workdir = given[0].workdir
+        else:
+            config, workdir = given = parse(arguments)
+            validate(config)
     except UserError as error:
         return fail(stage, str(error))
     module = stage_module(stage)
     set_up_jax(workdir)
     try:
-        module.run(config, workdir)
+        module.run(*given)
     except UserError as error:
         return fail(stage, str(error))
     except Preempted as stop:
@@ -52,6 +68,30 @@ def run_stage(stage: str, arguments: list[str]) -> int:
             raise
         return fail(stage, sentence)
     return 0
+
+
+def parse_flags(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Flags of a stage that takes no config.
+
+    Args:
+        parser: with the stage's flags; `workdir` must be among them, as a path.
+        arguments: the command line's, after the stage.
+
+    Raises:
+        UserError: an unknown, missing or unusable flag.
+    """
+
+    def refuse(message: str):
+        raise UserError(f"the command line cannot be used ({message}): --help lists the flags.")
+
+    parser.allow_abbrev, parser.error = False, refuse
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            raise UserError(f"there is no flag {name}: {f'did you mean {close[0]}' if close else '--help lists them'}.")
+    return parser.parse_args(arguments)
 
 
 def stage_module(stage: str) -> types.ModuleType:

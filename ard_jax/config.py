@@ -57,6 +57,8 @@ def default_config() -> ml_collections.ConfigDict:
                 "learn_sigma": True,
                 "label_init_std": 0.02,
                 "time_init_std": 0.02,
+                "frequency_shift": 0.0,  # of the time's sinusoids: 0 as published, 1 in diffusers' DiT
+                "mlp_norm_eps": 1e-6,  # 1e-6 as published, 1e-5 in diffusers' DiT
                 "dtype": "auto",  # compute type: bfloat16 on accelerators, float32 on CPU; or either by name
                 "remat": "none",  # or "dots", "full"
             },
@@ -65,7 +67,9 @@ def default_config() -> ml_collections.ConfigDict:
                 "train_steps": 1000,
                 "beta_start": 1e-4,
                 "beta_end": 0.02,
-                "time_scale": 1000.0,  # flow only: network time of t = 1
+                "spacing": "linspace",  # vp only: respaced timesteps; or "leading", "trailing", in diffusers' words
+                "time_scale": 1000.0,  # flow only: length of the network's time
+                "reversed": False,  # flow only: network time 0 is noise and the velocity is x_0 − ε, as in SiT
                 "solver": "ddim",  # or "heun", "dpm++2m"
                 "steps": 25,
                 "guidance_scale": 1.5,
@@ -171,6 +175,9 @@ def model_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "learn_sigma": model.learn_sigma,
         "label_init_std": model.label_init_std,
         "time_init_std": model.time_init_std,
+        "frequency_shift": model.frequency_shift,
+        "mlp_norm_eps": model.mlp_norm_eps,
+        "image_size": config.data.image_size,
         "dtype": compute_dtype(model.dtype),
         "remat": model.remat,
     }
@@ -183,7 +190,7 @@ def make_teacher(config: ml_collections.ConfigDict) -> DiT:
 
 def make_student(config: ml_collections.ConfigDict) -> ARDStudent:
     """The student that `config.student` describes, of the teacher's sizes; S is the number of its points."""
-    student = config.student
+    student, process = config.student, make_process(config)
     return ARDStudent(
         **model_fields(config),
         steps=len(student.points),
@@ -191,7 +198,8 @@ def make_student(config: ml_collections.ConfigDict) -> ARDStudent:
         mask=student.mask,
         heads=student.heads,
         block_times=tuple(student.block_times),
-        noise_time=make_process(config).noise_time,
+        noise_time=process.noise_time,
+        data_time=process.data_time,
     )
 
 
@@ -199,9 +207,9 @@ def make_process(config: ml_collections.ConfigDict) -> Process:
     """The forward process of `config.diffusion`."""
     diffusion = config.diffusion
     if diffusion.process == "vp":
-        return LinearVP(diffusion.train_steps, diffusion.beta_start, diffusion.beta_end)
+        return LinearVP(diffusion.train_steps, diffusion.beta_start, diffusion.beta_end, diffusion.spacing)
     if diffusion.process == "flow":
-        return FlowMatching(diffusion.time_scale)
+        return FlowMatching(diffusion.time_scale, diffusion.reversed)
     raise UserError(f"diffusion.process is {diffusion.process!r}, which does not exist: choose vp or flow.")
 
 
@@ -219,8 +227,15 @@ def solver_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def network_calls(settings: dict[str, Any]) -> int:
-    """Network evaluations of one image with the given `solver_settings`; guidance doubles them."""
-    return calls(settings["solver"], settings["steps"]) * (1 if settings["guidance_scale"] == 1 else 2)
+    """Network evaluations of one image with the given `solver_settings`; guidance doubles those in its interval."""
+    process, steps = settings["process"], settings["steps"]
+    total = calls(settings["solver"], steps)
+    if settings["guidance_scale"] == 1:
+        return total
+    times = process.grid(steps).times
+    nodes = [*range(steps), *range(1, total - steps + 1)]  # Heun's second calls are at the ends of its steps
+    guidance = Guidance(settings["guidance_scale"], interval=settings["guidance_interval"])
+    return total + sum(bool(guidance.acts_at(times[node], process)) for node in nodes)
 
 
 def example_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
@@ -268,6 +283,8 @@ RANGES = {
     "sample.seed": (0, 2**31 - 1),
     "model.label_init_std": (0, math.inf),
     "model.time_init_std": (0, math.inf),
+    "model.frequency_shift": (0, 127),
+    "model.mlp_norm_eps": (0, 1),
     "diffusion.beta_start": (0, 1),
     "diffusion.beta_end": (0, 1),
     "diffusion.guidance_scale": (0, 1000),

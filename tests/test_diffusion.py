@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxprs import products
-from quick import quick_jit
+from quick import ORACLES, quick_jit
 from scipy.integrate import solve_ivp
 
+from ard_jax.config import network_calls
 from ard_jax.convert import from_torch
 from ard_jax.diffusion import SOLVERS, FlowMatching, Grid, Guidance, LinearVP, calls, guided_output, solve
 from ard_jax.errors import UserError
@@ -186,14 +187,17 @@ def test_number_of_calls_and_unknown_solver():
 
 
 @pytest.mark.parametrize(
-    "process", [LinearVP(), FlowMatching(), FlowMatching(time_scale=1.0)], ids=["vp", "flow", "sit"]
+    "process",
+    [LinearVP(), LinearVP(spacing="trailing"), FlowMatching(), FlowMatching(time_scale=1.0, reversed=True)],
+    ids=["vp", "trailing", "flow", "sit"],
 )
 def test_a_process_agrees_with_itself(x64, process):
     """Noising, what the network is trained on, and what is predicted from its output belong together on the grid."""
     rng = np.random.default_rng(0)
     x0, noise = jnp.asarray(rng.normal(size=(2, 5, 2, 2, 3)))
     grid = process.grid(5)
-    assert grid.times[0] == process.noise_time and np.all(np.diff(grid.times) < 0)
+    towards_data = np.sign(process.data_time - process.noise_time)
+    assert grid.times[0] == process.noise_time and np.all(towards_data * np.diff(grid.times) > 0)
     x = process.noised(x0, noise, jnp.asarray(grid.times))
     column = (-1, 1, 1, 1)
     alpha, sigma = grid.alpha[:-1].reshape(column), grid.sigma[:-1].reshape(column)
@@ -202,8 +206,77 @@ def test_a_process_agrees_with_itself(x64, process):
     np.testing.assert_allclose(prediction.x0, x0, rtol=0, atol=1e-12)
     np.testing.assert_allclose(prediction.noise, noise, rtol=0, atol=1e-12)
     times = process.sample_times(jax.random.key(0), 4000)
-    assert times.min() >= 0 and times.max() <= process.noise_time
-    assert abs(times.mean() / process.noise_time - 0.5) < 0.02
+    longest = max(process.noise_time, process.data_time)
+    assert times.min() >= 0 and times.max() <= longest
+    assert abs(times.mean() / longest - 0.5) < 0.02
+
+
+def test_spacings_in_the_words_of_diffusers():
+    """At 10 of 1000 timesteps, as arXiv 2305.08891, table 2, has them (counted from 0 here)."""
+    assert list(LinearVP(spacing="leading").timestep_map(10)) == list(range(0, 1000, 100))
+    assert list(LinearVP(spacing="trailing").timestep_map(10)) == list(range(99, 1000, 100))
+    assert list(LinearVP().timestep_map(10)) == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    with pytest.raises(UserError, match="diffusion.spacing is 'log': choose one of linspace, leading, trailing."):
+        LinearVP(spacing="log")
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_spaced_ddim_equals_diffusers(x64, spacing):
+    diffusers = pytest.importorskip("diffusers", reason=ORACLES)
+    torch = pytest.importorskip("torch", reason=ORACLES)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing=spacing)  # its defaults are the linear β
+    scheduler.set_timesteps(8)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    process = LinearVP(spacing=spacing)
+    grid = process.grid(8)
+    np.testing.assert_array_equal(grid.times, scheduler.timesteps.numpy())
+    rng = np.random.default_rng(0)
+    noise, outputs = rng.normal(size=(1, 2, 2, 3)), rng.normal(size=(8, 1, 2, 2, 3))
+
+    def predict(x, node):
+        return process.predict(
+            jnp.asarray(outputs)[node], x, jnp.asarray(grid.alpha)[node], jnp.asarray(grid.sigma)[node]
+        )
+
+    x = torch.from_numpy(noise)
+    for time, output in zip(scheduler.timesteps, outputs, strict=True):
+        x = scheduler.step(torch.from_numpy(output), time, x).prev_sample
+    ours = solve("ddim", predict, grid, jnp.asarray(noise)).xt[:, -1]
+    np.testing.assert_allclose(ours, x.numpy(), rtol=1e-4, atol=1e-4)  # its ᾱ are float32 products
+
+
+class CountingNetwork:
+    """Stands where a network does and counts the images that it is called with."""
+
+    num_classes = 5
+
+    def __init__(self):
+        self.rows = 0
+
+    def apply(self, variables, x, times, y):
+        self.rows += len(x)
+        return x
+
+
+def test_network_calls_of_a_guidance_interval():
+    """What is counted is what is called."""
+    flow = {"process": FlowMatching(), "guided_channels": 0}
+    sit = {"process": FlowMatching(1.0, reversed=True), "guided_channels": 0}
+    for solver, scale, interval, kind, expected in (
+        ("ddim", 1.5, (0.0, 1.0), flow, 8),
+        ("ddim", 1.0, (0.0, 0.3), flow, 4),
+        ("ddim", 1.5, (0.4, 0.8), flow, 6),  # of times 1, ¾, ½, ¼: two
+        ("ddim", 1.5, (0.8, 1.0), sit, 5),  # of times 0, ¼, ½, ¾: the first, being noise
+        ("heun", 1.5, (0.0, 1.0), flow, 14),
+        ("heun", 1.5, (0.9, 1.0), flow, 8),  # the first step's second call is outside
+        ("heun", 1.5, (0.4, 0.8), flow, 11),  # ¾ and ½, each as a start and as an end
+    ):
+        settings = {"solver": solver, "steps": 4, "guidance_scale": scale, "guidance_interval": interval, **kind}
+        assert network_calls(settings) == expected, settings
+        network = CountingNetwork()
+        with jax.disable_jit():
+            sample_teacher(network, None, jnp.ones((2, 4, 4, 3)), jnp.zeros(2, jnp.int32), **settings)
+        assert network.rows == 2 * expected, settings
 
 
 def test_noising_keeps_the_small_noise_of_the_first_timestep():

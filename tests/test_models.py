@@ -198,8 +198,8 @@ def dense_student(model, params, points, y):
     def silu(x):
         return x / (1 + np.exp(-x))
 
-    def norm(x):
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    def norm(x, eps=1e-6):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
 
     def gelu(x):
         return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
@@ -208,8 +208,9 @@ def dense_student(model, params, points, y):
     x = dense(patches.reshape(batch, steps, grid**2, -1), params["patch_embed"]) + position_table(grid, grid, width)
     x = x.reshape(batch, steps * grid**2, width)
     block_of = np.repeat(np.arange(steps), grid**2)
-    times = np.array(model.block_times or [model.noise_time * (steps - b) / steps for b in range(steps)])[block_of]
-    angles = times[:, None] * 10_000.0 ** (-np.arange(128) / 128)
+    start, end = model.noise_time, model.data_time
+    times = np.array(model.block_times or [start + (end - start) * b / steps for b in range(steps)])[block_of]
+    angles = times[:, None] * 10_000.0 ** (-np.arange(128) / (128 - model.frequency_shift))
     time = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     time = dense(silu(dense(time, params["time_embed"]["mlp_in"])), params["time_embed"]["mlp_out"])
     condition = silu(time + params["label_embed"]["embedding"][y][:, None])
@@ -230,7 +231,7 @@ def dense_student(model, params, points, y):
         attention = np.exp(logits - logits.max(-1, keepdims=True))
         attention = (attention / attention.sum(-1, keepdims=True)) @ v
         x = x + gate_a * dense(attention.transpose(0, 2, 1, 3).reshape(x.shape), weights["attention_out"])
-        h = gelu(dense(norm(x) * (1 + scale_m) + shift_m, weights["mlp_in"]))
+        h = gelu(dense(norm(x, model.mlp_norm_eps) * (1 + scale_m) + shift_m, weights["mlp_in"]))
         x = x + gate_m * dense(h, weights["mlp_out"])
     out = []
     for block in range(steps):
@@ -280,6 +281,7 @@ def test_visible_blocks():
 def test_block_times_heads_and_width_of_the_mlp(x64):
     points, y = student_inputs(3)
     assert default_block_times(4, 999.0) == (999.0, 749.25, 499.5, 249.75)
+    assert default_block_times(4, 0.0, 1.0) == (0.0, 0.25, 0.5, 0.75)  # a network that counts time from the noise
     default = ARDStudent(**SMALL, steps=3, history_layers=1)
     params = random_params(default)
     base = forward(default, params, points[:, :-1], y)
@@ -288,6 +290,9 @@ def test_block_times_heads_and_width_of_the_mlp(x64):
     for fields in (
         {"block_times": (999.0, 624.0, 208.0)},
         {"noise_time": 1000.0},
+        {"noise_time": 0.0, "data_time": 1.0},
+        {"frequency_shift": 1.0},
+        {"mlp_norm_eps": 0.1},
         {"heads": "shared"},
         {"mlp_ratio": 2.6, "learn_sigma": False},
     ):

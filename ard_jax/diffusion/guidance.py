@@ -17,8 +17,8 @@ class Guidance:
         scale: 1 is no guidance.
         channels: how many leading channels are guided; 3 is what the published DiT does with its four latent channels
             (docs/METHOD.md section 2), 0 guides all.
-        interval: guidance acts where network time over the time of pure noise lies in it (Kynkäänniemi et al. 2024),
-            both ends included.
+        interval: guidance acts where the way from data (0) to pure noise (1), in network time, lies in it
+            (Kynkäänniemi et al. 2024), both ends included.
     """
 
     scale: float = 1.5
@@ -33,6 +33,12 @@ class Guidance:
             )
         if self.channels < 0:
             raise UserError(f"guided channels is {self.channels}: give a number of channels, or 0 for all of them.")
+
+    def acts_at(self, time: jax.Array | float, process: Process) -> jax.Array | bool:
+        """Whether guidance acts at a network time."""
+        ends = (process.data_time + end * (process.noise_time - process.data_time) for end in self.interval)
+        low, high = sorted(ends)
+        return (low <= time) & (time <= high)
 
 
 def guided_output(model, params, x, time, y, guidance: Guidance, process: Process) -> jax.Array:
@@ -65,7 +71,6 @@ def guided_output(model, params, x, time, y, guidance: Guidance, process: Proces
 
     if guidance.scale == 1.0:
         return call(x, y)
-    low, high = (end * process.noise_time for end in guidance.interval)
-    if (low, high) == (0.0, process.noise_time):
+    if tuple(guidance.interval) == (0.0, 1.0):
         return guided()
-    return jax.lax.cond((time >= low) & (time <= high), guided, lambda: call(x, y))
+    return jax.lax.cond(guidance.acts_at(time, process), guided, lambda: call(x, y))

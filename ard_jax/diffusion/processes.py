@@ -14,6 +14,9 @@ import numpy as np
 from ard_jax.errors import UserError
 
 
+SPACINGS = ("linspace", "leading", "trailing")
+
+
 class Grid(NamedTuple):
     """Nodes of an ODE solve in the order walked, noise first. K network calls, K + 1 states, the last one the data.
 
@@ -50,11 +53,20 @@ class LinearVP:
     Attributes:
         train_steps: number of timesteps, the network times being 0 … train_steps − 1.
         beta_start, beta_end: β of the first and the last.
+        spacing: which timesteps a respaced solve keeps: "linspace" (DiT, respace.py: both ends), "leading" or
+            "trailing" (diffusers' words: whole strides from the data end, or from the noise end).
     """
 
     train_steps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
+    spacing: str = "linspace"
+
+    data_time = 0.0  # network time of data; a class attribute
+
+    def __post_init__(self):
+        if self.spacing not in SPACINGS:
+            raise UserError(f"diffusion.spacing is {self.spacing!r}: choose one of {', '.join(SPACINGS)}.")
 
     @property
     def noise_time(self) -> float:
@@ -67,7 +79,9 @@ class LinearVP:
         return np.cumprod(1.0 - betas)
 
     def timestep_map(self, steps: int) -> np.ndarray:
-        """The timesteps that respacing keeps, rising: round(i · (T−1) / (steps−1)) (DiT, respace.py).
+        """The timesteps that respacing keeps, rising.
+
+        "linspace" keeps round(i · (T−1) / (steps−1)); "leading" i · ⌊T/steps⌋; "trailing" round((i+1) · T/steps) − 1.
 
         Raises:
             UserError: not 1 ≤ steps ≤ train_steps.
@@ -77,6 +91,10 @@ class LinearVP:
                 f"the teacher's steps are {steps}, but its process has {self.train_steps} timesteps: "
                 f"choose a number from 1 to {self.train_steps}."
             )
+        if self.spacing == "leading":
+            return np.arange(steps) * (self.train_steps // steps)
+        if self.spacing == "trailing":
+            return np.array([round((i + 1) * self.train_steps / steps) - 1 for i in range(steps)])
         stride = (self.train_steps - 1) / max(steps - 1, 1)
         return np.array([round(i * stride) for i in range(steps)]) if steps > 1 else np.array([self.train_steps - 1])
 
@@ -114,15 +132,28 @@ class FlowMatching:
     """Straight-line process x_t = (1−t)·x_0 + t·ε; the network predicts the velocity v = ε − x_0.
 
     Attributes:
-        time_scale: network time of t = 1 (1000 for SD3-style networks, 1 for SiT).
+        time_scale: length of the network's time (1000 for SD3-style networks, 1 for SiT).
+        reversed: the network counts time from the noise (0) to the data (`time_scale`) and predicts x_0 − ε, as SiT
+            does (arXiv 2401.08740; transport/path.py).
     """
 
     time_scale: float = 1000.0
+    reversed: bool = False
 
     @property
     def noise_time(self) -> float:
         """Network time of pure noise."""
-        return self.time_scale
+        return 0.0 if self.reversed else self.time_scale
+
+    @property
+    def data_time(self) -> float:
+        """Network time of data."""
+        return self.time_scale if self.reversed else 0.0
+
+    @property
+    def sign(self) -> int:
+        """Of the network's output, as a multiple of ε − x_0."""
+        return -1 if self.reversed else 1
 
     def grid(self, steps: int) -> Grid:
         """Uniform in t from 1 to 0.
@@ -133,11 +164,13 @@ class FlowMatching:
         if steps < 1:
             raise UserError(f"the teacher's steps are {steps}: choose a number of at least 1.")
         t = np.linspace(1.0, 0.0, steps + 1)
-        return Grid(times=self.time_scale * t[:-1], alpha=1.0 - t, sigma=t)
+        times = self.time_scale * (1.0 - t if self.reversed else t)
+        return Grid(times=times[:-1], alpha=1.0 - t, sigma=t)
 
     def predict(self, output: jax.Array, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> Prediction:
         """x̂_0 = x_t − t·v, ε̂ = x_t + (1−t)·v."""
-        return Prediction(x0=x - sigma * output, noise=x + alpha * output)
+        velocity = self.sign * output
+        return Prediction(x0=x - sigma * velocity, noise=x + alpha * velocity)
 
     def sample_times(self, key: jax.Array, batch: int) -> jax.Array:
         """Network times to train on, uniform in t, (batch,)."""
@@ -145,12 +178,13 @@ class FlowMatching:
 
     def noised(self, x0: jax.Array, noise: jax.Array, times: jax.Array) -> jax.Array:
         """x_t = (1−t)·x_0 + t·ε."""
-        t = per_row(times / self.time_scale, x0)
+        t = times / self.time_scale
+        t = per_row(1 - t if self.reversed else t, x0)
         return (1 - t) * x0 + t * noise
 
     def target(self, x0: jax.Array, noise: jax.Array) -> jax.Array:
-        """What the network is trained to put out: v = ε − x_0."""
-        return noise - x0
+        """What the network is trained to put out: v = ε − x_0, or x_0 − ε."""
+        return self.sign * (noise - x0)
 
 
 Process = LinearVP | FlowMatching

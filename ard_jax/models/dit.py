@@ -57,6 +57,10 @@ class DiT(nn.Module):
         dtype: compute type; None takes it from the inputs and parameters. Parameters are float32.
         remat: a name in `REMAT_POLICIES`.
         unroll: lay the layers out one by one instead of in a loop (to count FLOPs; slow to compile).
+        frequency_shift: see `layers.sinusoids`; 0 as published, 1 in diffusers' DiT.
+        mlp_norm_eps: eps of the layer norm before the MLP; 1e-6 as published, 1e-5 in diffusers' DiT.
+        image_size: side of the images that it was made for, which only the published position table tells; the
+            network takes any.
     """
 
     channels: int = 4
@@ -72,6 +76,9 @@ class DiT(nn.Module):
     dtype: Dtype | None = None
     remat: str = "none"
     unroll: bool = False
+    frequency_shift: float = 0.0
+    mlp_norm_eps: float = 1e-6
+    image_size: int | None = None
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -85,7 +92,7 @@ class DiT(nn.Module):
 
     def setup(self):
         self.patch_embed = Dense(self.hidden_size, kernel_init=layers.xavier, dtype=self.dtype)
-        self.time_embed = TimeEmbedder(self.hidden_size, self.time_init_std, self.dtype)
+        self.time_embed = TimeEmbedder(self.hidden_size, self.time_init_std, self.dtype, self.frequency_shift)
         self.label_embed = nn.Embed(
             self.num_classes + 1,
             self.hidden_size,
@@ -96,7 +103,7 @@ class DiT(nn.Module):
         if self.remat != "none":  # prevent_cse: a scanned body needs no barrier against common subexpressions
             policy = REMAT_POLICIES[self.remat]
             block = nn.remat(DiTBlock, policy=policy, prevent_cse=False, static_argnums=(4,))
-        self.blocks = block(self.num_heads, self.mlp_ratio, self.dtype)
+        self.blocks = block(self.num_heads, self.mlp_ratio, self.dtype, self.mlp_norm_eps)
         out_channels = self.channels * (2 if self.learn_sigma else 1)
         self.final_layer = FinalLayer(self.patch_size**2 * out_channels, self.dtype)
 

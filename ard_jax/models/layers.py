@@ -73,11 +73,16 @@ def position_table(rows: int, columns: int, width: int) -> np.ndarray:
     return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
 
 
-def sinusoids(t: jax.Array, size: int = 256, max_period: float = 10_000.0) -> jax.Array:
-    """Sinusoidal features of a time (DiT, models.py): (rows,) → (rows, size), cosines first, then sines."""
+def sinusoids(
+    t: jax.Array, size: int = 256, max_period: float = 10_000.0, frequency_shift: float = 0.0
+) -> jax.Array:
+    """Sinusoidal features of a time (DiT, models.py): (rows,) → (rows, size), cosines first, then sines.
+
+    Feature i of each half turns with frequency max_period^(−i / (size/2 − frequency_shift)).
+    """
     half = size // 2
     dtype = jnp.promote_types(t.dtype, jnp.float32)
-    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=dtype) / half)
+    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=dtype) / (half - frequency_shift))
     angles = t.astype(dtype)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -88,11 +93,13 @@ class TimeEmbedder(nn.Module):
     width: int
     init_std: float = 0.02
     dtype: Dtype | None = None
+    frequency_shift: float = 0.0
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
         init = nn.initializers.normal(self.init_std)
-        x = Dense(self.width, kernel_init=init, dtype=self.dtype, name="mlp_in")(sinusoids(t))
+        features = sinusoids(t, frequency_shift=self.frequency_shift)
+        x = Dense(self.width, kernel_init=init, dtype=self.dtype, name="mlp_in")(features)
         return Dense(self.width, kernel_init=init, dtype=self.dtype, name="mlp_out")(nn.silu(x))
 
 
@@ -101,9 +108,9 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def layer_norm(x: jax.Array, dtype: Dtype | None) -> jax.Array:
-    """Layer norm without affine parameters, eps 1e-6; its statistics are at least float32 whatever `dtype` is."""
-    norm = nn.LayerNorm(use_bias=False, use_scale=False, epsilon=1e-6, dtype=dtype, use_fast_variance=False)
+def layer_norm(x: jax.Array, dtype: Dtype | None, eps: float = 1e-6) -> jax.Array:
+    """Layer norm without affine parameters; its statistics are at least float32 whatever `dtype` is."""
+    norm = nn.LayerNorm(use_bias=False, use_scale=False, epsilon=eps, dtype=dtype, use_fast_variance=False)
     return norm.apply({}, x)
 
 
@@ -137,11 +144,13 @@ class DiTBlock(nn.Module):
         num_heads: attention heads.
         mlp_ratio: width of the MLP over width of the block.
         dtype: compute type; None takes it from the inputs and parameters.
+        mlp_norm_eps: eps of the layer norm before the MLP.
     """
 
     num_heads: int
     mlp_ratio: float = 4.0
     dtype: Dtype | None = None
+    mlp_norm_eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array, memory: Any, attend: Attend) -> tuple[jax.Array, Any]:
@@ -159,7 +168,7 @@ class DiTBlock(nn.Module):
         h = dense(width, name="attention_out")(h.reshape(x.shape))
         x = x + gate_a[:, None] * h
 
-        h = modulate(layer_norm(x, self.dtype), shift_m, scale_m)
+        h = modulate(layer_norm(x, self.dtype, self.mlp_norm_eps), shift_m, scale_m)
         h = dense(round(width * self.mlp_ratio), name="mlp_in")(h)
         h = dense(width, name="mlp_out")(nn.gelu(h, approximate=True))
         return x + gate_m[:, None] * h, memory

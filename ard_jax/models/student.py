@@ -22,9 +22,12 @@ HEADS = ("separate", "shared")
 KeysAndValues = tuple[jax.Array, jax.Array]
 
 
-def default_block_times(steps: int, noise_time: float) -> tuple[float, ...]:
-    """Network time of each block, T·(S−b)/S (docs/METHOD.md section 4): 999, 749.25, 499.5, 249.75 for S = 4."""
-    return tuple(noise_time * (steps - block) / steps for block in range(steps))
+def default_block_times(steps: int, noise_time: float, data_time: float = 0.0) -> tuple[float, ...]:
+    """Network time of each block, T·(S−b)/S (docs/METHOD.md section 4): 999, 749.25, 499.5, 249.75 for S = 4.
+
+    From `noise_time` in equal steps towards `data_time`, which is 0 but for networks whose time runs the other way.
+    """
+    return tuple((noise_time * (steps - block) + data_time * block) / steps for block in range(steps))
 
 
 class ARDStudent(DiT):
@@ -37,6 +40,7 @@ class ARDStudent(DiT):
         heads: "separate" (one final layer a step) or "shared".
         block_times: network time of each block; empty for T·(S−b)/S.
         noise_time: T, the network time of pure noise.
+        data_time: the network time of data.
     """
 
     steps: int = 4
@@ -45,6 +49,7 @@ class ARDStudent(DiT):
     heads: str = "separate"
     block_times: tuple[float, ...] = ()
     noise_time: float = 999.0
+    data_time: float = 0.0
 
     def __post_init__(self):
         if self.steps < 1:
@@ -71,7 +76,7 @@ class ARDStudent(DiT):
 
     def conditions(self, y: jax.Array, dtype: Any, blocks: slice = slice(None)) -> jax.Array:
         """SiLU(time of the block + label) of the given blocks: labels (batch,) → (batch, block, width)."""
-        times = (self.block_times or default_block_times(self.steps, self.noise_time))[blocks]
+        times = (self.block_times or default_block_times(self.steps, self.noise_time, self.data_time))[blocks]
         time = self.time_embed(jnp.asarray(times, jnp.promote_types(dtype, jnp.float32)))
         return nn.silu(time[None] + self.label_embed(y)[:, None])
 

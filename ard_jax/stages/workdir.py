@@ -8,6 +8,7 @@ sample/ard/              samples.npz, grid.png
 evaluate/, report/       results
 """
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -18,7 +19,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.config import make_student, make_teacher
+from ard_jax.config import default_config, make_process, make_student, make_teacher, model_fields
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, tree_sha256, write_json
 from ard_jax.models import ARDStudent, DiT, init_from_teacher, parameter_shapes
@@ -143,10 +144,31 @@ def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh:
     """
     directory = teacher_folder(config, workdir)
     hashes = finished(directory, "teacher")["sha256"]
-    compare(read_json(directory / "config.json"), plain(config), ("data", "model"), directory)
+    before = recorded_config(directory)
+    compare(network(before), network(config), ("data", "model", "diffusion"), directory)
     model = make_teacher(config)
     like = placed(teacher_shapes(model), mesh)
     return model, load_weights(directory, like, hashes["ema"]), hashes["ema"]
+
+
+def recorded_config(directory: pathlib.Path) -> ml_collections.ConfigDict:
+    """The config that a stage's folder was made with; settings that came later have their defaults."""
+    config = default_config()
+    config.unlock()
+    with config.ignore_type():
+        config.update(read_json(directory / "config.json"))
+    return config
+
+
+def network(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What of a config the meaning of a teacher's weights depends on: not where its data lay or how it is computed."""
+    fields = model_fields(config)
+    computing = ("dtype", "remat", "label_init_std", "time_init_std", "channels", "num_classes", "image_size")
+    return {
+        "data": {key: config.data[key] for key in ("image_size", "channels", "num_classes", "space")},
+        "model": {key: value for key, value in fields.items() if key not in computing},
+        "diffusion": dataclasses.asdict(make_process(config)) | {"process": config.diffusion.process, "spacing": None},
+    }
 
 
 def load_student(directory: pathlib.Path, mesh: Mesh) -> tuple[ARDStudent, Any, str, ml_collections.ConfigDict]:
@@ -156,7 +178,7 @@ def load_student(directory: pathlib.Path, mesh: Mesh) -> tuple[ARDStudent, Any, 
         UserError: it is not there.
     """
     hashes = finished(directory, "distill")["sha256"]
-    config = ml_collections.ConfigDict(read_json(directory / "config.json"))
+    config = recorded_config(directory)
     model = make_student(config)
     shapes = jax.eval_shape(lambda params: init_from_teacher(params, model), teacher_shapes(make_teacher(config)))
     params = load_weights(directory, placed(shapes, mesh), hashes["ema"])
