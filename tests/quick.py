@@ -12,6 +12,3 @@ def quick_jit(function: Callable[..., Any], **settings: Any) -> Callable[..., An
     """`jax.jit` that compiles in half the time, to slower code for the same numbers."""
     return jax.jit(function, compiler_options=OPTIONS, **settings)
 
-
-# Why a test that compares with another implementation is skipped.
-ORACLES = "needs the oracles: pip install torch==2.13.0, then pip install '.[oracles]'"

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxprs import products
-from quick import ORACLES, quick_jit
+from quick import quick_jit
 from scipy.integrate import solve_ivp
 
 from ard_jax.config import network_calls
@@ -220,10 +220,12 @@ def test_spacings_in_the_words_of_diffusers():
         LinearVP(spacing="log")
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_spaced_ddim_equals_diffusers(x64, spacing):
-    diffusers = pytest.importorskip("diffusers", reason=ORACLES)
-    torch = pytest.importorskip("torch", reason=ORACLES)
+    import diffusers
+    import torch
+
     scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing=spacing)  # its defaults are the linear β
     scheduler.set_timesteps(8)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
