@@ -110,7 +110,7 @@ class _Folder:
         root = epath.Path(data.dir).expanduser()
         if not data.dir or not root.is_dir():
             raise UserError(f"data.dir is {data.dir!r}, but no such folder exists: name one with a sub-folder a class.")
-        folders = sorted((path for path in root.iterdir() if _is_class_folder(path)), key=lambda path: path.name)
+        folders = _class_folders(root)
         if not folders:
             raise UserError(f"The folder {root} has no sub-folders, but it needs one a class with its images inside.")
         if len(folders) != data.num_classes:
@@ -129,8 +129,10 @@ class _Folder:
         return {"image": _decode(path.read_bytes, str(path), self._size, self._channels), "label": np.int32(label)}
 
 
-def _is_class_folder(path: epath.Path) -> bool:
-    return not path.name.startswith(".") and path.is_dir()  # .ipynb_checkpoints and the like are nobody's class
+def _class_folders(root: epath.Path) -> list[epath.Path]:
+    """In the order of their names; .ipynb_checkpoints and the like are nobody's class."""
+    folders = (path for path in root.iterdir() if not path.name.startswith(".") and path.is_dir())
+    return sorted(folders, key=lambda path: path.name)
 
 
 def _image_files(folder: epath.Path) -> list[epath.Path]:
@@ -138,6 +140,20 @@ def _image_files(folder: epath.Path) -> list[epath.Path]:
     if not files:
         raise UserError(f"The class folder {folder} holds no images: put {', '.join(IMAGE_SUFFIXES)} files into it.")
     return files
+
+
+def class_names(data: Any) -> list[str] | None:
+    """Names of the classes in the order of their numbers, or None where the data do not tell.
+
+    Args:
+      data: what `image_source` takes, and has taken.
+    """
+    if data.source == "digits":
+        return [str(digit) for digit in range(10)]
+    if data.source == "folder":
+        return [folder.name for folder in _class_folders(epath.Path(data.dir).expanduser())]
+    label = _tfds_builder(data)[0].info.features["label"]
+    return list(getattr(label, "names", None) or []) or None
 
 
 class _Tfds:

@@ -15,7 +15,16 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ard_jax.data import InMemory, center_crop, image_source, in_memory, labels_and_images, stream, to_uint8
+from ard_jax.data import (
+    InMemory,
+    center_crop,
+    class_names,
+    image_source,
+    in_memory,
+    labels_and_images,
+    stream,
+    to_uint8,
+)
 from ard_jax.errors import UserError
 
 
@@ -176,6 +185,19 @@ def test_tfds_errors(tmp_path):
         f'tfds.builder("mnist", data_dir="{tmp_path}", file_format="array_record").download_and_prepare() once, '
         "or set data.dir to where it is."
     )
+
+
+def test_names_of_the_classes(folder, tmp_path_factory):
+    assert class_names(config()) == [str(digit) for digit in range(10)]
+    assert class_names(config(source="folder", dir=str(folder))) == ["a", "b"]
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    for label, expected in (
+        (tfds.features.ClassLabel(names=["cat", "dog"]), ["cat", "dog"]),
+        (tfds.features.Scalar(dtype=np.int64), None),
+    ):
+        features = image_features() | {"label": label}
+        directory = write_tfds(tmp_path_factory.mktemp("tfds"), features, [{"image": png(pixels), "label": 1}])
+        assert class_names(config(source="tfds", dir=str(directory))) == expected
 
 
 @pytest.fixture

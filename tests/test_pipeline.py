@@ -58,6 +58,7 @@ def test_every_stage_ends_by_saying_where_its_results_lie(pipeline):
         assert log.endswith(f"done: {pipeline / stage}\n") and "Traceback" not in log
         assert (pipeline / stage / "done.json").exists()
     assert not [name for name in files(pipeline) if ".partial" in name or "orbax-checkpoint-tmp" in name]
+    assert read_json(pipeline / "teacher" / "labels.json") == [str(digit) for digit in range(10)]
 
 
 @pytest.mark.parametrize("folder", ["teacher", "distill/ard"])

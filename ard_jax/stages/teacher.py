@@ -1,7 +1,7 @@
 """Trains the diffusion teacher on images.
 
 Reads the images of `data` and writes `teacher/`: Orbax checkpoints (parameters, running average, optimiser, place in
-the data), metrics.jsonl, TensorBoard files and done.json. Started again, it goes on where it stopped.
+the data), metrics.jsonl, TensorBoard files, labels.json (names of the classes) and done.json. Started again, it goes on where it stopped.
 """
 
 import pathlib
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from ard_jax.config import example_shape, make_process, make_teacher
-from ard_jax.data import image_source
+from ard_jax.data import class_names, image_source
+from ard_jax.files import write_json
 from ard_jax.objectives.denoising import denoising
-from ard_jax.parallel import check_batch, make_mesh
+from ard_jax.parallel import check_batch, is_first, make_mesh
 from ard_jax.stages.fit import Task, fit
 from ard_jax.stages.workdir import Stopwatch, claim, write_done
 from ard_jax.training.flops import teacher_macs
@@ -32,6 +33,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     check_batch(settings.batch_size, mesh, "teacher.batch_size")
     source = image_source(data)
     claim(directory, config, SECTIONS)
+    if is_first() and (names := class_names(data)):
+        write_json(directory / "labels.json", names)
     model, shape = make_teacher(config), example_shape(config)
     one = jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
     params = jax.jit(model.init)(jax.random.key(config.seed), *one)["params"]
