@@ -1,18 +1,21 @@
 """python -m ard_jax STAGE --config FILE[:key=value,…] --workdir DIR [--config.key=value …]
 
 Stages, in the order of a run:
+    convert        turn weights that were trained elsewhere into a teacher, a student or a VAE
+    encode         make latents of images, for a teacher of latents
     teacher        train the diffusion teacher on images
     trajectories   solve its ODE many times and store the trajectories
     distill        train a student of few steps on them (ARD, or step distillation)
     sample         draw images from the teacher and the students
     evaluate       measure them
     report         put it all on one page
+    export         write a model in a form that others can use
 `python -m ard_jax STAGE --help` explains a stage; configs/ has the configs.
 """
 
 import sys
 
-STAGES = ("teacher", "trajectories", "distill", "sample", "evaluate", "report")
+STAGES = ("convert", "encode", "teacher", "trajectories", "distill", "sample", "evaluate", "report", "export")
 
 
 def main(arguments: list[str]) -> int:

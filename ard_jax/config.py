@@ -47,6 +47,22 @@ def default_config() -> ml_collections.ConfigDict:
                 "space": "latent",  # or "pixel"
                 "horizontal_flip": False,
             },
+            "vae": {
+                "dir": "",  # folder of an autoencoder in diffusers' format; "" for the workdir's vae/
+                "batch_size": 8,  # images a device decodes at a time
+            },
+            "encode": {  # makes latents of images, which `data` then describes
+                "source": "folder",  # as in `data`, but of the images: "digits", "tfds" or "folder"
+                "name": "",
+                "dir": "",
+                "split": "train",
+                "image_size": 256,  # pixels
+                "horizontal_flip": True,  # two records an image: itself, then its mirror image
+                "sample": True,  # latents drawn from the encoder's distribution; or its mean
+                "dtype": "float16",  # or "bfloat16", "float32"
+                "batch_size": 64,  # records a device encodes at a time
+                "shard_size": 4096,  # records a file
+            },
             "model": {
                 "name": "",  # a published size such as "DiT-XL/2", which sets the next four
                 "patch_size": 2,
@@ -269,6 +285,8 @@ POSITIVE = {
     "data": ("image_size", "channels", "num_classes"),
     "model": ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio"),
     "diffusion": ("train_steps", "steps", "time_scale"),
+    "vae": ("batch_size",),
+    "encode": ("image_size", "batch_size", "shard_size"),
     "teacher": ("steps", "batch_size", "checkpoint_every"),
     "trajectories": ("count", "batch_size", "shard_size"),
     "distill": ("steps", "batch_size", "checkpoint_every"),
@@ -355,8 +373,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if not config.sample.models or not all(names_folder(name) for name in config.sample.models):
         raise UserError(f"sample.models is {tuple(config.sample.models)}: name the teacher, or students, or both.")
-    if trajectories.dtype not in ("float16", "bfloat16", "float32"):
-        raise UserError(f"trajectories.dtype is {trajectories.dtype!r}: choose float16, bfloat16 or float32.")
+    for name in ("trajectories", "encode"):
+        if config[name].dtype not in ("float16", "bfloat16", "float32"):
+            raise UserError(f"{name}.dtype is {config[name].dtype!r}: choose float16, bfloat16 or float32.")
     classes = range(config.data.num_classes)
     outside = [label for label in config.sample.labels if label not in classes]
     if outside:

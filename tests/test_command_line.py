@@ -11,6 +11,7 @@ import pytest
 from pipeline_fixtures import ROOT, SMOKE, STAGES, copy, files, run, sentence, smoke
 
 from ard_jax import command_line
+from ard_jax.__main__ import STAGES as ALL_STAGES
 from ard_jax.__main__ import main
 
 IMAGENET = str(ROOT / "configs" / "imagenet256.py")
@@ -51,7 +52,7 @@ def test_help_names_every_stage(arguments, capsys):
 def test_a_stage_that_does_not_exist(capsys):
     assert main(["teach", "--config", SMOKE]) == 2
     out, err = capsys.readouterr()
-    assert err == f"ard_jax: there is no stage 'teach': choose one of {', '.join(STAGES)}.\n" and not out
+    assert err == f"ard_jax: there is no stage 'teach': choose one of {', '.join(ALL_STAGES)}.\n" and not out
 
 
 def test_python_m_ard_jax(tmp_path):

@@ -1,37 +1,15 @@
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+from convert_fixtures import assert_same, state_dict
 
-from ard_jax.convert import from_torch
+from ard_jax.convert import from_torch, to_torch
+from ard_jax.convert.published import parameters
+from ard_jax.convert.tensors import open_tensors, read_tensors, write_tensors
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT, parameter_shapes
 from ard_jax.models.layers import position_table
-
-
-def state_dict(width=8, channels=3, patch=2, depth=2, classes=5, hidden=20, out=6, heads=2, side=3, dtype=np.float32):
-    """A state dict with the published names, random but for the position table."""
-    rng = np.random.default_rng(0)
-    shapes = {
-        "x_embedder.proj.weight": (width, channels, patch, patch),
-        "x_embedder.proj.bias": (width,),
-        "y_embedder.embedding_table.weight": (classes + 1, width),
-    }
-    dense = {"t_embedder.mlp.0": (width, 256), "t_embedder.mlp.2": (width, width)}
-    for layer in range(depth):
-        dense |= {
-            f"blocks.{layer}.attn.qkv": (3 * width, width),
-            f"blocks.{layer}.attn.proj": (width, width),
-            f"blocks.{layer}.mlp.fc1": (hidden, width),
-            f"blocks.{layer}.mlp.fc2": (width, hidden),
-            f"blocks.{layer}.adaLN_modulation.1": (6 * width, width),
-        }
-    for head in range(1, heads + 1):
-        name = "final_layer" if head == 1 else f"final_layer{head}"
-        dense |= {f"{name}.linear": (patch**2 * out, width), f"{name}.adaLN_modulation.1": (2 * width, width)}
-    for name, shape in dense.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    arrays = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
-    return {"pos_embed": position_table(side, side, width)[None]} | arrays
 
 
 def test_sizes_come_from_the_shapes():
@@ -64,6 +42,91 @@ def test_every_array_finds_its_place():
     ours = np.sort(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)]))
     theirs = np.concatenate([np.ravel(array) for name, array in given.items() if name != "pos_embed"])
     np.testing.assert_array_equal(ours, np.sort(theirs))
+
+
+# ------------------------------------------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("sizes", [{"heads": 1}, {"heads": 3}, {"heads": 1, "channels": 1, "patch": 4, "out": 1}])
+def test_published_to_ours_to_published(tmp_path, sizes, dtype):
+    """Bit for bit, through a file; a transposed or misplaced array would not come back."""
+    given = state_dict(**sizes, dtype=dtype)
+    given["pos_embed"] = given["pos_embed"].astype(dtype)
+    model, params = from_torch(given, num_heads=2, history_layers=1)
+    assert model.image_size == 3 * model.patch_size
+    write_tensors(tmp_path / "x.safetensors", to_torch(model, params))
+    assert_same(read_tensors(tmp_path / "x.safetensors"), given)
+    again = parameters(open_tensors(tmp_path / "x.safetensors"), model)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_float64_round_trip(golden, x64):
+    given = golden("dit_tiny").state_dict(np.float64)
+    assert_same(to_torch(*from_torch(given, num_heads=4)), given)
+
+
+def test_what_is_written_is_contiguous():
+    """safetensors' own writer takes raw memory: a view of a transposed array would be written scrambled."""
+    model, params = from_torch(state_dict(), num_heads=2, history_layers=1)
+    assert all(array.flags.c_contiguous for array in to_torch(model, params).values())
+
+
+def test_a_model_that_does_not_know_its_images():
+    model, params = from_torch(state_dict(), num_heads=2, history_layers=1)
+    with pytest.raises(UserError, match="image_size is None, but the published position table needs it: clone the mod"):
+        to_torch(model.clone(image_size=None), params)
+
+
+def test_students_with_one_final_layer():
+    """Of one step, with a stack of one head, and of several with a shared one."""
+    given = state_dict(heads=1)
+    own, params = from_torch(given, num_heads=2, history_layers=1, steps=1)
+    assert type(own) is ARDStudent and (own.steps, own.heads) == (1, "separate")
+    assert params["final_layer"]["linear"]["kernel"].shape == (1, 8, 24)
+    assert_same(to_torch(own, params), given)
+    shared, params = from_torch(given, num_heads=2, history_layers=1, steps=3)
+    assert (shared.steps, shared.heads) == (3, "shared")
+    assert params["final_layer"]["linear"]["kernel"].shape == (8, 24)
+    assert_same(to_torch(shared, params), given)
+    with pytest.raises(UserError, match="has 2 final layers, so its student makes 2 steps, not 3"):
+        from_torch(state_dict(heads=2), num_heads=2, history_layers=1, steps=3)
+
+
+def test_parameters_of_a_known_model():
+    given = state_dict(heads=1)
+    model, params = from_torch(given, num_heads=2)
+    host = parameters(given, model, np.asarray)
+    jax.tree.map(np.testing.assert_array_equal, host, params)
+    assert {type(leaf) for leaf in jax.tree.leaves(host)} == {np.ndarray}
+    with pytest.raises(UserError, match=r"that the config describes \(missing: blocks.2.adaLN_modulation.1.weight, "):
+        parameters(given, model.clone(depth=3))
+    with pytest.raises(UserError, match=r"pos_embed \(1, 9, 8\) is not the fixed .* of a square grid \(4×4 here\)"):
+        parameters(given, model.clone(image_size=8))
+
+
+def test_layers_of_different_types_are_stacked_in_the_wider_one():
+    given = state_dict(heads=1, dtype=np.float16)
+    given["blocks.1.attn.qkv.weight"] = given["blocks.1.attn.qkv.weight"].astype(np.float32) + 1e-6
+    _, params = from_torch(given, num_heads=2)
+    kernel = params["blocks"]["qkv"]["kernel"]
+    assert kernel.dtype == np.float32 and params["blocks"]["qkv"]["bias"].dtype == np.float16
+    np.testing.assert_array_equal(kernel[1].T, given["blocks.1.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_a_position_table_that_was_kept_in_half_precision(dtype):
+    given = state_dict(heads=1)
+    fixed = given["pos_embed"]
+    given["pos_embed"] = fixed.astype(dtype).astype(np.float32)
+    assert np.abs(given["pos_embed"] - fixed).max() > 1e-5  # more than the tolerance of a float32 table
+    assert from_torch(given, num_heads=2)[0].image_size == 6
+    given["pos_embed"] = given["pos_embed"] + np.float32(1e-4)
+    with pytest.raises(UserError, match="is not the fixed sin-cos table"):
+        from_torch(given, num_heads=2)
+
+
+# -------------------------------------------------------------------------------------------------------- mistakes
 
 
 def without(*names):
@@ -100,6 +163,9 @@ def without(*names):
         (state_dict() | {"pos_embed": np.zeros((1, 8, 8))}, r"pos_embed \(1, 8, 8\) is not .* of a square grid"),
         (state_dict() | {"pos_embed": position_table(3, 3, 12)[None]}, r"pos_embed \(1, 9, 12\) is not the fixed"),
         (state_dict() | {"pos_embed": np.zeros(3)}, r"pos_embed \(3,\) is not the fixed"),
+        (state_dict() | {"pos_embed": np.zeros(())}, r"pos_embed \(\) is not the fixed"),
+        (state_dict() | {"blocks.0.mlp.fc1.weight": np.zeros(())}, r"another shape: .*blocks.0.mlp.fc1.weight \(\)"),
+        (state_dict() | {"x_embedder.proj.weight": np.zeros((0, 3, 2, 2))}, r"shape \(0, 3, 2, 2\) where a DiT's"),
     ],
 )
 def test_bad_state_dicts(given, sentence):

@@ -4,13 +4,16 @@ PyTorch's Linear weights are (out, in), ours (in, out); its patch convolution is
 patches in the order (row, column, channel); our layers are stacked.
 """
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
+from ard_jax.convert.tensors import dtypes_of, shapes_of
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT
 from ard_jax.models.layers import position_table
@@ -26,6 +29,9 @@ BLOCK_NAMES = {  # ours: published
 NEEDED = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2}
 FINAL_NAMES = {"modulation": "adaLN_modulation.1", "linear": "linear"}
 
+# A leaf of ours by its keys: the published name, or the names of the slices that are stacked in it.
+Places = dict[tuple[str, ...], str | list[str]]
+
 
 def from_torch(
     state_dict: Mapping[str, np.ndarray], *, num_heads: int, history_layers: int = 6, **fields: Any
@@ -36,45 +42,109 @@ def from_torch(
         state_dict: published names to NumPy arrays.
         num_heads: attention heads, which no shape tells.
         history_layers: N, for a student.
-        fields: further fields of the model, such as `mask` or `dtype`.
+        fields: further fields of the model, such as `mask` or `dtype`; `steps` says that a state dict with a single
+            final layer is a student's.
 
     Returns:
         A `DiT`, or an `ARDStudent` when `final_layer2`, … are there (S = number of heads), and its parameters. The
-        sizes come from the shapes; types are kept.
+        sizes come from the shapes, `image_size` from the position table's; types are kept.
 
     Raises:
         UserError: names are missing or unexpected, shapes do not fit, or the position table is not the fixed one.
     """
-    shapes = {name: np.shape(array) for name, array in state_dict.items()}
+    model = make_model(shapes_of(state_dict), num_heads=num_heads, history_layers=history_layers, **fields)
+    check_names(shapes_of(state_dict), expected_shapes(model))
+    return model, read_tree(state_dict, model)
+
+
+def parameters(
+    state_dict: Mapping[str, np.ndarray], model: DiT, array: Callable[[np.ndarray], Any] = jnp.asarray
+) -> Any:
+    """A known model's parameters out of a published state dict.
+
+    Args:
+        state_dict: published names to NumPy arrays; `Tensors` are read one at a time.
+        model: a teacher, or a student with heads of its own or a shared one, which is the one `final_layer`.
+        array: what makes a leaf of a NumPy array; `np.asarray` keeps them on the host, and costs no second copy.
+
+    Raises:
+        UserError: names are missing or unexpected, shapes do not fit, or the position table is not the fixed one.
+    """
+    check_names(shapes_of(state_dict), expected_shapes(model), "the config describes")
+    return read_tree(state_dict, model, array)
+
+
+def to_torch(model: DiT, params: Any) -> dict[str, np.ndarray]:
+    """The inverse of `from_torch`: published names to arrays in PyTorch's layout, types kept.
+
+    Args:
+        model: a teacher or student; its `image_size` says how long the published position table is.
+        params: its parameters.
+
+    Raises:
+        UserError: the model's `image_size` is None.
+    """
+    if model.image_size is None:
+        raise UserError(
+            "the model's image_size is None, but the published position table needs it: "
+            "clone the model with the side of its images, such as model.clone(image_size=32)."
+        )
+    side = model.image_size // model.patch_size
+    table = position_table(side, side, model.hidden_size)[None]
+    state_dict = {"pos_embed": table.astype(params["label_embed"]["embedding"].dtype)}
+    for keys, names in places(model).items():
+        leaf = params
+        for key in keys:
+            leaf = leaf[key]
+        slices = [leaf] if isinstance(names, str) else np.asarray(leaf)
+        for name, array in zip([names] if isinstance(names, str) else names, slices, strict=True):
+            state_dict[name] = np.ascontiguousarray(to_theirs(keys, np.asarray(array), model))
+    return state_dict
+
+
+def make_model(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    num_heads: int,
+    history_layers: int = 6,
+    steps: int | None = None,
+    **fields: Any,
+) -> DiT | ARDStudent:
+    """The model that published shapes belong to; see `from_torch`.
+
+    Raises:
+        UserError: what tells the sizes is missing or has another number of axes, or `steps` is not that of the heads.
+    """
     for name, axes in NEEDED.items():
         if name not in shapes:
             raise UserError(f"the state dict has no {name!r}, so it is not a DiT's: give one with the published names.")
-        if len(shapes[name]) != axes:
+        if len(shapes[name]) != axes or 0 in shapes[name]:
             raise UserError(
                 f"the state dict's {name!r} has shape {shapes[name]} where a DiT's has {axes} axes: "
                 f"give one with the published names and shapes."
             )
     width, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
-    depth = 1 + highest(shapes, r"blocks\.(\d+)\.", none=-1)
-    steps = highest(shapes, r"final_layer(\d+)\.", none=1)
+    tokens = math.prod(shapes.get("pos_embed", ())[:-1])
     fields = {
         "channels": channels,
         "patch_size": patch_size,
         "hidden_size": width,
-        "depth": depth,
+        "depth": 1 + highest(shapes, r"blocks\.(\d+)\.", none=-1),
         "num_heads": num_heads,
         "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
-        "mlp_ratio": shapes.get("blocks.0.mlp.fc1.weight", (4 * width,))[0] / width,
+        "mlp_ratio": (shapes.get("blocks.0.mlp.fc1.weight") or (4 * width,))[0] / width,
         "learn_sigma": shapes["final_layer.linear.weight"][0] == 2 * channels * patch_size**2,
+        "image_size": patch_size * math.isqrt(tokens),
         **fields,
     }
-    if steps > 1:
-        model = ARDStudent(steps=steps, history_layers=history_layers, **fields)
-    else:
-        model = DiT(**fields)
-    check_names(shapes, expected_shapes(model))
-    check_position_table(np.asarray(state_dict["pos_embed"]), width)
-    return model, build_tree(state_dict, depth, steps)
+    heads = highest(shapes, r"final_layer(\d+)\.", none=1)
+    if heads == 1 and steps is None:
+        return DiT(**fields)
+    if heads > 1 and steps not in (None, heads):
+        raise UserError(f"the state dict has {heads} final layers, so its student makes {heads} steps, not {steps}.")
+    if heads == 1 and steps > 1:
+        fields["heads"] = "shared"
+    return ARDStudent(steps=steps or heads, history_layers=history_layers, **fields)
 
 
 def highest(names: Iterable[str], pattern: str, none: int) -> int:
@@ -82,36 +152,78 @@ def highest(names: Iterable[str], pattern: str, none: int) -> int:
     return max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=none)
 
 
-def build_tree(state_dict: Mapping[str, np.ndarray], depth: int, steps: int) -> Any:
-    def dense(name):
-        return {"kernel": state_dict[f"{name}.weight"].T, "bias": state_dict[f"{name}.bias"]}
-
-    def stack(trees):
-        return {key: np.stack([tree[key] for tree in trees]) for key in trees[0]}
-
-    patches = state_dict["x_embedder.proj.weight"]
-    heads = ["final_layer"] + [f"final_layer{b}" for b in range(2, steps + 1)]
-    tree = {
-        "patch_embed": {
-            "kernel": patches.transpose(2, 3, 1, 0).reshape(-1, patches.shape[0]),
-            "bias": state_dict["x_embedder.proj.bias"],
-        },
-        "time_embed": {"mlp_in": dense("t_embedder.mlp.0"), "mlp_out": dense("t_embedder.mlp.2")},
-        "label_embed": {"embedding": state_dict["y_embedder.embedding_table.weight"]},
-        "blocks": {
-            ours: stack([dense(f"blocks.{layer}.{theirs}") for layer in range(depth)])
-            for ours, theirs in BLOCK_NAMES.items()
-        },
-        "final_layer": {
-            ours: stack([dense(f"{head}.{theirs}") for head in heads]) if steps > 1 else dense(f"final_layer.{theirs}")
-            for ours, theirs in FINAL_NAMES.items()
-        },
+def places(model: DiT) -> Places:
+    """Where each of our leaves lies in a published state dict."""
+    found: Places = {
+        ("patch_embed", "kernel"): "x_embedder.proj.weight",
+        ("patch_embed", "bias"): "x_embedder.proj.bias",
+        ("label_embed", "embedding"): "y_embedder.embedding_table.weight",
     }
-    return jnp_tree(tree)
+    for leaf, kind in (("kernel", "weight"), ("bias", "bias")):
+        for ours, theirs in (("mlp_in", "0"), ("mlp_out", "2")):
+            found["time_embed", ours, leaf] = f"t_embedder.mlp.{theirs}.{kind}"
+        for ours, theirs in BLOCK_NAMES.items():
+            found["blocks", ours, leaf] = [f"blocks.{layer}.{theirs}.{kind}" for layer in range(model.depth)]
+        for ours, theirs in FINAL_NAMES.items():
+            names = [f"{head}.{theirs}.{kind}" for head in head_names(model)]
+            found["final_layer", ours, leaf] = names if has_own_heads(model) else names[0]
+    return found
 
 
-def jnp_tree(tree: Any) -> Any:
-    return {key: jnp_tree(value) if isinstance(value, dict) else jnp.asarray(value) for key, value in tree.items()}
+def has_own_heads(model: DiT) -> bool:
+    """Whether its final layer has a leading block axis."""
+    return isinstance(model, ARDStudent) and model.heads == "separate"
+
+
+def head_names(model: DiT) -> list[str]:
+    return ["final_layer"] + [f"final_layer{b}" for b in range(2, 1 + (model.steps if has_own_heads(model) else 1))]
+
+
+def to_ours(keys: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    """A published array in our layout, as a view where that can be."""
+    if keys == ("patch_embed", "kernel"):
+        return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
+    return array.T if keys[-1] == "kernel" else array
+
+
+def to_theirs(keys: tuple[str, ...], array: np.ndarray, model: DiT) -> np.ndarray:
+    """The inverse of `to_ours`."""
+    if keys == ("patch_embed", "kernel"):
+        return array.reshape(model.patch_size, model.patch_size, model.channels, -1).transpose(3, 2, 0, 1)
+    return array.T if keys[-1] == "kernel" else array
+
+
+def read_tree(
+    state_dict: Mapping[str, np.ndarray], model: DiT, array: Callable[[np.ndarray], Any] = jnp.asarray
+) -> Any:
+    """The parameters, once the names and shapes are known to be right.
+
+    Each array is read once and copied once, into its slice of a stack, so that memory holds little more than the tree.
+    """
+    dtypes = dtypes_of(state_dict)
+    check_position_table(np.asarray(state_dict["pos_embed"]), model)
+    tree: dict[str, Any] = {}
+    for keys, names in places(model).items():
+        if isinstance(names, str):
+            leaf = np.ascontiguousarray(to_ours(keys, np.asarray(state_dict[names])))
+        else:
+            leaf = None
+            for layer, name in enumerate(names):
+                array_here = to_ours(keys, np.asarray(state_dict[name]))
+                if leaf is None:
+                    leaf = np.empty((len(names), *array_here.shape), np.result_type(*(dtypes[n] for n in names)))
+                fill(leaf[layer], array_here)
+        branch = tree
+        for key in keys[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[keys[-1]] = array(leaf)
+    return tree
+
+
+def fill(target: np.ndarray, array: np.ndarray, strip: int = 128) -> None:
+    """target[...] = array, in strips of columns: a transposed matrix is copied three times as fast so, out of cache."""
+    for first in range(0, array.shape[-1], strip):
+        target[..., first : first + strip] = array[..., first : first + strip]
 
 
 def expected_shapes(model: DiT) -> dict[str, tuple[int, ...] | None]:
@@ -128,8 +240,7 @@ def expected_shapes(model: DiT) -> dict[str, tuple[int, ...] | None]:
             "mlp_out": (width, hidden),
         }
         dense |= {f"blocks.{layer}.{BLOCK_NAMES[name]}": shape for name, shape in sizes.items()}
-    steps = model.steps if isinstance(model, ARDStudent) else 1
-    for head in ["final_layer"] + [f"final_layer{b}" for b in range(2, steps + 1)]:
+    for head in head_names(model):
         dense |= {f"{head}.adaLN_modulation.1": (2 * width, width), f"{head}.linear": (out, width)}
     shapes: dict[str, tuple[int, ...] | None] = {
         "pos_embed": None,
@@ -142,7 +253,12 @@ def expected_shapes(model: DiT) -> dict[str, tuple[int, ...] | None]:
     return shapes
 
 
-def check_names(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...] | None]) -> None:
+def check_names(
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...] | None],
+    described: str = "its shapes suggest",
+    names: str = "the published DiT or ARD names",
+) -> None:
     """Raises UserError with the first few missing, unexpected and misshapen names."""
     misshapen = [n for n, s in expected.items() if n in found and s is not None and found[n] != s]
     problems = {
@@ -157,16 +273,19 @@ def check_names(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tup
     ]
     if said:
         raise UserError(
-            f"the state dict does not fit the architecture that its shapes suggest ({'; '.join(said)}): "
-            f"give a state dict with the published DiT or ARD names."
+            f"the state dict does not fit the architecture that {described} ({'; '.join(said)}): "
+            f"give a state dict with {names}."
         )
 
 
-def check_position_table(table: np.ndarray, width: int) -> None:
-    side = round((table.size / width) ** 0.5)
-    fixed = position_table(side, side, width)
-    if table.shape != (1, *fixed.shape) or not np.allclose(table[0], fixed, rtol=0, atol=1e-6):
+def check_position_table(table: np.ndarray, model: DiT) -> None:
+    """Raises UserError unless it is the fixed table of the model's image size, in whichever precision it was kept."""
+    side = model.image_size // model.patch_size if model.image_size else math.isqrt(math.prod(table.shape[:-1]))
+    fixed = position_table(side, side, model.hidden_size)
+    kept = [fixed.astype(dtype).astype(np.float32) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16)]
+    given = np.asarray(table, np.float32)
+    if table.shape != (1, *fixed.shape) or not any(np.allclose(given[0], known, rtol=0, atol=1e-6) for known in kept):
         raise UserError(
-            f"the state dict's pos_embed {tuple(table.shape)} is not the fixed sin-cos table of a square grid: "
-            f"only DiTs with the published table can be used."
+            f"the state dict's pos_embed {tuple(table.shape)} is not the fixed sin-cos table of a square grid "
+            f"({side}×{side} here): only DiTs with the published table can be used."
         )

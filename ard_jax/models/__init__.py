@@ -3,10 +3,12 @@
 from ard_jax.models.dit import DiT, count_parameters, parameter_shapes, size_fields
 from ard_jax.models.masks import MASKS, visible_blocks
 from ard_jax.models.student import ARDStudent, default_block_times, init_from_teacher
+from ard_jax.models.vae import AutoencoderKL
 
 __all__ = [
     "MASKS",
     "ARDStudent",
+    "AutoencoderKL",
     "DiT",
     "count_parameters",
     "default_block_times",

@@ -1,18 +1,20 @@
 """Measures the samples of the teacher and of every student that has been sampled.
 
-Reads `sample/` and writes `evaluate/results.json` and `pictures.npz`: Fréchet distance, precision and recall in the
-features of a small classifier that is trained on the same data (so they compare models here, and with nothing else);
-each student's error to the teacher from the same noise, step by step; and its exposure bias, the error of each step
-with the teacher's history against its own.
+Reads `sample/` and the real images (of `data`, or of `encode` for models of latents) and writes `evaluate/results.json`
+and `pictures.npz`: Fréchet distance, precision and recall in the features of a small classifier that is trained on the
+same data (so they compare models here, and with nothing else); each student's error to the teacher from the same noise,
+step by step; and its exposure bias, the error of each step with the teacher's history against its own.
 """
 
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from ard_jax.config import example_shape, solver_settings
 from ard_jax.data import image_source, labels_and_images, to_uint8
@@ -29,7 +31,7 @@ from ard_jax.evaluation import (
 )
 from ard_jax.files import file_sha256, write_json
 from ard_jax.objectives.ard import teacher_forcing
-from ard_jax.parallel import is_first, make_mesh
+from ard_jax.parallel import is_first, make_mesh, put_batch
 from ard_jax.sampling import (
     draw_noise_and_labels,
     sample_student,
@@ -38,8 +40,9 @@ from ard_jax.sampling import (
     take_points,
     within_bounds,
 )
-from ard_jax.stages.sample import write_npz
-from ard_jax.stages.workdir import Stopwatch, finished, load_student, load_teacher, plain, write_done
+from ard_jax.stages.encode import open_images
+from ard_jax.stages.sample import Decoder, find_vae, make_decoder, write_npz
+from ard_jax.stages.workdir import Stopwatch, finished, load_student, load_teacher, plain, vae_folder, write_done
 
 # Real and generated images that precision and recall compare, at most: their cost is quadratic.
 NEIGHBOUR_LIMIT = 10_000
@@ -52,20 +55,23 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         UserError: nothing has been sampled, the samples are latents, or there are too few images for statistics.
     """
-    if config.data.space == "latent":
-        raise UserError(
-            "evaluate compares images, but data.space is 'latent': decode the samples and evaluate the images."
-        )
     if not is_first():
         return
     watch, directory, mesh = Stopwatch(), workdir / "evaluate", make_mesh(jax.local_devices())
     sampled = finished(workdir / "sample", "sample")["models"]
+    vae = find_vae(config, workdir)
+    if config.data.space == "latent" and vae is None:
+        raise UserError(
+            f"evaluate compares images, but there is no VAE in {vae_folder(config, workdir)} to decode latents with: "
+            f"convert one into the workdir, or set vae.dir, and run 'sample' again."
+        )
     teacher = load_teacher(config, workdir, mesh)
     students = {name: load_student(workdir / "distill" / name, mesh) for name in sampled if name != "teacher"}
     hashes = {"teacher": teacher[2]} | {name: student[2] for name, student in students.items()}
     samples = {name: read_samples(workdir / "sample" / name, sampled[name], hashes[name], config) for name in sampled}
-    real, labels = labels_and_images(image_source(config.data), limit=REAL_LIMIT)
-    paired = Paired(config, teacher)
+    real_images = image_source(config.data) if vae is None else open_images(config, vae[0])
+    real, labels = labels_and_images(real_images, limit=REAL_LIMIT)
+    paired = Paired(config, teacher, students, make_decoder(vae, config, mesh), mesh)
     extractor = train_feature_net(real, labels, config.data.num_classes, steps=config.evaluate.feature_steps)
     kept = ("steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
     models: dict[str, dict[str, Any]] = {
@@ -109,7 +115,10 @@ def read_samples(
     """
     if facts["ema_sha256"] != sha256:
         raise UserError(f"the samples in {directory} are of older weights: run 'sample' again.")
-    images = np.load(directory / "samples.npz", allow_pickle=False)["arr_0"]
+    with np.load(directory / "samples.npz", allow_pickle=False) as file:
+        if "arr_0" not in file:
+            raise UserError(f"{directory} holds latents, drawn without a VAE: run 'sample' again, now with one.")
+        images = file["arr_0"]
     if len(images) != config.sample.count:  # a Fréchet distance depends on how many images it is taken from
         raise UserError(
             f"{directory} holds {len(images)} images, but sample.count is {config.sample.count}: "
@@ -134,58 +143,108 @@ def distances(
 
 
 class Paired:
-    """The teacher's trajectories from the first noises of the sampling, and how far students are from them."""
+    """The teacher's trajectories from the first noises of the sampling, and how far students are from them.
 
-    def __init__(self, config: ml_collections.ConfigDict, teacher: tuple[Any, Any, str]):
+    Everything is solved `sample.batch_size` rows a device at a time, and just the points are kept.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        teacher: tuple[Any, Any, str],
+        students: dict[str, tuple],
+        decoder: Decoder | None,
+        mesh: Mesh,
+    ):
         model, params, _ = teacher
-        settings = solver_settings(config)
-        self.solver_steps = settings["steps"]
+        settings, shape = solver_settings(config), example_shape(config)
+        self.config, self.decoder, self.mesh = config, decoder, mesh
+        self.size = config.sample.batch_size * mesh.size
+        every = {*config.student.points}.union(*(student[3].student.points for student in students.values()))
+        self.kept_points = tuple(sorted(every, reverse=True))
+        key = sampling_key(config.sample.seed)
+
+        @jax.jit
+        def trajectories(params, index):
+            noise, label = draw_noise_and_labels(key, index, shape, model.num_classes)
+            solution = sample_teacher(model, params, noise, label, **settings)
+            x0, xt = (take_points(states, self.kept_points, settings["steps"]) for states in solution)
+            return {"noise": noise, "label": label, "x0": x0, "xt": xt}
+
         index = np.arange(config.evaluate.paired, dtype=np.int32)
-        noise, label = draw_noise_and_labels(
-            sampling_key(config.sample.seed), index, example_shape(config), model.num_classes
-        )
-        solution = jax.jit(functools.partial(sample_teacher, model, **settings))(params, noise, label)
-        kept = within_bounds(self.points(solution.x0, config), config.trajectories.max_abs)
+        rows = self.batches(functools.partial(trajectories, params), index)
+        kept = np.asarray(within_bounds(self.points(rows["x0"], config), config.trajectories.max_abs))
         if not kept.any():
             raise UserError(
                 f"none of the teacher's {len(index)} trajectories stays within trajectories.max_abs="
                 f"{config.trajectories.max_abs}: train the teacher longer, or raise max_abs or evaluate.paired."
             )
-        self.noise, self.label, self.x0, self.xt = (leaf[kept] for leaf in (noise, label, solution.x0, solution.xt))
-        self.config, self.count = config, int(kept.sum())
+        self.rows, self.count = {name: array[kept] for name, array in rows.items()}, int(kept.sum())
 
-    def points(self, states: jax.Array, config: ml_collections.ConfigDict) -> jax.Array:
-        return take_points(states, tuple(config.student.points), self.solver_steps)
+    def batches(self, function: Callable[..., Any], *arrays: np.ndarray) -> Any:
+        """A jitted function of rows, called in batches of one size; the results' rows as NumPy arrays."""
+        parts, count = [], len(arrays[0])
+        size = min(self.size, -(-count // self.mesh.size) * self.mesh.size)
+        for first in range(0, count, size):
+            rows = np.arange(first, min(first + size, count))
+            filled = np.resize(rows, size)
+            made = function(*(put_batch(array[filled], self.mesh) for array in arrays))
+            parts.append(jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[: len(rows)], made))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    def points(self, states: np.ndarray, config: ml_collections.ConfigDict) -> np.ndarray:
+        """Of the kept points, those of a student's config."""
+        return states[:, [self.kept_points.index(point) for point in config.student.points]]
+
+    def images(self, states: np.ndarray) -> np.ndarray:
+        """What the networks see, (batch, point, …) → images."""
+        if self.decoder is None:
+            return states
+        rows = self.batches(self.decoder, states.reshape(-1, *states.shape[2:]))
+        return rows.reshape(*states.shape[:2], *rows.shape[1:])
 
     def teacher_pictures(self, count: int) -> dict[str, np.ndarray]:
+        first = {name: array[:count] for name, array in self.rows.items()}
         return {
-            "noise": to_uint8(self.noise[:count] / 3),  # three standard deviations span black to white
-            "label": np.asarray(self.label[:count]),
-            "teacher": to_uint8(self.points(self.x0[:count], self.config)),
-            "teacher_xt": to_uint8(self.points(self.xt[:count], self.config)),
+            "noise": self.noise_pictures(first["noise"]),
+            "label": first["label"],
+            "teacher": to_uint8(self.images(self.points(first["x0"], self.config))),
+            "teacher_xt": to_uint8(self.images(self.points(first["xt"], self.config))),
         }
+
+    def noise_pictures(self, noise: np.ndarray) -> np.ndarray:
+        """Three standard deviations span black to white; of latents, the decoded noise."""
+        return to_uint8(noise / 3 if self.decoder is None else self.images(noise[:, None])[:, 0])
 
     def compare(self, student: tuple, pictures: int) -> tuple[dict[str, Any], np.ndarray]:
         """A student's errors, and the pictures of its steps."""
         model, params, _, config = student
         target = config.student.target
-        points = self.points({"x0": self.x0, "xt": self.xt}[target], config)
-        rollout = jax.jit(functools.partial(sample_student, model))(params, self.noise, self.label)
-        forced = jax.jit(functools.partial(teacher_forcing, model))(params, self.noise, points, self.label)
+        noise, label, points = self.rows["noise"], self.rows["label"], self.points(self.rows[target], config)
+        roll, force = (jax.jit(functools.partial(run, model)) for run in (sample_student, teacher_forcing))
+        rollout = self.batches(functools.partial(roll, params), noise, label)
+        forced = self.batches(functools.partial(force, params), noise, points, label)
         bias = exposure_bias(points, forced, rollout)
         mse = mean_squared_error_per_step(rollout, points)
+        image_mse = self.image_error(rollout, points)
         errors = {
             "kind": "student",
             "target": target,
             "mask": model.mask,
             "history_layers": model.layers_with_history,
-            "psnr": float(psnr(mse[-1])),
+            "psnr": float(psnr(image_mse[-1])),
             "mse_per_step": mse.tolist(),
-            "psnr_per_step": [float(psnr(step)) for step in mse],
+            "psnr_per_step": [float(psnr(step)) for step in image_mse],
             "forced_mse": np.asarray(bias.forced).tolist(),
             "rollout_mse": np.asarray(bias.rollout).tolist(),
         }
-        return errors, to_uint8(rollout[:pictures])
+        return errors, to_uint8(self.images(rollout[:pictures]))
+
+    def image_error(self, rollout: np.ndarray, points: np.ndarray) -> np.ndarray:
+        """Mean squared error of each step's images, (step,); decoded a batch at a time, never all together."""
+        parts = [slice(first, first + self.size) for first in range(0, len(points), self.size)]
+        errors = [mean_squared_error_per_step(self.images(rollout[part]), self.images(points[part])) for part in parts]
+        return np.average(errors, axis=0, weights=[len(points[part]) for part in parts])
 
 
 def add_degradation(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -1,10 +1,13 @@
 """Draws images from the teacher and from students, in batches over all devices.
 
 Writes, for each name in `sample.models`, `sample/<name>/samples.npz` (uint8 images under the key `arr_0`, as the ADM
-evaluator wants them, and `labels`) and `grid.png`. Models of latents write float32 latents under the key `latents`.
-Image i has the same noise and label for every model.
+evaluator wants them, and `labels`) and `grid.png`. Models of latents decode theirs with the VAE in WORKDIR/vae or
+`vae.dir`; where there is none, they write float32 latents under the key `latents`. Image i has the same noise and label
+for every model.
 """
 
+import functools
+import logging
 import pathlib
 import time
 from collections.abc import Callable
@@ -14,20 +17,36 @@ import jax
 import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from ard_jax.config import example_shape, network_calls, solver_settings
 from ard_jax.data import to_uint8
+from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, file_sha256, write_json
-from ard_jax.models import count_parameters
-from ard_jax.parallel import is_first, make_mesh, put_batch
+from ard_jax.models import AutoencoderKL, count_parameters
+from ard_jax.models.vae import to_images
+from ard_jax.parallel import in_turns, is_first, make_mesh, put_batch, replicated
 from ard_jax.report import image_grid
 from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
-from ard_jax.stages.workdir import Stopwatch, load_student, load_teacher, merge_done, plain
+from ard_jax.stages.workdir import (
+    Stopwatch,
+    load_student,
+    load_teacher,
+    load_vae,
+    merge_done,
+    plain,
+    vae_folder,
+)
 from ard_jax.training.flops import student_macs, teacher_macs
 from ard_jax.training.metrics import progress_bar
 
-# (params, noise, labels) → images (batch, height, width, channel)
+log = logging.getLogger("ard_jax")
+
+# (params, noise, labels) → images or latents (batch, height, width, channel)
 Sampler = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+# latents (batch, height, width, channel), split over the mesh → images in [-1, 1]
+Decoder = Callable[[jax.Array], jax.Array]
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -37,21 +56,58 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         UserError: a model has not been trained.
     """
     mesh = make_mesh()
+    vae = find_vae(config, workdir)
+    if config.data.space == "latent" and vae is None:
+        there = vae_folder(config, workdir)
+        log.warning("there is no VAE in %s, so latents are written: convert one, or set vae.dir, for images.", there)
+    decoder = make_decoder(vae, config, mesh)
     loaded = {name: load_sampler(config, workdir, name, mesh) for name in config.sample.models}
     for name, (sampler, params, facts) in loaded.items():
         watch, directory = Stopwatch(), workdir / "sample" / name
-        images, labels, seconds_per_image = draw(sampler, params, config, mesh)
+        images, labels, seconds_per_image = draw(sampler, params, decoder, config, mesh)
         if not is_first():
             continue
         write_json(directory / "config.json", plain(config) | {"inputs": {"ema": facts["ema_sha256"]}})
-        files = write(directory, images, labels, config)
+        files = write(directory, images, labels, config.sample.grid)
         hashes = {file: file_sha256(directory / file) for file in files}
         made = {"sha256": hashes, "seconds": round(watch(), 2), "seconds_per_image": seconds_per_image, **facts}
         merge_done(workdir / "sample", {name: made})
 
 
+def find_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Any] | None:
+    """The autoencoder of latents and its parameters; None for pixels, and where there is none.
+
+    Raises:
+        UserError: there is one that cannot be used, or whose latents are not the networks'.
+    """
+    if config.data.space != "latent" or not vae_folder(config, workdir).exists():
+        return None
+    vae, params = load_vae(config, workdir)
+    if vae.latent_channels != config.data.channels:
+        raise UserError(
+            f"the VAE in {vae_folder(config, workdir)} has latents of {vae.latent_channels} channels, but "
+            f"data.channels is {config.data.channels}: set vae.dir to the one that the teacher was trained with."
+        )
+    return vae, params
+
+
+def make_decoder(
+    vae: tuple[AutoencoderKL, Any] | None, config: ml_collections.ConfigDict, mesh: Mesh
+) -> Decoder | None:
+    """The decoder of `find_vae`'s result, jitted; every device decodes `vae.batch_size` images at a time."""
+    if vae is None:
+        return None
+    model, params = vae
+
+    @jax.jit
+    def decode(params, latents):
+        return in_turns(functools.partial(to_images, model, params), latents, mesh, config.vae.batch_size)
+
+    return functools.partial(decode, jax.device_put(params, replicated(mesh)))
+
+
 def load_sampler(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, mesh
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, mesh: Mesh
 ) -> tuple[Sampler, Any, dict[str, Any]]:
     """A model's sampler, its parameters, and what it costs."""
     shape = example_shape(config)
@@ -78,18 +134,25 @@ def load_sampler(
 
 
 def draw(
-    sampler: Sampler, params: Any, config: ml_collections.ConfigDict, mesh
+    sampler: Sampler, params: Any, decoder: Decoder | None, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Images 0 … count−1 with their labels, and the seconds that one takes once compiled."""
+    """Images 0 … count−1 with their labels, and the seconds that one takes once compiled.
+
+    The images are uint8; without a decoder, latents are float32 as they are.
+    """
     settings, shape = config.sample, example_shape(config)
     key = sampling_key(settings.seed)
     chosen = np.asarray(settings.labels, np.int32)
 
     @jax.jit
-    def sample(params, batch):
+    def drawn(params, batch):
         noise, label = draw_noise_and_labels(key, batch["index"], shape, config.data.num_classes)
         label = batch["label"] if len(chosen) else label
         return sampler(params, noise, label), label
+
+    def sample(batch):
+        images, label = drawn(params, batch)
+        return (decoder(images) if decoder else images), label
 
     def batch_of(first):
         """This process's rows; indices beyond the count fill the last batch up."""
@@ -98,13 +161,14 @@ def draw(
         return put_batch({"index": index, "label": label}, mesh)
 
     batch_size = settings.batch_size * mesh.size
+    is_latent = config.data.space == "latent" and decoder is None
     images, labels = [], []
-    sample(params, batch_of(0))[0].block_until_ready()  # compiles, so that the rate below is the rate
+    sample(batch_of(0))[0].block_until_ready()  # compiles, so that the rate below is the rate
     started = time.perf_counter()
     with progress_bar(settings.count, "image") as bar:
         for first in range(0, settings.count, batch_size):
-            image, label = gather(sample(params, batch_of(first)))
-            images.append(as_stored(image, config))
+            image, label = gather(sample(batch_of(first)))
+            images.append(image.astype(np.float32) if is_latent else to_uint8(np.nan_to_num(image)))
             labels.append(label)
             bar.update(min(batch_size, settings.count - first))
     seconds = (time.perf_counter() - started) / (len(images) * batch_size)
@@ -124,20 +188,13 @@ def interleave(rows: np.ndarray) -> np.ndarray:
     return per_process.swapaxes(0, 1).reshape(rows.shape)
 
 
-def as_stored(images: np.ndarray, config: ml_collections.ConfigDict) -> np.ndarray:
-    """A batch in the type that is written, so that thousands of large images are never held as floats."""
-    return images.astype(np.float32) if config.data.space == "latent" else to_uint8(np.nan_to_num(images))
-
-
-def write(
-    directory: pathlib.Path, images: np.ndarray, labels: np.ndarray, config: ml_collections.ConfigDict
-) -> list[str]:
-    """Writes a model's samples; returns the names of the files."""
-    if config.data.space == "latent":
+def write(directory: pathlib.Path, images: np.ndarray, labels: np.ndarray, shown: int) -> list[str]:
+    """Writes a model's samples, float32 latents or uint8 images of which `shown` go on a grid; the files' names."""
+    if images.dtype == np.float32:
         write_npz(directory / "samples.npz", latents=images, labels=labels)
         return ["samples.npz"]
     write_npz(directory / "samples.npz", arr_0=images, labels=labels)
-    shown = images[: config.sample.grid]
+    shown = images[:shown]
     grid = image_grid(shown, columns=int(np.ceil(len(shown) ** 0.5)))
     atomic_write(directory / "grid.png", lambda temporary: grid.save(temporary))
     return ["samples.npz", "grid.png"]

@@ -1,7 +1,8 @@
 """Trains the diffusion teacher on images.
 
 Reads the images of `data` and writes `teacher/`: Orbax checkpoints (parameters, running average, optimiser, place in
-the data), metrics.jsonl, TensorBoard files, labels.json (names of the classes) and done.json. Started again, it goes on where it stopped.
+the data), metrics.jsonl, TensorBoard files, labels.json (names of the classes) and done.json. Started again, it goes
+on where it stopped.
 """
 
 import pathlib

@@ -13,9 +13,10 @@ from jax.experimental import multihost_utils
 
 from ard_jax.errors import UserError
 from ard_jax.parallel import is_first, make_mesh
+from ard_jax.sharded import number_of_shards
 from ard_jax.stages.workdir import Stopwatch, claim, load_teacher, plain, write_done
 from ard_jax.trajectories import store
-from ard_jax.trajectories.generate import features_of, make_store, manifest, number_of_shards, stored_settings
+from ard_jax.trajectories.generate import features_of, make_store, manifest, stored_settings
 
 log = logging.getLogger("ard_jax")
 
@@ -45,8 +46,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         multihost_utils.sync_global_devices("all shards are written")
     if not is_first():
         return
-    shards = number_of_shards(config)
-    described = store.describe(directory, shards)
+    described = store.describe(directory, number_of_shards(config.trajectories.count, config.trajectories.shard_size))
     made = manifest(config, stored_settings(plain(config)), teacher_hash, described)
     if not made["kept"]:
         raise UserError(

@@ -4,6 +4,8 @@ teacher/                 config.json, checkpoints/, metrics.jsonl, done.json
 trajectories/            config.json, the store (see trajectories/store.py), done.json
 distill/ard/             as teacher/; one folder a student
 distill/done.json        of every student that is finished
+vae/                     an autoencoder in diffusers' format
+latents/                 as trajectories/
 sample/ard/              samples.npz, grid.png
 evaluate/, report/       results
 """
@@ -20,9 +22,10 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ard_jax.config import default_config, make_process, make_student, make_teacher, model_fields
+from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, tree_sha256, write_json
-from ard_jax.models import ARDStudent, DiT, init_from_teacher, parameter_shapes
+from ard_jax.models import ARDStudent, AutoencoderKL, DiT, init_from_teacher, parameter_shapes
 from ard_jax.parallel import is_first, replicated
 from ard_jax.training.checkpoints import load_parameters
 
@@ -124,6 +127,10 @@ def store_folder(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pa
     return pathlib.Path(config.trajectories.dir) if config.trajectories.dir else workdir / "trajectories"
 
 
+def vae_folder(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(config.vae.dir) if config.vae.dir else workdir / "vae"
+
+
 def finished(directory: pathlib.Path, stage: str) -> dict[str, Any]:
     """`done.json` of a stage that this one stands on.
 
@@ -185,13 +192,28 @@ def load_student(directory: pathlib.Path, mesh: Mesh) -> tuple[ARDStudent, Any, 
     return model, params, hashes["ema"], config
 
 
-def load_weights(directory: pathlib.Path, like: Any, sha256: str) -> Any:
-    """A finished training's averaged parameters, laid out as `like` says.
+def load_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Any]:
+    """The autoencoder that lies in `vae_folder` in diffusers' format, its parameters as float32.
+
+    Raises:
+        UserError: it is not there, cannot be read, or is no autoencoder that can be used.
+    """
+    directory = vae_folder(config, workdir)
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"there is no autoencoder in {directory} (no config.json): put one there with the stage 'convert', or set "
+            f"vae.dir to the folder of one in diffusers' format."
+        )
+    return open_vae(directory)
+
+
+def load_weights(directory: pathlib.Path, like: Any, sha256: str, part: str = "ema") -> Any:
+    """A finished training's averaged parameters, or the last step's (part "params"), laid out as `like` says.
 
     Raises:
         UserError: they cannot be read, or are not those of `done.json`: Orbax does not see a flipped bit.
     """
-    params = load_parameters(directory / "checkpoints", "ema", like)
+    params = load_parameters(directory / "checkpoints", part, like)
     if tree_sha256(params) != sha256:
         raise UserError(
             f"the weights in {directory} are not those that its done.json names, since files there were altered or "

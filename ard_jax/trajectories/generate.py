@@ -1,13 +1,10 @@
 """The trajectory job: solves the teacher's ODE from numbered noises and stores the points.
 
 Record i is a function of (config, teacher weights, seed, i) alone: its noise and label are drawn from (seed, i), and
-every device always solves batches of `trajectories.batch_size`, however many devices and hosts there are. Hosts share
-the shards out by number and never talk while they work.
+every device always solves batches of `trajectories.batch_size`, however many devices and hosts there are.
 """
 
-import logging
 import pathlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,12 +19,8 @@ from ard_jax.config import example_shape, solver_settings
 from ard_jax.models import DiT
 from ard_jax.parallel import put_batch
 from ard_jax.sampling import draw_noise_and_labels, sample_teacher, take_points, trajectory_key, within_bounds
-from ard_jax.training.metrics import progress_bar
+from ard_jax.sharded import Record, equal_batches, run_batches
 from ard_jax.trajectories import store
-
-log = logging.getLogger("ard_jax")
-
-Record = dict[str, Any]
 
 
 def make_solver(model: DiT, config: ml_collections.ConfigDict) -> Callable[[Any, dict[str, jax.Array]], Record]:
@@ -49,29 +42,6 @@ def make_solver(model: DiT, config: ml_collections.ConfigDict) -> Callable[[Any,
         return record, within_bounds(x0, min(trajectories.max_abs or jnp.inf, float(jnp.finfo(dtype).max)))
 
     return jax.jit(solve)
-
-
-def solve_range(solver, params: Any, indices: np.ndarray, batch_size: int, mesh: Mesh) -> Iterator[tuple[Record, Any]]:
-    """Solves numbered trajectories in batches of one size, in order; yields (records, kept) as NumPy arrays.
-
-    The next batch is on the device while the last one is fetched and written.
-    """
-
-    def start(first):
-        rows = np.resize(indices[first : first + batch_size], batch_size)  # the last batch is filled up, then cut
-        return solver(params, put_batch({"index": rows}, mesh)), len(indices[first : first + batch_size])
-
-    def fetch(pending):
-        results, count = pending
-        return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], results)
-
-    pending = None
-    for first in range(0, len(indices), batch_size):
-        following = start(first)
-        if pending is not None:
-            yield fetch(pending)
-        pending = following
-    yield fetch(pending)
 
 
 def stored_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -100,38 +70,25 @@ def make_store(
         mesh: of this process's own devices.
         process_index, process_count: which shards are this process's: every process_count-th.
     """
-    trajectories = config.trajectories
-    shards = number_of_shards(config)
-    mine = range(process_index, shards, process_count)
-    whole = store.whole_shards(directory, shards, mine)
-    missing = [shard for shard in mine if shard not in whole]
-    if not missing:
-        return
-    solver = make_solver(model, config)
-    features = features_of(config)
-    total = sum(len(shard_indices(config, shard)) for shard in missing)
-    done, started = 0, time.monotonic()
-    with progress_bar(total, "trajectory") as bar:
-        for shard in missing:
-            dropped: list[int] = []
-            batches = solve_range(
-                solver, params, shard_indices(config, shard), trajectories.batch_size * mesh.size, mesh
-            )
-            store.write_shard(directory, shard, shards, features, keep(batches, dropped, bar), dropped)
-            done += len(shard_indices(config, shard))
-            rate = done / (time.monotonic() - started)
-            left = (total - done) / rate
-            log.info("shard %d of %d written, %.0f trajectories/s, %.0f s left.", shard + 1, shards, rate, left)
+    trajectories, solver = config.trajectories, make_solver(model, config)
 
+    def solve(indices):
+        return solver(params, put_batch({"index": indices}, mesh))
 
-def number_of_shards(config: ml_collections.ConfigDict) -> int:
-    return -(-config.trajectories.count // config.trajectories.shard_size)
+    def records(indices, dropped, bar):
+        batches = equal_batches(indices, trajectories.batch_size * mesh.size)
+        return keep(run_batches(solve, batches), dropped, bar)
 
-
-def shard_indices(config: ml_collections.ConfigDict, shard: int) -> np.ndarray:
-    """Numbers of the trajectories that a shard covers."""
-    size = config.trajectories.shard_size
-    return np.arange(shard * size, min((shard + 1) * size, config.trajectories.count))
+    store.LAYOUT.make_shards(
+        directory,
+        features_of(config),
+        trajectories.count,
+        trajectories.shard_size,
+        records,
+        "trajectories",
+        process_index,
+        process_count,
+    )
 
 
 def features_of(config: ml_collections.ConfigDict):

@@ -1,146 +1,35 @@
-"""The trajectory store: a TFDS dataset of ArrayRecord shards that anybody can open.
-
-    tfds.builder_from_directory(directory / "1.0.0").as_data_source("train")
-
-(A store in bfloat16 wants `import ml_dtypes` before, as JAX does, or TFDS imports TensorFlow to learn that type.)
-
-Folder:
-    1.0.0/trajectories-train.array_record-00000-of-00008   one record a trajectory
-    1.0.0/features.json, dataset_info.json                 TFDS's own; written last
-    shards/00000.json                                      what one shard holds, and its SHA-256
-    manifest.json                                          how the store was made; written when it is whole
-
-A shard is written under a temporary name and renamed when whole. Its description in shards/ is written just before, so
-a shard under its final name always has one; a shard that is there is never made again.
-"""
+"""The trajectory store: one record a trajectory; sharded.py says how it lies on disk and how anybody opens it."""
 
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from ard_jax.errors import UserError
-from ard_jax.files import atomic_write, file_sha256, read_json, write_json
+from ard_jax.files import file_sha256, read_json
+from ard_jax.sharded import DTYPES as DTYPES
+from ard_jax.sharded import SPLIT, Layout, data_folder, tensor
+from ard_jax.sharded import describe as describe
 
-VERSION = "1.0.0"
-NAME, SPLIT = "trajectories", "train"
-DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+LAYOUT = Layout("trajectories", "ODE trajectories of a diffusion teacher, for distillation.")
+write_shard, whole_shards, finish = LAYOUT.write_shard, LAYOUT.whole_shards, LAYOUT.finish
 
 
 def record_features(
     shape: tuple[int, int, int], points: int, dtype: str, keep_noisy: bool
 ) -> tfds.features.FeaturesDict:
     """The record: noise (H, W, C), x0 (P, H, W, C), optionally xt (P, H, W, C), label and index."""
-
-    def tensor(*size):  # without BYTES, TFDS writes ten times slower
-        return tfds.features.Tensor(shape=size, dtype=DTYPES[dtype], encoding=tfds.features.Encoding.BYTES)
-
     features = {
-        "noise": tensor(*shape),
-        "x0": tensor(points, *shape),
+        "noise": tensor(shape, dtype),
+        "x0": tensor((points, *shape), dtype),
         "label": tfds.features.Scalar(dtype=np.int64),
         "index": tfds.features.Scalar(dtype=np.int64),
     }
     if keep_noisy:
-        features["xt"] = tensor(points, *shape)
+        features["xt"] = tensor((points, *shape), dtype)
     return tfds.features.FeaturesDict(features)
-
-
-def data_folder(directory: pathlib.Path) -> pathlib.Path:
-    return directory / VERSION
-
-
-def shard_path(directory: pathlib.Path, shard: int, shards: int) -> pathlib.Path:
-    return data_folder(directory) / f"{NAME}-{SPLIT}.array_record-{shard:05d}-of-{shards:05d}"
-
-
-def description_path(directory: pathlib.Path, shard: int) -> pathlib.Path:
-    return directory / "shards" / f"{shard:05d}.json"
-
-
-def write_shard(
-    directory: pathlib.Path,
-    shard: int,
-    shards: int,
-    features: tfds.features.FeaturesDict,
-    records: Iterable[dict[str, Any]],
-    dropped: list[int],
-) -> None:
-    """Writes one shard and its description, both whole or not at all.
-
-    Args:
-        directory: of the store.
-        shard, shards: its number, and how many there are.
-        features: from `record_features`.
-        records: dicts of arrays.
-        dropped: indices of trajectories that were left out; described, not stored.
-    """
-    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    path = shard_path(directory, shard, shards)
-    for leftover in path.parent.glob(f".partial-*{path.suffix}"):  # of a run that was killed while writing this shard
-        leftover.unlink()
-
-    def write(temporary: pathlib.Path) -> None:
-        writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
-        count = 0
-        for count, record in enumerate(records, start=1):  # noqa: B007 (the count is used after the loop)
-            example = serializer.get_tf_example(features.encode_example(record))
-            writer.write(example.SerializeToString(deterministic=True))  # or the fields come in an order of chance
-        writer.close()
-        description = {
-            "file": path.name,
-            "records": count,
-            "dropped": dropped,
-            "bytes": temporary.stat().st_size,
-            "sha256": file_sha256(temporary),
-        }
-        write_json(description_path(directory, shard), description)
-
-    atomic_write(path, write)
-
-
-def whole_shards(directory: pathlib.Path, shards: int, which: Iterable[int]) -> set[int]:
-    """Which of some shards lie under their final names with the bytes that they were written with."""
-    found = set()
-    for shard in which:
-        path, description = shard_path(directory, shard, shards), description_path(directory, shard)
-        if path.exists() and description.exists() and file_sha256(path) == read_json(description)["sha256"]:
-            found.add(shard)
-    return found
-
-
-def describe(directory: pathlib.Path, shards: int) -> list[dict[str, Any]]:
-    """What every shard holds, in order; all of them must have been written."""
-    return [read_json(description_path(directory, shard)) for shard in range(shards)]
-
-
-def finish(
-    directory: pathlib.Path, features: tfds.features.FeaturesDict, shards: Sequence[dict[str, Any]], manifest: dict
-) -> None:
-    """Writes TFDS's metadata, then the manifest: the store is whole."""
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=data_folder(directory), dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
-    )
-    split = tfds.core.SplitInfo(
-        name=SPLIT,
-        shard_lengths=[shard["records"] for shard in shards],
-        num_bytes=sum(shard["bytes"] for shard in shards),
-        filename_template=template,
-    )
-    tfds.folder_dataset.write_metadata(
-        data_dir=data_folder(directory),
-        features=features,
-        split_infos=[split],
-        filename_template=template,
-        check_data=False,
-        description="ODE trajectories of a diffusion teacher, for distillation.",
-    )
-    write_json(directory / "manifest.json", manifest)
 
 
 def read_manifest(directory: pathlib.Path) -> dict[str, Any]:

@@ -1,0 +1,278 @@
+"""The model card: the README.md of an export, with the front matter that the Hugging Face hub reads."""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from ard_jax.config import model_fields, network_calls, solver_settings
+from ard_jax.errors import UserError
+
+CITATION = """```bibtex
+@inproceedings{kim2025autoregressive,
+  title     = {Autoregressive Distillation of Diffusion Transformers},
+  author    = {Kim, Yeongmin and Anagnostidis, Sotiris and Du, Yuming and Schönfeld, Edgar and Kohler, Jonas and
+               Georgopoulos, Markos and Pumarola, Albert and Thabet, Ali and Sanakoyeu, Artsiom},
+  booktitle = {CVPR},
+  year      = {2025},
+  note      = {arXiv:2504.11295}
+}
+```"""
+
+
+# What the hub's front matter can have as a licence; it wants lower case.
+IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a card tells.
+
+    Attributes:
+        name: of the model: "teacher", or a student's.
+        form: of the export: "pipeline", "diffusers", "safetensors" or "stablehlo".
+        config: that it was trained or converted with.
+        is_student: or else a teacher.
+        part: which weights: "ema" or "params".
+        sha256: of these weights as the workdir has them.
+        parameters: how many.
+        images: (height, width, channel) of what it makes; None for latents that no VAE decodes.
+        converted: it was trained elsewhere, so that the config says nothing of its training.
+        source: the teacher's `source.json`, {} if it was trained in the workdir.
+        license: of the weights, "" if unknown.
+        results: what `results.json` says of these weights, {} if they have not been measured.
+        notes: sentences on what is different in this form.
+    """
+
+    name: str
+    form: str
+    config: ml_collections.ConfigDict
+    is_student: bool
+    part: str
+    sha256: str
+    parameters: int
+    images: tuple[int, int, int] | None
+    converted: bool
+    source: Mapping[str, Any]
+    license: str
+    results: Mapping[str, Any]
+    notes: Sequence[str] = ()
+
+
+def model_card(facts: Facts) -> str:
+    """The README.md, in Markdown."""
+    sections = {
+        "How to use it": "\n\n".join([usage(facts), *facts.notes]),
+        "Results": results(facts),
+        "Settings": settings(facts),
+        "Where it comes from": origin(facts),
+        "Licence": license_words(facts.license),
+        "Citation": CITATION,
+    }
+    body = "\n\n".join(f"## {title}\n\n{words}" for title, words in sections.items() if words)
+    return f"{front_matter(facts)}\n# {title(facts)}\n\n{description(facts)}\n\n{body}\n"
+
+
+def choose_license(source: Mapping[str, Any], asked: str) -> str:
+    """The licence of weights that come from `source`: the source's own if it is known, else the one asked for, else "".
+
+    Raises:
+        UserError: another one is asked for than the source's, or it cannot be a licence's name.
+    """
+    known = source.get("license") or ""
+    known = "" if known.lower() in ("other", "unknown") else known
+    if asked and not IDENTIFIER.fullmatch(asked):
+        raise UserError(
+            f"--license is {asked!r}, which is no licence's identifier: give one such as apache-2.0 or cc-by-nc-4.0."
+        )
+    if known and asked.lower() not in ("", known.lower()):
+        raise UserError(
+            f"--license is {asked!r}, but these weights come from {origin_name(source)} under {known!r}, which is "
+            f"passed on: leave --license out."
+        )
+    return known or asked
+
+
+def origin_name(source: Mapping[str, Any]) -> str:
+    """Where a teacher comes from: a repository as it is, of a path just the last part, since cards are published."""
+    name = str(source.get("source", ""))
+    return name if name.startswith("hf:") else pathlib.PurePath(name).name
+
+
+def front_matter(facts: Facts) -> str:
+    method = ["autoregressive-distillation", "arxiv:2504.11295"] if facts.is_student else ["diffusion"]
+    tags = ["dit", "class-conditional", "jax", *method]
+    return "\n".join(
+        [
+            "---",
+            *(
+                [f"license: {facts.license.lower()}"]
+                if IDENTIFIER.fullmatch(facts.license)
+                else ["license: other", f"license_name: {facts.license or 'unknown'}"]
+            ),
+            f"library_name: {'diffusers' if facts.form == 'diffusers' else 'ard_jax'}",
+            "pipeline_tag: unconditional-image-generation",
+            "tags:",
+            *(f"- {tag}" for tag in tags),
+            "---",
+            "",
+        ]
+    )
+
+
+def title(facts: Facts) -> str:
+    if not facts.is_student:
+        return "A class-conditional diffusion transformer (DiT)"
+    return f"{facts.name}: a diffusion transformer distilled to {count(len(facts.config.student.points), 'step')}"
+
+
+def description(facts: Facts) -> str:
+    """What it is, in two sentences."""
+    config = facts.config
+    classes = f"of {config.data.num_classes} classes"
+    shape = "×".join(map(str, facts.images or (config.data.image_size, config.data.image_size, config.data.channels)))
+    what = f"images {classes}, {shape}" if facts.images else f"latents of images {classes}, {shape}"
+    solver = solver_settings(config)
+    teacher = f"{count(solver['steps'], 'step')} of {solver['solver']} ({network_calls(solver)} network calls an image)"
+    if not facts.is_student:
+        return (
+            f"A DiT of {facts.parameters:,} parameters that makes {what}. Its settings are {teacher}, with a guidance "
+            f"scale of {solver['guidance_scale']:g}."
+        )
+    history = config.student.history_layers if config.student.mask != "diagonal" else 0
+    steps = count(len(config.student.points), "step")
+    method = (
+        f"autoregressive distillation (ARD, arXiv 2504.11295), so that each step sees the earlier ones in the lowest "
+        f"{count(history, 'layer')}"
+        if history
+        else "step distillation, so that each step sees just the point before it"
+    )
+    return (
+        f"A DiT of {facts.parameters:,} parameters that makes {what}, in {steps} of one network call each. "
+        f"It was distilled from a teacher of {teacher} by {method}."
+    )
+
+
+def usage(facts: Facts) -> str:
+    """Lines that work in the folder."""
+    if facts.form == "stablehlo":
+        return STABLEHLO_USAGE
+    if facts.form == "diffusers":
+        scale = facts.config.diffusion.guidance_scale if facts.config.data.num_classes == 1000 else 1.0
+        code = (
+            'from diffusers import DiTPipeline\n\npipe = DiTPipeline.from_pretrained(".")  # this folder\n'
+            f"images = pipe(class_labels=[0, 1], guidance_scale={float(scale)}, "
+            f"num_inference_steps={facts.config.diffusion.steps}).images"
+        )
+    elif facts.form == "safetensors":
+        return (
+            "The names of the arrays are those of the published DiT and ARD repositories; what their shapes do not "
+            "tell is in the file's metadata. ard_jax makes a model of it again:\n\n"
+            f"```bash\npython -m ard_jax convert --source {facts.name}.safetensors --workdir runs/{facts.name}\n```"
+        )
+    else:
+        output = "" if facts.images else ', output_type="latent"'
+        code = (
+            'from ard_jax import ARDPipeline\n\npipe = ARDPipeline.from_pretrained(".")  # this folder\n'
+            f"images = pipe(class_labels=[0, 1], num_images_per_label=4, seed=0{output}).images"
+        )
+    return f"```python\n{code}\n```"
+
+
+STABLEHLO_USAGE = """It needs jax and numpy, and Pillow for pictures; ard_jax is not imported.
+
+```bash
+python run.py --labels 0 1 --seed 0 --out images.png
+```
+
+```python
+import run
+
+generate = run.load(".")  # this folder
+images = generate(run.draw_noise(".", seed=0, count=2), [0, 1])  # float32 in [0, 1], channels last
+```
+
+`signature.json` says what goes in and comes out, and which platforms the modules run on."""
+
+
+def results(facts: Facts) -> str:
+    """A table of what was measured, the teacher beside a student."""
+    models = facts.results.get("models", {})
+    if facts.name not in models:
+        return "These weights have not been measured in the workdir that they were exported from."
+    columns = {  # heading: key, digits
+        "FD": ("fd", 2),
+        "precision": ("precision", 3),
+        "recall": ("recall", 3),
+        "PSNR to the teacher (dB)": ("psnr", 2),
+        "network calls": ("network_calls", 0),
+    }
+    rows = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for name in dict.fromkeys(("teacher", facts.name)):
+        if name in models:
+            values = [models[name].get(key) for key, _ in columns.values()]
+            digits = [digits for _, digits in columns.values()]
+            cells = ["" if v is None else f"{v:.{d}f}" for v, d in zip(values, digits, strict=True)]
+            rows.append(f"| {name} | {' | '.join(cells)} |")
+    words = (
+        f"FD is the Fréchet distance of {facts.results['samples']} samples to {facts.results['real_images']} real "
+        f"images; like precision and recall, it is measured in {facts.results['features']}."
+    )
+    return "\n".join(rows) + f"\n\n{words}"
+
+
+def settings(facts: Facts) -> str:
+    """What the network is, and how it was trained if that was here."""
+    config = facts.config
+    fields, diffusion = model_fields(config), config.diffusion
+    solver = f"{diffusion.solver}, {count(diffusion.steps, 'step')}"
+    rows = {
+        "layers, width, heads, patch": ", ".join(
+            str(fields[key]) for key in ("depth", "hidden_size", "num_heads", "patch_size")
+        ),
+        "process": {"vp": "VP, linear β", "flow": "flow matching"}[diffusion.process],
+        "teacher's solver": f"{solver}, guidance {diffusion.guidance_scale:g}",
+    }
+    if facts.is_student:
+        student = config.student
+        rows |= {
+            "points": f"{', '.join(map(str, student.points))} of the teacher's {diffusion.steps}",
+            "target": {"x0": "predicted x0", "xt": "noisy points"}[student.target],
+            "mask, history layers, heads": f"{student.mask}, {student.history_layers}, {student.heads}",
+        }
+    if not facts.converted:
+        training = config.distill if facts.is_student else config.teacher
+        optimizer = training.optimizer
+        rows["training"] = (
+            f"{count(training.steps, 'step')} of batch {training.batch_size}, {optimizer.name}, learning rate "
+            f"{optimizer.learning_rate:g} ({optimizer.schedule}), running average {optimizer.ema:g}, seed {config.seed}"
+        )
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def origin(facts: Facts) -> str:
+    """The weights' hash, and the teacher's source."""
+    part = {"ema": "the running average of the weights", "params": "the weights of the last step, not averaged"}
+    words = f"Exported by ard_jax: {part[facts.part]}, SHA-256 of the arrays `{facts.sha256}`."
+    if facts.source:
+        which = "They" if facts.converted else "The teacher's weights"
+        words += f" {which} come from `{origin_name(facts.source)}`, SHA-256 `{facts.source.get('sha256')}`."
+    elif facts.is_student:
+        words += " The teacher was trained with ard_jax."
+    return words
+
+
+def license_words(license: str) -> str:
+    if license:
+        return f"`{license}`, the licence of the teacher's weights."
+    return (
+        "Unknown: nobody said under which licence the teacher's weights are. Find that out before you share these, "
+        "which come from them."
+    )
+
+
+def count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -1,0 +1,247 @@
+"""diffusers' `DiTTransformer2DModel` ↔ our `DiT`, by way of the published names.
+
+Three things differ beside the names. diffusers keeps a copy of the time and label embedders in every block; all must be
+one and the same, since ours are shared. Its time's sinusoids are spaced by 1/(half − 1) where the published network,
+whose weights it carries, was trained with 1/half (`frequency_shift` 1 and 0). Its layer norm before the MLP has an eps
+of its own, `norm_eps`, 1e-5 by default.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ard_jax.convert.published import check_names, expected_shapes, parameters, to_torch
+from ard_jax.convert.tensors import Stored, Tensors, dtypes_of, shapes_of
+from ard_jax.errors import UserError
+from ard_jax.models import ARDStudent, DiT
+from ard_jax.models.layers import position_table
+
+log = logging.getLogger("ard_jax")
+
+# The class as it is called now, and as the published folders of 2023 call it.
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+# Settings of diffusers' that we have no others for; a config that leaves one out means this.
+ONLY = {
+    "norm_type": "ada_norm_zero",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+}
+DEFAULTS = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": None,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+    "norm_eps": 1e-5,
+}
+KINDS = ("weight", "bias")
+# Published name: diffusers', in every block and outside them. Attention's q, k and v are apart there.
+BLOCK = {
+    "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+EMBEDDERS = {  # under transformer_blocks.N.norm1.emb.
+    "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
+    "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
+    "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
+    "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
+}
+TABLE = "pos_embed.pos_embed"  # the fixed positions, which files of 2023 still hold
+
+
+def dit_from_diffusers(
+    state_dict: Mapping[str, np.ndarray], config: Mapping[str, Any], **fields: Any
+) -> tuple[DiT, Any]:
+    """Builds the teacher that a diffusers transformer is.
+
+    Args:
+        state_dict: diffusers' names to NumPy arrays.
+        config: what its config.json says.
+        fields: further fields of the model, such as `dtype`, or `frequency_shift=0.0` for the network as it was trained
+            instead of as diffusers runs it.
+
+    Returns:
+        The model and its parameters; types are kept.
+
+    Raises:
+        UserError: the config asks for what our DiT does not do, the names or shapes are not those that it describes,
+            or the blocks' embedders differ.
+    """
+    model = dit_model(config, **fields)
+    return model, parameters(published_names(state_dict, model), model)
+
+
+def dit_to_diffusers(model: DiT, params: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The inverse of `dit_from_diffusers`: a state dict, types kept, and the whole config.
+
+    diffusers has one spacing of the time's sinusoids, so the log warns of a model that has another.
+
+    Raises:
+        UserError: it is a student, its MLP is not four times as wide as its tokens, or its `image_size` is None.
+    """
+    if isinstance(model, ARDStudent):
+        raise UserError("diffusers has no ARD students: export a student as a pipeline or as safetensors instead.")
+    if model.mlp_ratio != 4:
+        raise UserError(f"model.mlp_ratio is {model.mlp_ratio}, but diffusers' DiT has 4: export safetensors instead.")
+    if model.frequency_shift != 1:
+        log.warning(
+            "diffusers spaces the time's sinusoids by 1/127, this model by 1/%g: its images differ a little there.",
+            128 - model.frequency_shift,
+        )
+    published = to_torch(model, params)
+    found = {f"{ours}.{kind}": published[f"{name}.{kind}"] for name, ours in OUTSIDE.items() for kind in KINDS}
+    for layer in range(model.depth):
+        block = f"transformer_blocks.{layer}"
+        found |= {f"{block}.norm1.emb.{ours}": published[name] for name, ours in EMBEDDERS.items()}
+        for kind in KINDS:
+            for name, ours in BLOCK.items():
+                found[f"{block}.{ours}.{kind}"] = published[f"blocks.{layer}.{name}.{kind}"]
+            thirds = np.split(published[f"blocks.{layer}.attn.qkv.{kind}"], 3)
+            found |= {f"{block}.{ours}.{kind}": third for ours, third in zip(QKV, thirds, strict=True)}
+    return found, {
+        "_class_name": CLASSES[0],
+        **ONLY,
+        "num_attention_heads": model.num_heads,
+        "attention_head_dim": model.hidden_size // model.num_heads,
+        "in_channels": model.channels,
+        "out_channels": model.channels * (2 if model.learn_sigma else 1),
+        "num_layers": model.depth,
+        "sample_size": model.image_size,
+        "patch_size": model.patch_size,
+        "num_embeds_ada_norm": model.num_classes,
+        "norm_eps": model.mlp_norm_eps,
+        "norm_num_groups": 32,
+        "dropout": 0.0,
+        "upcast_attention": False,
+    }
+
+
+def dit_model(config: Mapping[str, Any], **fields: Any) -> DiT:
+    """The model that a transformer's config.json describes; see `dit_from_diffusers`.
+
+    Raises:
+        UserError: it describes one that our DiT cannot be.
+    """
+    name = config.get("_class_name", CLASSES[0])
+    if name not in CLASSES:
+        raise UserError(f"the transformer is a {name}, but only a {CLASSES[0]} can be converted: give one.")
+    for key, value in ONLY.items():
+        found = config.get(key, value if name == CLASSES[0] else None)
+        if found != value:
+            raise UserError(f"the transformer's {key} is {found!r}, but only {value!r} can be converted: give another.")
+    given = {key: config.get(key, default) for key, default in DEFAULTS.items()}
+    given["out_channels"] = given["out_channels"] or given["in_channels"]
+    for key, value in given.items():
+        if not isinstance(value, (int, float) if key == "norm_eps" else int) or value <= 0:
+            raise UserError(f"the transformer's {key} is {value!r} in its config: give a config with a number there.")
+    size = given["sample_size"]
+    scale = config.get("interpolation_scale") or (size // 64 if name == CLASSES[1] else 1)
+    if scale > 1:
+        raise UserError(
+            f"the transformer's positions are scaled by {scale}, as {CLASSES[1]} does for sample_size {size}: "
+            f"only DiTs with the published position table can be used."
+        )
+    channels, out = given["in_channels"], given["out_channels"]
+    if out not in (channels, 2 * channels):
+        raise UserError(
+            f"the transformer's out_channels is {out} for {channels} channels: only {channels}, or {2 * channels} with "
+            f"a learned variance, can be converted."
+        )
+    sizes = {
+        "channels": channels,
+        "learn_sigma": out == 2 * channels,
+        "hidden_size": given["num_attention_heads"] * given["attention_head_dim"],
+        "num_heads": given["num_attention_heads"],
+        "depth": given["num_layers"],
+        "patch_size": given["patch_size"],
+        "num_classes": given["num_embeds_ada_norm"],
+        "mlp_norm_eps": given["norm_eps"],
+        "image_size": size,
+        "frequency_shift": 1.0,
+    }
+    return DiT(**{**sizes, **fields})
+
+
+def published_names(state_dict: Mapping[str, np.ndarray], model: DiT) -> Tensors:
+    """A transformer's arrays by their published names, unread.
+
+    Raises:
+        UserError: the names or shapes are not those of `model`; the blocks' embedders differ, once one is read.
+    """
+    found, dtypes = shapes_of(state_dict), dtypes_of(state_dict)
+    expected = diffusers_shapes(model)
+    optional = {TABLE: None} if TABLE in found else {}
+    check_names(found, expected | optional, "its config describes", "the names and shapes of diffusers' DiT")
+
+    def take(name):
+        return Stored(found[name], dtypes[name], lambda: np.asarray(state_dict[name]))
+
+    def shared(theirs):
+        names = [f"transformer_blocks.{layer}.norm1.emb.{theirs}" for layer in range(model.depth)]
+        return Stored(found[names[0]], dtypes[names[0]], lambda: the_one(state_dict, names))
+
+    def stacked(names):
+        shape = (sum(found[name][0] for name in names), *found[names[0]][1:])
+        dtype = np.result_type(*(dtypes[name] for name in names))
+        return Stored(shape, dtype, lambda: np.concatenate([state_dict[name] for name in names]))
+
+    stored = {f"{name}.{kind}": take(f"{theirs}.{kind}") for name, theirs in OUTSIDE.items() for kind in KINDS}
+    stored |= {name: shared(theirs) for name, theirs in EMBEDDERS.items()}
+    for layer in range(model.depth):
+        block = f"transformer_blocks.{layer}"
+        for kind in KINDS:
+            stored |= {
+                f"blocks.{layer}.{name}.{kind}": take(f"{block}.{theirs}.{kind}") for name, theirs in BLOCK.items()
+            }
+            stored[f"blocks.{layer}.attn.qkv.{kind}"] = stacked([f"{block}.{theirs}.{kind}" for theirs in QKV])
+    stored["pos_embed"] = take(TABLE) if optional else fixed_table(model)
+    return Tensors(stored)
+
+
+def diffusers_shapes(model: DiT) -> dict[str, tuple[int, ...] | None]:
+    """diffusers' names and shapes of a model."""
+    published = expected_shapes(model)
+    shapes = {f"{theirs}.{kind}": published[f"{name}.{kind}"] for name, theirs in OUTSIDE.items() for kind in KINDS}
+    for layer in range(model.depth):
+        block = f"transformer_blocks.{layer}"
+        shapes |= {f"{block}.norm1.emb.{theirs}": published[name] for name, theirs in EMBEDDERS.items()}
+        for kind in KINDS:
+            for name, theirs in BLOCK.items():
+                shapes[f"{block}.{theirs}.{kind}"] = published[f"blocks.{layer}.{name}.{kind}"]
+            rows, *rest = published[f"blocks.{layer}.attn.qkv.{kind}"]
+            shapes |= {f"{block}.{theirs}.{kind}": (rows // 3, *rest) for theirs in QKV}
+    return shapes
+
+
+def the_one(state_dict: Mapping[str, np.ndarray], names: list[str]) -> np.ndarray:
+    """The array that all of the names hold; UserError if they hold different ones."""
+    first = np.asarray(state_dict[names[0]])
+    for name in names[1:]:
+        if not np.array_equal(first, state_dict[name]):
+            raise UserError(
+                f"the transformer's {names[0]} and {name} differ: only DiTs whose blocks share their time and label "
+                f"embedders, as the published ones do, can be converted."
+            )
+    return first
+
+
+def fixed_table(model: DiT) -> Stored:
+    """The published position table, which diffusers computes itself."""
+    side = model.image_size // model.patch_size
+    table = position_table(side, side, model.hidden_size)[None]
+    return Stored(table.shape, table.dtype, lambda: table)

@@ -1,0 +1,131 @@
+"""PyTorch's files, through `torch.load(weights_only=True)` alone: nothing in them is ever run.
+
+torch is not among ard_jax's own requirements, so it is imported when such a file is met.
+"""
+
+import argparse
+import ctypes
+import mmap
+import pathlib
+import pickle
+import re
+import sys
+import types
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ard_jax.convert.tensors import DTYPES, Stored, Tensors
+from ard_jax.errors import UserError, first_line
+
+
+def import_torch(path: pathlib.Path) -> types.ModuleType:
+    """torch; UserError with the command that installs it where it is missing."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} is PyTorch's own format, which torch reads: pip install torch (the CPU build will do: "
+            f"--index-url https://download.pytorch.org/whl/cpu), or give safetensors."
+        ) from None
+    return torch
+
+
+def load(path: pathlib.Path) -> Any:
+    """What a PyTorch file holds: tensors (mapped from the file where its format allows), containers, plain values, and
+    the `argparse.Namespace` that published training checkpoints keep their arguments in.
+
+    Raises:
+        UserError: it holds anything else, which is refused unread; it is truncated or corrupt; there is no torch.
+    """
+    torch = import_torch(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = f" ({named[1]})" if named else ""
+        raise UserError(
+            f"{path} is corrupt or holds more than arrays and plain values{found}, so it was refused and nothing in it "
+            f"was run: give a state dict or safetensors."
+        ) from None
+    except Exception as error:  # zip, pickle and torch each raise their own
+        raise UserError(
+            f"{path} is truncated or corrupt, or no PyTorch file ({first_line(error)}): fetch it again."
+        ) from None
+
+
+def open_state_dict(path: pathlib.Path) -> Tensors:
+    """The arrays of a PyTorch file that is a state dict and nothing else.
+
+    Raises:
+        UserError: it is something else, or what `load` raises.
+    """
+    return state_dict_tensors(load(path), path)
+
+
+def state_dict_tensors(loaded: Any, path: pathlib.Path) -> Tensors:
+    """A loaded state dict as `Tensors`; they hold the file open, and no array in memory.
+
+    Raises:
+        UserError: it is no state dict, or has tensors that are no floats of 16 bits or more.
+    """
+    torch = import_torch(path)
+    if not isinstance(loaded, Mapping) or not all(torch.is_tensor(value) for value in loaded.values()) or not loaded:
+        keys = f" (it has {', '.join(map(repr, list(loaded)[:5]))})" if isinstance(loaded, Mapping) else ""
+        raise UserError(f"{path} is no state dict of names and tensors{keys}: give one with the published names.")
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in loaded.items()}
+    known = [dtype.name for dtype in DTYPES.values()]
+    odd = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in known]
+    if odd:
+        raise UserError(
+            f"{path} holds tensors that are no floats of 16, 32 or 64 bits ({', '.join(odd[:3])}): "
+            f"give the weights in one of these, not quantised."
+        )
+    mapped = is_mapped(path)
+    stored = {
+        str(name): Stored(tuple(tensor.shape), np.dtype(dtypes[name]), reader(torch, tensor, mapped))
+        for name, tensor in loaded.items()
+    }
+    return Tensors(stored)
+
+
+def is_mapped(path: pathlib.Path) -> bool:
+    """Whether `load` leaves the file's arrays in the file: a zip whose bytes need no swapping."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        orders = [archive.read(name) for name in archive.namelist() if name.endswith("/byteorder")]
+    return all(order == sys.byteorder.encode() for order in orders)
+
+
+def reader(torch: types.ModuleType, tensor: Any, mapped: bool) -> Callable[[], np.ndarray]:
+    """A function that copies a tensor into memory of its own, and lets the mapped pages of the file go."""
+
+    def read():
+        values = tensor.detach().contiguous()
+        if values.dtype == torch.bfloat16:
+            array = values.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+        else:
+            array = values.numpy().copy()
+        if mapped:
+            storage = tensor.untyped_storage()
+            forget(storage.data_ptr(), storage.nbytes())
+        return array
+
+    return read
+
+
+def forget(address: int, size: int) -> None:
+    """Drops the whole pages of a read-only mapping from this process's memory; reading them again maps them again.
+
+    Without it a converted file counts twice: as its pages and as the copies.
+    """
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and first < last:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

@@ -1,0 +1,146 @@
+"""A sampler as a folder that runs with jax and numpy alone: StableHLO modules, the weights beside them, and `run.py`.
+
+The weights are arguments of the modules and no constants in them, since a serialised module cannot exceed 2 GB. A
+module is lowered for all its platforms at once; its batch size is symbolic, or there is one module a size.
+"""
+
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from ard_jax.convert import standalone
+from ard_jax.errors import UserError
+from ard_jax.files import file_sha256, write_json
+from ard_jax.sampling import draw_noise_and_labels, sampling_key
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+ANY = "any"  # the batch size of a module that takes every one
+
+# (weights, noise, labels) → images in [0, 1]
+Sampler = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def write_sampler(
+    folder: pathlib.Path,
+    sampler: Sampler,
+    weights: Any,
+    *,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    names: Mapping[int, str],
+    batch_sizes: Sequence[int] = (),
+    platforms: Sequence[str] = PLATFORMS,
+) -> None:
+    """Writes modules, weights.npz, run.py and signature.json into a folder.
+
+    Args:
+        folder: that is there.
+        sampler: a pure function; its noise is (batch, height, width, channel), its labels (batch,).
+        weights: a pytree of arrays, in the types that they are written in; written leaf by leaf.
+        shape: (height, width, channel) of the noise.
+        num_classes: labels are below it.
+        names: of the classes by number, as far as they are known.
+        batch_sizes: one module each; () for one module that takes any.
+        platforms: some of `PLATFORMS`.
+    """
+    modules = {str(size): f"model.batch{size}.stablehlo" for size in batch_sizes} or {ANY: "model.stablehlo"}
+    leaves, structure = jax.tree.flatten(weights)
+
+    def program(leaves, noise, labels):
+        return sampler(jax.tree.unflatten(structure, leaves), noise, labels)
+
+    for size, file in modules.items():
+        exported = export_program(program, leaves, shape, size, platforms)
+        (folder / file).write_bytes(exported.serialize())
+    (folder / "noise.stablehlo").write_bytes(export_noise(shape, platforms).serialize())
+    arrays = write_weights(folder / "weights.npz", weights)
+    shutil.copyfile(standalone.__file__, folder / "run.py")
+    image = exported.out_avals[0]
+    write_json(
+        folder / "signature.json",
+        {
+            "modules": modules,
+            "platforms": list(platforms),
+            "inputs": {
+                "noise": {"shape": ["batch", *shape], "dtype": "float32"},
+                "labels": {"shape": ["batch"], "dtype": "int32", "range": [0, num_classes - 1]},
+            },
+            "output": {"shape": ["batch", *image.shape[1:]], "dtype": image.dtype.name, "range": [0, 1]},
+            "labels": {str(number): names[number] for number in sorted(names)},
+            "weights": arrays,
+            "jax": jax.__version__,
+            "sha256": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
+        },
+    )
+
+
+def export_program(
+    program: Callable[..., Any], leaves: list[Any], shape: tuple[int, int, int], size: str, platforms: Sequence[str]
+) -> export.Exported:
+    """(list of leaves, noise, labels) → images, for one batch size or, with `ANY`, for every."""
+    batch = export.symbolic_shape("batch")[0] if size == ANY else int(size)
+    inputs = (
+        [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves],
+        jax.ShapeDtypeStruct((batch, *shape), jnp.float32),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+    )
+    return export.export(jax.jit(program), platforms=platforms)(*inputs)
+
+
+def export_noise(shape: tuple[int, int, int], platforms: Sequence[str]) -> export.Exported:
+    """(seed, image numbers (batch,)) → noise (batch, height, width, channel), as the pipeline draws it."""
+
+    def draw(seed, index):
+        return draw_noise_and_labels(sampling_key(seed), index, shape, 1)[0]
+
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    index = jax.ShapeDtypeStruct(export.symbolic_shape("batch"), jnp.int32)
+    return export.export(jax.jit(draw), platforms=platforms)(number, index)
+
+
+def write_weights(path: pathlib.Path, weights: Any) -> list[dict[str, Any]]:
+    """Writes every leaf, uncompressed; returns their names, shapes and types in the order of the leaves."""
+    named = {
+        jax.tree_util.keystr(place, simple=True, separator="/"): leaf
+        for place, leaf in jax.tree_util.tree_leaves_with_path(weights)
+    }
+    np.savez(path, **{name: storable(np.asarray(leaf)) for name, leaf in named.items()})
+    return [{"name": name, "shape": list(leaf.shape), "dtype": leaf.dtype.name} for name, leaf in named.items()]
+
+
+def storable(array: np.ndarray) -> np.ndarray:
+    """NumPy's files know no bfloat16: its bits are kept as integers."""
+    return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
+
+
+def parse_batch_sizes(text: str | None) -> tuple[int, ...]:
+    """Batch sizes out of words: "1,8" → (1, 8); "symbolic", or None, → ().
+
+    Raises:
+        UserError: they are no positive whole numbers.
+    """
+    if text in (None, "symbolic"):
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"--batch-sizes is {text!r}: give symbolic, or whole numbers of at least 1, such as 1,8.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def parse_platforms(text: str | None) -> tuple[str, ...]:
+    """Platforms out of words: "cpu,tpu" → ("cpu", "tpu"); None → all.
+
+    Raises:
+        UserError: one is unknown.
+    """
+    parts = PLATFORMS if text is None else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [part for part in parts if part not in PLATFORMS]
+    if unknown:
+        raise UserError(f"--platforms has {unknown[0]!r}: choose some of {', '.join(PLATFORMS)}.")
+    return parts

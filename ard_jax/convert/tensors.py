@@ -1,0 +1,288 @@
+"""Named arrays in files: safetensors, alone or in shards with an index, and PyTorch's files through `pickles`.
+
+An XL/2 is 2.7 GB, so `open_tensors` reads no array before it is asked for; shapes come from the headers alone.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ard_jax.errors import UserError, first_line
+from ard_jax.files import atomic_write
+
+log = logging.getLogger("ard_jax")
+
+# safetensors' names of the types that weights have; others (8-bit ones need scales that we do not know) are refused.
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+KINDS = (".safetensors", *PICKLES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An array that has not been read yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """Arrays by name, read from disk each time one is asked for.
+
+    Attributes:
+        stored: what is known of each without reading it.
+        metadata: words that the file has beside its arrays.
+    """
+
+    def __init__(self, stored: Mapping[str, Stored], metadata: Mapping[str, str] | None = None):
+        self.stored = dict(stored)
+        self.metadata = dict(metadata or {})
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: array.shape for name, array in self.stored.items()}
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        return {name: array.dtype for name, array in self.stored.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.stored[name].read()
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read it
+        return name in self.stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def shapes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name; nothing is read."""
+    if isinstance(tensors, Tensors):
+        return tensors.shapes
+    return {name: np.shape(array) for name, array in tensors.items()}
+
+
+def dtypes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, np.dtype]:
+    """Types by name; nothing is read."""
+    if isinstance(tensors, Tensors):
+        return tensors.dtypes
+    return {name: np.asarray(array).dtype for name, array in tensors.items()}
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads every array of `open_tensors` into memory."""
+    return dict(open_tensors(path))
+
+
+def open_tensors(path: str | os.PathLike) -> Tensors:
+    """The arrays of a file, or of a folder as diffusers writes it, types as they are stored.
+
+    Args:
+        path: a .safetensors file, a PyTorch file of a state dict, or a folder with one of them or with shards and
+            their index. A folder's full-precision safetensors come before its fp16 ones, and those before pickles.
+
+    Raises:
+        UserError: it is not there, is truncated or corrupt, or a shard or an array that the index names is missing.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        path = weights_file(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not there: give a .safetensors file, or a folder that holds one.")
+    if path.suffix == ".json":
+        return open_shards(path)
+    if path.suffix in PICKLES:
+        from ard_jax.convert.pickles import open_state_dict
+
+        return open_state_dict(path)
+    return open_safetensors(path)
+
+
+def open_safetensors(path: pathlib.Path) -> Tensors:
+    """The arrays of one .safetensors file.
+
+    They are read by `pread`: a mapped file would count as this process's memory for as long as it is open.
+
+    Raises:
+        UserError: the file is truncated or corrupt, or has arrays that are no floats of 16 bits or more.
+    """
+    try:
+        file = safe_open(path, "np", backend="pread")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        facts = {name: (tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is truncated or corrupt, or no safetensors file ({first_line(error)}): fetch it again."
+        ) from None
+    odd = [f"{name} is {kind}" for name, (_, kind) in facts.items() if kind not in DTYPES]
+    if odd:
+        raise UserError(
+            f"{path} holds arrays that are no floats of 16, 32 or 64 bits ({', '.join(odd[:3])}): "
+            f"give the weights in one of these, not quantised."
+        )
+    stored = {
+        name: Stored(shape, DTYPES[kind], lambda name=name: file.get_tensor(name))
+        for name, (shape, kind) in facts.items()
+    }
+    return Tensors(stored, file.metadata())
+
+
+def open_shards(index: pathlib.Path) -> Tensors:
+    """The arrays that an index of shards names.
+
+    Raises:
+        UserError: the index is no index, a shard is missing, or a shard lacks an array.
+    """
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(places.values()) | {""})[1:]  # raises if one is no string
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is no index of shards (a JSON with a weight_map): fetch it again.") from None
+    for shard in shards:
+        if pathlib.Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise UserError(
+                f"the shard {shard!r} that {index} names is missing: fetch it again and put it beside the index."
+            )
+    opened = {shard: open_tensors(index.parent / shard) for shard in shards}
+    for name, shard in places.items():
+        if name not in opened[shard]:
+            raise UserError(
+                f"the shard {index.parent / shard} has no array {name!r}, which {index.name} says it has: "
+                f"fetch both again."
+            )
+    metadata = {key: value for shard in opened.values() for key, value in shard.metadata.items()}
+    return Tensors({name: opened[shard].stored[name] for name, shard in places.items()}, metadata)
+
+
+def weights_file(folder: pathlib.Path) -> pathlib.Path:
+    """The one weights file, or the index of shards, of a folder.
+
+    Raises:
+        UserError: there is none, or more than one that could be meant.
+    """
+    for kind in ("safetensors", "bin"):
+        files = [path for path in sorted(folder.glob(f"*.{kind}")) if not path.name.startswith(".")]
+        indices = sorted(folder.glob(f"*.{kind}.index*.json"))
+        whole = [path for path in files if not SHARD.search(path.name)]
+        if files and not whole and not indices:
+            raise UserError(f"{folder} has shards such as {files[0].name} but not their index: fetch the index too.")
+        choices = sorted([*whole, *indices], key=lambda path: len(variant(path)))
+        best = [path for path in choices if len(variant(path)) == len(variant(choices[0]))]
+        if len({path.name.split(".")[0] for path in best}) > 1:
+            raise UserError(
+                f"{folder} has several weights files ({', '.join(path.name for path in best)}): name the one you mean."
+            )
+        if best:
+            return best[0]
+    raise UserError(f"{folder} holds no weights: a .safetensors file, or shards with their index, belong there.")
+
+
+def variant(path: pathlib.Path) -> list[str]:
+    """What a file's name says beside its kind: ["fp16"] for diffusion_pytorch_model.fp16.safetensors."""
+    words = SHARD.sub(".", path.name).split(".")[1:]
+    return [word for word in words if word not in ("safetensors", "bin", "index", "json")]
+
+
+def to_float32(tensors: Mapping[str, np.ndarray], where: str | os.PathLike) -> Mapping[str, np.ndarray]:
+    """The arrays as float32; half precision loses nothing by that, and the log says so once.
+
+    Args:
+        tensors: names to arrays; `Tensors` stay unread.
+        where: they come from, for the log.
+    """
+    others = sorted({dtype.name for dtype in dtypes_of(tensors).values() if dtype != np.float32})
+    if not others:
+        return tensors
+    log.info("%s holds %s weights, which become float32 here.", where, " and ".join(others))
+    if not isinstance(tensors, Tensors):
+        return {name: np.asarray(array, np.float32) for name, array in tensors.items()}
+    stored = {
+        name: Stored(array.shape, np.dtype(np.float32), lambda read=array.read: np.asarray(read(), np.float32))
+        for name, array in tensors.stored.items()
+    }
+    return Tensors(stored, tensors.metadata)
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes one .safetensors file, whole or not at all.
+
+    Args:
+        path: of the file.
+        tensors: names to NumPy or JAX arrays of floats, bfloat16 included.
+        metadata: words beside them.
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}  # safetensors takes raw memory
+    atomic_write(path, lambda temporary: save_file(arrays, temporary, dict(metadata or {})))
+
+
+def fetch(source: str) -> pathlib.Path:
+    """A path as it is, and "hf:ORG/NAME" downloaded from the Hugging Face hub (or its cache) into a folder.
+
+    Raises:
+        UserError: the path is not there, or the repository cannot be had: no net, no such name, no leave.
+    """
+    if not source.startswith("hf:"):
+        path = pathlib.Path(source)
+        if not path.exists():
+            raise UserError(f"{source} is not there: give a file, a folder or hf:ORG/NAME.")
+        return path
+    repository = source.removeprefix("hf:")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"{source!r} names no repository: write hf:ORG/NAME, such as hf:facebook/DiT-XL-2-256.")
+    return download(repository)
+
+
+def download(repository: str) -> pathlib.Path:
+    """The folder with a hub repository's files, just the `wanted` ones; without a net, what the cache has of them."""
+    import huggingface_hub
+
+    try:
+        files = wanted(huggingface_hub.list_repo_files(repository))
+        return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
+    except Exception as error:  # every layer below raises its own, from sockets to the hub's
+        reason = first_line(error)
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(repository, local_files_only=True))
+    except Exception:
+        raise UserError(
+            f"hf:{repository} cannot be downloaded ({reason}): see that there is a net and that the name is right, or "
+            f"give a folder with a copy of it."
+        ) from None
+
+
+def wanted(files: Iterable[str]) -> list[str]:
+    """Which of a repository's files we read: its words, and in each folder the first kind of weights of `KINDS`.
+
+    Variants, such as fp16, are left there where the plain file is.
+    """
+    paths = [pathlib.PurePosixPath(file) for file in files]
+    kept = [path for path in paths if path.suffix in (".json", ".md") or path.name.startswith("LICENSE")]
+    for folder in dict.fromkeys(path.parent for path in paths):
+        here = [path for path in paths if path.parent == folder]
+        kinds = [[path for path in here if path.suffix == kind] for kind in KINDS]
+        weights = next(filter(None, kinds), [])
+        fewest = min((len(variant(path)) for path in weights), default=0)
+        kept += [path for path in weights if len(variant(path)) == fewest]
+    return [str(path) for path in kept]

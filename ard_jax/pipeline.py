@@ -1,0 +1,417 @@
+"""A finished model as a pipeline: class labels in, images out, for people who know diffusers and not this project."""
+
+import contextlib
+import dataclasses
+import math
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from ard_jax.config import example_shape, make_process, make_student, make_teacher, solver_settings
+from ard_jax.data import to_uint8
+from ard_jax.diffusion import find_solver
+from ard_jax.errors import UserError
+from ard_jax.models import AutoencoderKL
+from ard_jax.models.vae import to_images, to_latents
+from ard_jax.parallel import make_mesh, put_batch, replicated
+from ard_jax.pipeline_files import open_pipeline, write_pipeline
+from ard_jax.pipeline_inputs import read_image, resolve_labels
+from ard_jax.sampling import continue_student, draw_noise_and_labels, sample_student, sample_teacher, sampling_key
+from ard_jax.training.metrics import progress_bar
+
+OUTPUT_TYPES = ("pil", "np", "latent")
+
+# (params, vae_params, noise, labels, …) → images, or images and trajectories
+Program = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineOutput:
+    """What a pipeline made.
+
+    Attributes:
+        images: a list of Pillow images ("pil"), float32 (batch, height, width, channel) in [0, 1] ("np"), or what the
+            network made, of the same axes ("latent").
+        labels: the class of each, int32 (batch,).
+        trajectory: the steps to each image in the same output type, (batch, step, …), a list of lists for "pil": what
+            the student predicted, or the teacher's x0-predictions; None if it was not asked for.
+    """
+
+    images: Any
+    labels: np.ndarray
+    trajectory: Any = None
+
+
+class ARDPipeline:
+    """A student, or a teacher with any solver, and the VAE of its latents.
+
+    Attributes:
+        config: its settings, with the sections `data`, `model`, `diffusion`, and `student` for a student.
+        is_student: which of both it is.
+        model, params: an `ARDStudent` or a `DiT`, and its parameters, on every local device.
+        vae, vae_params: an `AutoencoderKL` and its parameters, or None.
+        id2label: names by class number, as far as they are known.
+        card: words about it, in Markdown; the README.md of `save_pretrained`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        config: ml_collections.ConfigDict,
+        *,
+        vae: AutoencoderKL | None = None,
+        vae_params: Any = None,
+        id2label: Mapping[int, str] | None = None,
+        card: str = "",
+    ):
+        self.config = config
+        self.is_student = config.get("student") is not None
+        self.model = make_student(config) if self.is_student else make_teacher(config)
+        self.mesh = make_mesh(jax.local_devices())
+        self.params, self.vae_params = jax.device_put((params, vae_params), replicated(self.mesh))
+        self.vae = vae
+        self.id2label = {int(number): name for number, name in (id2label or {}).items()}
+        self.card = card
+        self._jitted: dict[Any, Program] = {}
+
+    def __repr__(self) -> str:
+        what = f"student of {self.model.steps} steps" if self.is_student else "teacher"
+        sides = "×".join(map(str, example_shape(self.config)))
+        return f"ARDPipeline({what}, {sides}, {self.config.data.num_classes} classes)"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(height, width, channel) of the images; None for latents that no VAE decodes."""
+        height, width, channels = example_shape(self.config)
+        if self.config.data.space == "pixel":
+            return height, width, channels
+        return self.vae and (height * self.vae.downscale, width * self.vae.downscale, self.vae.out_channels)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_repo: str | os.PathLike, dtype: Any = None) -> "ARDPipeline":
+        """Opens a pipeline.
+
+        Args:
+            folder_or_repo: what `save_pretrained` wrote, a diffusers folder of a `DiTPipeline` (a teacher), or a
+                finished folder of a workdir, such as runs/x/teacher or runs/x/distill/ard; "ORG/NAME" or
+                "hf:ORG/NAME" for one of the first two kinds on the Hugging Face hub.
+            dtype: compute type, "float32" or "bfloat16"; None for the config's `model.dtype`, whose "auto" is bfloat16
+                on accelerators and float32 on CPU, with the VAE in float32. Parameters are float32, but for "bfloat16"
+                asked here, which keeps them so too, the VAE's included: half the memory.
+
+        Raises:
+            UserError: it is no pipeline, something in it is missing or broken, or it cannot be downloaded.
+        """
+        return cls(**open_pipeline(folder_or_repo, dtype))
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes the pipeline as a folder that `from_pretrained` opens, whole or not at all.
+
+        Args:
+            folder: new, empty, or an earlier pipeline of ours, which is replaced.
+
+        Raises:
+            UserError: something else is there.
+        """
+        write_pipeline(
+            folder,
+            self.params,
+            self.config,
+            vae=self.vae,
+            vae_params=self.vae_params,
+            id2label=self.id2label,
+            card=self.card,
+        )
+
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str],
+        num_images_per_label: int = 1,
+        seed: int = 0,
+        output_type: str = "pil",
+        return_trajectory: bool = False,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        solver: str | None = None,
+        guided_channels: int | None = None,
+        latents: Any = None,
+        batch_size: int | None = None,
+    ) -> PipelineOutput:
+        """Makes images. The first call compiles; later ones of as many images and the same settings do not.
+
+        Args:
+            class_labels: class numbers, or names out of `id2label`, or one of them.
+            num_images_per_label: how many of each, side by side.
+            seed: image i is made of noise i of this seed, whatever else is asked for, here and in the stage `sample`.
+            output_type: "pil", "np" or "latent", see `PipelineOutput`.
+            return_trajectory: give the steps to each image too.
+            num_inference_steps: a teacher's steps; a student makes as many as it was trained for.
+            guidance_scale: a teacher's; 1 is none. Students have learned their teacher's.
+            solver: a teacher's: "ddim", "heun" or "dpm++2m".
+            guided_channels: how many leading channels a teacher guides, 0 for all of them.
+            latents: noise of your own, (batch, height, width, channel), in place of the seed's.
+            batch_size: images made at a time, all of them if None; the last batch is filled up, and cut.
+
+        Raises:
+            UserError: an argument cannot be used, in one sentence and before anything is compiled.
+        """
+        settings = self._settings(num_inference_steps, guidance_scale, solver, guided_channels)
+        form = self._form(output_type, return_trajectory)
+        labels = resolve_labels(class_labels, self.id2label, self.config.data.num_classes)
+        labels = np.repeat(labels, whole(num_images_per_label, "num_images_per_label", 1))
+        size = len(labels) if batch_size is None else whole(batch_size, "batch_size", 1)
+        noise = self._drawn_noise(seed) if latents is None else self._own_noise(latents, len(labels))
+        program = self._compiled(self.generate_function, **form, **settings)
+        return self._make(program, noise, labels, output_type, size)
+
+    def edit(
+        self,
+        image: Any,
+        source_step: int,
+        class_labels: int | str | Sequence[int | str],
+        seed: int = 0,
+        output_type: str = "pil",
+        return_trajectory: bool = False,
+    ) -> PipelineOutput:
+        """Turns an image into one of another class (ARD, appendix C.2).
+
+        The student starts from noise, with the new class; after step `source_step` the image takes the place of what it
+        predicted, and it goes on from there. The later the step, the more of the image stays.
+
+        Args:
+            image: a Pillow image, the path of one, or an array (height, width, channel), uint8 or floats in [0, 1], of
+                the size that the pipeline makes.
+            source_step: 1 … S−1.
+            class_labels: as in a call; one edited image each.
+            seed, output_type, return_trajectory: as in a call. The trajectory has the image in it.
+
+        Raises:
+            UserError: this is a teacher, or an argument cannot be used.
+        """
+        if not self.is_student:
+            raise UserError("a teacher cannot edit images, since it has no history to put one in: open a student.")
+        steps = self.model.steps
+        if steps == 1:
+            raise UserError("a student of 1 step cannot edit images: open one of at least 2 steps.")
+        source_step = whole(source_step, "source_step", 1, steps - 1)
+        form = self._form(output_type, return_trajectory)
+        labels = resolve_labels(class_labels, self.id2label, self.config.data.num_classes)
+        size, _, channels = self._pictures("edit images")
+        pixels = read_image(image, size, channels)[None]
+        program = self._compiled(self.edit_function, source_step=source_step, **form)
+        return self._make(program, self._drawn_noise(seed), labels, output_type, len(labels), pixels)
+
+    # ----------------------------------------------------------------------------------- the programs that run
+
+    def generate_function(self, *, latent: bool = False, trajectory: bool = False, **settings: Any) -> Program:
+        """The program of a call, for `jax.jit` and `jax.export`, with symbolic batch sizes too.
+
+        Args:
+            latent: give what the network makes, instead of images.
+            trajectory: give the steps too.
+            settings: of a teacher: those of `solver_settings`, from the config where they are left out.
+
+        Returns:
+            A pure function (params, vae_params, noise (batch, height, width, channel), labels (batch,)) → images in
+            [0, 1], (batch, height, width, channel), or (images, trajectories (batch, step, height, width, channel)).
+            `vae_params` is None for pixels.
+        """
+        model, is_student, present = self.model, self.is_student, self._presenter(latent, trajectory)
+        settings = {} if is_student else solver_settings(self.config) | settings
+
+        def generate(params, vae_params, noise, labels):
+            if is_student:
+                points = sample_student(model, params, noise, labels)
+                return present(vae_params, points, points[:, -1])
+            solution = sample_teacher(model, params, noise, labels, **settings)
+            return present(vae_params, solution.x0, solution.xt[:, -1])
+
+        return generate
+
+    def edit_function(self, *, source_step: int, latent: bool = False, trajectory: bool = False) -> Program:
+        """The program of an edit: as `generate_function`, and the last argument is the image.
+
+        The image is (1, height, width, channel) in [-1, 1].
+        """
+        model, vae, present = self.model, self.vae, self._presenter(latent, trajectory)
+        alpha, sigma = self._source_coefficients(source_step)
+
+        def edit(params, vae_params, noise, labels, image):
+            x0 = image if vae is None else to_latents(vae, vae_params, image)
+            source = alpha * x0.astype(noise.dtype) + sigma * noise  # the trajectory's own noise
+            before = sample_student(model, params, noise, labels)[:, : source_step - 1]  # jit drops the steps after
+            given = jnp.concatenate([noise[:, None], before, source[:, None]], axis=1)
+            points = continue_student(model, params, given, labels)
+            return present(vae_params, points, points[:, -1])
+
+        return edit
+
+    def _source_coefficients(self, source_step: int) -> tuple[float, float]:
+        """α and σ of the point that the source image becomes: of data, or for noisy points those of the teacher."""
+        student, steps = self.config.student, self.config.diffusion.steps
+        if student.target == "x0":
+            return 1.0, 0.0
+        grid = make_process(self.config).grid(steps)
+        node = steps - student.points[source_step - 1]  # respaced indices count down from the noise
+        return float(grid.alpha[node]), float(grid.sigma[node])
+
+    def _presenter(self, latent: bool, trajectory: bool) -> Callable[[Any, jax.Array, jax.Array], Any]:
+        """(vae_params, points (batch, step, …), sample (batch, …)) → what a program hands back."""
+        vae, is_student = self.vae, self.is_student
+
+        def decode(vae_params, x):
+            if latent:
+                return x
+            images = x if vae is None else to_images(vae, vae_params, x)
+            images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+            return jnp.clip((images + 1) / 2, 0, 1)
+
+        def present(vae_params, points, sample):
+            if not trajectory:
+                return decode(vae_params, sample)
+            # one step at a time, or the VAE's activations for all of them would lie in memory together
+            steps = jax.lax.map(lambda x: decode(vae_params, x), jnp.moveaxis(points, 1, 0))
+            images = steps[-1] if is_student else decode(vae_params, sample)
+            return images, jnp.moveaxis(steps, 0, 1)
+
+        return present
+
+    # ------------------------------------------------------------------------------------------- running them
+
+    def _compiled(self, maker: Callable[..., Program], **settings: Any) -> Program:
+        """`maker(**settings)`, jitted once: jit itself then compiles once a shape."""
+        key = (maker.__name__, *settings.items())
+        if key not in self._jitted:
+            self._jitted[key] = jax.jit(maker(**settings))
+        return self._jitted[key]
+
+    def _make(
+        self,
+        program: Program,
+        noise: Callable[[np.ndarray], jax.Array],
+        labels: np.ndarray,
+        output_type: str,
+        batch_size: int,
+        *rest: Any,
+    ) -> PipelineOutput:
+        """Runs a program over all labels in batches of one size, which all devices share.
+
+        Args:
+            program: what to run.
+            noise: image numbers (batch,) → their noises.
+            labels: (image,).
+            output_type: see `PipelineOutput`.
+            batch_size: images at a time.
+            rest: the program's further arguments.
+        """
+        count, devices = len(labels), self.mesh.size
+        size = math.ceil(min(batch_size, count) / devices) * devices
+        parts = []
+        with progress_bar(count, "image") if count > size else contextlib.nullcontext() as bar:
+            for first in range(0, count, size):
+                rows = np.arange(first, min(first + size, count))
+                filled = np.resize(rows, size)
+                made = program(self.params, self.vae_params, noise(filled), put_batch(labels[filled], self.mesh), *rest)
+                parts.append(jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[: len(rows)], made))
+                if bar is not None:
+                    bar.update(len(rows))
+        made = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        images, trajectory = made if isinstance(made, tuple) else (made, None)
+        if output_type == "pil":
+            images, trajectory = to_pil(images), None if trajectory is None else list(map(to_pil, trajectory))
+        return PipelineOutput(images, labels, trajectory)
+
+    def _drawn_noise(self, seed: int) -> Callable[[np.ndarray], jax.Array]:
+        """Image numbers → their noises of this seed, as the stage `sample` draws them."""
+        key = sampling_key(whole(seed, "seed", 0, 2**31 - 1))
+        draw = self._compiled(self._draw_function)
+        return lambda index: draw(key, put_batch(index, self.mesh))
+
+    def _draw_function(self) -> Program:
+        shape, num_classes = example_shape(self.config), self.config.data.num_classes
+        return lambda key, index: draw_noise_and_labels(key, index, shape, num_classes)[0]
+
+    def _own_noise(self, latents: Any, count: int) -> Callable[[np.ndarray], jax.Array]:
+        """Image numbers → rows of the caller's noise."""
+        array, expected = np.asarray(latents), (count, *example_shape(self.config))
+        if array.shape != expected or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise UserError(
+                f"latents is an array of {array.dtype} {array.shape}, but these labels need floats {expected}: give "
+                f"noise as (batch, height, width, channel), channels last, one an image."
+            )
+        array = array.astype(jax.dtypes.canonicalize_dtype(jnp.promote_types(array.dtype, jnp.float32)))
+        return lambda index: put_batch(array[index], self.mesh)
+
+    # ------------------------------------------------------------------------------------------- what is asked
+
+    def _settings(
+        self, steps: int | None, guidance_scale: float | None, solver: str | None, guided_channels: int | None
+    ) -> dict[str, Any]:
+        """The keyword arguments of `sample_teacher`; none for a student."""
+        given = {"guidance_scale": guidance_scale, "solver": solver, "guided_channels": guided_channels}
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.is_student:
+            if given:
+                raise UserError(
+                    f"{next(iter(given))} is a teacher's setting, and this is a student, which has learned its "
+                    f"teacher's: leave it out."
+                )
+            if steps not in (None, self.model.steps):
+                raise UserError(
+                    f"num_inference_steps is {steps!r}, but this student was trained for {self.model.steps} steps and "
+                    f"can make no other number: leave it out, or distil a student of that many points."
+                )
+            return {}
+        if steps is not None:
+            given["steps"] = whole(steps, "num_inference_steps", 1)
+        if guided_channels is not None:
+            whole(guided_channels, "guided_channels", 0)
+        if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+            raise UserError(f"guidance_scale is {guidance_scale}: give a number of at least 0; 1 is no guidance.")
+        settings = solver_settings(self.config) | given
+        find_solver(settings["solver"])
+        settings["process"].grid(settings["steps"])
+        return settings
+
+    def _form(self, output_type: str, trajectory: bool) -> dict[str, bool]:
+        """What a program shall hand back."""
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type is {output_type!r}: choose one of {', '.join(OUTPUT_TYPES)}.")
+        if output_type != "latent":
+            self._pictures("make pictures")
+        return {"latent": output_type == "latent", "trajectory": bool(trajectory)}
+
+    def _pictures(self, purpose: str) -> tuple[int, int, int]:
+        """`image_shape`; UserError if there is none."""
+        if self.image_shape is None:
+            raise UserError(
+                f"this pipeline has no VAE and cannot {purpose}: ask for output_type='latent', or convert a VAE into "
+                f"the workdir (python -m ard_jax convert) and open it again."
+            )
+        return self.image_shape
+
+
+def whole(value: Any, name: str, low: int, high: int | None = None) -> int:
+    """Raises UserError unless `value` is a whole number from `low` to `high`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < low or (high is not None and number > high):
+        asked = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise UserError(f"{name} is {value!r}: give a whole number {asked}.")
+    return number
+
+
+def to_pil(images: np.ndarray) -> list[Image.Image]:
+    """Images in [0, 1], (batch, height, width, channel), channel 1 or 3 → Pillow images."""
+    levels = to_uint8(2 * images - 1)
+    return [Image.fromarray(level[..., 0] if level.shape[-1] == 1 else level) for level in levels]

@@ -1,0 +1,274 @@
+"""Pipelines on disk: our own folders, diffusers' `DiTPipeline`, finished folders of a workdir, and the hub.
+
+A folder of ours:
+model_index.json         which parts there are, and the names of the classes (id2label)
+student/ or teacher/     config.json: its settings; diffusion_pytorch_model.safetensors: its weights, published names
+vae/                     an AutoencoderKL, as diffusers writes it
+README.md                the model card
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ard_jax import __version__
+from ard_jax.config import make_student, make_teacher
+from ard_jax.convert import to_torch, vae_to_diffusers
+from ard_jax.convert.published import parameters
+from ard_jax.convert.sources import open_source, read_description
+from ard_jax.convert.tensors import fetch, write_tensors
+from ard_jax.convert.vae import open_vae
+from ard_jax.errors import UserError
+from ard_jax.files import read_json, write_json
+from ard_jax.models import ARDStudent, AutoencoderKL, DiT
+from ard_jax.parallel import make_mesh
+from ard_jax.stages.workdir import load_student, load_teacher, load_vae, plain, read_done, recorded_config, vae_folder
+
+PARTS = {"student": "ARDStudent", "teacher": "DiT"}
+OURS = {"model_index.json", "README.md", "vae", *PARTS}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+# The keyword arguments of `ARDPipeline`.
+Opened = dict[str, Any]
+
+
+def open_pipeline(source: str | os.PathLike, dtype: Any = None) -> Opened:
+    """What `ARDPipeline.from_pretrained` opens, see there."""
+    folder = locate(source)
+    check_dtype(dtype)
+    return in_dtype(reader(folder)(folder), dtype)
+
+
+def in_dtype(opened: Opened, dtype: Any) -> Opened:
+    """The parts set to compute in a type, and their parameters kept in it if it is bfloat16; None changes nothing.
+
+    Raises:
+        UserError: the type is neither float32 nor bfloat16.
+    """
+    name = check_dtype(dtype)
+    if name is None:
+        return opened
+    opened["config"].model.dtype = name
+    if name == "bfloat16":
+        for part in ("params", "vae_params"):
+            opened[part] = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), opened.get(part))
+        if opened.get("vae") is not None:
+            opened["vae"] = opened["vae"].clone(dtype=jnp.bfloat16)
+    return opened
+
+
+def check_dtype(dtype: Any) -> str | None:
+    """The name of a compute type, None for None."""
+    if dtype is None:
+        return None
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"dtype is {dtype!r}: choose float32 or bfloat16, or None.")
+    return name
+
+
+def locate(source: str | os.PathLike) -> pathlib.Path:
+    """The folder that is meant, downloaded if it is the name of a hub repository.
+
+    Raises:
+        UserError: there is neither.
+    """
+    name = os.fspath(source)
+    if name.startswith("hf:"):
+        return fetch(name)
+    folder = pathlib.Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{name} is a file, but a pipeline is a folder: name the folder.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"there is no folder {name}: name a pipeline's folder, or a repository as hf:ORG/NAME.")
+    try:
+        return fetch(f"hf:{name}")
+    except UserError as error:
+        raise UserError(f"there is no folder {name}, and {error}") from None
+
+
+def reader(folder: pathlib.Path) -> Callable[[pathlib.Path], Opened]:
+    """Which kind of folder it is.
+
+    Raises:
+        UserError: none that we know.
+    """
+    if (folder / "model_index.json").is_file():
+        return open_folder
+    if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+        return open_workdir
+    models = [path for path in (folder / "teacher", *sorted(folder.glob("distill/*")), *sorted(folder.glob("*")))]
+    models = [str(path) for path in models if (path / "config.json").is_file() and (path / "checkpoints").is_dir()]
+    hint = " or ".join(models[:2]) or "one with a model_index.json, or a finished one such as runs/x/distill/ard"
+    raise UserError(f"{folder} is no pipeline: name {hint}.")
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def open_folder(folder: pathlib.Path) -> Opened:
+    """A folder of ours or of diffusers, which `convert` reads too."""
+    source = open_source(folder)
+    config = sections(source.config, isinstance(source.model, ARDStudent))
+    if "student" in config:  # `convert` names students anew
+        config.student.name = read_json(folder / "student" / "config.json")["config"]["student"]["name"]
+    vae, vae_params = open_vae(source.vae) if source.vae else (None, None)
+    card = folder / "README.md"
+    return {
+        "params": parameters(source.tensors, source.model, array=np.asarray),
+        "config": config,
+        "vae": vae,
+        "vae_params": vae_params,
+        "id2label": dict(enumerate(source.labels)),
+        "card": card.read_text() if card.is_file() else "",
+    }
+
+
+def sections(config: ml_collections.ConfigDict, is_student: bool) -> ml_collections.ConfigDict:
+    """What of a config describes a model; where its data lay on some machine does not."""
+    names = ("data", "model", "diffusion", *(("student",) if is_student else ()))
+    described = ml_collections.ConfigDict({name: config[name].to_dict() for name in names})
+    described.data.dir = ""
+    return described
+
+
+def open_workdir(folder: pathlib.Path) -> Opened:
+    """A teacher's or student's finished folder, with the VAE and the names that lie beside it."""
+    mesh, config = make_mesh(jax.local_devices()), recorded_config(folder)
+    is_student = folder.absolute().parent.name == "distill" or "teacher" in (read_done(folder) or {})
+    workdir = folder.absolute().parents[1 if is_student else 0]
+    if is_student:
+        _, params, _, _ = load_student(folder, mesh)
+        teacher = pathlib.Path(config.teacher.dir or workdir / "teacher")
+    else:
+        config.teacher.dir = os.fspath(folder)
+        _, params, _ = load_teacher(config, workdir, mesh)
+        teacher = folder
+    vae, vae_params = vae_beside(config, workdir)
+    return {
+        "params": params,
+        "config": sections(config, is_student),
+        "vae": vae,
+        "vae_params": vae_params,
+        "id2label": read_names(teacher / "labels.json"),
+    }
+
+
+def vae_beside(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL | None, Any]:
+    """The autoencoder of a run of latents, or (None, None): latents can be made without one."""
+    wanted = config.data.space == "latent" and (config.vae.dir or vae_folder(config, workdir).is_dir())
+    return load_vae(config, workdir) if wanted else (None, None)
+
+
+def read_names(path: pathlib.Path) -> dict[int, str]:
+    """Names by class number, none if there is no such file."""
+    return dict(enumerate(read_json(path))) if path.is_file() else {}
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+
+
+def write_pipeline(
+    folder: str | os.PathLike,
+    params: Any,
+    config: ml_collections.ConfigDict,
+    *,
+    vae: AutoencoderKL | None,
+    vae_params: Any,
+    id2label: Mapping[int, str],
+    card: str,
+) -> None:
+    """Writes a pipeline's folder, whole or not at all.
+
+    Args:
+        folder: its place.
+        params, config, vae, vae_params, id2label, card: see `ARDPipeline`.
+
+    Raises:
+        UserError: something is there that is no earlier pipeline of ours.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    check_place(folder)
+    with whole_folder(folder) as new:
+        write_parts(new, params, config, vae, vae_params, id2label, card)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill, which takes the place of `folder` if nothing fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as temporary:
+        new = pathlib.Path(temporary) / "new"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            os.replace(folder, pathlib.Path(temporary) / "old")
+        os.replace(new, folder)
+
+
+def check_place(folder: pathlib.Path) -> None:
+    """Raises UserError if writing there would delete something that is not ours."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, but a pipeline is a folder: choose another name.")
+    there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if not there:
+        return
+    index = folder / "model_index.json"
+    if not index.exists() or read_description(index).get("_class_name") != "ARDPipeline":
+        raise UserError(f"{folder} is there and is no earlier pipeline of ours: choose another folder, or empty it.")
+    others = [name for name in there if name not in OURS]
+    if others:
+        raise UserError(
+            f"{folder} has more in it than an earlier pipeline of ours ({', '.join(others[:3])}): choose another "
+            f"folder, or take that out."
+        )
+
+
+def write_parts(
+    folder: pathlib.Path,
+    params: Any,
+    config: ml_collections.ConfigDict,
+    vae: AutoencoderKL | None,
+    vae_params: Any,
+    id2label: Mapping[int, str],
+    card: str,
+) -> None:
+    name = "student" if config.get("student") else "teacher"
+    model = make_student(config) if name == "student" else make_teacher(config)
+    index = {"_class_name": "ARDPipeline", "_ard_jax_version": __version__, name: ["ard_jax", PARTS[name]]}
+    described = {"_class_name": PARTS[name], "config": plain(sections(config, name == "student"))}
+    write_json(folder / name / "config.json", described)
+    write_tensors(folder / name / WEIGHTS, to_torch(model, params))
+    if vae is not None:
+        index["vae"] = ["diffusers", "AutoencoderKL"]
+        state_dict, settings = vae_to_diffusers(vae, vae_params)
+        write_json(folder / "vae" / "config.json", settings)
+        write_tensors(folder / "vae" / WEIGHTS, state_dict)
+    (folder / "README.md").write_text(card or default_card(model))
+    index["id2label"] = {str(number): label for number, label in id2label.items()}
+    write_json(folder / "model_index.json", index)
+
+
+def default_card(model: ARDStudent | DiT) -> str:
+    """What a folder says of itself if nobody wrote it a card."""
+    what = f"An ARD student of {model.steps} steps" if isinstance(model, ARDStudent) else "A diffusion transformer"
+    return (
+        f"---\nlibrary_name: ard_jax\n---\n\n{what} for {model.num_classes} classes of images.\n\n"
+        "```python\nfrom ard_jax import ARDPipeline\n\n"
+        'pipe = ARDPipeline.from_pretrained(".")  # this folder\n'
+        "images = pipe(class_labels=[0, 1], seed=0).images\n```\n"
+    )

@@ -1,0 +1,137 @@
+"""What people hand to a pipeline, checked and made into arrays: class labels by number or name, and images to edit."""
+
+import difflib
+import operator
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from ard_jax.data import MODES
+from ard_jax.errors import UserError
+
+
+def resolve_labels(labels: Any, id2label: Mapping[int, str], num_classes: int) -> np.ndarray:
+    """Class labels as numbers.
+
+    Args:
+        labels: a class number or name, or several of them.
+        id2label: names by class number; one entry may hold several names, as ImageNet's do: "crane, wading bird".
+        num_classes: numbers lie in [0, num_classes).
+
+    Returns:
+        (label,), int32.
+
+    Raises:
+        UserError: there are none, a number is out of range, or a name is unknown (the closest ones are offered) or
+            stands for several classes.
+    """
+    one = isinstance(labels, str) or not np.iterable(labels)
+    given = [labels] if one else list(labels)
+    if not given:
+        raise UserError("class_labels is empty: give at least one class, by number or name.")
+    return np.asarray([resolve_label(label, id2label, num_classes) for label in given], np.int32)
+
+
+def resolve_label(label: Any, id2label: Mapping[int, str], num_classes: int) -> int:
+    if isinstance(label, str):
+        return find_name(label, id2label, num_classes)
+    try:
+        number = operator.index(label)
+    except TypeError:
+        raise UserError(f"the class label {label!r} is neither a whole number nor a name: give one of them.") from None
+    if not 0 <= number < num_classes:
+        raise UserError(f"the class label {number} is out of range: choose one from 0 to {num_classes - 1}.")
+    return number
+
+
+def find_name(name: str, id2label: Mapping[int, str], num_classes: int) -> int:
+    """A class by its whole entry, or else by one of the names in it; upper and lower case are the same."""
+    if not id2label:
+        raise UserError(
+            f"the class {name!r} cannot be looked up, since this pipeline has no names of its classes: "
+            f"give a number from 0 to {num_classes - 1}."
+        )
+    wanted = normal(name)
+    entries = {number: normal(entry) for number, entry in id2label.items()}
+    found = [number for number, entry in entries.items() if entry == wanted]
+    found = found or [number for number, entry in entries.items() if wanted in entry.split(", ")]
+    if len(found) > 1:
+        choices = " or ".join(f"{number} ({id2label[number]})" for number in found)
+        raise UserError(f"the class name {name!r} stands for several classes: choose {choices} by number.")
+    if not found:
+        known = {normal(part): part.strip() for entry in id2label.values() for part in entry.split(",")}
+        close = [known[match] for match in difflib.get_close_matches(wanted, known, n=3)]
+        hint = f"did you mean {' or '.join(map(repr, close))}" if close else "the pipeline's id2label lists the names"
+        raise UserError(f"there is no class named {name!r}: {hint}.")
+    return found[0]
+
+
+def normal(name: str) -> str:
+    """A name as names are compared: "Golden  Retriever" → "golden retriever"."""
+    return ", ".join(" ".join(part.split()) for part in name.casefold().split(","))
+
+
+def read_image(image: Any, size: int, channels: int) -> np.ndarray:
+    """An image to edit.
+
+    Args:
+        image: a Pillow image, the path of one, or an array (height, width, channel), or (height, width) for grey ones:
+            uint8, or floats in [0, 1].
+        size: height and width that it must have.
+        channels: 1 (grey) or 3 (RGB); what is no float array is converted.
+
+    Returns:
+        (size, size, channels), float32 in [-1, 1].
+
+    Raises:
+        UserError: it is of another size, or no such image.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        image = open_image(image)
+    if isinstance(image, Image.Image):
+        check_size(image.height, image.width, size)
+        levels = np.asarray(image.convert(MODES[channels]), np.float32)
+        return levels.reshape(size, size, channels) / 127.5 - 1
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array = array[..., None]
+    floats = jnp.issubdtype(array.dtype, np.floating)
+    if array.ndim != 3 or not (floats or array.dtype == np.uint8):
+        raise UserError(
+            f"the image to edit is an array of {array.dtype} {array.shape}: give (height, width, channel) of uint8, or "
+            f"of floats from 0 to 1."
+        )
+    check_size(*array.shape[:2], size)
+    if array.shape[2] != channels:
+        raise UserError(
+            f"the image to edit has {array.shape[2]} channels, but this model makes {channels}: convert it."
+        )
+    if floats and not ((array >= 0) & (array <= 1)).all():
+        raise UserError(
+            f"the image to edit has values from {array.min():.3g} to {array.max():.3g}: floats must lie in [0, 1]."
+        )
+    return array.astype(np.float32) * 2 - 1 if floats else array.astype(np.float32) / 127.5 - 1
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    try:
+        image = Image.open(pathlib.Path(path).expanduser())
+        image.load()
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise UserError(
+            f"the image {os.fspath(path)} cannot be read ({type(error).__name__}): give the path of a picture."
+        ) from None
+    return image
+
+
+def check_size(height: int, width: int, size: int) -> None:
+    if (height, width) != (size, size):
+        raise UserError(
+            f"the image to edit is {width}×{height} pixels, but this model works on {size}×{size}: crop it with "
+            f"ard_jax.data.center_crop(image, {size})."
+        )

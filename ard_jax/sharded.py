@@ -1,0 +1,228 @@
+"""TFDS datasets of ArrayRecord shards that a job makes one by one, resumably, and that anybody can open.
+
+    tfds.builder_from_directory(directory / "1.0.0").as_data_source("train")
+
+(A dataset in bfloat16 wants `import ml_dtypes` before, as JAX does, or TFDS imports TensorFlow to learn that type.)
+
+Folder:
+    1.0.0/NAME-train.array_record-00000-of-00008   records
+    1.0.0/features.json, dataset_info.json         TFDS's own; written last
+    shards/00000.json                              what one shard holds, and its SHA-256
+    manifest.json                                  how the dataset was made; written when it is whole
+
+A shard is written under a temporary name and renamed when whole. Its description in shards/ is written just before, so
+a shard under its final name always has one; a shard that is there is never made again. Processes share the shards out
+by number and never talk while they work.
+"""
+
+import dataclasses
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from ard_jax.files import atomic_write, file_sha256, read_json, write_json
+from ard_jax.training.metrics import progress_bar
+
+log = logging.getLogger("ard_jax")
+
+VERSION, SPLIT = "1.0.0", "train"
+DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+
+Record = dict[str, Any]
+
+
+def tensor(shape: tuple[int, ...], dtype: str) -> tfds.features.Tensor:
+    """The feature of an array; without BYTES, TFDS writes ten times slower."""
+    return tfds.features.Tensor(shape=shape, dtype=DTYPES[dtype], encoding=tfds.features.Encoding.BYTES)
+
+
+def data_folder(directory: pathlib.Path) -> pathlib.Path:
+    return directory / VERSION
+
+
+def description_path(directory: pathlib.Path, shard: int) -> pathlib.Path:
+    return directory / "shards" / f"{shard:05d}.json"
+
+
+def describe(directory: pathlib.Path, shards: int) -> list[dict[str, Any]]:
+    """What every shard holds, in order; all of them must have been written."""
+    return [read_json(description_path(directory, shard)) for shard in range(shards)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a dataset of some kind lies in its folder.
+
+    Attributes:
+        name: of the dataset; its files carry it.
+        about: a line for TFDS.
+    """
+
+    name: str
+    about: str
+
+    def shard_path(self, directory: pathlib.Path, shard: int, shards: int) -> pathlib.Path:
+        return data_folder(directory) / f"{self.name}-{SPLIT}.array_record-{shard:05d}-of-{shards:05d}"
+
+    def write_shard(
+        self,
+        directory: pathlib.Path,
+        shard: int,
+        shards: int,
+        features: tfds.features.FeaturesDict,
+        records: Iterable[Record],
+        dropped: list[int],
+    ) -> None:
+        """Writes one shard and its description, both whole or not at all.
+
+        Args:
+            directory: of the dataset.
+            shard, shards: its number, and how many there are.
+            features: of a record.
+            records: dicts of arrays.
+            dropped: numbers of records that were left out, known once `records` is through; described, not stored.
+        """
+        serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+        path = self.shard_path(directory, shard, shards)
+        for leftover in path.parent.glob(f".partial-*{path.suffix}"):  # of a run killed while writing this shard
+            leftover.unlink()
+
+        def write(temporary: pathlib.Path) -> None:
+            writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
+            count = 0
+            for count, record in enumerate(records, start=1):  # noqa: B007 (the count is used after the loop)
+                example = serializer.get_tf_example(features.encode_example(record))
+                writer.write(example.SerializeToString(deterministic=True))  # or the fields come in an order of chance
+            writer.close()
+            description = {
+                "file": path.name,
+                "records": count,
+                "dropped": dropped,
+                "bytes": temporary.stat().st_size,
+                "sha256": file_sha256(temporary),
+            }
+            write_json(description_path(directory, shard), description)
+
+        atomic_write(path, write)
+
+    def whole_shards(self, directory: pathlib.Path, shards: int, which: Iterable[int]) -> set[int]:
+        """Which of some shards lie under their final names with the bytes that they were written with."""
+        found = set()
+        for shard in which:
+            path, description = self.shard_path(directory, shard, shards), description_path(directory, shard)
+            if path.exists() and description.exists() and file_sha256(path) == read_json(description)["sha256"]:
+                found.add(shard)
+        return found
+
+    def finish(
+        self,
+        directory: pathlib.Path,
+        features: tfds.features.FeaturesDict,
+        shards: Sequence[dict[str, Any]],
+        manifest: dict[str, Any],
+    ) -> None:
+        """Writes TFDS's metadata, then the manifest: the dataset is whole."""
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=data_folder(directory), dataset_name=self.name, split=SPLIT, filetype_suffix="array_record"
+        )
+        split = tfds.core.SplitInfo(
+            name=SPLIT,
+            shard_lengths=[shard["records"] for shard in shards],
+            num_bytes=sum(shard["bytes"] for shard in shards),
+            filename_template=template,
+        )
+        tfds.folder_dataset.write_metadata(
+            data_dir=data_folder(directory),
+            features=features,
+            split_infos=[split],
+            filename_template=template,
+            check_data=False,
+            description=self.about,
+        )
+        write_json(directory / "manifest.json", manifest)
+
+    def make_shards(
+        self,
+        directory: pathlib.Path,
+        features: tfds.features.FeaturesDict,
+        count: int,
+        shard_size: int,
+        records: Callable[[np.ndarray, list[int], tqdm.tqdm], Iterator[Record]],
+        unit: str,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        """Makes this process's shards that are missing, truncated or altered.
+
+        Args:
+            directory: of the dataset.
+            features: of a record.
+            count: records of the dataset.
+            shard_size: records a shard.
+            records: (numbers, dropped, bar) → the records of these numbers in their order; it notes the numbers that
+                it leaves out in `dropped`, and moves the bar on.
+            unit: what records are called.
+            process_index, process_count: which shards are this process's: every process_count-th.
+        """
+        shards = number_of_shards(count, shard_size)
+        mine = range(process_index, shards, process_count)
+        whole = self.whole_shards(directory, shards, mine)
+        numbers = {
+            shard: np.arange(shard * shard_size, min((shard + 1) * shard_size, count))
+            for shard in mine
+            if shard not in whole
+        }
+        total, done, started = sum(map(len, numbers.values())), 0, time.monotonic()
+        with progress_bar(total, unit) as bar:
+            for shard, here in numbers.items():
+                dropped: list[int] = []
+                self.write_shard(directory, shard, shards, features, records(here, dropped, bar), dropped)
+                done += len(here)
+                rate = done / (time.monotonic() - started)
+                left = (total - done) / rate
+                log.info("shard %d of %d written, %.0f %s/s, %.0f s left.", shard + 1, shards, rate, unit, left)
+
+
+def number_of_shards(count: int, shard_size: int) -> int:
+    return -(-count // shard_size)
+
+
+def equal_batches(numbers: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Numbers in batches of one size, so that one program serves: (batch, how many of it count)."""
+    for first in range(0, len(numbers), batch_size):
+        some = numbers[first : first + batch_size]
+        yield np.resize(some, batch_size), len(some)  # the last batch is filled up, then cut
+
+
+def run_batches(run: Callable[[Any], Any], batches: Iterable[tuple[Any, int]]) -> Iterator[Any]:
+    """Runs a program over batches in order: the next is on the device while the last is fetched and written.
+
+    Args:
+        run: batch → a pytree of arrays (batch, …).
+        batches: (batch, how many of its rows count).
+
+    Yields:
+        The results as NumPy arrays (rows that count, …).
+    """
+
+    def fetch(results, count):
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], results)
+
+    pending = None
+    for batch, count in batches:
+        following = run(batch), count
+        if pending is not None:
+            yield fetch(*pending)
+        pending = following
+    if pending is not None:
+        yield fetch(*pending)

@@ -1,0 +1,311 @@
+"""Turns weights that were trained elsewhere into a teacher, a student or a VAE of a workdir, with a config for the
+later stages.
+
+A source is a published DiT or SiT file (.pt or .safetensors; a state dict, or a training checkpoint with `ema`), a
+student of the ARD repository, a diffusers DiTPipeline folder (or its transformer or an AutoencoderKL alone), an
+ARDPipeline folder, or hf:ORG/NAME, which is downloaded. PyTorch's own files need torch, and nothing in them is run.
+
+Writes WORKDIR/teacher/ or WORKDIR/distill/NAME/ (checkpoints/, config.json, source.json with the licence, labels.json
+where the names of the classes are known, done.json), WORKDIR/vae/ where the source has a VAE, and WORKDIR/config.py:
+    python -m ard_jax sample --config WORKDIR/config.py --workdir WORKDIR
+All of it is whole or absent. A second source may join it, such as a student its teacher, or a teacher its VAE.
+
+What a source does not tell is asked for: --num-heads of a model of no published size, --points of a student of neither
+4, 2 nor 1 steps (they also make a student of a file with a single final layer), --objective of a file that is not named
+after DiT or SiT. A diffusers folder is converted as diffusers runs it; --frequency-shift 0 gives the spacing of the
+time's sinusoids that the published weights were trained with.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import hashlib
+import logging
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from ard_jax.config import validate
+from ard_jax.convert.published import parameters
+from ard_jax.convert.sources import Source, Told, open_source, part_files, read_description
+from ard_jax.convert.tensors import fetch, open_tensors, to_float32, write_tensors
+from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
+from ard_jax.errors import UserError
+from ard_jax.files import atomic_write, file_sha256, read_json, tree_sha256, write_json
+from ard_jax.models import MASKS, ARDStudent
+from ard_jax.stages.workdir import Stopwatch, compare, merge_done, network, plain, read_done, recorded_config
+
+log = logging.getLogger("ard_jax")
+
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+WRITTEN_BY = '"""Written by `python -m ard_jax convert`'
+# Sections of the config that the source settles, and what it settles of them.
+SETTLED = {
+    "data": ("source", "name", "split", "image_size", "channels", "num_classes", "space", "horizontal_flip"),
+    "model": (
+        "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "learn_sigma", "frequency_shift",
+        "mlp_norm_eps",
+    ),
+    "diffusion": (
+        "process", "train_steps", "beta_start", "beta_end", "spacing", "time_scale", "reversed", "solver", "steps",
+        "guidance_scale", "guided_channels", "guidance_interval",
+    ),
+    "trajectories": ("points",),
+    "student": ("name", "points", "target", "history_layers", "mask", "heads", "block_times"),
+    "sample": ("models",),
+}  # fmt: skip
+
+
+def flags() -> argparse.ArgumentParser:
+    """The stage's flags."""
+    parser = argparse.ArgumentParser()
+    add = parser.add_argument
+    add("--source", required=True, metavar="FILE|FOLDER|hf:ORG/NAME", help="the weights")
+    add("--workdir", type=pathlib.Path, required=True, help="folder of the run")
+    add("--dry-run", action="store_true", help="say what the source is and where it would go; shapes alone are read")
+    add("--name", help="a student's folder under distill/ (default: what the source calls it, or ard)")
+    add("--num-heads", type=whole_number, metavar="H", help="attention heads, if the source does not tell")
+    add("--history-layers", type=int, metavar="N", help="of a student (default: what its training recorded, or 6)")
+    add("--points", type=whole_numbers, metavar="15,10,5,0", help="of a student: the teacher's steps that it stops at")
+    add("--mask", choices=tuple(MASKS), help="of a student (default: causal)")
+    add("--weights", choices=("ema", "model"), help="of a training checkpoint (default: ema where there is one)")
+    add("--objective", choices=("noise", "velocity"), help="what the network predicts: DiT's noise or SiT's velocity")
+    add("--frequency-shift", type=float, metavar="0|1", help="of the time's sinusoids (default: 0; 1 for diffusers)")
+    add("--license", metavar="ID", help="of the weights (default: what the source says)")
+    return parser
+
+
+def whole_number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 15,10,5,0")
+    return tuple(map(int, text.split(",")))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Converts.
+
+    Raises:
+        UserError: the source is none that we know, or its place in the workdir is taken by another.
+    """
+    watch = Stopwatch()
+    told = Told(**{name: getattr(args, name) for name in Told.__dataclass_fields__})
+    source = open_source(fetch(args.source), told)
+    if source.config is not None:
+        validate(source.config)
+    places = destinations(source, args)
+    print("\n".join(summary(source, args.source, places)), flush=True)
+    if args.dry_run:
+        return
+    wanted = {part: place for part, place in places.items() if not already_there(part, place, source)}
+    check_company(wanted, source, args)
+    with partial_folder(args.workdir) as temporary:
+        if "vae" in wanted:
+            write_vae(temporary / "vae", source, args.source)
+        if "model" in wanted:
+            write_model(temporary / "model", source, args.source, watch)
+        for part, place in wanted.items():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / part, place)
+    finish(places, source, args)
+
+
+def destinations(source: Source, args: argparse.Namespace) -> dict[str, pathlib.Path]:
+    """Folders to be made, in this order; the model's comes last since it makes the workdir whole."""
+    places = {"vae": args.workdir / "vae"} if source.vae else {}
+    if source.model is not None:
+        is_student = isinstance(source.model, ARDStudent)
+        student = args.workdir / "distill" / source.config.student.name
+        places["model"] = student if is_student else args.workdir / "teacher"
+    return places
+
+
+def summary(source: Source, name: str, places: dict[str, pathlib.Path]) -> list[str]:
+    """What a source is, line by line."""
+    lines = [f"{name}: {source.what}"]
+    if model := source.model:
+        config = source.config
+        side, tokens = model.image_size, (model.image_size // model.patch_size) ** 2
+        count = sum(math.prod(shape) for shape in source.tensors.shapes.values())
+        objective = "velocity" if config.diffusion.process == "flow" else "noise"
+        lines += [
+            f"  images      {side}×{side}×{model.channels} ({config.data.space}), {model.num_classes} classes",
+            f"  model       width {model.hidden_size}, depth {model.depth}, {model.num_heads} heads, patch "
+            f"{model.patch_size}, predicts {objective}",
+            f"  parameters  {count:,} with the position table of {tokens} tokens",
+        ]
+        if isinstance(model, ARDStudent):
+            points = ", ".join(map(str, config.student.points))
+            lines.append(
+                f"  student     {model.steps} steps (points {points}), {model.history_layers} history layers, "
+                f"{model.mask} mask, {model.heads} heads"
+            )
+    lines.append(f"  licence     {source.license or 'unknown: --license says it'}")
+    return [*lines, f"  goes to     {', '.join(str(place) for place in places.values())}"]
+
+
+# ------------------------------------------------------------------------------------------ what is there already
+
+
+def already_there(part: str, place: pathlib.Path, source: Source) -> bool:
+    """Whether a folder holds this very part of the source.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    if not place.exists():
+        return False
+    if not (place / "source.json").exists():
+        raise UserError(f"{place} was not made by convert: choose another --workdir, or delete that folder.")
+    before = read_json(place / "source.json")
+    if before["sha256"] != files_sha256(files_of(part, source)):
+        raise UserError(
+            f"{place} was converted from another source ({before['source']}): choose another --workdir, or delete "
+            f"that folder."
+        )
+    if part == "model":
+        compare(read_json(place / "config.json"), plain(source.config), tuple(SETTLED), place)
+    print(f"{place} holds this already.", flush=True)
+    return True
+
+
+def check_company(wanted: dict[str, pathlib.Path], source: Source, args: argparse.Namespace) -> None:
+    """Raises UserError if a new model does not fit the models that are there, or a config.py is not ours to write."""
+    if "model" not in wanted:
+        return
+    for folder in models_of(args.workdir):
+        others = recorded_config(folder)
+        compare(network(others), network(source.config), ("data", "model", "diffusion"), folder)
+    file = args.workdir / "config.py"
+    if file.exists() and not file.read_text().startswith(WRITTEN_BY):
+        raise UserError(f"{file} was not written by convert, which would replace it: move it away.")
+
+
+def models_of(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Folders of the finished models of a workdir."""
+    folders = (workdir / "teacher", *sorted((workdir / "distill").glob("*")))
+    return [folder for folder in folders if folder.is_dir() and read_done(folder)]
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def partial_folder(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder in the workdir that does not outlive the block; nor does the workdir if it was made here for nothing."""
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    temporary = workdir / ".partial-convert"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary)
+        with contextlib.suppress(OSError):  # it is not empty, as it should be
+            for folder in made:
+                folder.rmdir()
+
+
+def write_model(folder: pathlib.Path, source: Source, name: str, watch: Stopwatch) -> None:
+    """A teacher's or student's folder, `done.json` last.
+
+    The second thread hashes the source while this one reads it, and the parameters while this one writes them.
+    """
+    folder.mkdir()
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        source_hash = beside.submit(files_sha256, source.files)
+        params = parameters(source.tensors, source.model, np.asarray)
+        params_hash = beside.submit(tree_sha256, params)
+        save_parameters(folder / "checkpoints", params)
+        write_json(folder / "config.json", plain(source.config) | {"inputs": {"source": source_hash.result()}})
+        write_source(folder, name, source_hash.result(), source.license)
+        if source.labels:
+            write_json(folder / "labels.json", source.labels)
+        made = {"sha256": {"ema": params_hash.result()}, "seconds": round(watch(), 2)}
+    write_json(folder / "done.json", made)
+
+
+def save_parameters(directory: pathlib.Path, params: Any) -> None:
+    """A checkpoint of just the part "ema", at step 0, written from where the arrays lie.
+
+    Orbax would copy them first, in case that they change meanwhile, and compress them, which weights do not.
+    """
+    kinds = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=kinds)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(directory.absolute(), options=options, item_handlers={"ema": handler}) as manager:
+        manager.save(0, args=ocp.args.Composite(ema=ocp.args.PyTreeSave(params)))
+
+
+def write_vae(folder: pathlib.Path, source: Source, name: str) -> None:
+    """A VAE's folder in diffusers' format, float32, with today's names."""
+    described = read_description(source.vae / "config.json")
+    tensors = to_float32(open_tensors(source.vae), source.vae)
+    state_dict, config = vae_to_diffusers(*vae_from_diffusers(tensors, described))
+    write_tensors(folder / VAE_WEIGHTS, state_dict, {"format": "pt"})
+    write_source(folder, name, files_sha256(files_of("vae", source)), source.license)
+    write_json(folder / "config.json", config)
+
+
+def write_source(folder: pathlib.Path, name: str, sha256: str, license: str | None) -> None:
+    write_json(folder / "source.json", {"source": name, "sha256": sha256, "license": license})
+
+
+def finish(places: dict[str, pathlib.Path], source: Source, args: argparse.Namespace) -> None:
+    """What lies outside the parts' folders: distill/done.json and config.py."""
+    place = places.get("model")
+    if place is None:
+        print(f"done: {args.workdir / 'vae'}", flush=True)
+        return
+    is_student = isinstance(source.model, ARDStudent)
+    if is_student:
+        merge_done(args.workdir / "distill", {place.name: read_done(place)})
+    students = [folder for folder in models_of(args.workdir) if folder.parent.name == "distill"]
+    file = args.workdir / "config.py"
+    if is_student or not students or not file.exists():
+        config = source.config.copy_and_resolve_references()
+        config.sample.models = (*(("teacher",) if (args.workdir / "teacher").exists() else ()), *config.sample.models)
+        config.sample.models = tuple(dict.fromkeys(config.sample.models))
+        atomic_write(file, lambda temporary: temporary.write_text(config_text(config, args.source)))
+    print(f"done: {place}: python -m ard_jax sample --config {file} --workdir {args.workdir}", flush=True)
+
+
+def config_text(config: ConfigDict, name: str) -> str:
+    """A config file for the later stages."""
+    lines = [f"{WRITTEN_BY} from the source below, for the later stages; change what you like."]
+    lines += ['"""', "", "from ard_jax.config import default_config", "", f"SOURCE = {name!r}", "", ""]
+    lines += ["def get_config():", "    config = default_config()"]
+    for section, keys in SETTLED.items():
+        lines.append(f"    config.{section}.update(")
+        lines += [f"        {key}={config[section][key]!r}," for key in keys]
+        lines.append("    )")
+    return "\n".join([*lines, "    return config", ""])
+
+
+def files_of(part: str, source: Source) -> tuple[pathlib.Path, ...]:
+    return part_files(source.vae) if part == "vae" else source.files
+
+
+def files_sha256(files: tuple[pathlib.Path, ...]) -> str:
+    """One file's SHA-256, or that of the hashes of several with their names."""
+    hashes = [file_sha256(file) for file in files]
+    if len(files) == 1:
+        return hashes[0]
+    lines = "".join(f"{sha}  {file.name}\n" for sha, file in zip(hashes, files, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()

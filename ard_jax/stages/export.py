@@ -1,0 +1,345 @@
+"""Writes a finished teacher or student of a workdir in a form that others can use.
+
+--format pipeline      a folder that ARDPipeline.from_pretrained opens
+--format diffusers     a folder that diffusers' DiTPipeline opens (teachers of latents, with their VAE)
+--format safetensors   one file with the published DiT names, which `convert` reads back
+--format stablehlo     the whole sampler, noise and labels in, images out, for a machine that has just jax and numpy
+
+Writes WORKDIR/export/MODEL/FORMAT/ with a model card, and done.json last. Run again, it replaces what it wrote.
+"""
+
+import argparse
+import json
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ard_jax.config import example_shape
+from ard_jax.convert.card import Facts, choose_license, model_card
+from ard_jax.convert.diffusers import dit_to_diffusers
+from ard_jax.convert.published import to_torch
+from ard_jax.convert.stablehlo import PLATFORMS, parse_batch_sizes, parse_platforms, write_sampler
+from ard_jax.convert.tensors import write_tensors
+from ard_jax.convert.vae import vae_to_diffusers
+from ard_jax.errors import UserError
+from ard_jax.files import file_sha256, read_json, write_json
+from ard_jax.models import count_parameters
+from ard_jax.pipeline import ARDPipeline
+from ard_jax.pipeline_files import WEIGHTS, in_dtype, open_workdir, whole_folder
+from ard_jax.stages.workdir import load_weights, plain, read_done, recorded_config, teacher_folder, vae_folder
+
+log = logging.getLogger("ard_jax")
+
+
+def flags() -> argparse.ArgumentParser:
+    """The stage's flags."""
+    parser = argparse.ArgumentParser()
+    add = parser.add_argument
+    add("--workdir", type=pathlib.Path, required=True, help="folder of the run")
+    add("--model", required=True, help="teacher, or a student's name, such as ard")
+    add("--format", required=True, choices=FORMATS)
+    add("--weights", choices=("ema", "params"), default="ema", help="the running average (default), or the last step's")
+    add("--output", type=pathlib.Path, help="folder to write (default: WORKDIR/export/MODEL/FORMAT)")
+    add("--license", default="", metavar="ID", help="licence of your own teacher's weights, such as apache-2.0")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the weights, and of stablehlo's sums (default: float32)")
+    add("--batch-sizes", metavar="symbolic|1,8,…", help="stablehlo: any one (symbolic, the default), or just these")
+    add("--platforms", metavar=",".join(PLATFORMS), help="stablehlo: where it shall run (default: on all of these)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Exports.
+
+    Raises:
+        UserError: there is no such model or it is unfinished, it cannot have this form, or the output is not ours.
+    """
+    folder = model_folder(args.workdir, args.model)
+    done, config = read_done(folder), recorded_config(folder)
+    output = args.output or args.workdir / "export" / args.model / args.format
+    check_flags(args, done["sha256"])
+    check_output(output)
+    source = teacher_source(folder, args)
+    license = choose_license(source, args.license)
+    is_student = args.model != "teacher"
+    if args.format == "diffusers":
+        check_diffusers(config, is_student)
+    pipe = load(folder, args, done["sha256"])
+    images = image_shape(pipe)
+    if images is None and args.format in ("diffusers", "stablehlo"):
+        raise UserError(
+            f"{folder} makes latents, and there is no VAE in {vae_folder(config, args.workdir)} that --format "
+            f"{args.format} could make images of them with: put one there with 'convert', or choose --format pipeline "
+            f"or safetensors."
+        )
+    notes = differences(config) if args.format == "diffusers" else []
+    for note in notes:
+        log.warning("%s", note)
+    facts = Facts(
+        name=args.model,
+        form=args.format,
+        config=config,
+        is_student=is_student,
+        part=args.weights,
+        sha256=done["sha256"][args.weights],
+        parameters=count_parameters(pipe.params),
+        images=images,
+        converted=(folder / "source.json").exists(),
+        source=source,
+        license=license,
+        results=measured(args),
+        notes=notes,
+    )
+    pipe.card = model_card(facts)
+    with whole_folder(output) as temporary:
+        FORMATS[args.format](pipe, temporary, args)
+        (temporary / "README.md").write_text(pipe.card)
+        finish(temporary, args, facts.sha256)
+    print(f"done: {output}: {how_to_open(output, args)}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- what is exported
+
+
+def model_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
+    """The folder of a finished model.
+
+    Raises:
+        UserError: there is none of this name, or its training is not finished.
+    """
+    folders = {"teacher": workdir / "teacher"} | {
+        path.name: path for path in sorted((workdir / "distill").glob("*")) if path.is_dir()
+    }
+    there = [name for name, folder in folders.items() if (folder / "config.json").exists()]
+    if name not in there:
+        hint = f"it has {', '.join(there)}" if there else "it has none, so train or convert one there first"
+        raise UserError(f"{workdir} has no model {name!r}: {hint}.")
+    if read_done(folders[name]) is None:
+        stage = "teacher" if name == "teacher" else "distill"
+        raise UserError(
+            f"{folders[name]} has no done.json, so its training is not finished: run the stage '{stage}' to its end."
+        )
+    return folders[name]
+
+
+def check_flags(args: argparse.Namespace, sha256: dict[str, str]) -> None:
+    """Raises UserError for flags that do not go with the format or the model."""
+    for flag in ("batch_sizes", "platforms"):
+        if getattr(args, flag) is not None and args.format != "stablehlo":
+            raise UserError(f"--{flag.replace('_', '-')} is for --format stablehlo: leave it out.")
+    parse_batch_sizes(args.batch_sizes)
+    parse_platforms(args.platforms)
+    if args.weights not in sha256:
+        raise UserError(
+            f"the {args.model} was converted and has just one set of weights, the ones called ema: leave --weights out."
+        )
+
+
+def teacher_source(folder: pathlib.Path, args: argparse.Namespace) -> dict[str, Any]:
+    """`source.json` of a converted model, or of the teacher that it comes from; {} if there is none."""
+    teacher = teacher_folder(recorded_config(folder), args.workdir)
+    found = [path for path in (folder / "source.json", teacher / "source.json") if path.exists()]
+    return read_json(found[0]) if found else {}
+
+
+def load(folder: pathlib.Path, args: argparse.Namespace, sha256: dict[str, str]) -> ARDPipeline:
+    """The model with the weights and in the type that are asked for."""
+    opened = open_workdir(folder)
+    if args.weights != "ema":
+        like = jax.tree.map(abstract, opened.pop("params"))
+        opened["params"] = load_weights(folder, like, sha256[args.weights], args.weights)
+    dtype = args.dtype or ("float32" if args.format == "stablehlo" else None)
+    return ARDPipeline(**in_dtype(opened, dtype))
+
+
+def abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def image_shape(pipe: ARDPipeline) -> tuple[int, int, int] | None:
+    """(height, width, channel) of the images; None if there is no VAE to make some of latents."""
+    height, width, channels = example_shape(pipe.config)
+    if pipe.config.data.space == "pixel":
+        return height, width, channels
+    return pipe.vae and (height * pipe.vae.downscale, width * pipe.vae.downscale, pipe.vae.out_channels)
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """The workdir's results.json, or {} if it is not of these weights."""
+    results, samples = args.workdir / "evaluate" / "results.json", read_done(args.workdir / "sample")
+    if args.weights != "ema" or not results.exists() or samples is None:
+        return {}
+    folder = model_folder(args.workdir, args.model)
+    if samples["models"].get(args.model, {}).get("ema_sha256") != read_done(folder)["sha256"]["ema"]:
+        log.warning("The results in %s are of older weights, and are left out of the card.", results)
+        return {}
+    return read_json(results)
+
+
+# --------------------------------------------------------------------------------------------------- the formats
+
+
+def write_pipeline(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
+    pipe.save_pretrained(folder)
+
+
+def write_safetensors(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
+    """Published names; the metadata says what their shapes do not: the whole config of the model."""
+    metadata = {
+        "format": "pt",
+        "num_heads": str(pipe.model.num_heads),
+        "config": json.dumps(plain(pipe.config)),
+    }
+    write_tensors(folder / f"{args.model}.safetensors", to_torch(pipe.model, pipe.params), metadata)
+
+
+def write_diffusers(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
+    """A `DiTPipeline`."""
+    parts = {
+        "transformer": dit_to_diffusers(pipe.model, pipe.params),
+        "vae": vae_to_diffusers(pipe.vae, pipe.vae_params),
+    }
+    for name, (state_dict, config) in parts.items():
+        write_json(folder / name / "config.json", config)
+        write_tensors(folder / name / WEIGHTS, state_dict, {"format": "pt"})
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(pipe.config))
+    index = {
+        "_class_name": "DiTPipeline",
+        "id2label": {str(number): name for number, name in pipe.id2label.items()},
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / "model_index.json", index)
+
+
+def write_stablehlo(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
+    """The program that the pipeline runs."""
+    generate = pipe.generate_function()
+    decoding = {name: leaf for name, leaf in (pipe.vae_params or {}).items() if name in ("decoder", "post_quant_conv")}
+
+    def sampler(weights, noise, labels):
+        return generate(weights["network"], weights.get("vae"), noise, labels)
+
+    write_sampler(
+        folder,
+        sampler,
+        {"network": pipe.params} | ({"vae": decoding} if decoding else {}),
+        shape=example_shape(pipe.config),
+        num_classes=pipe.config.data.num_classes,
+        names=pipe.id2label,
+        batch_sizes=parse_batch_sizes(args.batch_sizes),
+        platforms=parse_platforms(args.platforms),
+    )
+
+
+Writer = Callable[[ARDPipeline, pathlib.Path, argparse.Namespace], None]
+FORMATS: dict[str, Writer] = {
+    "pipeline": write_pipeline,
+    "diffusers": write_diffusers,
+    "safetensors": write_safetensors,
+    "stablehlo": write_stablehlo,
+}
+
+
+def check_diffusers(config: Any, is_student: bool) -> None:
+    """Raises UserError for a model that `DiTPipeline` cannot run."""
+    if is_student:
+        raise UserError("diffusers has no ARD students: choose --format pipeline, safetensors or stablehlo.")
+    if config.data.space == "pixel":
+        raise UserError(
+            "diffusers' DiTPipeline decodes latents with a VAE, but this teacher makes pixels: choose another --format."
+        )
+    if config.diffusion.process != "vp":
+        raise UserError(
+            "diffusers' DiTPipeline wants a network that predicts noise, but this teacher predicts velocities "
+            "(diffusion.process is 'flow'): choose another --format."
+        )
+
+
+def scheduler_config(config: Any) -> dict[str, Any]:
+    """Of diffusers' `DDIMScheduler`, which walks in strides of ⌊T/steps⌋ whatever its timesteps are."""
+    diffusion = config.diffusion
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": diffusion.train_steps,
+        "beta_schedule": "linear",
+        "beta_start": diffusion.beta_start,
+        "beta_end": diffusion.beta_end,
+        "prediction_type": "epsilon",
+        "timestep_spacing": "trailing" if diffusion.spacing == "trailing" else "leading",
+        "steps_offset": 0,
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+    }
+
+
+def differences(config: Any) -> list[str]:
+    """Where `DiTPipeline` samples otherwise than this teacher's settings say; a sentence each."""
+    diffusion, channels, classes = config.diffusion, config.data.channels, config.data.num_classes
+    found = []
+    if diffusion.spacing == "linspace":
+        found.append(
+            "diffusers' DDIM cannot walk the teacher's timesteps (spacing linspace), and takes others there (leading): "
+            "images differ from those of ard_jax."
+        )
+    if diffusion.spacing == "trailing" and diffusion.train_steps % diffusion.steps:
+        found.append(
+            f"diffusers' DDIM steps wrongly through trailing timesteps unless the steps divide "
+            f"{diffusion.train_steps}, which the teacher's {diffusion.steps} do not."
+        )
+    if diffusion.solver != "ddim":
+        found.append(f"The teacher's solver is {diffusion.solver}; diffusers' folder has DDIM.")
+    if classes != 1000:
+        found.append(
+            f"DiTPipeline takes class 1000 for the null class, and this teacher has {classes} classes: guidance does "
+            f"not work there, so use guidance_scale=1."
+        )
+    elif diffusion.guidance_scale != 1 and diffusion.guided_channels not in (0, channels):
+        found.append(f"DiTPipeline guides all {channels} channels, the teacher's settings {diffusion.guided_channels}.")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------- the folder
+
+
+def check_output(output: pathlib.Path) -> None:
+    """Raises UserError if writing there would delete what no earlier export wrote."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file, but an export is a folder: choose another --output.")
+    there = [path.relative_to(output) for path in sorted(output.rglob("*")) if path.is_file()]
+    there = [str(path) for path in there if "__pycache__" not in path.parts]
+    if not there:
+        return
+    done = read_done(output) or {}
+    others = [name for name in there if name not in ("done.json", *done.get("sha256", ()))]
+    if "format" not in done or others:
+        raise UserError(
+            f"{output} holds what no export wrote ({', '.join((others or there)[:3])}): choose another --output, or "
+            f"take it out."
+        )
+
+
+def finish(folder: pathlib.Path, args: argparse.Namespace, sha256: str) -> None:
+    """Writes done.json, with the hash of the weights as the workdir has them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_json(
+        folder / "done.json",
+        {
+            "sha256": {str(path.relative_to(folder)): file_sha256(path) for path in files},
+            "format": args.format,
+            "model": args.model,
+            "weights": {args.weights: sha256},
+        },
+    )
+
+
+def how_to_open(output: pathlib.Path, args: argparse.Namespace) -> str:
+    return {
+        "pipeline": f'open it with ARDPipeline.from_pretrained("{output}").',
+        "diffusers": f'open it with DiTPipeline.from_pretrained("{output}").',
+        "safetensors": f"read it with python -m ard_jax convert --source {output} --workdir DIR.",
+        "stablehlo": f"run it with python {output / 'run.py'} --labels 0 1 --out images.png.",
+    }[args.format]

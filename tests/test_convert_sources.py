@@ -1,0 +1,451 @@
+"""What a file or folder is recognised as, what it leaves open, and what is refused."""
+
+import argparse
+import builtins
+import json
+import logging
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from convert_fixtures import (
+    SCHEDULER,
+    WEIGHTS,
+    assert_equal_trees,
+    assert_same,
+    state_dict,
+    teacher,
+    write_dit_pipeline,
+    write_json,
+    write_vae,
+)
+from safetensors.numpy import save_file
+
+from ard_jax.config import make_process, make_student, make_teacher, validate
+from ard_jax.convert import from_torch, to_torch
+from ard_jax.convert.published import parameters
+from ard_jax.convert.sources import Told, folder_license, open_source
+from ard_jax.convert.tensors import write_tensors
+from ard_jax.errors import UserError
+from ard_jax.models import ARDStudent, DiT
+
+HEADS = {"num_heads": 2}
+
+
+def write(path: pathlib.Path, tensors, metadata=None) -> pathlib.Path:
+    write_tensors(path, tensors, metadata)
+    return path
+
+
+def opened(path, **told):
+    """A source whose config makes its own model and is a valid one."""
+    source = open_source(path, Told(**told))
+    if source.model is not None:
+        validate(source.config)
+        make = make_student if isinstance(source.model, ARDStudent) else make_teacher
+        assert make(source.config).clone(dtype=None) == source.model.clone(dtype=None)
+    return source
+
+
+def refused(path, **told):
+    with pytest.raises(UserError) as error:
+        open_source(path, Told(**told))
+    said = str(error.value)
+    assert "\n" not in said and said.endswith("."), said
+    return said
+
+
+# ------------------------------------------------------------------------------------------------ published files
+
+
+def test_a_published_state_dict(tmp_path):
+    given = teacher()
+    source = opened(write(tmp_path / "DiT-tiny.safetensors", given), **HEADS)
+    assert source.what == "DiT teacher, a state dict with the published names"
+    assert type(source.model) is DiT and source.model.num_heads == 2 and source.model.image_size == 4
+    assert_same(source.tensors, given)
+    config = source.config
+    assert (config.data.space, config.data.image_size, config.data.channels, config.data.num_classes) == ("latent", 4, 4, 5)
+    assert (config.diffusion.process, config.diffusion.guided_channels, config.diffusion.spacing) == ("vp", 3, "linspace")
+    assert config.student.history_layers == 2 and config.sample.models == ("teacher",)
+    assert (source.license, source.vae, source.labels) == (None, None, ())
+    assert opened(write(tmp_path / "DiT-pixels.safetensors", teacher(channels=3)), **HEADS).config.data.space == "pixel"
+
+
+def test_sit_counts_time_from_the_noise(tmp_path):
+    path = write(tmp_path / "SiT-XL-2-256x256.safetensors", teacher())
+    for source in (opened(path, **HEADS), opened(write(tmp_path / "x.safetensors", teacher()), objective="velocity", **HEADS)):
+        process = make_process(source.config)
+        assert (source.config.diffusion.process, process.reversed, process.time_scale) == ("flow", True, 1.0)
+        assert (process.noise_time, process.data_time) == (0.0, 1.0)
+        assert source.what.startswith("SiT teacher")
+
+
+def test_what_nothing_tells_is_asked_for(tmp_path):
+    path = write(tmp_path / "x.safetensors", teacher())
+    assert "width 8 and depth 2, which is no published size: give --num-heads" in refused(path)
+    assert "predicts noise, as DiT does, or velocity, as SiT does: give --objective noise or" in refused(path, **HEADS)
+    assert opened(path, objective="noise", **HEADS).config.diffusion.process == "vp"
+    path = write(tmp_path / "y.safetensors", state_dict(heads=3))
+    assert "this student of 3 steps stops: give --points, 3 falling" in refused(path, history_layers=1, **HEADS)
+    assert opened(path, history_layers=1, points=(12, 7, 0), **HEADS).config.student.points == (12, 7, 0)
+
+
+@pytest.mark.parametrize("width, depth, heads", [(384, 12, 6), (768, 12, 12)])
+def test_heads_of_published_sizes(tmp_path, width, depth, heads):
+    """Told by width and depth, from shapes alone: the arrays are a hole in the file."""
+    path = sparse(tmp_path / "DiT-S-2.safetensors", shapes_of_size(width, depth))
+    assert open_source(path).model.num_heads == heads
+
+
+def test_a_student(tmp_path):
+    given = state_dict(heads=4, depth=7)
+    path = write(tmp_path / "x.safetensors", given)
+    source = opened(path, name="mine", **HEADS)
+    assert source.what.startswith("ARD student") and type(source.model) is ARDStudent
+    student = source.config.student
+    assert (student.name, student.points, student.history_layers, student.mask, student.heads) == (
+        "mine", (15, 10, 5, 0), 6, "causal", "separate",
+    )  # fmt: skip
+    assert source.config.sample.models == ("mine",) and source.config.diffusion.process == "vp"
+    source = opened(path, mask="window", history_layers=2, **HEADS)
+    assert (source.model.mask, source.model.history_layers, source.config.student.name) == ("window", 2, "ard")
+    two = opened(write(tmp_path / "two.safetensors", state_dict(heads=2)), history_layers=0, **HEADS)
+    assert two.config.student.points == (10, 0) and set(two.config.trajectories.points) == {15, 10, 5, 0}
+    assert "history_layers is 6, but the model has 2 layers" in refused(tmp_path / "two.safetensors", **HEADS)
+
+
+def test_points_make_a_student_of_one_final_layer(tmp_path):
+    path = write(tmp_path / "x.safetensors", state_dict(heads=1))
+    one = opened(path, points=(0,), history_layers=0, **HEADS)
+    assert (one.model.steps, one.model.heads) == (1, "separate")
+    two = opened(path, points=(10, 0), history_layers=0, **HEADS)
+    assert (two.model.steps, two.model.heads) == (2, "shared")
+    assert parameters(two.tensors, two.model)["final_layer"]["linear"]["kernel"].ndim == 2
+
+
+@pytest.mark.parametrize(
+    "told, sentence",
+    [
+        ({"points": (10, 5, 0), "history_layers": 0}, "has 2 final layers, so its student makes 2 steps, not 3"),
+        ({"weights": "ema"}, "--weights has no meaning here, since .* is no training checkpoint with ema and model"),
+    ],
+)
+def test_flags_that_do_not_fit_a_student(tmp_path, told, sentence):
+    path = write(tmp_path / "x.safetensors", state_dict(heads=2))
+    assert re.search(sentence, refused(path, **HEADS, **told))
+
+
+def test_flags_of_students_for_a_teacher(tmp_path):
+    path = write(tmp_path / "DiT.safetensors", teacher())
+    for told in ({"mask": "window"}, {"history_layers": 1}):
+        assert "has no meaning here, since" in refused(path, **HEADS, **told)
+        assert "has no meaning here, since" in refused(write_dit_pipeline(tmp_path / "pipeline"), **told)
+
+
+def test_wrong_architectures(tmp_path):
+    given = teacher()
+    del given["blocks.1.attn.proj.bias"]
+    path = write(tmp_path / "DiT.safetensors", given | {"blocks.1.attn.q_norm.weight": np.ones(4, np.float32)})
+    assert "missing: blocks.1.attn.proj.bias; unexpected: blocks.1.attn.q_norm.weight" in refused(path, **HEADS)
+    path = write(tmp_path / "unet.safetensors", {"conv_in.weight": np.ones(3, np.float32)})
+    assert "has no 'x_embedder.proj.weight', so it is not a DiT's" in refused(path)
+
+
+def test_half_precision_is_said_once(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="ard_jax")
+    given = teacher(dtype=np.float16)
+    given["pos_embed"] = given["pos_embed"].astype(np.float16)
+    source = opened(write(tmp_path / "DiT.safetensors", given), **HEADS)
+    params = parameters(source.tensors, source.model)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'DiT.safetensors'} holds float16 weights, which become float32 here."
+    ]
+    expected = from_torch({name: array.astype(np.float32) for name, array in given.items()}, num_heads=2)[1]
+    assert_equal_trees(params, expected)
+
+
+def test_prefixes_of_wrappers(tmp_path):
+    given = teacher()
+    wrapped = {f"_orig_mod.module.{name}": array for name, array in given.items()}
+    assert_same(opened(write(tmp_path / "DiT.safetensors", wrapped), **HEADS).tensors, given)
+
+
+def test_licences_of_the_published_files(tmp_path):
+    expected = {"DiT-XL-2-256x256": "CC-BY-NC-4.0", "DiT-XL-2-512x512": "CC-BY-NC-4.0", "SiT-XL-2-256": "MIT", "DiT-my": None}
+    for name, license in expected.items():
+        path = write(tmp_path / f"{name}.safetensors", teacher())
+        assert opened(path, **HEADS).license == license
+        assert opened(path, license="apache-2.0", **HEADS).license == "apache-2.0"
+
+
+# -------------------------------------------------------------------------------------------- training checkpoints
+
+
+def write_pt(path, content):
+    import torch
+
+    def tensors(value):
+        return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else tensors(v) if isinstance(v, dict) else v
+                for k, v in value.items()}  # fmt: skip
+
+    torch.save(tensors(content), path)
+    return path
+
+
+@pytest.mark.oracle
+def test_a_training_checkpoint(tmp_path):
+    ema, raw = teacher(), {name: array + 1 for name, array in teacher().items()}
+    args = argparse.Namespace(model="DiT-XL/2", image_size=32, num_classes=5)
+    path = write_pt(tmp_path / "0400000.pt", {"model": raw, "ema": ema, "opt": {"state": {}}, "args": args})
+    source = opened(path, **HEADS)
+    assert source.what == "DiT teacher, the ema of a training checkpoint with the published names"
+    assert_same(source.tensors, ema)
+    assert_same(open_source(path, Told(weights="ema", **HEADS)).tensors, ema)
+    assert open_source(path, Told(weights="model", **HEADS)).tensors["x_embedder.proj.bias"][0] == raw["x_embedder.proj.bias"][0]
+    assert refused(path, objective="velocity", **HEADS) == (
+        f"--objective is velocity, but {path} says noise: leave --objective out."
+    )
+    path = write_pt(tmp_path / "raw.pt", {"model": raw, "args": {"model": "DiT-XL/2"}})
+    assert "raw.pt has no 'ema': it has model, choose that with --weights" in refused(path, weights="ema", **HEADS)
+    assert "the model of a training checkpoint" in opened(path, **HEADS).what
+
+
+@pytest.mark.oracle
+def test_a_published_pt(tmp_path):
+    source = opened(write_pt(tmp_path / "DiT-XL-2-256x256.pt", teacher()), **HEADS)
+    assert source.what == "DiT teacher, a state dict with the published names" and source.license == "CC-BY-NC-4.0"
+    assert_same(source.tensors, teacher())
+
+
+@pytest.mark.oracle
+def test_students_of_the_ard_repository(tmp_path):
+    """Their training records N as `stack`."""
+    args = argparse.Namespace(model="DiT-XL/2", stack=3, ckpt_path=None)
+    given = state_dict(heads=4, depth=5)
+    source = opened(write_pt(tmp_path / "0300000.pt", {"model": given, "ema": given, "opt": {}, "args": args}), **HEADS)
+    assert isinstance(source.model, ARDStudent) and source.model.history_layers == 3
+    assert opened(tmp_path / "0300000.pt", history_layers=2, **HEADS).model.history_layers == 2
+
+
+@pytest.mark.oracle
+def test_sit_trainings(tmp_path):
+    args = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"}
+    path = write_pt(tmp_path / "x.pt", {"ema": teacher(), "args": argparse.Namespace(**args)})
+    assert opened(path, **HEADS).config.diffusion.process == "flow"
+    for change, said in (({"path_type": "GVP"}, "path_type GVP, but only Linear"), ({"prediction": "score"}, "prediction sc")):
+        write_pt(path, {"ema": teacher(), "args": argparse.Namespace(**args | change)})
+        assert said in refused(path, **HEADS)
+
+
+def test_without_torch(tmp_path, monkeypatch):
+    original = builtins.__import__
+
+    def without(name, *rest):
+        if name == "torch":
+            raise ImportError(name)
+        return original(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    (tmp_path / "DiT.pt").write_bytes(b"")
+    said = refused(tmp_path / "DiT.pt")
+    assert "PyTorch's own format, which torch reads: pip install torch" in said and "or give safetensors" in said
+
+
+# --------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_dit_pipeline(tmp_path):
+    folder = write_dit_pipeline(tmp_path, id2label={"0": "tench", "1": "goldfish, Carassius auratus", "4": "hen"})
+    (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\ntags:\n- dit\n---\n# A model\n")
+    source = opened(folder)
+    assert source.what == "a DiTPipeline of diffusers" and type(source.model) is DiT
+    assert (source.model.num_heads, source.model.frequency_shift, source.model.mlp_norm_eps) == (2, 1.0, 1e-5)
+    diffusion = source.config.diffusion
+    assert (diffusion.process, diffusion.spacing, diffusion.guided_channels) == ("vp", "leading", 0)
+    assert source.vae == folder / "vae" and source.license == "cc-by-nc-4.0"
+    assert source.labels == ("tench", "goldfish, Carassius auratus", "class 2", "class 3", "hen")
+    assert_same(source.tensors, teacher())
+    model, params = from_torch(teacher(), num_heads=2)
+    assert_equal_trees(parameters(source.tensors, source.model), params)
+    assert opened(folder, frequency_shift=0.0).model.frequency_shift == 0.0
+
+
+def test_a_scheduler_of_its_own(tmp_path, caplog):
+    changes = {"num_train_timesteps": 500, "beta_start": 0.0002, "beta_end": 0.03, "timestep_spacing": "trailing"}
+    diffusion = opened(write_dit_pipeline(tmp_path, **changes)).config.diffusion
+    assert (diffusion.train_steps, diffusion.beta_start, diffusion.beta_end, diffusion.spacing) == (
+        500, 0.0002, 0.03, "trailing",
+    )  # fmt: skip
+    caplog.clear()
+    opened(write_dit_pipeline(tmp_path, clip_sample=True, steps_offset=1, set_alpha_to_one=False))
+    said = f"{tmp_path}/scheduler/scheduler_config.json samples with clip_sample True, steps_offset 1, set_alpha_to_one "
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        said + "False; here it is DDIM without that."
+    ]
+    caplog.clear()
+    opened(write_dit_pipeline(tmp_path, _class_name="DPMSolverMultistepScheduler"))
+    assert "samples with DPMSolverMultistepScheduler; here it is DDIM" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"beta_schedule": "scaled_linear"}, "has beta_schedule 'scaled_linear', but only 'linear' can be converted"),
+        ({"prediction_type": "v_prediction"}, "has prediction_type 'v_prediction', but only 'epsilon' can be"),
+        ({"trained_betas": [0.1]}, r"has trained_betas \[0.1\], but only None can be converted"),
+        ({"rescale_betas_zero_snr": True}, "has rescale_betas_zero_snr True, but only False can be"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "a FlowMatchEulerDiscreteScheduler, which is no scheduler of"),
+    ],
+)
+def test_schedulers_that_mean_another_network(tmp_path, change, sentence):
+    assert re.search(sentence, refused(write_dit_pipeline(tmp_path, **change)))
+
+
+def test_half_precision_and_sharded_pipelines(tmp_path):
+    assert_same(
+        opened(write_dit_pipeline(tmp_path / "half", np.float16)).tensors,
+        {
+            name: array if name == "pos_embed" else array.astype(np.float16).astype(np.float32)
+            for name, array in teacher().items()
+        },
+    )
+    folder = write_dit_pipeline(tmp_path / "shards") / "transformer"
+    whole = dict(open_source(folder).tensors)
+    from ard_jax.convert.tensors import read_tensors
+
+    arrays, places = read_tensors(folder), {}
+    (folder / WEIGHTS).unlink()
+    for number, names in enumerate((list(arrays)[::2], list(arrays)[1::2])):
+        shard = f"diffusion_pytorch_model-0000{number + 1}-of-00002.safetensors"
+        save_file({name: arrays[name] for name in names}, folder / shard)
+        places |= dict.fromkeys(names, shard)
+    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": places})
+    assert_same(opened(folder.parent).tensors, whole)
+    (folder / shard).unlink()
+    assert f"the shard '{shard}' that" in refused(folder.parent)
+
+
+def test_parts_of_pipelines(tmp_path):
+    folder = write_dit_pipeline(tmp_path)
+    source = opened(folder / "transformer")
+    assert source.what == "a DiT transformer of diffusers" and source.vae is None
+    assert (source.config.diffusion.guided_channels, source.config.diffusion.spacing) == (0, "linspace")
+    alone = open_source(folder / "vae")
+    assert alone.what == "an autoencoder of diffusers" and alone.vae == folder / "vae" and alone.model is None
+
+
+def test_a_folder_with_one_file(tmp_path):
+    write(tmp_path / "DiT-XL-2-256x256.safetensors", teacher())
+    (tmp_path / "LICENSE.txt").write_text("Do what you like.")
+    assert opened(tmp_path, **HEADS).license == "see LICENSE.txt"
+
+
+@pytest.mark.parametrize("is_student", [True, False])
+def test_what_ard_jax_exported(tmp_path, is_student):
+    """A pipeline's folder, its part, and safetensors whose metadata holds the config: all tell the same model."""
+    given = state_dict(heads=2) if is_student else teacher()
+    told = {"history_layers": 1, "mask": "window", "points": (12, 0)} if is_student else {"objective": "velocity"}
+    first = opened(write(tmp_path / "x.safetensors", given), **HEADS, **told)
+    sections = ("data", "model", "diffusion", *(("student",) if is_student else ()))
+    kept = json.loads(json.dumps({name: first.config[name].to_dict() for name in sections}))
+    file = write(tmp_path / "y.safetensors", to_torch(first.model, parameters(first.tensors, first.model)),
+                 {"config": json.dumps(kept)})  # fmt: skip
+    name = "student" if is_student else "teacher"
+    folder = tmp_path / "pipeline"
+    write_json(folder / name / "config.json", {"_class_name": "ARDStudent" if is_student else "DiT", "config": kept})
+    write(folder / name / WEIGHTS, given)
+    index = {"_class_name": "ARDPipeline", name: ["ard_jax", "x"], "vae": ["diffusers", "AutoencoderKL"]}
+    write_json(folder / "model_index.json", index | {"id2label": {"0": "zero"}})
+    write_vae(folder / "vae")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: my-licence\n---\n")
+    for path in (file, folder, folder / name):
+        source = opened(path)
+        assert source.model == first.model and source.config.diffusion == first.config.diffusion
+        assert source.config.student.points == first.config.student.points
+        assert_same(source.tensors, given)
+    whole = open_source(folder)
+    assert whole.labels[:2] == ("zero", "class 1") and whole.vae == folder / "vae" and whole.license == "my-licence"
+    assert "--num-heads is 4, but" in refused(folder, num_heads=4)
+    del index[name]
+    write_json(folder / "model_index.json", index)
+    assert "names no student and no teacher" in refused(folder)
+
+
+def test_broken_descriptions_of_ours(tmp_path):
+    for text in ("{", "[]", '{"data": {}}', '{"data": {}, "model": {}, "diffusion": {}, "more": {}}',
+                 '{"data": {}, "model": {"later": 1}, "diffusion": {}}'):  # fmt: skip
+        path = write(tmp_path / "x.safetensors", teacher(), {"config": text})
+        assert "describes no model of this version of ard_jax" in refused(path)
+
+
+def test_folders_that_are_none_of_these(tmp_path):
+    assert f"{tmp_path} is no pipeline, since it has no model_index.json or config.json, and it holds 0 files" in refused(
+        tmp_path
+    )
+    write(tmp_path / "a.safetensors", teacher())
+    write(tmp_path / "b.safetensors", teacher())
+    assert "holds 2 files of weights: give a pipeline's folder, or the file that you mean" in refused(tmp_path)
+    write_json(tmp_path / "config.json", {"_class_name": "UNet2DConditionModel"})
+    assert "holds a UNet2DConditionModel: only a DiT, an ARD student or an AutoencoderKL" in refused(tmp_path)
+    write_json(tmp_path / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    assert "holds a StableDiffusionPipeline: only a DiTPipeline or ARDPipeline can be converted" in refused(tmp_path)
+    (tmp_path / "model_index.json").write_text("{")
+    assert "model_index.json is no JSON object: fetch it again" in refused(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    assert "notes.txt is no file of weights: give one of .safetensors, .bin" in refused(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("part", ["transformer/config.json", "scheduler/scheduler_config.json", "vae/config.json"])
+def test_pipelines_that_are_not_whole(tmp_path, part):
+    folder = write_dit_pipeline(tmp_path)
+    (folder / part).unlink()
+    assert f"{folder / part} is missing, so {(folder / part).parent} is not whole: fetch it again" in refused(folder)
+
+
+@pytest.mark.parametrize("id2label", [[1], {"zero": "0"}, "names"])
+def test_class_names_that_are_none(tmp_path, id2label):
+    assert "has an id2label that gives no names by number" in refused(write_dit_pipeline(tmp_path, id2label=id2label))
+
+
+@pytest.mark.parametrize(
+    "card, license",
+    [
+        ("---\nlicense: mit\n---", "mit"),
+        ("---\ntags:\n- a\nlicense: 'cc-by-4.0'\n---\nlicense: no", "cc-by-4.0"),
+        ("---\nlicense: other\n---", "other"),
+        ("license: mit", None),
+        ("---\nlicense:\n---", None),
+    ],
+)
+def test_licences_of_folders(tmp_path, card, license):
+    (tmp_path / "README.md").write_text(card)
+    assert folder_license(tmp_path) == license
+    (tmp_path / "LICENSE").write_text("x")
+    assert folder_license(tmp_path) == (license or "see LICENSE")
+
+
+# --------------------------------------------------------------------------------------------------- at full size
+
+
+def shapes_of_size(width, depth, heads=1, tokens=256, patch=2, channels=4, classes=1000):
+    small = state_dict(width=width, channels=channels, patch=patch, depth=1, classes=classes, hidden=4 * width,
+                       out=2 * channels, heads=heads, side=1) if width < 100 else None  # fmt: skip
+    assert small is None
+    dense = {"t_embedder.mlp.0": (width, 256), "t_embedder.mlp.2": (width, width)}
+    for layer in range(depth):
+        sizes = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+        sizes["adaLN_modulation.1"] = (6, 1)
+        dense |= {f"blocks.{layer}.{name}": (a * width, b * width) for name, (a, b) in sizes.items()}
+    for head in ["final_layer"] + [f"final_layer{b}" for b in range(2, heads + 1)]:
+        dense |= {f"{head}.linear": (patch**2 * 2 * channels, width), f"{head}.adaLN_modulation.1": (2 * width, width)}
+    shapes = {
+        "pos_embed": (1, tokens, width),
+        "x_embedder.proj.weight": (width, channels, patch, patch),
+        "x_embedder.proj.bias": (width,),
+        "y_embedder.embedding_table.weight": (classes + 1, width),
+    }
+    for name, shape in dense.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes

@@ -1,0 +1,100 @@
+"""A whole run in the latents of an autoencoder: images in at the front, images out at the end."""
+
+import jax
+import numpy as np
+import pytest
+from pipeline_fixtures import done, sentence, smoke
+
+from ard_jax.convert import vae_to_diffusers
+from ard_jax.convert.tensors import write_tensors
+from ard_jax.data import to_uint8
+from ard_jax.files import read_json, write_json
+from ard_jax.models import AutoencoderKL
+from ard_jax.models.vae import to_images
+
+STAGES = ("encode", "teacher", "trajectories", "distill", "sample", "evaluate", "report")
+
+
+def write_vae(folder):
+    """A random autoencoder of grey images, one latent pixel for 2×2 of the image, in diffusers' format."""
+    model = AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        latent_channels=2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))["params"]
+    tensors, config = vae_to_diffusers(model, params)
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors)
+    write_json(folder / "config.json", config)
+    return model, params
+
+
+@pytest.fixture(scope="module")
+def latent_run(tmp_path_factory):
+    """(workdir, overrides, autoencoder, its parameters) of a whole run."""
+    workdir = tmp_path_factory.mktemp("latents")
+    vae = write_vae(workdir / "vae")
+    overrides = (
+        "data.source=tfds", f"data.dir={workdir / 'latents' / '1.0.0'}", "data.space=latent", "data.image_size=4",
+        "data.channels=2", "encode.source=digits", "encode.image_size=8", "encode.horizontal_flip=False",
+        "encode.shard_size=600", "vae.batch_size=5",
+    )  # fmt: skip
+    for stage in STAGES:
+        outcome = smoke(stage, workdir, *overrides)
+        assert outcome.status == 0, outcome.err
+    return workdir, overrides, *vae
+
+
+@pytest.mark.slow
+def test_samples_are_decoded(latent_run, tmp_path):
+    workdir, overrides, model, params = latent_run
+    with np.load(workdir / "sample" / "ard" / "samples.npz", allow_pickle=False) as file:
+        images, labels = file["arr_0"], file["labels"]
+    assert images.shape == (72, 8, 8, 1) and images.dtype == np.uint8
+    assert (workdir / "sample" / "ard" / "grid.png").is_file()
+    # without the VAE the stage writes what the network made, which decodes to those images
+    (workdir / "vae").rename(tmp_path / "vae")
+    try:
+        outcome = smoke("sample", workdir, *overrides)
+        with np.load(workdir / "sample" / "ard" / "samples.npz", allow_pickle=False) as file:
+            latents = file["latents"]
+            assert "arr_0" not in file
+            np.testing.assert_array_equal(file["labels"], labels)
+        assert outcome.status == 0 and f"there is no VAE in {workdir / 'vae'}, so latents are written" in outcome.err
+        assert "there is no VAE in" in sentence(smoke("evaluate", workdir, *overrides), "evaluate")
+    finally:
+        (tmp_path / "vae").rename(workdir / "vae")
+    assert latents.shape == (72, 4, 4, 2) and latents.dtype == np.float32
+    expected = to_uint8(jax.jit(lambda z: to_images(model, params, z))(latents))
+    assert np.abs(images.astype(int) - expected).max() <= 1 and images.std() > 5  # a rounding to grey levels
+    assert "holds latents, drawn without a VAE: run 'sample' again" in sentence(
+        smoke("evaluate", workdir, *overrides), "evaluate"
+    )
+    assert smoke("sample", workdir, *overrides).status == 0
+    with np.load(workdir / "sample" / "ard" / "samples.npz", allow_pickle=False) as file:
+        np.testing.assert_array_equal(file["arr_0"], images)
+
+
+@pytest.mark.slow
+def test_images_are_measured_and_shown(latent_run):
+    workdir, _, model, params = latent_run
+    results = read_json(workdir / "report" / "results.json")
+    assert results["real_images"] == 1797 and results["ard"]["fd"] > 0
+    # the error of each step is the network's own, the decibels those of the images
+    decibels = 10 * np.log10(4 / np.asarray(results["ard"]["mse_per_step"]))
+    assert np.abs(decibels - results["ard"]["psnr_per_step"]).min() > 0.1
+    with np.load(workdir / "evaluate" / "pictures.npz", allow_pickle=False) as pictures:
+        assert {name: pictures[name].shape for name in ("noise", "teacher", "ard")} == {
+            "noise": (4, 8, 8, 1), "teacher": (4, 3, 8, 8, 1), "ard": (4, 3, 8, 8, 1)
+        }  # fmt: skip
+    assert done(workdir / "latents")["records"] == 1797
+
+
+@pytest.mark.slow
+def test_a_vae_of_other_latents_is_refused(latent_run, tmp_path):
+    workdir, overrides, *_ = latent_run
+    said = sentence(smoke("sample", workdir, *overrides, "data.channels=3"), "sample")
+    assert "has latents of 2 channels, but data.channels is 3: set vae.dir to the one that" in said
