@@ -262,7 +262,7 @@ def test_settings_of_latents_do_not_go_with_digits(workdir):
     said = sentence(smoke("teacher", workdir, "data.space=latent"), "teacher")
     assert "data.space=latent needs data.source=tfds" in said
     said = sentence(smoke("evaluate", workdir, "data.space=latent"), "evaluate")
-    assert "evaluate compares images, but data.space is 'latent'" in said
+    assert f"evaluate compares images, but there is no VAE in {workdir / 'vae'} to decode latents with" in said
 
 
 # ------------------------------------------------------------------------------------------------------- workdirs

@@ -91,6 +91,7 @@ def test_images_are_measured_and_shown(latent_run):
             "noise": (4, 8, 8, 1), "teacher": (4, 3, 8, 8, 1), "ard": (4, 3, 8, 8, 1)
         }  # fmt: skip
     assert done(workdir / "latents")["records"] == 1797
+    assert read_json(workdir / "teacher" / "labels.json") == [str(digit) for digit in range(10)]
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from ard_jax import __version__
 from ard_jax.config import example_shape
 from ard_jax.convert.vae import diffusers_config
-from ard_jax.data import MODES, image_source
+from ard_jax.data import MODES, class_names, image_source
 from ard_jax.errors import UserError
 from ard_jax.files import tree_sha256
 from ard_jax.models import AutoencoderKL
@@ -123,10 +123,11 @@ def open_images(config: ml_collections.ConfigDict, model: AutoencoderKL) -> grai
 
 def features_of(config: ml_collections.ConfigDict) -> tfds.features.FeaturesDict:
     """The record: latent (H, W, C), label, index, and whether it is of the mirror image."""
+    names, classes = class_names(config.encode), config.data.num_classes
     return tfds.features.FeaturesDict(
         {
             "latent": tensor(example_shape(config), config.encode.dtype),
-            "label": tfds.features.ClassLabel(num_classes=config.data.num_classes),
+            "label": tfds.features.ClassLabel(names=names) if names else tfds.features.ClassLabel(num_classes=classes),
             "index": tfds.features.Scalar(dtype=np.int64),
             "flipped": tfds.features.Scalar(dtype=np.bool_),
         }

@@ -58,13 +58,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if not is_first():
         return
     watch, directory, mesh = Stopwatch(), workdir / "evaluate", make_mesh(jax.local_devices())
-    sampled = finished(workdir / "sample", "sample")["models"]
     vae = find_vae(config, workdir)
     if config.data.space == "latent" and vae is None:
         raise UserError(
             f"evaluate compares images, but there is no VAE in {vae_folder(config, workdir)} to decode latents with: "
             f"convert one into the workdir, or set vae.dir, and run 'sample' again."
         )
+    sampled = finished(workdir / "sample", "sample")["models"]
     teacher = load_teacher(config, workdir, mesh)
     students = {name: load_student(workdir / "distill" / name, mesh) for name in sampled if name != "teacher"}
     hashes = {"teacher": teacher[2]} | {name: student[2] for name, student in students.items()}
