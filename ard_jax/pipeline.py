@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import operator
 import os
@@ -320,14 +321,11 @@ class ARDPipeline:
                 rows = np.arange(first, min(first + size, count))
                 filled = np.resize(rows, size)
                 made = program(self.params, self.vae_params, noise(filled), put_batch(labels[filled], self.mesh), *rest)
-                parts.append(jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[: len(rows)], made))
+                parts.append([shown(np.asarray(leaf)[: len(rows)], output_type) for leaf in jax.tree.leaves(made)])
                 if bar is not None:
                     bar.update(len(rows))
-        made = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-        images, trajectory = made if isinstance(made, tuple) else (made, None)
-        if output_type == "pil":
-            images, trajectory = to_pil(images), None if trajectory is None else list(map(to_pil, trajectory))
-        return PipelineOutput(images, labels, trajectory)
+        images, *trajectory = (joined(batches) for batches in zip(*parts, strict=True))
+        return PipelineOutput(images, labels, *trajectory)
 
     def _drawn_noise(self, seed: int) -> Callable[[np.ndarray], jax.Array]:
         """Image numbers → their noises of this seed, as the stage `sample` draws them."""
@@ -409,6 +407,18 @@ def whole(value: Any, name: str, low: int, high: int | None = None) -> int:
         asked = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise UserError(f"{name} is {value!r}: give a whole number {asked}.")
     return number
+
+
+def shown(array: np.ndarray, output_type: str) -> Any:
+    """A batch of images, or of trajectories of them, in the type that was asked for, before the next batch is made."""
+    if output_type != "pil":
+        return array
+    return to_pil(array) if array.ndim == 4 else [to_pil(steps) for steps in array]
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """Batches after another: arrays as an array, lists as a list."""
+    return list(itertools.chain(*batches)) if isinstance(batches[0], list) else np.concatenate(batches)
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:

@@ -31,7 +31,16 @@ from ard_jax.errors import UserError
 from ard_jax.files import read_json, write_json
 from ard_jax.models import ARDStudent, AutoencoderKL, DiT
 from ard_jax.parallel import make_mesh
-from ard_jax.stages.workdir import load_student, load_teacher, load_vae, plain, read_done, recorded_config, vae_folder
+from ard_jax.stages.workdir import (
+    load_student,
+    load_teacher,
+    load_vae,
+    plain,
+    read_done,
+    recorded_config,
+    teacher_folder,
+    vae_folder,
+)
 
 PARTS = {"student": "ARDStudent", "teacher": "DiT"}
 OURS = {"model_index.json", "README.md", "vae", *PARTS}
@@ -123,14 +132,11 @@ def reader(folder: pathlib.Path) -> Callable[[pathlib.Path], Opened]:
 def open_folder(folder: pathlib.Path) -> Opened:
     """A folder of ours or of diffusers, which `convert` reads too."""
     source = open_source(folder)
-    config = sections(source.config, isinstance(source.model, ARDStudent))
-    if "student" in config:  # `convert` names students anew
-        config.student.name = read_json(folder / "student" / "config.json")["config"]["student"]["name"]
     vae, vae_params = open_vae(source.vae) if source.vae else (None, None)
     card = folder / "README.md"
     return {
         "params": parameters(source.tensors, source.model, array=np.asarray),
-        "config": config,
+        "config": sections(source.config, isinstance(source.model, ARDStudent)),
         "vae": vae,
         "vae_params": vae_params,
         "id2label": dict(enumerate(source.labels)),
@@ -153,18 +159,16 @@ def open_workdir(folder: pathlib.Path) -> Opened:
     workdir = folder.absolute().parents[1 if is_student else 0]
     if is_student:
         _, params, _, _ = load_student(folder, mesh)
-        teacher = pathlib.Path(config.teacher.dir or workdir / "teacher")
     else:
         config.teacher.dir = os.fspath(folder)
         _, params, _ = load_teacher(config, workdir, mesh)
-        teacher = folder
     vae, vae_params = vae_beside(config, workdir)
     return {
         "params": params,
         "config": sections(config, is_student),
         "vae": vae,
         "vae_params": vae_params,
-        "id2label": read_names(teacher / "labels.json"),
+        "id2label": read_names(folder / "labels.json") or read_names(teacher_folder(config, workdir) / "labels.json"),
     }
 
 

@@ -1,12 +1,14 @@
 """What the tests of conversions share: small state dicts with published names, and folders as diffusers writes them."""
 
 import json
+import math
 import pathlib
 
 import jax
 import numpy as np
 
 from ard_jax.convert import dit_to_diffusers, from_torch, vae_to_diffusers
+from ard_jax.convert.published import expected_shapes
 from ard_jax.convert.tensors import write_tensors
 from ard_jax.models import AutoencoderKL, parameter_shapes
 from ard_jax.models.layers import position_table
@@ -55,6 +57,26 @@ def state_dict(width=8, channels=3, patch=2, depth=2, classes=5, hidden=20, out=
 def teacher(**sizes):
     """A teacher of latents with the four-fold MLP that diffusers has."""
     return state_dict(**({"heads": 1, "channels": 4, "out": 8, "hidden": 32, "side": 2} | sizes))
+
+
+def published_shapes(model):
+    """Names and shapes at any size."""
+    tokens = (model.image_size // model.patch_size) ** 2
+    return expected_shapes(model) | {"pos_embed": (1, tokens, model.hidden_size)}
+
+
+def sparse(path: pathlib.Path, model) -> pathlib.Path:
+    """A .safetensors file of a model of any size that takes no room: its arrays are a hole in the file."""
+    header, end = {}, 0
+    for name, shape in published_shapes(model).items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
 
 
 def assert_same(found, expected):

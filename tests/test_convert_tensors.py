@@ -14,6 +14,7 @@ from convert_fixtures import assert_same
 from safetensors.numpy import load_file, save_file
 
 from ard_jax.convert.tensors import (
+    Stored,
     Tensors,
     dtypes_of,
     fetch,
@@ -81,7 +82,15 @@ def test_arrays_are_read_when_they_are_asked_for(tmp_path):
         file.truncate(8 + len(text) + 2**31)
     opened = open_tensors(path)
     assert opened.shapes == {"big": (2**14, 2**15)} and opened.dtypes == {"big": np.dtype(np.float32)}
-    assert len(opened) == 1 and "big" in opened and list(opened) == ["big"]
+    assert len(opened) == 1 and list(opened) == ["big"]
+
+    def fail():
+        raise AssertionError("it was read")
+
+    unread = Tensors({"x": Stored((1,), np.dtype(np.float16), fail)})
+    assert "x" in unread and "y" not in unread and to_float32(unread, "here").shapes == {"x": (1,)}
+    with pytest.raises(AssertionError, match="it was read"):
+        unread["x"]
 
 
 @pytest.mark.parametrize(

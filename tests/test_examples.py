@@ -8,7 +8,7 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline_fixtures import ROOT, compile_cache, pipeline  # noqa: F401 (fixtures)
+from pipeline_fixtures import ROOT
 
 from ard_jax import ARDPipeline
 
@@ -16,7 +16,7 @@ NOTEBOOK = ROOT / "examples" / "pipeline.ipynb"
 
 
 @pytest.fixture(scope="module")
-def cells(pipeline):  # noqa: F811
+def cells(pipeline):
     """The notebook's code cells by name, run on the smoke run's models from the folder that it lies in."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with pytest.MonkeyPatch.context() as patch:
@@ -45,7 +45,7 @@ def pictures(grid: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return np.stack([grid[top : top + 64 : 8, left : left + 64 : 8] for top, left in places])
 
 
-def test_it_shows_what_the_pipelines_make(cells, pipeline):  # noqa: F811
+def test_it_shows_what_the_pipelines_make(cells, pipeline):
     student = ARDPipeline.from_pretrained(pipeline / "distill" / "ard")
     teacher = ARDPipeline.from_pretrained(pipeline / "teacher")
     assert said(cells["open"]) == f"{student}\n{teacher}\n"

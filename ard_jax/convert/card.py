@@ -41,7 +41,7 @@ class Facts:
         parameters: how many.
         images: (height, width, channel) of what it makes; None for latents that no VAE decodes.
         converted: it was trained elsewhere, so that the config says nothing of its training.
-        source: the teacher's `source.json`, {} if it was trained in the workdir.
+        source: the teacher's `source.json`, {} if it was trained with ard_jax, None if nothing is known of it.
         license: of the weights, "" if unknown.
         results: what `results.json` says of these weights, {} if they have not been measured.
         notes: sentences on what is different in this form.
@@ -56,7 +56,7 @@ class Facts:
     parameters: int
     images: tuple[int, int, int] | None
     converted: bool
-    source: Mapping[str, Any]
+    source: Mapping[str, Any] | None
     license: str
     results: Mapping[str, Any]
     notes: Sequence[str] = ()
@@ -145,8 +145,8 @@ def description(facts: Facts) -> str:
     history = config.student.history_layers if config.student.mask != "diagonal" else 0
     steps = count(len(config.student.points), "step")
     method = (
-        f"autoregressive distillation (ARD, arXiv 2504.11295), so that each step sees the earlier ones in the lowest "
-        f"{count(history, 'layer')}"
+        f"autoregressive distillation (ARD, arXiv 2504.11295), so that each step sees the earlier ones in its lowest "
+        f"{'layer' if history == 1 else f'{history} layers'}"
         if history
         else "step distillation, so that each step sees just the point before it"
     )
@@ -171,7 +171,7 @@ def usage(facts: Facts) -> str:
         return (
             "The names of the arrays are those of the published DiT and ARD repositories; what their shapes do not "
             "tell is in the file's metadata. ard_jax makes a model of it again:\n\n"
-            f"```bash\npython -m ard_jax convert --source {facts.name}.safetensors --workdir runs/{facts.name}\n```"
+            "```bash\npython -m ard_jax convert --source . --workdir DIR\n```"
         )
     else:
         output = "" if facts.images else ', output_type="latent"'
@@ -246,6 +246,7 @@ def settings(facts: Facts) -> str:
     if not facts.converted:
         training = config.distill if facts.is_student else config.teacher
         optimizer = training.optimizer
+        rows["images"] = " ".join(filter(None, (config.data.source, config.data.name)))
         rows["training"] = (
             f"{count(training.steps, 'step')} of batch {training.batch_size}, {optimizer.name}, learning rate "
             f"{optimizer.learning_rate:g} ({optimizer.schedule}), running average {optimizer.ema:g}, seed {config.seed}"
@@ -261,7 +262,8 @@ def origin(facts: Facts) -> str:
         which = "They" if facts.converted else "The teacher's weights"
         words += f" {which} come from `{origin_name(facts.source)}`, SHA-256 `{facts.source.get('sha256')}`."
     elif facts.is_student:
-        words += " The teacher was trained with ard_jax."
+        known = facts.source is not None
+        words += " The teacher was trained with ard_jax." if known else " Where its teacher comes from is not known."
     return words
 
 

@@ -340,12 +340,6 @@ def open_transformer(folder: pathlib.Path, told: Told) -> Source:
     )
     agree(told, folder, num_heads=model.num_heads, objective="noise")
     needless(told, f"{folder} holds a teacher of diffusers", "weights", *OF_STUDENTS)
-    if told.frequency_shift is None:
-        log.info(
-            "%s is converted as diffusers runs it; weights that were trained in the DiT repository fit their own "
-            "sinusoids a little better: --frequency-shift 0.",
-            folder,
-        )
     config = describe(model, told)
     config.diffusion.guided_channels = 0  # diffusers guides them all
     return Source(
@@ -467,7 +461,7 @@ def parse_config(described: Any, path: pathlib.Path) -> ConfigDict:
         if not sections <= set(described) <= sections | {"student"}:
             raise ValueError(f"it has the sections {', '.join(described)}")
         with config.ignore_type():
-            config.update(described)
+            config.update(with_tuples(described))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} describes no model of this version of ard_jax ({first_line(error)}): export it again, or use the "
@@ -475,6 +469,13 @@ def parse_config(described: Any, path: pathlib.Path) -> ConfigDict:
         ) from None
     config.sample.models = (config.student.name,) if "student" in described else ("teacher",)
     return fit_defaults(config)
+
+
+def with_tuples(value: Any) -> Any:
+    """JSON gives lists back where tuples were."""
+    if isinstance(value, dict):
+        return {key: with_tuples(part) for key, part in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def read_description(path: pathlib.Path) -> dict[str, Any]:

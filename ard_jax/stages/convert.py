@@ -153,6 +153,8 @@ def summary(source: Source, name: str, places: dict[str, pathlib.Path]) -> list[
                 f"  student     {model.steps} steps (points {points}), {model.history_layers} history layers, "
                 f"{model.mask} mask, {model.heads} heads"
             )
+        if model.frequency_shift:
+            lines.append("  time        as diffusers runs it; published weights were trained with --frequency-shift 0")
     lines.append(f"  licence     {source.license or 'unknown: --license says it'}")
     return [*lines, f"  goes to     {', '.join(str(place) for place in places.values())}"]
 

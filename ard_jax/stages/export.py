@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     check_flags(args, done["sha256"])
     check_output(output)
     source = teacher_source(folder, args)
-    license = choose_license(source, args.license)
+    license = choose_license(source or {}, args.license)
     is_student = args.model != "teacher"
     if args.format == "diffusers":
         check_diffusers(config, is_student)
@@ -137,11 +137,16 @@ def check_flags(args: argparse.Namespace, sha256: dict[str, str]) -> None:
         )
 
 
-def teacher_source(folder: pathlib.Path, args: argparse.Namespace) -> dict[str, Any]:
-    """`source.json` of a converted model, or of the teacher that it comes from; {} if there is none."""
-    teacher = teacher_folder(recorded_config(folder), args.workdir)
+def teacher_source(folder: pathlib.Path, args: argparse.Namespace) -> dict[str, Any] | None:
+    """`source.json` of a converted model, or of the teacher that it comes from.
+
+    {} if that was trained with ard_jax, None if the teacher is not there any more.
+    """
+    teacher = teacher_folder(recorded_config(folder), args.workdir) if args.model != "teacher" else folder
     found = [path for path in (folder / "source.json", teacher / "source.json") if path.exists()]
-    return read_json(found[0]) if found else {}
+    if found:
+        return read_json(found[0])
+    return {} if teacher.exists() else None
 
 
 def load(folder: pathlib.Path, args: argparse.Namespace, sha256: dict[str, str]) -> ARDPipeline:
