@@ -19,7 +19,6 @@ from ml_collections import config_flags
 from ard_jax.config import default_config, validate
 from ard_jax.errors import Preempted, UserError
 
-
 # Stages about a model that exists: they find its config beside it.
 WITHOUT_CONFIG = ("convert", "export")
 

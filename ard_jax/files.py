@@ -56,5 +56,5 @@ def tree_sha256(tree: Any) -> str:
     for name in sorted(leaves):
         array = np.asarray(leaves[name])
         digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # a view: the largest stacks are gigabytes
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # no copy: stacks have gigabytes
     return digest.hexdigest()

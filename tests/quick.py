@@ -11,4 +11,3 @@ OPTIONS = {"xla_backend_optimization_level": 0}
 def quick_jit(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """`jax.jit` that compiles in half the time, to slower code for the same numbers."""
     return jax.jit(function, compiler_options=OPTIONS, **settings)
-

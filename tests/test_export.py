@@ -290,6 +290,7 @@ def test_safetensors_have_published_names_and_tell_the_rest(workdir, tmp_path, m
     converted = back / original.relative_to(workdir)
     assert done(converted)["sha256"]["ema"] == done(original)["sha256"]["ema"]
     assert network(recorded_config(converted)) == network(recorded_config(original))
+    assert ARDPipeline.from_pretrained(converted).id2label == pipe.id2label == {n: str(n) for n in range(10)}
     front, _ = read_card(exported(back, model, "pipeline"))
     assert front["license"] == "apache-2.0"
 

@@ -140,7 +140,9 @@ def open_file(path: pathlib.Path, told: Told) -> Source:
     tensors, recorded, part = open_checkpoint(path, told)
     tensors = to_float32(without_prefixes(tensors), path)
     if "config" in tensors.metadata:
-        return open_described(path, (path,), tensors, parse_config(tensors.metadata["config"], path), told)
+        source = open_described(path, (path,), tensors, parse_config(tensors.metadata["config"], path), told)
+        names = json.loads(tensors.metadata.get("id2label", "{}"))
+        return dataclasses.replace(source, labels=class_names(names, source.model.num_classes, path))
     model = make_model(
         tensors.shapes,
         num_heads=1,  # until it is known how wide and deep the model is
@@ -328,7 +330,7 @@ def open_dit_pipeline(folder: pathlib.Path, index: Mapping[str, Any], told: Told
         what="a DiTPipeline of diffusers",
         files=(folder / "model_index.json", scheduler, *source.files),
         vae=vae,
-        labels=class_names(index.get("id2label"), source.model.num_classes, folder),
+        labels=class_names(index.get("id2label"), source.model.num_classes, folder / "model_index.json"),
         license=told.license or folder_license(folder),
     )
 
@@ -383,7 +385,7 @@ def scheduler_settings(described: Mapping[str, Any], path: pathlib.Path) -> dict
     }
 
 
-def class_names(id2label: Any, count: int, folder: pathlib.Path) -> tuple[str, ...]:
+def class_names(id2label: Any, count: int, path: pathlib.Path) -> tuple[str, ...]:
     """Names by class index, () if there are none; a class without one is called by its number.
 
     Raises:
@@ -392,7 +394,7 @@ def class_names(id2label: Any, count: int, folder: pathlib.Path) -> tuple[str, .
     if not id2label:
         return ()
     if not isinstance(id2label, Mapping) or not all(str(key).isdigit() for key in id2label):
-        raise UserError(f"{folder / 'model_index.json'} has an id2label that gives no names by number: mend it.")
+        raise UserError(f"{path} has an id2label that gives no names by number: mend it.")
     names = {int(key): str(name) for key, name in id2label.items()}
     return tuple(names.get(number, f"class {number}") for number in range(count))
 
@@ -410,7 +412,7 @@ def open_ard_pipeline(folder: pathlib.Path, index: Mapping[str, Any], told: Told
         what=f"the {name} of an ARDPipeline",
         files=(folder / "model_index.json", *source.files),
         vae=folder / "vae" if "vae" in index else None,
-        labels=class_names(index.get("id2label"), source.model.num_classes, folder),
+        labels=class_names(index.get("id2label"), source.model.num_classes, folder / "model_index.json"),
         license=source.license or folder_license(folder),
     )
 

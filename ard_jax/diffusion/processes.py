@@ -13,7 +13,6 @@ import numpy as np
 
 from ard_jax.errors import UserError
 
-
 SPACINGS = ("linspace", "leading", "trailing")
 
 

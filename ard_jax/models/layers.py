@@ -73,9 +73,7 @@ def position_table(rows: int, columns: int, width: int) -> np.ndarray:
     return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
 
 
-def sinusoids(
-    t: jax.Array, size: int = 256, max_period: float = 10_000.0, frequency_shift: float = 0.0
-) -> jax.Array:
+def sinusoids(t: jax.Array, size: int = 256, max_period: float = 10_000.0, frequency_shift: float = 0.0) -> jax.Array:
     """Sinusoidal features of a time (DiT, models.py): (rows,) → (rows, size), cosines first, then sines.
 
     Feature i of each half turns with frequency max_period^(−i / (size/2 − frequency_shift)).

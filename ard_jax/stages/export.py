@@ -191,11 +191,12 @@ def write_pipeline(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Names
 
 
 def write_safetensors(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
-    """Published names; the metadata says what their shapes do not: the whole config of the model."""
+    """Published names; the metadata says what their shapes do not: the model's whole config, and its classes."""
     metadata = {
         "format": "pt",
         "num_heads": str(pipe.model.num_heads),
         "config": json.dumps(plain(pipe.config)),
+        "id2label": json.dumps(label_names(pipe)),
     }
     write_tensors(folder / f"{args.model}.safetensors", to_torch(pipe.model, pipe.params), metadata)
 
@@ -212,12 +213,17 @@ def write_diffusers(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Name
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(pipe.config))
     index = {
         "_class_name": "DiTPipeline",
-        "id2label": {str(number): name for number, name in pipe.id2label.items()},
+        "id2label": label_names(pipe),
         "scheduler": ["diffusers", "DDIMScheduler"],
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
     write_json(folder / "model_index.json", index)
+
+
+def label_names(pipe: ARDPipeline) -> dict[str, str]:
+    """Names by class number, as JSON keeps them."""
+    return {str(number): name for number, name in pipe.id2label.items()}
 
 
 def write_stablehlo(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
