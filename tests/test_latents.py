@@ -15,17 +15,17 @@ from ard_jax.models.vae import to_images
 STAGES = ("encode", "teacher", "trajectories", "distill", "sample", "evaluate", "report")
 
 
-def write_vae(folder):
-    """A random autoencoder of grey images, one latent pixel for 2×2 of the image, in diffusers' format."""
+def write_vae(folder, channels=1, latent_channels=2, widths=(8, 8)):
+    """A random autoencoder in diffusers' format; by default of grey images, a latent pixel for 2×2 of theirs."""
     model = AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        latent_channels=2,
-        block_out_channels=(8, 8),
+        in_channels=channels,
+        out_channels=channels,
+        latent_channels=latent_channels,
+        block_out_channels=widths,
         layers_per_block=1,
         norm_num_groups=4,
     )
-    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, channels), np.float32))["params"]
     tensors, config = vae_to_diffusers(model, params)
     write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors)
     write_json(folder / "config.json", config)

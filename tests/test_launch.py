@@ -85,6 +85,7 @@ class Pod:
 
     def __init__(self, cloud: pathlib.Path, repository: pathlib.Path):
         self.cloud, self.repository = cloud, repository
+        self.running = []
         (cloud / "bin").mkdir(parents=True)
         gcloud = cloud / "bin" / "gcloud"
         gcloud.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {STUBS / "gcloud.py"} "$@"\n')
@@ -103,7 +104,7 @@ class Pod:
             (self.cloud / "homes" / str(worker)).mkdir(parents=True)
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(
+        running = subprocess.Popen(
             [self.repository / "launch" / "tpu_pod.sh", *arguments],
             env={
                 "PATH": f"{self.cloud / 'bin'}:/usr/bin:/bin",
@@ -118,6 +119,8 @@ class Pod:
             text=True,
             start_new_session=True,  # a terminal of its own, to interrupt it alone
         )
+        self.running.append(running)
+        return running
 
     def run(self, *arguments: str, **environment: str) -> Outcome:
         return end(self.start(*arguments, **environment))
@@ -144,18 +147,20 @@ class Pod:
 
     def states(self) -> list[str]:
         """What the workers say of the command."""
-        said = []
-        for worker in (0, 1):
-            environment = {"HOME": str(self.cloud / "homes" / str(worker)), "PATH": "/usr/bin:/bin"}
-            script = self.code(worker) / "launch" / "tpu_worker.sh"
-            asked = subprocess.run(["bash", script, "state", *COMMAND], env=environment, capture_output=True, text=True)
-            said.append(asked.stdout.strip())
-        return said
+        return [end(self.worker(worker, "state", *COMMAND)).out.strip() for worker in (0, 1)]
+
+    def worker(self, worker: int, *arguments: str) -> subprocess.Popen:
+        """tpu_worker.sh as ssh would run it there."""
+        environment = {"HOME": str(self.cloud / "homes" / str(worker)), "PATH": "/usr/bin:/bin"}
+        command = ["bash", self.code(worker) / "launch" / "tpu_worker.sh", *arguments]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def close(self) -> None:
-        for path in (self.cloud / "homes").glob("*/ard_jax_pod/run/pid"):
+        groups = [running.pid for running in self.running if running.poll() is None]
+        groups += [int(path.read_text()) for path in (self.cloud / "homes").glob("*/ard_jax_pod/run/pid")]
+        for group in groups:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(int(path.read_text()), signal.SIGKILL)
+                os.killpg(group, signal.SIGKILL)
 
 
 def until(condition, what: object) -> None:
@@ -167,11 +172,7 @@ def until(condition, what: object) -> None:
 
 
 def end(running: subprocess.Popen) -> Outcome:
-    try:
-        out, err = running.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        os.killpg(running.pid, signal.SIGKILL)
-        raise
+    out, err = running.communicate(timeout=60)
     return Outcome(running.returncode, out, err)
 
 
@@ -418,6 +419,32 @@ def test_interrupt_leaves_the_stage_and_stop_ends_it(pod):
     assert pod.order("delete") == [] and len(pod.started(0)) == 1
 
 
+def test_what_is_said_just_before_the_end_is_shown(pod):
+    """That is, between a look at the log and the look at the workers."""
+    pod.ready()
+    pod.set("plan", "hang")
+    (pod.cloud / "release.after.follow").touch()
+    outcome = pod.run(*COMMAND)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out == "worker 0, start 1: hang\ndone: runs/x\n"
+
+
+def test_the_log_is_followed_and_a_stage_that_does_not_listen_is_killed(pod):
+    pod.ready()
+    pod.set("plan.0", "hang")
+    pod.set("plan.1", "deaf")
+    running = pod.start(*COMMAND)
+    pod.wait_for("started.0.1", "started.1.1")
+    following = pod.worker(0, "follow", "11", "60")
+    time.sleep(1.2)  # longer than it waits between looks
+    (pod.cloud / "release").touch()
+    assert end(following).out == "start 1: hang\ndone: runs/x\n"
+    os.killpg(running.pid, signal.SIGKILL)
+    until(lambda: pod.states() == ["pod: exited 0", "pod: running"], "the end of one worker")
+    assert end(pod.worker(1, "stop", "1")).status == 0
+    assert pod.states() == ["pod: exited 0", "pod: lost"]
+
+
 def test_delete(pod):
     pod.ready()
     outcome = pod.run("--delete", "--name", "mine", "--zone=z", TPU_PROJECT="p")
@@ -631,17 +658,22 @@ def test_the_status_of_a_stage_says_how_it_ended(machine, plan, status):
     assert started == "teacher\0--config.sample.models=('a', 'b')\0"
 
 
-def test_a_signal_reaches_the_stage_and_its_last_words_are_shown(machine):
-    """As in a container, where it comes to the first process alone."""
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_signal_reaches_the_stage_and_its_last_words_are_shown(machine, whole):
+    """It comes to the first process alone, as in a container, or to all of them, as when a machine is shut down."""
     cloud = pathlib.Path(machine["CLOUD"])
     (cloud / "plan").write_text("hang")
     running = subprocess.Popen(
-        ["bash", f"{machine['root']}/launch/stage.sh", "teacher"], env=machine, stdout=subprocess.PIPE, text=True
+        ["bash", f"{machine['root']}/launch/stage.sh", "teacher"],
+        env=machine,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     until((cloud / "started.0.1").exists, "the stage")
-    running.terminate()
-    out, _ = running.communicate(timeout=60)
-    assert running.returncode == 42 and out.endswith(f"{SAVED}.\n")
+    os.killpg(running.pid, signal.SIGTERM) if whole else running.terminate()
+    outcome = end(running)
+    assert outcome.status == 42 and outcome.out.endswith(f"{SAVED}.\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- Slurm

@@ -1,38 +1,52 @@
-"""What the README tells people to type works as it stands there."""
+"""What the README tells people to type works as it stands there, with smaller numbers where it says so here."""
 
+import os
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from pipeline_fixtures import ROOT, compile_cache, copy, done, pipeline, run  # noqa: F401 (fixtures)
+from PIL import Image
+from pipeline_fixtures import ROOT, copy, done, run, smoke
+from test_latents import write_vae
 
 from ard_jax.command_line import known_keys
 from ard_jax.files import read_json
 
 README = (ROOT / "README.md").read_text()
+FEWER = {  # settings that make a command of the README short, by stage
+    "trajectories": ("trajectories.count=16", "trajectories.batch_size=16"),
+    "distill": ("distill.steps=3", "distill.batch_size=4"),
+    "sample": ("sample.count=8", "sample.batch_size=8"),
+}
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def stage_commands() -> list[list[str]]:
+def commands(start: str) -> list[list[str]]:
+    """The lines of shell that start so, without that start."""
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    return [shlex.split(line)[3:] for line in lines if line.startswith("python -m ard_jax ")]
+    return [shlex.split(line.removeprefix(start)) for line in lines if line.startswith(start)]
 
 
-def test_the_stages_run_as_written(pipeline, tmp_path, monkeypatch):  # noqa: F811
+def stage_commands(workdir: str) -> list[list[str]]:
+    return [words for words in commands("python -m ard_jax ") if words[words.index("--workdir") + 1] == workdir]
+
+
+def test_the_stages_run_as_written(pipeline, tmp_path, monkeypatch):
     """Those that the shared run has finished start again on a copy of it; the baseline and its report are new."""
     monkeypatch.chdir(ROOT)
     workdir = copy(pipeline, tmp_path / "smoke", "teacher", "trajectories", "distill")
-    commands = stage_commands()
-    assert [command[0] for command in commands] == [
+    written = stage_commands("runs/smoke")
+    assert [command[0] for command in written] == [
         "teacher", "trajectories", "distill", "distill", "sample", "evaluate", "report"
     ]  # fmt: skip
-    for stage, *flags in commands:
-        assert flags[flags.index("--workdir") + 1] == "runs/smoke"
+    for stage, *flags in written:
         flags[flags.index("--workdir") + 1] = workdir
         outcome = run(stage, *flags)
         assert outcome.status == 0, outcome.err
@@ -41,14 +55,68 @@ def test_the_stages_run_as_written(pipeline, tmp_path, monkeypatch):  # noqa: F8
     assert {"teacher", "ard", "step", "degradation_ratio"} <= read_json(workdir / "report" / "results.json").keys()
 
 
-def test_the_python_example_works(golden):
+@pytest.mark.slow
+def test_bringing_ones_own_teacher_as_written(tmp_path, monkeypatch):
+    """The whole section, from a small teacher in the quickstart's place to pictures of its student."""
+    assert smoke("teacher", tmp_path / "runs" / "quickstart", "diffusion.steps=25").status == 0
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for stage, *flags in stage_commands("runs/quickstart") + stage_commands("runs/mine"):
+        fewer = [f"--config.{setting}" for setting in FEWER.get(stage, ())]
+        outcome = run(stage, *flags, *fewer)
+        assert outcome.status == 0, outcome.err
+        said.append((stage, outcome.out))
+    assert [stage for stage, _ in said] == [
+        "export", "convert", "convert", "trajectories", "distill", "sample", "export", "export"
+    ]  # fmt: skip
+    assert "a teacher that ard_jax exported" in said[1][1] and "8×8×1 (pixel), 10 classes" in said[1][1]
+    mine, quickstart = tmp_path / "runs" / "mine", tmp_path / "runs" / "quickstart"
+    assert done(mine / "teacher")["sha256"]["ema"] == done(quickstart / "teacher")["sha256"]["ema"]
+    assert set(done(mine / "sample")["models"]) == {"teacher", "ard"}
+
+    examples = {}
+    exec(blocks("python")[0], examples)
+    student, teacher, images, edited = (examples[name] for name in ("student", "teacher", "images", "edited"))
+    assert student.model.steps == 4 and not teacher.is_student
+    assert len(images) == 8 and len(edited) == 1 and {image.size for image in [*images, *edited]} == {(8, 8)}
+    again = student([3, "7"], num_images_per_label=4, seed=0, output_type="np").images
+
+    (arguments,) = commands("python runs/")
+    environment = os.environ | {"PYTHONPATH": ""}
+    outcome = subprocess.run(
+        [sys.executable, f"runs/{arguments[0]}", *arguments[1:]], env=environment, capture_output=True, text=True
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    drawn = np.asarray(Image.open("digits.png"), np.float32) / 255  # a three, then a seven, side by side or stacked
+    assert drawn.size == 2 * 64
+    first = drawn[:8, :8].reshape(8, 8, -1)[..., :1]
+    np.testing.assert_allclose(first, again[0], atol=0.5 / 255 + 1e-6)  # image 0 of the seed, and of class 3
+
+
+@pytest.mark.slow
+def test_encoding_as_written(tmp_path, monkeypatch):
+    """Two pictures of two classes, through a small autoencoder of Stable Diffusion's shape."""
+    monkeypatch.chdir(ROOT)
+    write_vae(tmp_path / "vae", channels=3, latent_channels=4, widths=(4, 4, 4, 4))
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        Image.fromarray(np.zeros((256, 300, 3), np.uint8)).save(tmp_path / "images" / label / "0.png")
+    (words,) = stage_commands("runs/in256")
+    stage, *flags = [str(word).replace("=DIR", f"={tmp_path / 'images'}") for word in words]
+    flags[flags.index("--workdir") + 1] = str(tmp_path)
+    outcome = run(stage, *flags, "--config.data.num_classes=2", "--config.encode.batch_size=2")
+    assert outcome.status == 0, outcome.err
+    assert done(tmp_path / "latents")["records"] == 4
+
+
+def test_the_maps_of_names_work_as_written(golden):
     names = golden("dit_tiny")
     examples = {
         "state_dict": names.state_dict(),
         "noise": np.zeros((1, 8, 8, 4), np.float32),
         "labels": np.zeros(1, np.int32),
     }
-    (code,) = blocks("python")
+    (code,) = [block for block in blocks("python") if "from_torch" in block]
     exec(code, examples)
     assert examples["solution"].x0.shape == examples["solution"].xt.shape == (1, 25, 8, 8, 4)
 

@@ -231,6 +231,8 @@ def write_model(folder: pathlib.Path, source: Source, name: str, watch: Stopwatc
         source_hash = beside.submit(files_sha256, source.files)
         params = parameters(source.tensors, source.model, np.asarray)
         params_hash = beside.submit(tree_sha256, params)
+        source_hash.result()
+        leave_page_cache(source.files)
         save_parameters(folder / "checkpoints", params)
         write_json(folder / "config.json", plain(source.config) | {"inputs": {"source": source_hash.result()}})
         write_source(folder, name, source_hash.result(), source.license)
@@ -238,6 +240,18 @@ def write_model(folder: pathlib.Path, source: Source, name: str, watch: Stopwatc
             write_json(folder / "labels.json", source.labels)
         made = {"sha256": {"ema": params_hash.result()}, "seconds": round(watch(), 2)}
     write_json(folder / "done.json", made)
+
+
+def leave_page_cache(files: tuple[pathlib.Path, ...]) -> None:
+    """Gives back the memory in which the system caches the source, which is not read again.
+
+    What is written next takes as much of it, and on virtual machines memory that was just in use is several times
+    faster to get than fresh memory.
+    """
+    if hasattr(os, "posix_fadvise"):
+        for path in files:
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def save_parameters(directory: pathlib.Path, params: Any) -> None:

@@ -5,6 +5,8 @@ The folder $CLOUD holds
     node, queue        states that `describe` goes through, a line each; the last one stays; no file: there is none
     node.new, queue.new what `create` makes these
     create.fails, ssh.fails   what the next calls fail with, a line each
+    answers            appears when the TPU is reached whatever its state
+    release.after.follow  if the stages that hang shall be done as soon as the log has been looked at
     homes/N            the home folder of worker N, where `ssh --command` really runs it
 The worker's own tools are stubs too, in worker/.
 """
@@ -16,6 +18,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 CLOUD = pathlib.Path(os.environ["CLOUD"])
 WORKERS = 2
@@ -111,11 +114,11 @@ def main(arguments: list[str]) -> int:
         if file == "node":
             make_workers()
     elif verb == "delete":
-        for name in {"node", file}:
+        for name in {"node", "answers", file}:
             (CLOUD / name).unlink(missing_ok=True)
         delete_workers()
     else:
-        if (CLOUD / "node").read_text() != "READY\n":
+        if (CLOUD / "node").read_text() != "READY\n" and not (CLOUD / "answers").exists():
             fail(command, "The TPU is in a state in which it cannot be used.")
         if words := pop("ssh.fails"):
             fail(command, words)
@@ -126,7 +129,12 @@ def main(arguments: list[str]) -> int:
                 target.write_bytes(pathlib.Path(arguments[4]).read_bytes())
         else:
             # gcloud splits the command at spaces, and ssh joins what it is given with spaces
-            return on_workers(workers, " ".join(flags["--command"].split(" ")))
+            status = on_workers(workers, " ".join(flags["--command"].split(" ")))
+            if " follow " in flags["--command"] and (CLOUD / "release.after.follow").exists():
+                (CLOUD / "release").touch()
+                while len(list((CLOUD / "homes").glob("*/ard_jax_pod/run/exit"))) < WORKERS:
+                    time.sleep(0.05)
+            return status
     return 0
 
 
