@@ -1,5 +1,7 @@
 """Sampling: the teacher's ODE, and the student's few cached steps."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -112,38 +114,24 @@ def within_bounds(points: jax.Array, max_abs: float) -> jax.Array:
     return largest <= (max_abs or jnp.finfo(points.dtype).max)
 
 
-def sample_student(model: ARDStudent, params, noise: jax.Array, y: jax.Array) -> jax.Array:
+def sample_student(
+    model: ARDStudent, params, noise: jax.Array, y: jax.Array, given: Mapping[int, jax.Array] | None = None
+) -> jax.Array:
     """The student's steps from noise, each prediction the next block's input; history keys and values are cached.
 
     Args:
         model, params: an `ARDStudent` and its parameters.
         noise: x_T, (batch, height, width, channel).
         y: labels, (batch,).
+        given: points that take the place of the student's own, by their step, 1 … S: what image editing
+            (docs/METHOD.md section 4) and error accumulation need.
 
     Returns:
         (batch, steps, height, width, channel); the last step is the sample.
     """
-    return continue_student(model, params, noise[:, None], y)
-
-
-def continue_student(model: ARDStudent, params, points: jax.Array, y: jax.Array) -> jax.Array:
-    """The student's steps from given first points: what image editing and error accumulation need.
-
-    Args:
-        model, params: an `ARDStudent` and its parameters.
-        points: the noise and the first k points after it, (batch, 1 + k, height, width, channel), k < S.
-        y: labels, (batch,).
-
-    Returns:
-        (batch, S, height, width, channel): points 1 … k as given, then the student's predictions.
-    """
-    given = points.shape[1]
-    cache, predictions = (), [points[:, b] for b in range(1, given)]
-    x = points[:, 0]
-    for block in range(model.steps):
+    given, cache, points, x = given or {}, (), [], noise
+    for step in range(1, model.steps + 1):
         prediction, cache = model.apply({"params": params}, x, y, cache, method="step")
-        prediction = prediction.astype(points.dtype)
-        if block + 1 >= given:
-            predictions.append(prediction)
-        x = predictions[block]
-    return jnp.stack(predictions, axis=1)
+        x = given.get(step, prediction).astype(noise.dtype)
+        points.append(x)
+    return jnp.stack(points, axis=1)

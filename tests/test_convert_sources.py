@@ -346,6 +346,15 @@ def test_half_precision_and_sharded_pipelines(tmp_path):
     assert f"the shard '{shard}' that" in refused(folder.parent)
 
 
+@pytest.mark.oracle
+def test_a_pipeline_of_pickles(tmp_path):
+    """As the published one on the hub is."""
+    folder = write_dit_pipeline(tmp_path) / "transformer"
+    write_pt(folder / "diffusion_pytorch_model.bin", read_tensors(folder))
+    (folder / WEIGHTS).unlink()
+    assert_same(opened(folder.parent).tensors, teacher())
+
+
 def test_parts_of_pipelines(tmp_path):
     folder = write_dit_pipeline(tmp_path)
     source = opened(folder / "transformer")

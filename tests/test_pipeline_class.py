@@ -15,7 +15,7 @@ from jax import export
 from PIL import Image
 from pipeline_fixtures import ROOT, copy, files
 
-import ard_jax.pipeline_files
+import ard_jax.pipeline.files
 from ard_jax import ARDPipeline
 from ard_jax.config import make_process, make_student, make_teacher, solver_settings
 from ard_jax.convert import vae_to_diffusers
@@ -25,8 +25,8 @@ from ard_jax.errors import UserError
 from ard_jax.files import read_json, write_json
 from ard_jax.models import AutoencoderKL, init_from_teacher, parameter_shapes
 from ard_jax.models.vae import to_images, to_latents
-from ard_jax.pipeline_inputs import resolve_labels
-from ard_jax.sampling import continue_student, draw_noise_and_labels, sample_student, sample_teacher, sampling_key
+from ard_jax.pipeline.inputs import resolve_labels
+from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
 from ard_jax.stages.workdir import teacher_shapes
 from configs import smoke as smoke_config
 
@@ -67,7 +67,7 @@ def small_config(**changes):
         config.data.update(space="latent", channels=4)
         for section, values in changes.items():
             config[section].update(values)
-    return ard_jax.pipeline_files.sections(config, is_student=True)
+    return ard_jax.pipeline.files.sections(config, is_student=True)
 
 
 def random_like(shapes, seed=0, scale=0.3):
@@ -280,14 +280,14 @@ def test_editing_encodes_to_the_mean(latent_student):
 
 
 def test_an_edit_goes_on_from_the_source(student):
-    """Against the student fed by hand: its own prediction, the image in place of the second, and so on."""
+    """Against the training forward of its own prediction with the image in place of the second."""
     source = student(LABELS, output_type="np").images[0]
     made = student.edit(source, 2, LABELS, seed=2, output_type="latent", return_trajectory=True)
     noise, labels = student._drawn_noise(2)(np.arange(4)), jnp.asarray(LABELS)
     own = student(LABELS, seed=2, output_type="latent", return_trajectory=True).trajectory
     points = np.stack([noise, own[:, 0], np.stack([2 * source - 1] * 4)], axis=1)
-    by_hand = jax.jit(lambda: continue_student(student.model, student.params, points, labels))()
-    np.testing.assert_allclose(made.trajectory, by_hand, atol=1e-5)
+    last = jax.jit(lambda: student.model.apply({"params": student.params}, points, labels)[:, -1])()
+    np.testing.assert_allclose(made.trajectory, np.stack([points[:, 1], points[:, 2], last], axis=1), atol=1e-5)
     np.testing.assert_array_equal(made.images, made.trajectory[:, -1])
     assert np.abs(made.images - own[:, -1]).max() > 1e-2 and np.abs(own[:, 1] - points[:, 2]).max() > 0.1
 
@@ -556,7 +556,7 @@ def test_a_pipeline_is_saved_whole_or_not_at_all(student, tmp_path, monkeypatch)
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ard_jax.pipeline_files, "default_card", full)  # the weights are written by then
+    monkeypatch.setattr(ard_jax.pipeline.files, "default_card", full)  # the weights are written by then
     for name in ("saved", "new"):
         with pytest.raises(OSError, match="No space"):
             student.save_pretrained(tmp_path / name)
@@ -669,7 +669,7 @@ def test_a_repository_is_downloaded(student, tmp_path, monkeypatch):
             raise UserError("hf:ORG/none cannot be downloaded (no net): see that there is a net.")
         return tmp_path / "saved"
 
-    monkeypatch.setattr(ard_jax.pipeline_files, "fetch", fetch)
+    monkeypatch.setattr(ard_jax.pipeline.files, "fetch", fetch)
     monkeypatch.chdir(tmp_path)
     for source in ("ORG/NAME", "hf:ORG/NAME"):
         assert same(ARDPipeline.from_pretrained(source).params, student.params)

@@ -28,7 +28,7 @@ from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, write_json
 from ard_jax.models import count_parameters
 from ard_jax.pipeline import ARDPipeline
-from ard_jax.pipeline_files import WEIGHTS, in_dtype, open_workdir, whole_folder
+from ard_jax.pipeline.files import WEIGHTS, in_dtype, open_workdir, whole_folder
 from ard_jax.stages.workdir import load_weights, plain, read_done, recorded_config, teacher_folder, vae_folder
 
 log = logging.getLogger("ard_jax")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     if args.format == "diffusers":
         check_diffusers(config, is_student)
     pipe = load(folder, args, done["sha256"])
-    images = image_shape(pipe)
+    images = pipe.image_shape
     if images is None and args.format in ("diffusers", "stablehlo"):
         raise UserError(
             f"{folder} makes latents, and there is no VAE in {vae_folder(config, args.workdir)} that --format "
@@ -161,14 +161,6 @@ def load(folder: pathlib.Path, args: argparse.Namespace, sha256: dict[str, str])
 
 def abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def image_shape(pipe: ARDPipeline) -> tuple[int, int, int] | None:
-    """(height, width, channel) of the images; None if there is no VAE to make some of latents."""
-    height, width, channels = example_shape(pipe.config)
-    if pipe.config.data.space == "pixel":
-        return height, width, channels
-    return pipe.vae and (height * pipe.vae.downscale, width * pipe.vae.downscale, pipe.vae.out_channels)
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:

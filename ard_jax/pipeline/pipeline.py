@@ -22,9 +22,9 @@ from ard_jax.errors import UserError
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_images, to_latents
 from ard_jax.parallel import make_mesh, put_batch, replicated
-from ard_jax.pipeline_files import open_pipeline, write_pipeline
-from ard_jax.pipeline_inputs import read_image, resolve_labels
-from ard_jax.sampling import continue_student, draw_noise_and_labels, sample_student, sample_teacher, sampling_key
+from ard_jax.pipeline.files import open_pipeline, write_pipeline
+from ard_jax.pipeline.inputs import read_image, resolve_labels
+from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
 from ard_jax.training.metrics import progress_bar
 
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -248,9 +248,7 @@ class ARDPipeline:
         def edit(params, vae_params, noise, labels, image):
             x0 = image if vae is None else to_latents(vae, vae_params, image)
             source = alpha * x0.astype(noise.dtype) + sigma * noise  # the trajectory's own noise
-            before = sample_student(model, params, noise, labels)[:, : source_step - 1]  # jit drops the steps after
-            given = jnp.concatenate([noise[:, None], before, source[:, None]], axis=1)
-            points = continue_student(model, params, given, labels)
+            points = sample_student(model, params, noise, labels, given={source_step: source})
             return present(vae_params, points, points[:, -1])
 
         return edit
