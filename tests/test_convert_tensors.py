@@ -276,6 +276,17 @@ def test_pickles_are_fetched_only_where_there_are_no_safetensors():
     assert wanted([*shards, "t/model.safetensors.index.json"]) == ["t/model.safetensors.index.json", *shards]
 
 
+def test_equal_files_have_equal_bytes(tmp_path):
+    """safetensors itself writes the metadata in an order of chance."""
+    words = {f"word {number}": "é" * number for number in range(8)}
+    for number in range(4):
+        write_tensors(tmp_path / f"{number}.safetensors", arrays(np.float32), words)
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(4)}) == 1
+    tensors = open_tensors(tmp_path / "0.safetensors")
+    assert tensors.metadata == words and list(tensors.metadata) == sorted(words)
+    assert_same(dict(tensors), arrays(np.float32))
+
+
 class Hub(types.ModuleType):
     """A stand-in for huggingface_hub, with or without a net and a cache."""
 
@@ -283,10 +294,10 @@ class Hub(types.ModuleType):
         super().__init__("huggingface_hub")
         self.folder, self.net, self.cached, self.asked = folder, net, cached, []
 
-    def list_repo_files(self, repository):
+    def model_info(self, repository, timeout):
         if not self.net:
             raise ConnectionError("[Errno -2] Name or service not known")
-        return REPOSITORY
+        return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=file) for file in REPOSITORY])
 
     def snapshot_download(self, repository, allow_patterns=None, local_files_only=False):
         self.asked.append((repository, allow_patterns, local_files_only))

@@ -226,7 +226,7 @@ def to_float32(tensors: Mapping[str, np.ndarray], where: str | os.PathLike) -> M
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes one .safetensors file, whole or not at all.
+    """Writes one .safetensors file, whole or not at all; the same arrays and words give the same bytes.
 
     Args:
         path: of the file.
@@ -234,7 +234,25 @@ def write_tensors(
         metadata: words beside them.
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}  # safetensors takes raw memory
-    atomic_write(path, lambda temporary: save_file(arrays, temporary, dict(metadata or {})))
+
+    def write(temporary: pathlib.Path) -> None:
+        save_file(arrays, temporary, dict(metadata or {}))
+        sort_metadata(temporary)
+
+    atomic_write(path, write)
+
+
+def sort_metadata(path: pathlib.Path) -> None:
+    """Puts a file's metadata, which safetensors writes in an order of chance, into that of its names."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if words := header.pop("__metadata__", None):
+            header = {"__metadata__": dict(sorted(words.items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # what is left over is filled with spaces, as the format has it
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def fetch(source: str) -> pathlib.Path:
@@ -259,7 +277,8 @@ def download(repository: str) -> pathlib.Path:
     import huggingface_hub
 
     try:
-        files = wanted(huggingface_hub.list_repo_files(repository))
+        siblings = huggingface_hub.model_info(repository, timeout=10).siblings
+        files = wanted(file.rfilename for file in siblings)
         return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
     except Exception as error:  # every layer below raises its own, from sockets to the hub's
         reason = first_line(error)
