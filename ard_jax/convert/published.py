@@ -7,6 +7,7 @@ patches in the order (row, column, channel); our layers are stacked.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ BLOCK_NAMES = {  # ours: published
 # What tells the sizes, and how many axes each has.
 NEEDED = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2}
 FINAL_NAMES = {"modulation": "adaLN_modulation.1", "linear": "linear"}
+
+THREADS = 4
 
 # A leaf of ours by its keys: the published name, or the names of the slices that are stacked in it.
 Places = dict[tuple[str, ...], str | list[str]]
@@ -199,24 +202,33 @@ def read_tree(
     """The parameters, once the names and shapes are known to be right.
 
     Each array is read once and copied once, into its slice of a stack, so that memory holds little more than the tree.
+    Most of the time is the kernel's, which finds memory for it, so several threads share the slices.
     """
     dtypes = dtypes_of(state_dict)
     check_position_table(np.asarray(state_dict["pos_embed"]), model)
+
+    def read(keys, name):
+        return to_ours(keys, np.asarray(state_dict[name]))
+
+    def stacked(keys, names, threads):
+        first = read(keys, names[0])
+        leaf = np.empty((len(names), *first.shape), np.result_type(*(dtypes[name] for name in names)))
+        fill(leaf[0], first)
+        for _ in threads.map(lambda layer: fill(leaf[layer], read(keys, names[layer])), range(1, len(names))):
+            pass  # an error of a thread comes out here
+        return leaf
+
     tree: dict[str, Any] = {}
-    for keys, names in places(model).items():
-        if isinstance(names, str):
-            leaf = np.ascontiguousarray(to_ours(keys, np.asarray(state_dict[names])))
-        else:
-            leaf = None
-            for layer, name in enumerate(names):
-                array_here = to_ours(keys, np.asarray(state_dict[name]))
-                if leaf is None:
-                    leaf = np.empty((len(names), *array_here.shape), np.result_type(*(dtypes[n] for n in names)))
-                fill(leaf[layer], array_here)
-        branch = tree
-        for key in keys[:-1]:
-            branch = branch.setdefault(key, {})
-        branch[keys[-1]] = array(leaf)
+    with ThreadPoolExecutor(THREADS) as threads:
+        for keys, names in places(model).items():
+            if isinstance(names, str):
+                leaf = np.ascontiguousarray(read(keys, names))
+            else:
+                leaf = stacked(keys, names, threads)
+            branch = tree
+            for key in keys[:-1]:
+                branch = branch.setdefault(key, {})
+            branch[keys[-1]] = array(leaf)
     return tree
 
 
