@@ -45,6 +45,7 @@ def pictures(grid: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return np.stack([grid[top : top + 64 : 8, left : left + 64 : 8] for top, left in places])
 
 
+@pytest.mark.slow
 def test_it_shows_what_the_pipelines_make(cells, pipeline):
     student = ARDPipeline.from_pretrained(pipeline / "distill" / "ard")
     teacher = ARDPipeline.from_pretrained(pipeline / "teacher")

@@ -429,6 +429,7 @@ def test_what_is_said_just_before_the_end_is_shown(pod):
     assert outcome.out == "worker 0, start 1: hang\ndone: runs/x\n"
 
 
+@pytest.mark.slow
 def test_the_log_is_followed_and_a_stage_that_does_not_listen_is_killed(pod):
     pod.ready()
     pod.set("plan.0", "hang")

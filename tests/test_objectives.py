@@ -110,6 +110,7 @@ def test_online_distillation_equals_that_from_the_store(networks, target):
     )
 
 
+@pytest.mark.slow
 def test_trajectories_that_blow_up_do_no_harm_online(networks):
     teacher, student, teacher_params, params = networks
     table = teacher_params["label_embed"]["embedding"]

@@ -309,6 +309,7 @@ def test_online_distillation_sees_the_trajectories_that_the_job_stores(teacher, 
         assert float(own[name]) == pytest.approx(float(other[name]), rel=2e-3)
 
 
+@pytest.mark.slow
 def test_online_distillation_of_a_flow_matching_teacher(tmp_path):
     """No store at all, and the other process, from training to samples."""
     few = ["teacher.steps=10", "distill.online=True", "distill.steps=2", "trajectories.max_abs=100.0"]

@@ -487,6 +487,7 @@ def test_a_saved_vae_is_the_same(latent_student, tmp_path):
     assert "from_pretrained" in (tmp_path / "saved" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_half_the_memory(latent_student, tmp_path):
     latent_student.save_pretrained(tmp_path / "saved")
     half = ARDPipeline.from_pretrained(tmp_path / "saved", dtype="bfloat16")

@@ -38,6 +38,7 @@ def stage_commands(workdir: str) -> list[list[str]]:
     return [words for words in commands("python -m ard_jax ") if words[words.index("--workdir") + 1] == workdir]
 
 
+@pytest.mark.slow
 def test_the_stages_run_as_written(pipeline, tmp_path, monkeypatch):
     """Those that the shared run has finished start again on a copy of it; the baseline and its report are new."""
     monkeypatch.chdir(ROOT)

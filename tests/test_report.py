@@ -299,6 +299,7 @@ def _paths(value, path=()):
             yield from _paths(child, (*path, key))
 
 
+@pytest.mark.slow
 def test_no_single_missing_key_breaks_the_page(results, pictures, curves):
     for name in ("ard_noisy", "step_noisy"):  # to be quick; they pass through the same code
         del results["models"][name], pictures[name]
