@@ -29,8 +29,8 @@ def import_torch(path: pathlib.Path) -> types.ModuleType:
         import torch
     except ImportError:
         raise UserError(
-            f"{path} is PyTorch's own format, which torch reads: pip install torch (the CPU build will do: "
-            f"--index-url https://download.pytorch.org/whl/cpu), or give safetensors."
+            f"{path} is PyTorch's own format, which torch reads: pip install torch (the CPU build will do), or give "
+            f"safetensors."
         ) from None
     return torch
 
