@@ -1,6 +1,6 @@
 """The mesh of devices and how arrays lie on it: parameters on every device, batches split over them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -71,3 +71,34 @@ def in_turns(function: Callable[[jax.Array], jax.Array], rows: jax.Array, mesh: 
     results = jax.lax.map(turn, jax.lax.with_sharding_constraint(turns, split))  # turn, device · row, …
     results = results.reshape(*turns.shape[:3], *results.shape[2:]).swapaxes(0, 1)
     return results.reshape(len(rows), *results.shape[3:])
+
+
+def equal_batches(numbers: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Numbers in batches of one size, so that one program serves: (batch, how many of it count)."""
+    for first in range(0, len(numbers), batch_size):
+        some = numbers[first : first + batch_size]
+        yield np.resize(some, batch_size), len(some)  # the last batch is filled up, then cut
+
+
+def run_batches(run: Callable[[Any], Any], batches: Iterable[tuple[Any, int]]) -> Iterator[Any]:
+    """Runs a program over batches in order: the next is on the device while the last is fetched and written.
+
+    Args:
+        run: batch → a pytree of arrays (batch, …).
+        batches: (batch, how many of its rows count).
+
+    Yields:
+        The results as NumPy arrays (rows that count, …).
+    """
+
+    def fetch(results, count):
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], results)
+
+    pending = None
+    for batch, count in batches:
+        following = run(batch), count
+        if pending is not None:
+            yield fetch(*pending)
+        pending = following
+    if pending is not None:
+        yield fetch(*pending)

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
@@ -195,34 +194,3 @@ class Layout:
 
 def number_of_shards(count: int, shard_size: int) -> int:
     return -(-count // shard_size)
-
-
-def equal_batches(numbers: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Numbers in batches of one size, so that one program serves: (batch, how many of it count)."""
-    for first in range(0, len(numbers), batch_size):
-        some = numbers[first : first + batch_size]
-        yield np.resize(some, batch_size), len(some)  # the last batch is filled up, then cut
-
-
-def run_batches(run: Callable[[Any], Any], batches: Iterable[tuple[Any, int]]) -> Iterator[Any]:
-    """Runs a program over batches in order: the next is on the device while the last is fetched and written.
-
-    Args:
-        run: batch → a pytree of arrays (batch, …).
-        batches: (batch, how many of its rows count).
-
-    Yields:
-        The results as NumPy arrays (rows that count, …).
-    """
-
-    def fetch(results, count):
-        return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], results)
-
-    pending = None
-    for batch, count in batches:
-        following = run(batch), count
-        if pending is not None:
-            yield fetch(*pending)
-        pending = following
-    if pending is not None:
-        yield fetch(*pending)

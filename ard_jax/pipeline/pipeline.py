@@ -21,7 +21,7 @@ from ard_jax.diffusion import find_solver
 from ard_jax.errors import UserError
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_images, to_latents
-from ard_jax.parallel import make_mesh, put_batch, replicated
+from ard_jax.parallel import equal_batches, make_mesh, put_batch, replicated, run_batches
 from ard_jax.pipeline.files import open_pipeline, write_pipeline
 from ard_jax.pipeline.inputs import read_image, resolve_labels
 from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
@@ -314,14 +314,16 @@ class ARDPipeline:
         count, devices = len(labels), self.mesh.size
         size = math.ceil(min(batch_size, count) / devices) * devices
         parts = []
+
+        def run(rows):
+            return program(self.params, self.vae_params, noise(rows), put_batch(labels[rows], self.mesh), *rest)
+
         with progress_bar(count, "image") if count > size else contextlib.nullcontext() as bar:
-            for first in range(0, count, size):
-                rows = np.arange(first, min(first + size, count))
-                filled = np.resize(rows, size)
-                made = program(self.params, self.vae_params, noise(filled), put_batch(labels[filled], self.mesh), *rest)
-                parts.append([shown(np.asarray(leaf)[: len(rows)], output_type) for leaf in jax.tree.leaves(made)])
+            for made in run_batches(run, equal_batches(np.arange(count), size)):
+                leaves = jax.tree.leaves(made)
+                parts.append([shown(leaf, output_type) for leaf in leaves])
                 if bar is not None:
-                    bar.update(len(rows))
+                    bar.update(len(leaves[0]))
         images, *trajectory = (joined(batches) for batches in zip(*parts, strict=True))
         return PipelineOutput(images, labels, *trajectory)
 

@@ -31,8 +31,8 @@ from ard_jax.errors import UserError
 from ard_jax.files import tree_sha256
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_latents
-from ard_jax.parallel import is_first, make_mesh, put_batch, replicated
-from ard_jax.sharded import DTYPES, Layout, data_folder, describe, equal_batches, number_of_shards, run_batches, tensor
+from ard_jax.parallel import equal_batches, is_first, make_mesh, put_batch, replicated, run_batches
+from ard_jax.sharded import DTYPES, Layout, data_folder, describe, number_of_shards, tensor
 from ard_jax.stages.workdir import Stopwatch, claim, load_vae, plain, vae_folder, write_done
 
 log = logging.getLogger("ard_jax")

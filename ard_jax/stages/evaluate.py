@@ -31,7 +31,7 @@ from ard_jax.evaluation import (
 )
 from ard_jax.files import file_sha256, write_json
 from ard_jax.objectives.ard import teacher_forcing
-from ard_jax.parallel import is_first, make_mesh, put_batch
+from ard_jax.parallel import equal_batches, is_first, make_mesh, put_batch, run_batches
 from ard_jax.sampling import (
     draw_noise_and_labels,
     sample_student,
@@ -183,13 +183,13 @@ class Paired:
 
     def batches(self, function: Callable[..., Any], *arrays: np.ndarray) -> Any:
         """A jitted function of rows, called in batches of one size; the results' rows as NumPy arrays."""
-        parts, count = [], len(arrays[0])
+        count = len(arrays[0])
         size = min(self.size, -(-count // self.mesh.size) * self.mesh.size)
-        for first in range(0, count, size):
-            rows = np.arange(first, min(first + size, count))
-            filled = np.resize(rows, size)
-            made = function(*(put_batch(array[filled], self.mesh) for array in arrays))
-            parts.append(jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[: len(rows)], made))
+
+        def run(rows):
+            return function(*(put_batch(array[rows], self.mesh) for array in arrays))
+
+        parts = run_batches(run, equal_batches(np.arange(count), size))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
     def points(self, states: np.ndarray, config: ml_collections.ConfigDict) -> np.ndarray:

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from ard_jax import __version__
 from ard_jax.config import example_shape, solver_settings
 from ard_jax.models import DiT
-from ard_jax.parallel import put_batch
+from ard_jax.parallel import equal_batches, put_batch, run_batches
 from ard_jax.sampling import draw_noise_and_labels, sample_teacher, take_points, trajectory_key, within_bounds
-from ard_jax.sharded import Record, equal_batches, run_batches
+from ard_jax.sharded import Record
 from ard_jax.trajectories import store
 
 
