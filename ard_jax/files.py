@@ -1,11 +1,12 @@
 """Files that are either whole or absent, and the hashes that say what is in them."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,6 +30,19 @@ def atomic_write(path: str | os.PathLike, write: Callable[[pathlib.Path], None])
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill, which takes the place of `folder` if nothing fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as temporary:
+        new = pathlib.Path(temporary) / "new"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            os.replace(folder, pathlib.Path(temporary) / "old")
+        os.replace(new, folder)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -7,12 +7,10 @@ vae/                     an AutoencoderKL, as diffusers writes it
 README.md                the model card
 """
 
-import contextlib
 import os
 import pathlib
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +26,7 @@ from ard_jax.convert.sources import open_source, read_description
 from ard_jax.convert.tensors import fetch, write_tensors
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
-from ard_jax.files import read_json, write_json
+from ard_jax.files import read_json, whole_folder, write_json
 from ard_jax.models import ARDStudent, AutoencoderKL, DiT
 from ard_jax.parallel import make_mesh
 from ard_jax.stages.workdir import (
@@ -208,20 +206,20 @@ def write_pipeline(
     folder = pathlib.Path(folder).expanduser()
     check_place(folder)
     with whole_folder(folder) as new:
-        write_parts(new, params, config, vae, vae_params, id2label, card)
-
-
-@contextlib.contextmanager
-def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to fill, which takes the place of `folder` if nothing fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as temporary:
-        new = pathlib.Path(temporary) / "new"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            os.replace(folder, pathlib.Path(temporary) / "old")
-        os.replace(new, folder)
+        name = "student" if config.get("student") else "teacher"
+        model = make_student(config) if name == "student" else make_teacher(config)
+        index = {"_class_name": "ARDPipeline", "_ard_jax_version": __version__, name: ["ard_jax", PARTS[name]]}
+        described = {"_class_name": PARTS[name], "config": plain(sections(config, name == "student"))}
+        write_json(new / name / "config.json", described)
+        write_tensors(new / name / WEIGHTS, to_torch(model, params))
+        if vae is not None:
+            index["vae"] = ["diffusers", "AutoencoderKL"]
+            state_dict, settings = vae_to_diffusers(vae, vae_params)
+            write_json(new / "vae" / "config.json", settings)
+            write_tensors(new / "vae" / WEIGHTS, state_dict)
+        (new / "README.md").write_text(card or default_card(model))
+        index["id2label"] = {str(number): label for number, label in id2label.items()}
+        write_json(new / "model_index.json", index)
 
 
 def check_place(folder: pathlib.Path) -> None:
@@ -240,31 +238,6 @@ def check_place(folder: pathlib.Path) -> None:
             f"{folder} has more in it than an earlier pipeline of ours ({', '.join(others[:3])}): choose another "
             f"folder, or take that out."
         )
-
-
-def write_parts(
-    folder: pathlib.Path,
-    params: Any,
-    config: ml_collections.ConfigDict,
-    vae: AutoencoderKL | None,
-    vae_params: Any,
-    id2label: Mapping[int, str],
-    card: str,
-) -> None:
-    name = "student" if config.get("student") else "teacher"
-    model = make_student(config) if name == "student" else make_teacher(config)
-    index = {"_class_name": "ARDPipeline", "_ard_jax_version": __version__, name: ["ard_jax", PARTS[name]]}
-    described = {"_class_name": PARTS[name], "config": plain(sections(config, name == "student"))}
-    write_json(folder / name / "config.json", described)
-    write_tensors(folder / name / WEIGHTS, to_torch(model, params))
-    if vae is not None:
-        index["vae"] = ["diffusers", "AutoencoderKL"]
-        state_dict, settings = vae_to_diffusers(vae, vae_params)
-        write_json(folder / "vae" / "config.json", settings)
-        write_tensors(folder / "vae" / WEIGHTS, state_dict)
-    (folder / "README.md").write_text(card or default_card(model))
-    index["id2label"] = {str(number): label for number, label in id2label.items()}
-    write_json(folder / "model_index.json", index)
 
 
 def default_card(model: ARDStudent | DiT) -> str:

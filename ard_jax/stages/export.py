@@ -25,10 +25,10 @@ from ard_jax.convert.stablehlo import PLATFORMS, parse_batch_sizes, parse_platfo
 from ard_jax.convert.tensors import write_tensors
 from ard_jax.convert.vae import vae_to_diffusers
 from ard_jax.errors import UserError
-from ard_jax.files import file_sha256, read_json, write_json
+from ard_jax.files import file_sha256, read_json, whole_folder, write_json
 from ard_jax.models import count_parameters
 from ard_jax.pipeline import ARDPipeline
-from ard_jax.pipeline.files import WEIGHTS, in_dtype, open_workdir, whole_folder
+from ard_jax.pipeline.files import WEIGHTS, in_dtype, open_workdir
 from ard_jax.stages.workdir import load_weights, plain, read_done, recorded_config, teacher_folder, vae_folder
 
 log = logging.getLogger("ard_jax")
