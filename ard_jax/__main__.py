@@ -10,12 +10,13 @@ Stages, in the order of a run:
     evaluate       measure them
     report         put it all on one page
     export         write a model in a form that others can use
+    plan           say what all of it will cost on a TPU slice, which it does not need (--topology, no --workdir)
 `python -m ard_jax STAGE --help` explains a stage; configs/ has the configs.
 """
 
 import sys
 
-STAGES = ("convert", "encode", "teacher", "trajectories", "distill", "sample", "evaluate", "report", "export")
+STAGES = ("convert", "encode", "teacher", "trajectories", "distill", "sample", "evaluate", "report", "export", "plan")
 
 
 def main(arguments: list[str]) -> int:

@@ -1,14 +1,18 @@
 """What every stage's command line has in common: flags, the config, and errors in one sentence."""
 
 import argparse
+import contextlib
 import difflib
 import errno
 import importlib
 import logging
 import os
 import pathlib
+import signal
 import sys
 import types
+from collections.abc import Iterator
+from typing import Any
 
 import absl.logging
 import jax
@@ -16,11 +20,20 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from ard_jax.config import default_config, validate
+from ard_jax import hosts
+from ard_jax.config import default_config, flatten, plain, validate
 from ard_jax.errors import Preempted, UserError
+from ard_jax.parallel import is_first, set_up_libtpu
 
 # Stages about a model that exists: they find its config beside it.
 WITHOUT_CONFIG = ("convert", "export")
+
+# Stages that save and stop at a step of their own when they are asked to (`training.loop.Preemption`).
+TRAINING = ("teacher", "distill")
+
+# Flags beside --config, and what stands for their values; those in brackets may be left out.
+WORKDIR = {"workdir": "DIR"}
+FLAGS = {"plan": {"topology": "NAME", "json": "[FILE]"}}  # of stages without a workdir
 
 
 def run_stage(stage: str, arguments: list[str]) -> int:
@@ -37,27 +50,46 @@ def run_stage(stage: str, arguments: list[str]) -> int:
             parser.formatter_class = argparse.RawDescriptionHelpFormatter
             print(parser.format_help())
             return 0
-        print(f"python -m ard_jax {stage} --config FILE[:key=value,…] --workdir DIR [--config.key=value …]\n")
+        print(f"python -m ard_jax {stage} --config FILE[:key=value,…] {usage(flags_of(stage))} [--config.key=value …]")
+        if stage not in FLAGS:
+            print("    on each of several hosts: [--coordinator HOST:PORT --num-processes N --process-id I]")
+        print()
         print(module.__doc__.strip())
         return 0
     set_up_logging()
+    set_up_libtpu()
+    if stage in FLAGS:
+        jax.config.update("jax_platforms", "cpu")  # it runs nothing, so it takes no accelerator from others
     try:
         if stage in WITHOUT_CONFIG:
             given = [parse_flags(stage_module(stage).flags(), arguments)]
             workdir = given[0].workdir
         else:
-            config, workdir = given = parse(arguments)
-            validate(config)
+            place, rest = hosts.split_flags(arguments)
+            config, where, *_ = given = parse(rest, flags_of(stage))
+            if stage in FLAGS:  # it runs on one host, about another
+                workdir = None
+                validate(config, platform="cpu" if where == "cpu" else "tpu")
+            else:
+                workdir = where
+                hosts.start(place or hosts.place_by_environment(), workdir / ".joining", config.run.join_timeout)
+                validate(config)
+                hosts.agree(flatten(plain(config)))
     except UserError as error:
         return fail(stage, str(error))
     module = stage_module(stage)
     set_up_jax(workdir)
+    if not is_first():
+        logging.getLogger("ard_jax").setLevel(logging.WARNING)
     try:
-        module.run(*given)
+        with stopping(stage):
+            module.run(*given)
     except UserError as error:
         return fail(stage, str(error))
-    except Preempted as stop:
-        print(f"{stage}: {stop}; its state is saved: resume by running the same command.", flush=True)
+    except Preempted as reason:
+        print(f"{stage}: {reason}; its state is saved: resume by running the same command.", flush=True)
+        if jax.process_count() > 1 and stage not in TRAINING:
+            hosts.leave(0)
     except KeyboardInterrupt:
         print(f"\nard_jax {stage}: interrupted; running the same command goes on from what is saved.", file=sys.stderr)
         return 130
@@ -67,6 +99,17 @@ def run_stage(stage: str, arguments: list[str]) -> int:
             raise
         return fail(stage, sentence)
     return 0
+
+
+def flags_of(stage: str) -> dict[str, str]:
+    """The flags of a stage that takes a config, beside that."""
+    return FLAGS.get(stage, WORKDIR)
+
+
+def usage(names: dict[str, str]) -> str:
+    """Flags as a help text shows them."""
+    shown = [f"--{name} {value.strip('[]')}" for name, value in names.items()]
+    return " ".join(f"[{flag}]" if "[" in value else flag for flag, value in zip(shown, names.values(), strict=True))
 
 
 def parse_flags(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
@@ -97,21 +140,46 @@ def stage_module(stage: str) -> types.ModuleType:
     return importlib.import_module(f"ard_jax.stages.{stage}")
 
 
-def storage_trouble(error: Exception, workdir: pathlib.Path) -> str:
+def storage_trouble(error: Exception, workdir: pathlib.Path | None) -> str:
     """The sentence for a full disk or a path that cannot be used, "" for any other error.
 
     ArrayRecord and TensorStore raise errors of their own, with the system's words in them.
     """
     said = one_line(error)
     if any(os.strerror(code) in said for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-        return f"the disk of {workdir} is full: free some space and run the same command again."
+        place = f"the disk of {workdir}" if workdir else "the disk"
+        return f"{place} is full: free some space and run the same command again."
     if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
-        return f"a file or folder cannot be used ({said}): mend that, or choose another --workdir."
+        remedy = "mend that, or choose another --workdir" if workdir else "mend that, or name another"
+        return f"a file or folder cannot be used ({said}): {remedy}."
     return ""
+
+
+@contextlib.contextmanager
+def stopping(stage: str) -> Iterator[None]:
+    """Ends a stage at once on SIGTERM: what it has made so far is whole, and what it was making is dropped.
+
+    A stage that trains replaces this while its loop runs; on several hosts the signal is then JAX's from the start.
+    """
+
+    def stop(*_: Any) -> None:
+        raise Preempted("stopped")
+
+    if stage in TRAINING and jax.process_count() > 1:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        # a handler that is not Python's (JAX's, on several hosts) cannot be put back, and the process is about to end
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 def fail(stage: str, sentence: str) -> int:
     print(f"ard_jax {stage}: {sentence}", file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        hosts.leave(2)
     return 2
 
 
@@ -126,22 +194,27 @@ def set_up_logging() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-def set_up_jax(workdir: pathlib.Path) -> None:
-    """Keeps compiled programs under the workdir, unless JAX_COMPILATION_CACHE_DIR says where."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+def set_up_jax(workdir: pathlib.Path | None) -> None:
+    """Keeps compiled programs under the workdir, if there is one, unless JAX_COMPILATION_CACHE_DIR says where."""
+    if workdir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
 
 
-def parse(arguments: list[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
-    """Flags → (resolved config, workdir).
+def parse(arguments: list[str], names: dict[str, str] = WORKDIR) -> tuple[Any, ...]:
+    """Flags → (resolved config, the other flags' values in their order: --workdir as a path, others as text).
+
+    Args:
+        arguments: the command line's, after the stage.
+        names: flags beside --config, see `FLAGS`.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, a config file that is not there or does not work.
     """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["ard_jax", *arguments])
-    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    check_flags(arguments)
+    for name, value in names.items():
+        flags.DEFINE_string(name, None, value, flag_values=values)
+    check_flags(arguments, names)
     try:
         rest = values(["ard_jax", *arguments])[1:]
         config = values.config
@@ -153,12 +226,12 @@ def parse(arguments: list[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path
         raise UserError(f"the config file cannot be used ({type(error).__name__}: {last_line(error)}).") from None
     if rest:
         raise UserError(f"{rest[0]!r} is not understood: settings are given as --config.key=value.")
-    if not isinstance(config, ml_collections.ConfigDict) or set(known_keys()) - set(dotted(config)):
+    if not isinstance(config, ml_collections.ConfigDict) or set(known_keys()) - set(flatten(config.to_dict()).keys()):
         raise UserError("the config file leaves settings out: let its get_config start from default_config().")
-    return config, pathlib.Path(values.workdir)
+    return config, *(pathlib.Path(values[name].value) if name == "workdir" else values[name].value for name in names)
 
 
-def check_flags(arguments: list[str]) -> None:
+def check_flags(arguments: list[str], names: dict[str, str]) -> None:
     """Says in words what ml_collections would say late or unclearly.
 
     Raises:
@@ -169,13 +242,15 @@ def check_flags(arguments: list[str]) -> None:
         if argument.startswith("-"):
             name, equals, value = argument.lstrip("-").partition("=")
             given[name] = value if equals else following
-    for name in ("config", "workdir"):
+    needed = {name: value for name, value in names.items() if "[" not in value}
+    for name in ("config", *needed):
         if not given.get(name):
-            raise UserError(f"--{name} is missing: give --config FILE and --workdir DIR.")
+            raise UserError(f"--{name} is missing: give --config FILE and {usage(needed)}.")
     file = given["config"].split(":")[0]
     if not pathlib.Path(file).is_file():
         raise UserError(f"the config file {file!r} is not there: name one, such as configs/digits.py.")
-    known = ["config", "workdir", *(f"config.{key}" for key in known_keys())]
+    places = [flag.lstrip("-") for flag in hosts.FLAGS]
+    known = ["config", *names, *places, *(f"config.{key}" for key in known_keys())]
     for name in given:
         if name not in known and name.removeprefix("no") not in known:
             close = difflib.get_close_matches(name, known, n=3)
@@ -185,14 +260,7 @@ def check_flags(arguments: list[str]) -> None:
 
 def known_keys() -> list[str]:
     """Every setting that there is."""
-    return dotted(default_config())
-
-
-def dotted(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in config.items():
-        keys += dotted(value, f"{prefix}{key}.") if isinstance(value, ml_collections.ConfigDict) else [prefix + key]
-    return keys
+    return list(flatten(default_config().to_dict()))
 
 
 def last_line(error: Exception) -> str:

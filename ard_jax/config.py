@@ -5,6 +5,7 @@ single keys (`--config.student.history_layers=2`).
 """
 
 import functools
+import json
 import math
 from operator import getitem
 from typing import Any
@@ -16,6 +17,7 @@ import ml_collections
 from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, Process, calls, find_solver
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT, size_fields
+from ard_jax.models.attention import choose, target_platform
 from ard_jax.training.state import make_optimizer
 
 
@@ -77,6 +79,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "mlp_norm_eps": 1e-6,  # 1e-6 as published, 1e-5 in diffusers' DiT
                 "dtype": "auto",  # compute type: bfloat16 on accelerators, float32 on CPU; or either by name
                 "remat": "none",  # or "dots", "full"
+                "attention": "auto",  # the device's fused kernel where it applies; or "xla", "cudnn", "splash"
             },
             "diffusion": {
                 "process": "vp",  # the network predicts noise; or "flow": velocity
@@ -96,6 +99,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "dir": "",  # a teacher trained elsewhere: the `teacher` folder of its workdir
                 "steps": 400_000,
                 "batch_size": 256,
+                "accumulate": 1,  # microbatches a step: less memory for the same batch
                 "label_dropout": 0.1,
                 "checkpoint_every": 5000,
                 "optimizer": optimizer_defaults(),
@@ -123,6 +127,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "online": False,  # solve the teacher inside the training step; no store is read
                 "steps": 300_000,
                 "batch_size": 64,
+                "accumulate": 1,
                 "checkpoint_every": 5000,
                 "optimizer": optimizer_defaults(),
             },
@@ -141,15 +146,34 @@ def default_config() -> ml_collections.ConfigDict:
                 "neighbours": 3,
             },
             "report": {"title": "ard_jax"},
+            "mesh": {  # how many devices lie along each axis; one may be -1, for what the others leave
+                "data": -1,  # share the batch
+                "fsdp": 1,  # share the batch and keep a part of the parameters and the optimiser's state each
+                "tensor": 1,  # share each layer's heads and MLP; within a host
+            },
             "run": {  # how a run shows itself; may change between restarts
                 "log_every": 100,
                 "keep_checkpoints": 2,
                 "tensorboard": True,
+                "join_timeout": 300.0,  # seconds that a host waits for the others at the start
                 "workers": 2,  # threads that read data
                 "in_memory": 2**30,  # bytes of data that may be held decoded in memory
             },
         }
     )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict → dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as JSON gives it back: tuples have become lists."""
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def config_arguments(text: str | None, **defaults: Any) -> dict[str, Any]:
@@ -196,6 +220,7 @@ def model_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "image_size": config.data.image_size,
         "dtype": compute_dtype(model.dtype),
         "remat": model.remat,
+        "attention": model.attention,
     }
 
 
@@ -287,12 +312,12 @@ POSITIVE = {
     "diffusion": ("train_steps", "steps", "time_scale"),
     "vae": ("batch_size",),
     "encode": ("image_size", "batch_size", "shard_size"),
-    "teacher": ("steps", "batch_size", "checkpoint_every"),
+    "teacher": ("steps", "batch_size", "accumulate", "checkpoint_every"),
     "trajectories": ("count", "batch_size", "shard_size"),
-    "distill": ("steps", "batch_size", "checkpoint_every"),
+    "distill": ("steps", "batch_size", "accumulate", "checkpoint_every"),
     "sample": ("count", "batch_size", "grid"),
     "evaluate": ("paired", "pictures", "feature_steps", "neighbours"),
-    "run": ("log_every", "keep_checkpoints", "workers"),
+    "run": ("log_every", "keep_checkpoints", "join_timeout", "workers"),
 }
 
 # key: the least and the greatest value that it may have
@@ -330,14 +355,28 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"{key} is {value}: give a number {asked}.")
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
+def check_mesh(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for sizes of `config.mesh` that fit no number of devices."""
+    for axis, size in config.mesh.items():
+        if size < 1 and size != -1:
+            raise UserError(f"mesh.{axis} is {size}: give a number of devices, or -1 for what the other axes leave.")
+    if list(config.mesh.values()).count(-1) > 1:
+        raise UserError("mesh has -1 more than once: only one axis can take what the others leave.")
+
+
+def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> None:
     """Checks what can be checked without data or devices, in milliseconds.
+
+    Args:
+        config: the config.
+        platform: that it shall run on, if not this machine's.
 
     Raises:
         UserError: the first thing that is wrong, in one sentence.
     """
     diffusion, trajectories, student = config.diffusion, config.trajectories, config.student
     check_numbers(config)
+    check_mesh(config)
     for section in (config.teacher, config.distill):
         make_optimizer(section.optimizer, section.steps)
     check_points(tuple(trajectories.points), diffusion.steps, "trajectories.points")
@@ -354,6 +393,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"data.image_size {size} is not a multiple of the patch size {patch_size}: choose a size that is."
         )
+    fields = model_fields(config)
+    head_dim = fields["hidden_size"] // fields["num_heads"]
+    choose(fields["attention"], platform or target_platform(), fields["dtype"], (size // patch_size) ** 2, head_dim)
     missing = sorted(set(student.points) - set(trajectories.points), reverse=True)
     if missing and not config.distill.online:
         raise UserError(

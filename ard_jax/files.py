@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[pathlib.Path], None]) -> None:
@@ -63,12 +64,20 @@ def file_sha256(path: str | os.PathLike) -> str:
 def tree_sha256(tree: Any) -> str:
     """SHA-256 of a pytree of arrays: names, types, shapes and bytes, in the order of the names.
 
-    Leaves are fetched one at a time, so the host never holds a second copy of the tree.
+    Leaves are fetched one at a time, so the host never holds a second copy of the tree. Where they are spread over
+    several processes, all of them have to ask.
     """
     digest = hashlib.sha256()
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     for name in sorted(leaves):
-        array = np.asarray(leaves[name])
+        array = fetch(leaves[name])
         digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # no copy: stacks have gigabytes
     return digest.hexdigest()
+
+
+def fetch(array: Any) -> np.ndarray:
+    """An array of this process or of several, as a whole."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

@@ -1,13 +1,42 @@
-"""The mesh of devices and how arrays lie on it: parameters on every device, batches split over them."""
+"""The mesh of devices and how arrays lie on it.
 
-from collections.abc import Callable, Iterable, Iterator
+A batch is split over `data` and `fsdp`. Parameters, their average and the optimiser's state are split over `fsdp`, each
+layer's being gathered when it is its turn, and over `tensor`, whose devices share the heads and the MLP of a layer.
+`layers.logical_axes` says what the axes of a parameter stand for, `RULES` what lies along which axis of the mesh.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ard_jax.errors import UserError
+from ard_jax.models.layers import divided, logical_axes
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+DATA_ONLY = {"data": -1, "fsdp": 1, "tensor": 1}
+RULES = (("batch", BATCH), ("embed", "fsdp"), ("heads", "tensor"), ("mlp", "tensor"))
+
+
+# A layer's parameters are gathered whole before it is their turn. libtpu would rather multiply by one chip's part at a
+# time, which are thin here (72 of XL/2's width on 16 chips), and add to the result in memory each time: by its own
+# programs that moves 6 times the bytes in sampling.
+LIBTPU_FLAG = "--xla_jf_spmd_threshold_for_windowed_einsum_mib"
+
+
+def set_up_libtpu() -> None:
+    """Settings of TPU's compiler, for runs and plans alike; they count if they come before it is loaded."""
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if LIBTPU_FLAG not in given:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{given} {LIBTPU_FLAG}=1000000".strip()
 
 
 def is_first() -> bool:
@@ -15,9 +44,68 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A one-axis mesh ("data") over the given devices, by default all of every process."""
-    return Mesh(np.asarray(devices or jax.devices()), ("data",))
+def make_mesh(settings: Mapping[str, int] = DATA_ONLY, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config.mesh` over the given devices, by default all of every process.
+
+    Args:
+        settings: sizes of "data", "fsdp" and "tensor"; one of them may be -1, which is what the others leave.
+        devices: to lay out.
+
+    Raises:
+        UserError: the sizes do not fit the number of devices, or the tensor axis would cross hosts.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {axis: settings[axis] for axis in AXES}
+    count, asked = len(devices), ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(rest) > 1 or count % fixed or (not rest and fixed != count):
+        raise UserError(
+            f"the mesh {asked} does not fit {count} devices: the product of data, fsdp and tensor must be {count}, "
+            f"where one of them may be -1 for what the others leave."
+        )
+    sizes |= {axis: count // fixed for axis in rest}
+    shape = tuple(sizes[axis] for axis in AXES)
+    # a TPU's neighbours along an axis are then neighbours by wire
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if crosses_hosts(grid):
+        by_host = sorted(devices, key=lambda device: (device.process_index, device.id))
+        grid = np.asarray(by_host).reshape(shape)
+    if crosses_hosts(grid):
+        here = count // len({device.process_index for device in devices})
+        raise UserError(
+            f"mesh.tensor is {sizes['tensor']}, but a host has {here} devices: choose a divisor of that, since each "
+            f"host reads the rows of its own devices, and those of a tensor axis share theirs."
+        )
+    return Mesh(grid, AXES)
+
+
+def crosses_hosts(grid: np.ndarray) -> bool:
+    """Whether devices (data, fsdp, tensor) along the tensor axis belong to different hosts."""
+    hosts = np.vectorize(lambda device: device.process_index)(grid)
+    return bool((hosts != hosts[..., :1]).any())
+
+
+def local_mesh(settings: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a job that every host does alone: its own devices, split by tensor and fsdp as far as they go."""
+    devices = jax.local_devices() if devices is None else devices
+    tensor = max(1, settings["tensor"])
+    fsdp = math.gcd(max(1, settings["fsdp"]), max(1, len(devices) // tensor))
+    return make_mesh(DATA_ONLY | {"fsdp": fsdp, "tensor": tensor}, devices)
+
+
+def on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
+    """Decorates a function to be jitted: while it is traced, the mesh and `RULES` are what `layers.constrain` obeys."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def traced(*args):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
+                return function(*args)
+
+        return traced
+
+    return decorate
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -25,16 +113,50 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the leading axis over the mesh."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """Splits the leading axis over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def check_batch(batch_size: int, mesh: Mesh, key: str) -> None:
-    """Raises UserError if the devices cannot share a batch evenly."""
-    if batch_size % mesh.size:
-        raise UserError(
-            f"{key} {batch_size} cannot be split evenly over {mesh.size} devices: choose a multiple of {mesh.size}."
-        )
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def sharding_of(tree: Any, mesh: Mesh) -> Any:
+    """How parameters, and states that hold such trees (averages, an optimiser's moments), lie on a mesh.
+
+    Args:
+        tree: of arrays or shapes; what an axis of a leaf stands for is told by the names that its path ends in.
+        mesh: of devices.
+
+    Returns:
+        The same tree of NamedShardings. An axis that its part of the mesh does not divide stays whole.
+    """
+
+    def sharding(path, leaf):
+        spec = nn.logical_to_mesh_axes(logical_axes(path, len(leaf.shape)), RULES)
+        return NamedSharding(mesh, divided(spec, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def placed(shapes: Any, mesh: Mesh) -> Any:
+    """Shapes with the sharding that their arrays shall have, see `sharding_of`."""
+
+    def place(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes, sharding_of(shapes, mesh))
+
+
+def check_batch(settings: Mapping[str, Any], mesh: Mesh, section: str) -> None:
+    """Raises UserError if the devices cannot share a stage's batch, or each of its microbatches, evenly."""
+    size, accumulate = settings["batch_size"], settings["accumulate"]
+    unit = batch_shards(mesh) * accumulate
+    if size % unit:
+        over = f"{batch_shards(mesh)} parts (mesh.data × mesh.fsdp)"
+        over += f" of {accumulate} microbatches" if accumulate > 1 else ""
+        raise UserError(f"{section}.batch_size {size} cannot be split evenly over {over}: choose a multiple of {unit}.")
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
@@ -51,6 +173,14 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, batch)
 
 
+def split_in_turns(rows: jax.Array, mesh: Mesh, turns: int) -> jax.Array:
+    """A split batch (batch, …) → (turn, batch / turns, …), every device keeping its own rows."""
+    shards = batch_shards(mesh)
+    parts = rows.reshape(shards, turns, -1, *rows.shape[1:]).swapaxes(0, 1)
+    parts = parts.reshape(turns, -1, *rows.shape[1:])
+    return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, BATCH)))
+
+
 def in_turns(function: Callable[[jax.Array], jax.Array], rows: jax.Array, mesh: Mesh, limit: int) -> jax.Array:
     """Applies `function` to a split batch a few rows at a time, every device to its own: less memory, the same result.
 
@@ -60,16 +190,11 @@ def in_turns(function: Callable[[jax.Array], jax.Array], rows: jax.Array, mesh: 
         mesh: of devices.
         limit: rows a device works on at a time, at most; fewer where that does not divide its share.
     """
-    share = len(rows) // mesh.size
+    shards = batch_shards(mesh)
+    share = len(rows) // shards
     at_once = max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
-    turns = rows.reshape(mesh.size, share // at_once, at_once, *rows.shape[1:]).swapaxes(0, 1)
-    split = NamedSharding(mesh, PartitionSpec(None, "data"))
-
-    def turn(rows):
-        return function(rows.reshape(-1, *rows.shape[2:]))
-
-    results = jax.lax.map(turn, jax.lax.with_sharding_constraint(turns, split))  # turn, device · row, …
-    results = results.reshape(*turns.shape[:3], *results.shape[2:]).swapaxes(0, 1)
+    results = jax.lax.map(function, split_in_turns(rows, mesh, share // at_once))  # turn, device · row, …
+    results = results.reshape(share // at_once, shards, at_once, *results.shape[2:]).swapaxes(0, 1)
     return results.reshape(len(rows), *results.shape[3:])
 
 

@@ -5,4 +5,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m pytest "$@"
+"$python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"

@@ -1,5 +1,6 @@
 """The configs: each is valid, and ImageNet's holds the paper's numbers (docs/METHOD.md section 5)."""
 
+import functools
 import importlib
 
 import jax
@@ -12,7 +13,7 @@ from ard_jax.models import count_parameters, init_from_teacher
 from ard_jax.objectives.ard import ard
 from ard_jax.parallel import make_mesh
 from ard_jax.stages.workdir import teacher_shapes
-from ard_jax.training.state import TrainState, make_optimizer, make_step
+from ard_jax.training.state import make_optimizer, make_step, start_state
 
 
 def get_config(name, argument=""):
@@ -59,14 +60,9 @@ def test_imagenet_trains_at_full_size_in_shapes():
     params = jax.eval_shape(lambda p: init_from_teacher(p, student), teacher_shapes(make_teacher(config)))
     assert count_parameters(params) == 683_209_856 - 256 * 1152  # the position table is a constant here
     optimizer = make_optimizer(config.distill.optimizer, config.distill.steps)
-    step = make_step(ard(student, target="x0", columns=(0, 1, 2, 3)), optimizer, 0.9999, make_mesh(jax.devices()[:1]))
-    state = TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32),
-        params=params,
-        ema=params,
-        opt_state=jax.eval_shape(optimizer.init, params),
-        rng=jax.ShapeDtypeStruct((2,), jnp.uint32),
-    )
+    mesh = make_mesh(devices=jax.devices()[:1])
+    state = jax.eval_shape(functools.partial(start_state, optimizer=optimizer, seed=0), params)
+    step = make_step(ard(student, target="x0", columns=(0, 1, 2, 3)), optimizer, 0.9999, mesh, state)
     batch = {
         "noise": jax.ShapeDtypeStruct((64, *shape), jnp.float16),
         "x0": jax.ShapeDtypeStruct((64, 4, *shape), jnp.float16),
@@ -77,6 +73,30 @@ def test_imagenet_trains_at_full_size_in_shapes():
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
     assert set(metrics) >= {"loss", "loss_step_1", "loss_step_4", "gradient_norm"}
+
+
+def test_what_is_compiled_does_not_grow_with_depth():
+    """The paper's step with 14 and with 28 layers is the same program but for the lengths of its loops."""
+
+    def operations(depth):
+        config = get_config("imagenet256")
+        with config.unlocked():
+            config.model.update(name="", depth=depth)
+        student, shape = make_student(config), example_shape(config)
+        params = jax.eval_shape(lambda p: init_from_teacher(p, student), teacher_shapes(make_teacher(config)))
+        optimizer = make_optimizer(config.distill.optimizer, config.distill.steps)
+        mesh = make_mesh(devices=jax.devices()[:1])
+        state = jax.eval_shape(functools.partial(start_state, optimizer=optimizer, seed=0), params)
+        step = make_step(ard(student, target="x0", columns=(0, 1, 2, 3)), optimizer, 0.9999, mesh, state)
+        points = jax.ShapeDtypeStruct((4, 4, *shape), jnp.float16)
+        batch = {
+            "noise": points.update(shape=(4, *shape)),
+            "x0": points,
+            "label": jax.ShapeDtypeStruct((4,), jnp.int32),
+        }
+        return len(step.lower(state, None, batch).as_text().splitlines())
+
+    assert operations(28) == operations(14)
 
 
 def test_config_arguments_are_typed_as_their_defaults():

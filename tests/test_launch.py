@@ -172,7 +172,7 @@ def until(condition, what: object) -> None:
 
 
 def end(running: subprocess.Popen) -> Outcome:
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=240)
     return Outcome(running.returncode, out, err)
 
 

@@ -24,7 +24,8 @@ from ard_jax.models import (
     size_fields,
     visible_blocks,
 )
-from ard_jax.models.layers import attend_within_rows, layer_norm, position_table
+from ard_jax.models.attention import attend_within_rows
+from ard_jax.models.layers import layer_norm, position_table
 from ard_jax.objectives.ard import ard
 from ard_jax.parallel import make_mesh
 from ard_jax.sampling import sample_student
@@ -436,9 +437,9 @@ def test_every_parameter_moves_in_training_and_the_teacher_stays():
     student = ARDStudent(**SMALL, steps=4, history_layers=1)
     start = init_from_teacher(teacher_params, student)
     before, teacher_before = jax.tree.map(np.array, start), jax.tree.map(np.array, teacher_params)
-    mesh, optimizer = make_mesh(jax.devices()[:1]), optax.adamw(1e-2, weight_decay=0.0)
-    step = make_step(ard(student, target="x0", columns=(0, 1, 2, 3)), optimizer, 0.9, mesh)
+    mesh, optimizer = make_mesh(devices=jax.devices()[:1]), optax.adamw(1e-2, weight_decay=0.0)
     state = init_state(start, optimizer, seed=0, mesh=mesh)
+    step = make_step(ard(student, target="x0", columns=(0, 1, 2, 3)), optimizer, 0.9, mesh, state)
     points, y = student_inputs(4, dtype=np.float32)
     batch = {"noise": points[:, 0], "x0": points[:, 1:], "label": y}
     for _ in range(4):  # adaLN-Zero lets the gradient through to the inside only after a few

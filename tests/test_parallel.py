@@ -1,11 +1,18 @@
 """How arrays lie on several devices; in a process of its own, since a process has as many as it started with."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
+import numpy as np
+import pytest
 from pipeline_fixtures import ROOT
+
+from ard_jax.errors import UserError
+from ard_jax.parallel import AXES, make_mesh
 
 TURNS = """
 import json
@@ -31,15 +38,133 @@ for limit in (1, 4, 5, 100):  # of the six rows that each of four devices has
     batch = put_batch(rows, mesh)
     results = run(batch)
     np.testing.assert_array_equal(results, np.stack([rows, 2 * rows], axis=-1))
-    assert results.sharding.spec == batch.sharding.spec, results.sharding
+    assert results.sharding.is_equivalent_to(batch.sharding, results.ndim), results.sharding
     program = run.lower(batch).compile().as_text()
     assert not any(name in program for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 print(json.dumps(made))
 """
 
 
-def test_a_batch_in_turns_stays_on_its_devices():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run([sys.executable, "-c", TURNS], cwd=ROOT, env=environment, capture_output=True, text=True)
+SHARDED = """
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ard_jax.models import ARDStudent
+from ard_jax.objectives.ard import ard
+from ard_jax.parallel import AXES, make_mesh, put_batch
+from ard_jax.training.state import init_state, make_step
+
+student = ARDStudent(
+    channels=2, hidden_size=32, depth=3, num_heads=4, num_classes=10, steps=2, history_layers=1, remat="full"
+)
+rng = np.random.default_rng(0)
+batch = {
+    "noise": rng.standard_normal((16, 8, 8, 2), np.float32),
+    "x0": rng.standard_normal((16, 2, 8, 8, 2), np.float32),
+    "label": np.arange(16) % 10,
+}
+params = student.init(jax.random.key(0), batch["x0"][:1], jnp.zeros(1, jnp.int32))["params"]
+leaves, tree = jax.tree.flatten(params)
+params = jax.tree.unflatten(tree, [leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves])
+optimizer = optax.adamw(1e-2)
+KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+found = []
+for sizes, accumulate in MESHES:
+    mesh = make_mesh(dict(zip(AXES, sizes)))
+    state = init_state(params, optimizer, 0, mesh)
+    step = make_step(ard(student, target="x0", columns=(0, 1)), optimizer, 0.9, mesh, state, None, accumulate)
+    rows = put_batch(batch, mesh)
+    program = step.lower(state, None, rows).compile().as_text()
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, None, rows)
+        losses.append([float(metrics[name]) for name in ("loss", "loss_step_2", "gradient_norm", "parameter_norm")])
+    kept = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)]
+    found.append(
+        {
+            "sizes": sizes,
+            "losses": losses,
+            "kernel": state.opt_state[0].mu["blocks"]["mlp_in"]["kernel"].addressable_shards[0].data.shape,
+            "bytes": sum(kept),
+            "kinds": sorted(set(re.findall(rf" ({KINDS})\\(", program))),
+        }
+    )
+print(json.dumps(found))
+"""
+
+
+def in_process(program: str, devices: int):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[4, 2], [12, 2], [12, 2], [24, 2]]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_meshes_change_where_a_step_is_computed_and_not_what():
+    """Data parallel, microbatches, parameters over fsdp, and all axes at once: the same five steps."""
+    meshes = [((8, 1, 1), 1), ((8, 1, 1), 2), ((1, 8, 1), 1), ((2, 2, 2), 2)]
+    plain, turns, fsdp, every = in_process(f"MESHES = {meshes}\n{SHARDED}", devices=8)
+    for other in (turns, fsdp, every):
+        np.testing.assert_allclose(other["losses"], plain["losses"], rtol=1e-5)
+    assert plain["kernel"] == [3, 32, 128] and fsdp["kernel"] == [3, 4, 128] and every["kernel"] == [3, 16, 64]
+    assert fsdp["bytes"] < plain["bytes"] / 6  # the biases of heads and MLP, and the time's, stay whole
+    assert plain["kinds"] == ["all-reduce"]
+    # the activations stay where they are: a layer's parameters come to them
+    assert set(fsdp["kinds"]) <= {"all-gather", "all-reduce", "reduce-scatter"} and "all-gather" in fsdp["kinds"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ((-1, 1, 1), (8, 1, 1)),
+        ((-1, 4, 1), (2, 4, 1)),
+        ((2, -1, 2), (2, 2, 2)),
+        ((1, 8, 1), (1, 8, 1)),
+        ((-1, 1, 4), (2, 1, 4)),
+    ],
+)
+def test_one_axis_takes_what_the_others_leave(sizes, shape):
+    devices = [Device(number, number // 4) for number in range(8)]
+    assert tuple(make_mesh(dict(zip(AXES, sizes, strict=True)), devices).shape.values()) == shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((3, 1, 1), "the mesh data=3, fsdp=1, tensor=1 does not fit 8 devices: the product"),
+        ((-1, 3, 1), "the mesh data=-1, fsdp=3, tensor=1 does not fit 8 devices"),
+        ((4, 1, 1), "does not fit 8 devices"),
+        ((-1, 1, 8), "mesh.tensor is 8, but a host has 4 devices: choose a divisor of that"),
+    ],
+)
+def test_meshes_that_do_not_fit(sizes, said):
+    devices = [Device(number, number // 4) for number in range(8)]
+    with pytest.raises(UserError, match=re.escape(said)):
+        make_mesh(dict(zip(AXES, sizes, strict=True)), devices)
+
+
+def test_a_tensor_axis_stays_within_a_host_whatever_the_order_of_devices():
+    devices = [Device(number, number % 2) for number in range(8)]
+    grid = make_mesh({"data": -1, "fsdp": 1, "tensor": 4}, devices).devices
+    assert [[device.process_index for device in row] for row in grid[:, 0]] == [[0] * 4, [1] * 4]
+
+
+def test_a_batch_in_turns_stays_on_its_devices():
+    assert in_process(TURNS, devices=4) == [[4, 2], [12, 2], [12, 2], [24, 2]]

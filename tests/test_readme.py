@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from PIL import Image
 from pipeline_fixtures import ROOT, copy, done, run, smoke
 from test_latents import write_vae
 
-from ard_jax.command_line import known_keys
+from ard_jax.command_line import FLAGS, known_keys, parse
 from ard_jax.files import read_json
+from ard_jax.plan.topology import SHAPES
 
 README = (ROOT / "README.md").read_text()
 FEWER = {  # settings that make a command of the README short, by stage
@@ -35,7 +37,7 @@ def commands(start: str) -> list[list[str]]:
 
 
 def stage_commands(workdir: str) -> list[list[str]]:
-    return [words for words in commands("python -m ard_jax ") if words[words.index("--workdir") + 1] == workdir]
+    return [words for words in commands("python -m ard_jax ") if ["--workdir", workdir] in map(list, pairwise(words))]
 
 
 @pytest.mark.slow
@@ -110,6 +112,19 @@ def test_encoding_as_written(tmp_path, monkeypatch):
     assert done(tmp_path / "latents")["records"] == 4
 
 
+@pytest.mark.slow
+def test_planning_as_written(tmp_path, monkeypatch):
+    """The laptop's own plan; of a slice's, for which libtpu takes minutes (see test_plan.py), the words alone."""
+    monkeypatch.chdir(ROOT)
+    laptop, pod = [words[1:] for words in commands("python -m ard_jax ") if words[0] == "plan"]
+    outcome = run("plan", *laptop)
+    assert outcome.status == 0 and "chip-hours" in outcome.out, outcome.err
+    config, topology, file = parse(pod, FLAGS["plan"])
+    assert config.model.name == "DiT-XL/2" and (topology, file) == ("v5e:4x4", "plan.json")
+    chip, shape = topology.split(":")
+    assert shape in SHAPES[chip]
+
+
 def test_the_maps_of_names_work_as_written(golden):
     names = golden("dit_tiny")
     examples = {
@@ -135,3 +150,12 @@ def test_what_it_names_exists():
 def test_the_two_commands_are_those_of_ci(script):
     assert f"launch/{script}" in blocks("bash")[0]
     assert f"launch/{script}" in (pathlib.Path(ROOT) / ".ci" / "run").read_text()
+
+
+@pytest.mark.slow
+def test_a_pod_on_one_machine_as_written(pipeline, tmp_path):
+    """Two processes draw from the models that one has trained."""
+    ((count, *words),) = commands("launch/local_pod.sh ")
+    words[words.index("--workdir") + 1] = str(copy(pipeline, tmp_path, "teacher", "trajectories", "distill"))
+    subprocess.run(["launch/local_pod.sh", count, *words], cwd=ROOT, check=True)
+    assert set(done(tmp_path / "sample")["models"]) == {"teacher", "ard"}

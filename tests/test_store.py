@@ -229,7 +229,7 @@ def test_the_store_is_the_same_on_any_number_of_devices(pipeline, tmp_path, opti
         from configs import smoke
         workdir, target = map(pathlib.Path, sys.argv[1:])
         for count in (1, 2, 4):
-            mesh = make_mesh(jax.devices()[:count])
+            mesh = make_mesh(devices=jax.devices()[:count])
             assert mesh.size == count
             model, params, _ = load_teacher(smoke.get_config(), workdir, mesh)
             make_store(model, params, smoke.get_config(), target / str(count), mesh)

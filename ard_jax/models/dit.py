@@ -12,6 +12,7 @@ import jax
 
 from ard_jax.errors import UserError
 from ard_jax.models import layers
+from ard_jax.models.attention import BACKENDS, attend_within_rows
 from ard_jax.models.layers import Attend, Dense, DiTBlock, Dtype, FinalLayer, TimeEmbedder
 
 # Name: width, depth, heads (DiT, table 1); the published names add "/2", "/4" or "/8", the patch size.
@@ -61,6 +62,7 @@ class DiT(nn.Module):
         mlp_norm_eps: eps of the layer norm before the MLP; 1e-6 as published, 1e-5 in diffusers' DiT.
         image_size: side of the images that it was made for, which only the published position table tells; the
             network takes any.
+        attention: a backend in `attention.BACKENDS`.
     """
 
     channels: int = 4
@@ -79,6 +81,7 @@ class DiT(nn.Module):
     frequency_shift: float = 0.0
     mlp_norm_eps: float = 1e-6
     image_size: int | None = None
+    attention: str = "auto"
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -88,6 +91,8 @@ class DiT(nn.Module):
             )
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat is {self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}.")
+        if self.attention not in BACKENDS:
+            raise UserError(f"model.attention is {self.attention!r}: choose one of {', '.join(BACKENDS)}.")
         super().__post_init__()
 
     def setup(self):
@@ -129,7 +134,8 @@ class DiT(nn.Module):
             return x, memory
 
         def body(block, x, condition, memory):
-            return block(x, condition, memory, attend)
+            x = layers.constrain(x, "batch", None, None)
+            return block(x, layers.constrain(condition, "batch", None), memory, attend)
 
         run = nn.scan(
             body,
@@ -142,6 +148,12 @@ class DiT(nn.Module):
         if (first, last) != (0, self.depth):
             run = nn.map_variables(run, "params", trans_in_fn=lambda stack: take(stack, slice(first, last)))
         return run(self.blocks, x, condition, memory)
+
+    def attend_within_rows(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, memory: None = None
+    ) -> tuple[jax.Array, None]:
+        """See `attention.attend_within_rows`."""
+        return attend_within_rows(q, k, v, memory, backend=self.attention)
 
     def to_image(self, tokens: jax.Array, images: jax.Array) -> jax.Array:
         """Tokens of the final layer → (rows, height, width, out channel), sides as in `images`."""
@@ -162,7 +174,7 @@ class DiT(nn.Module):
             UserError: the sides are no multiple of the patch size, or the channels are not the model's.
         """
         condition = nn.silu(self.time_embed(t) + self.label_embed(y))
-        h, _ = self.run_blocks(self.embed(x), condition, layers.attend_within_rows, 0, self.depth)
+        h, _ = self.run_blocks(self.embed(x), condition, self.attend_within_rows, 0, self.depth)
         return self.to_image(self.final_layer(h, condition), x)
 
 

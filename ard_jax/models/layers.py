@@ -15,11 +15,64 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ard_jax.errors import UserError
 
 Dtype = Any
 xavier = nn.initializers.xavier_uniform()
+
+
+# What the input and the output of a module's kernel stand for; a bias has the output's.
+AXES = {
+    "patch_embed": ("patch", "embed"),
+    "modulation": ("embed", "mlp"),
+    "qkv": ("embed", "heads"),
+    "attention_out": ("heads", "embed"),
+    "mlp_in": ("embed", "mlp"),
+    "mlp_out": ("mlp", "embed"),
+    "linear": ("embed", "patch"),
+}
+STACKS = {"blocks": "layer", "final_layer": "block"}  # modules whose parameters may have one more axis, in front
+
+
+def logical_axes(path: tuple[Any, ...], ndim: int) -> tuple[str | None, ...]:
+    """What the axes of a parameter stand for, by the names that its path ends in.
+
+    Args:
+        path: of a leaf, as `jax.tree_util` gives it; an optimiser's moments have their parameter's at the end.
+        ndim: axes of the leaf.
+
+    Returns:
+        A name for each axis, see `parallel.RULES`; None for all where the leaf is no such parameter.
+    """
+    keys = [getattr(entry, "key", None) or getattr(entry, "name", None) for entry in path]
+    module = next((key for key in reversed(keys[:-1]) if key in AXES), None)
+    axes = AXES.get(module, ())
+    axes = axes[-1:] if keys[-1:] == ["bias"] else axes
+    stack = next((STACKS[key] for key in reversed(keys) if key in STACKS), None)
+    if stack and ndim == len(axes) + 1:
+        axes = (stack, *axes)
+    return axes if len(axes) == ndim else (None,) * ndim
+
+
+def divided(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The spec, where the mesh divides an axis of the shape; else the axis stays whole."""
+
+    def parts(axes):
+        return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+    return PartitionSpec(*(axes if size % parts(axes) == 0 else None for axes, size in zip(spec, shape, strict=True)))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Says how an activation lies on the mesh that the program is traced for (`parallel.on_mesh`), if there is one.
+
+    Without it, XLA may move activations to where the parameters lie instead of gathering a layer's parameters.
+    """
+    if not nn.get_logical_axis_rules():
+        return x
+    return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_axes(axes))
 
 
 class Dense(nn.Dense):
@@ -115,24 +168,6 @@ def layer_norm(x: jax.Array, dtype: Dtype | None, eps: float = 1e-6) -> jax.Arra
 # A function (q, k, v, memory) → (output, memory), all of q, k, v and output (rows, token, heads, head width).
 # Memory is what one layer keeps between the calls of a cached sampler, None where nothing is kept.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention, (rows, query or key, heads, head width).
-
-    The softmax is at least float32, and float64 for float64 inputs, which `jax.nn.dot_product_attention` is not: the
-    reference numbers are checked in float64.
-    """
-    at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
-    scale = q.shape[-1] ** -0.5
-    logits = jnp.einsum("rqhd,rkhd->rhqk", q * scale, k, preferred_element_type=at_least_float32)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("rhqk,rkhd->rqhd", weights, v)
-
-
-def attend_within_rows(q: jax.Array, k: jax.Array, v: jax.Array, memory: None = None) -> tuple[jax.Array, None]:
-    """Every token sees the tokens of its own row: the teacher, and the student's per-block layers."""
-    return attention(q, k, v), memory
 
 
 class DiTBlock(nn.Module):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ard_jax.errors import UserError
 from ard_jax.models import layers
+from ard_jax.models.attention import attention, block_attention
 from ard_jax.models.dit import DiT, take
 from ard_jax.models.masks import MASKS, visible_blocks
 
@@ -84,7 +85,7 @@ class ARDStudent(DiT):
         """Head `block`: h (batch, token, width), condition (batch, width) → tokens (batch, token, features)."""
 
         def run(final_layer, h, condition):
-            return final_layer(h, condition)
+            return final_layer(h, layers.constrain(condition, "batch", None))
 
         if self.heads == "separate" and self.is_initializing():  # makes all of them, stacked on a block axis
             stack = nn.vmap(run, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,
@@ -122,11 +123,11 @@ class ARDStudent(DiT):
         per_row = conditions.reshape(batch * steps, -1)
         h = self.embed(rows)
         if self.is_initializing():  # the parameters do not depend on which layers have a history
-            h, _ = self.run_blocks(h, per_row, layers.attend_within_rows, 0, self.depth)
+            h, _ = self.run_blocks(h, per_row, self.attend_within_rows, 0, self.depth)
         else:
             history = self.layers_with_history
             h, _ = self.run_blocks(h, per_row, self.attend_to_history, 0, history)
-            h, _ = self.run_blocks(h, per_row, layers.attend_within_rows, history, self.depth)
+            h, _ = self.run_blocks(h, per_row, self.attend_within_rows, history, self.depth)
         h = h.reshape(batch, steps, *h.shape[1:])
         predictions = [self.predict(h[:, b], conditions[:, b], b, points[:, b]) for b in range(steps)]
         return jnp.stack(predictions, axis=1)
@@ -135,14 +136,7 @@ class ARDStudent(DiT):
         self, q: jax.Array, k: jax.Array, v: jax.Array, memory: None = None
     ) -> tuple[jax.Array, None]:
         """Each block's queries meet the keys of just the blocks that it sees; no mask over S·T tokens is formed."""
-        q, k, v = (x.reshape(-1, self.steps, *x.shape[1:]) for x in (q, k, v))
-        outputs = []
-        for block in range(self.steps):
-            seen = visible_blocks(self.mask, block)
-            keys = jnp.concatenate([k[:, b] for b in seen], axis=1)
-            values = jnp.concatenate([v[:, b] for b in seen], axis=1)
-            outputs.append(layers.attention(q[:, block], keys, values))
-        return jnp.stack(outputs, axis=1).reshape(-1, *q.shape[2:]), memory
+        return block_attention(q, k, v, self.mask, self.steps, self.attention), memory
 
     def step(
         self, point: jax.Array, y: jax.Array, cache: tuple[KeysAndValues, ...] = ()
@@ -164,10 +158,10 @@ class ARDStudent(DiT):
         def attend(q, k, v, earlier):
             keys = jnp.concatenate([keys for keys, _ in earlier] + [k], axis=1)
             values = jnp.concatenate([values for _, values in earlier] + [v], axis=1)
-            return layers.attention(q, keys, values), (k, v)
+            return attention(q, keys, values, self.attention), (k, v)
 
         h, own = self.run_blocks(self.embed(point), condition, attend, 0, history, seen)
-        h, _ = self.run_blocks(h, condition, layers.attend_within_rows, history, self.depth)
+        h, _ = self.run_blocks(h, condition, self.attend_within_rows, history, self.depth)
         return self.predict(h, condition, block, point), (*cache, own)
 
 

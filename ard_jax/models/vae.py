@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ard_jax.errors import UserError
-from ard_jax.models.layers import Dense, Dtype, attention
+from ard_jax.models.attention import attention
+from ard_jax.models.layers import Dense, Dtype
 
 LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
 

@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 
 from ard_jax import __version__
-from ard_jax.config import make_student, make_teacher
+from ard_jax.config import make_student, make_teacher, plain
 from ard_jax.convert import to_torch, vae_to_diffusers
 from ard_jax.convert.published import parameters
 from ard_jax.convert.sources import open_source, read_description
@@ -33,7 +33,6 @@ from ard_jax.stages.workdir import (
     load_student,
     load_teacher,
     load_vae,
-    plain,
     read_done,
     recorded_config,
     teacher_folder,
@@ -152,7 +151,7 @@ def sections(config: ml_collections.ConfigDict, is_student: bool) -> ml_collecti
 
 def open_workdir(folder: pathlib.Path) -> Opened:
     """A teacher's or student's finished folder, with the VAE and the names that lie beside it."""
-    mesh, config = make_mesh(jax.local_devices()), recorded_config(folder)
+    mesh, config = make_mesh(devices=jax.local_devices()), recorded_config(folder)
     is_student = folder.absolute().parent.name == "distill" or "teacher" in (read_done(folder) or {})
     workdir = folder.absolute().parents[1 if is_student else 0]
     if is_student:

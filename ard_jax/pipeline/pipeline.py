@@ -75,7 +75,7 @@ class ARDPipeline:
         self.config = config
         self.is_student = config.get("student") is not None
         self.model = make_student(config) if self.is_student else make_teacher(config)
-        self.mesh = make_mesh(jax.local_devices())
+        self.mesh = make_mesh(devices=jax.local_devices())
         self.params, self.vae_params = jax.device_put((params, vae_params), replicated(self.mesh))
         self.vae = vae
         self.id2label = {int(number): name for number, name in (id2label or {}).items()}

@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from ard_jax.config import example_shape, make_student, network_calls, solver_settings
+from ard_jax.config import example_shape, make_student, network_calls, plain, solver_settings
 from ard_jax.data import InMemory
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT, init_from_teacher
@@ -24,7 +24,6 @@ from ard_jax.stages.workdir import (
     claim,
     load_teacher,
     merge_done,
-    plain,
     store_folder,
     write_done,
 )
@@ -41,10 +40,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         UserError: there is no teacher, the store does not fit the config, or the batch or the workdir do not fit.
     """
-    watch, mesh = Stopwatch(), make_mesh()
+    watch, mesh = Stopwatch(), make_mesh(config.mesh)
     settings, student = config.distill, make_student(config)
     directory = workdir / "distill" / config.student.name
-    check_batch(settings.batch_size, mesh, "distill.batch_size")
+    check_batch(settings, mesh, "distill")
     store = None if settings.online else store_folder(config, workdir)
     manifest = read_manifest(store) if store else None
     teacher, teacher_params, teacher_hash = load_teacher(config, workdir, mesh)

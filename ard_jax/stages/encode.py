@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 from jax.experimental import multihost_utils
 
 from ard_jax import __version__
-from ard_jax.config import example_shape
+from ard_jax.config import example_shape, plain
 from ard_jax.convert.vae import diffusers_config
 from ard_jax.data import MODES, class_names, image_source
 from ard_jax.errors import UserError
@@ -33,7 +33,7 @@ from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_latents
 from ard_jax.parallel import equal_batches, is_first, make_mesh, put_batch, replicated, run_batches
 from ard_jax.sharded import DTYPES, Layout, data_folder, describe, number_of_shards, tensor
-from ard_jax.stages.workdir import Stopwatch, claim, load_vae, plain, vae_folder, write_done
+from ard_jax.stages.workdir import Stopwatch, claim, load_vae, vae_folder, write_done
 
 log = logging.getLogger("ard_jax")
 
@@ -154,7 +154,7 @@ def make_latents(
     directory: pathlib.Path,
 ) -> None:
     """Makes this process's shards that are missing, truncated or altered."""
-    settings, mesh = config.encode, make_mesh(jax.local_devices())
+    settings, mesh = config.encode, make_mesh(devices=jax.local_devices())
     encoder, params = make_encoder(model, config), jax.device_put(params, replicated(mesh))
     threads = ThreadPoolExecutor(config.run.workers)
 

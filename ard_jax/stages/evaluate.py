@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.config import example_shape, solver_settings
+from ard_jax.config import example_shape, plain, solver_settings
 from ard_jax.data import image_source, labels_and_images, to_uint8
 from ard_jax.errors import UserError
 from ard_jax.evaluation import (
@@ -31,7 +31,7 @@ from ard_jax.evaluation import (
 )
 from ard_jax.files import file_sha256, write_json
 from ard_jax.objectives.ard import teacher_forcing
-from ard_jax.parallel import equal_batches, is_first, make_mesh, put_batch, run_batches
+from ard_jax.parallel import batch_shards, equal_batches, is_first, local_mesh, on_mesh, put_batch, run_batches
 from ard_jax.sampling import (
     draw_noise_and_labels,
     sample_student,
@@ -42,7 +42,7 @@ from ard_jax.sampling import (
 )
 from ard_jax.stages.encode import open_images
 from ard_jax.stages.sample import Decoder, find_vae, make_decoder, write_npz
-from ard_jax.stages.workdir import Stopwatch, finished, load_student, load_teacher, plain, vae_folder, write_done
+from ard_jax.stages.workdir import Stopwatch, finished, load_student, load_teacher, vae_folder, write_done
 
 # Real and generated images that precision and recall compare, at most: their cost is quadratic.
 NEIGHBOUR_LIMIT = 10_000
@@ -55,9 +55,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         UserError: nothing has been sampled, the samples are latents, or there are too few images for statistics.
     """
-    if not is_first():
-        return
-    watch, directory, mesh = Stopwatch(), workdir / "evaluate", make_mesh(jax.local_devices())
+    watch, directory, mesh = Stopwatch(), workdir / "evaluate", local_mesh(config.mesh)
     vae = find_vae(config, workdir)
     if config.data.space == "latent" and vae is None:
         raise UserError(
@@ -93,6 +91,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         **degradation_ratios(models),
         "config": plain(config),
     }
+    if not is_first():  # every host has computed the same
+        return
     write_json(directory / "results.json", results)
     write_npz(directory / "pictures.npz", **pictures)
     files = ("results.json", "pictures.npz")
@@ -159,12 +159,13 @@ class Paired:
         model, params, _ = teacher
         settings, shape = solver_settings(config), example_shape(config)
         self.config, self.decoder, self.mesh = config, decoder, mesh
-        self.size = config.sample.batch_size * mesh.size
+        self.size = config.sample.batch_size * batch_shards(mesh)
         every = {*config.student.points}.union(*(student[3].student.points for student in students.values()))
         self.kept_points = tuple(sorted(every, reverse=True))
         key = sampling_key(config.sample.seed)
 
         @jax.jit
+        @on_mesh(mesh)
         def trajectories(params, index):
             noise, label = draw_noise_and_labels(key, index, shape, model.num_classes)
             solution = sample_teacher(model, params, noise, label, **settings)
@@ -184,7 +185,8 @@ class Paired:
     def batches(self, function: Callable[..., Any], *arrays: np.ndarray) -> Any:
         """A jitted function of rows, called in batches of one size; the results' rows as NumPy arrays."""
         count = len(arrays[0])
-        size = min(self.size, -(-count // self.mesh.size) * self.mesh.size)
+        shards = batch_shards(self.mesh)
+        size = min(self.size, -(-count // shards) * shards)
 
         def run(rows):
             return function(*(put_batch(array[rows], self.mesh) for array in arrays))
@@ -221,7 +223,9 @@ class Paired:
         model, params, _, config = student
         target = config.student.target
         noise, label, points = self.rows["noise"], self.rows["label"], self.points(self.rows[target], config)
-        roll, force = (jax.jit(functools.partial(run, model)) for run in (sample_student, teacher_forcing))
+        roll, force = (
+            jax.jit(on_mesh(self.mesh)(functools.partial(run, model))) for run in (sample_student, teacher_forcing)
+        )
         rollout = self.batches(functools.partial(roll, params), noise, label)
         forced = self.batches(functools.partial(force, params), noise, points, label)
         bias = exposure_bias(points, forced, rollout)

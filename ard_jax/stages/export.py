@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from ard_jax.config import example_shape
+from ard_jax.config import example_shape, plain
 from ard_jax.convert.card import Facts, choose_license, model_card
 from ard_jax.convert.diffusers import dit_to_diffusers
 from ard_jax.convert.published import to_torch
@@ -29,7 +29,7 @@ from ard_jax.files import file_sha256, read_json, whole_folder, write_json
 from ard_jax.models import count_parameters
 from ard_jax.pipeline import ARDPipeline
 from ard_jax.pipeline.files import WEIGHTS, in_dtype, open_workdir
-from ard_jax.stages.workdir import load_weights, plain, read_done, recorded_config, teacher_folder, vae_folder
+from ard_jax.stages.workdir import load_weights, read_done, recorded_config, teacher_folder, vae_folder
 
 log = logging.getLogger("ard_jax")
 
@@ -220,6 +220,7 @@ def label_names(pipe: ARDPipeline) -> dict[str, str]:
 
 def write_stablehlo(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
     """The program that the pipeline runs."""
+    pipe.model = pipe.model.clone(attention="xla")  # a kernel of the device at hand would run on no other
     generate = pipe.generate_function()
     decoding = {name: leaf for name, leaf in (pipe.vae_params or {}).items() if name in ("decoder", "post_quant_conv")}
 

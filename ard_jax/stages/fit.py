@@ -45,7 +45,7 @@ def fit(
         task: what to train on.
         params: where a fresh run starts.
         config: `seed` and `run` count.
-        settings: the stage's section: steps, batch_size, checkpoint_every, optimizer.
+        settings: the stage's section: steps, batch_size, accumulate, checkpoint_every, optimizer.
         directory: of the run.
         mesh: of devices.
         watch: started with the stage.

@@ -16,16 +16,15 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from ard_jax.config import example_shape, network_calls, solver_settings
+from ard_jax.config import example_shape, network_calls, plain, solver_settings
 from ard_jax.data import to_uint8
 from ard_jax.errors import UserError
-from ard_jax.files import atomic_write, file_sha256, write_json
-from ard_jax.models import AutoencoderKL, count_parameters
+from ard_jax.files import atomic_write, fetch, file_sha256, write_json
+from ard_jax.models import ARDStudent, AutoencoderKL, count_parameters
 from ard_jax.models.vae import to_images
-from ard_jax.parallel import in_turns, is_first, make_mesh, put_batch, replicated
+from ard_jax.parallel import batch_shards, in_turns, is_first, make_mesh, on_mesh, put_batch, replicated
 from ard_jax.report import image_grid
 from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
 from ard_jax.stages.workdir import (
@@ -34,7 +33,6 @@ from ard_jax.stages.workdir import (
     load_teacher,
     load_vae,
     merge_done,
-    plain,
     vae_folder,
 )
 from ard_jax.training.flops import student_macs, teacher_macs
@@ -55,7 +53,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         UserError: a model has not been trained.
     """
-    mesh = make_mesh()
+    mesh = make_mesh(config.mesh)
     vae = find_vae(config, workdir)
     if config.data.space == "latent" and vae is None:
         there = vae_folder(config, workdir)
@@ -125,12 +123,35 @@ def load_sampler(
         model, params, sha, _ = load_student(workdir / "distill" / name, mesh)
         facts = {"steps": model.steps, "network_calls": model.steps}
         macs = student_macs(model, shape)
-
-        def sampler(params, noise, y):
-            return sample_student(model, params, noise, y)[:, -1]
-
+        sampler = student_sampler(model)
     facts |= {"ema_sha256": sha, "parameters": count_parameters(params), "gmac_per_image": macs / 1e9}
     return sampler, params, facts
+
+
+def student_sampler(model: ARDStudent) -> Sampler:
+    def sampler(params, noise, y):
+        return sample_student(model, params, noise, y)[:, -1]
+
+    return sampler
+
+
+def make_drawing(
+    sampler: Sampler, config: ml_collections.ConfigDict, mesh: Mesh
+) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]]:
+    """The jitted function (params, {"index", "label": (batch,)}) → images or latents, labels and indices.
+
+    The labels of the batch count only where `sample.labels` chooses them.
+    """
+    key, shape = sampling_key(config.sample.seed), example_shape(config)
+
+    @jax.jit
+    @on_mesh(mesh)
+    def drawn(params, batch):
+        noise, label = draw_noise_and_labels(key, batch["index"], shape, config.data.num_classes)
+        label = batch["label"] if len(config.sample.labels) else label
+        return sampler(params, noise, label), label, batch["index"]
+
+    return drawn
 
 
 def draw(
@@ -140,34 +161,27 @@ def draw(
 
     The images are uint8; without a decoder, latents are float32 as they are.
     """
-    settings, shape = config.sample, example_shape(config)
-    key = sampling_key(settings.seed)
-    chosen = np.asarray(settings.labels, np.int32)
-
-    @jax.jit
-    def drawn(params, batch):
-        noise, label = draw_noise_and_labels(key, batch["index"], shape, config.data.num_classes)
-        label = batch["label"] if len(chosen) else label
-        return sampler(params, noise, label), label
+    settings, chosen = config.sample, np.asarray(config.sample.labels, np.int32)
+    drawn = make_drawing(sampler, config, mesh)
 
     def sample(batch):
-        images, label = drawn(params, batch)
-        return (decoder(images) if decoder else images), label
+        images, *rest = drawn(params, batch)
+        return (decoder(images) if decoder else images), *rest
 
     def batch_of(first):
         """This process's rows; indices beyond the count fill the last batch up."""
-        index = np.arange(first, first + batch_size)[jax.process_index() :: jax.process_count()]
+        index = np.array_split(np.arange(first, first + batch_size), jax.process_count())[jax.process_index()]
         label = chosen[index % len(chosen)] if len(chosen) else np.zeros_like(index)
         return put_batch({"index": index, "label": label}, mesh)
 
-    batch_size = settings.batch_size * mesh.size
+    batch_size = settings.batch_size * batch_shards(mesh)
     is_latent = config.data.space == "latent" and decoder is None
     images, labels = [], []
     sample(batch_of(0))[0].block_until_ready()  # compiles, so that the rate below is the rate
     started = time.perf_counter()
     with progress_bar(settings.count, "image") as bar:
         for first in range(0, settings.count, batch_size):
-            image, label = gather(sample(batch_of(first)))
+            image, label = in_order(*jax.tree.map(fetch, sample(batch_of(first))))
             images.append(image.astype(np.float32) if is_latent else to_uint8(np.nan_to_num(image)))
             labels.append(label)
             bar.update(min(batch_size, settings.count - first))
@@ -175,17 +189,10 @@ def draw(
     return np.concatenate(images)[: settings.count], np.concatenate(labels)[: settings.count], seconds
 
 
-def gather(arrays: tuple[jax.Array, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
-    """Every process's rows in the order of their indices, on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(arrays)
-    return tuple(interleave(multihost_utils.process_allgather(array, tiled=True)) for array in arrays)
-
-
-def interleave(rows: np.ndarray) -> np.ndarray:
-    """Process p held rows p, p + P, …: puts them back in order."""
-    per_process = rows.reshape(jax.process_count(), -1, *rows.shape[1:])
-    return per_process.swapaxes(0, 1).reshape(rows.shape)
+def in_order(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in the order of their indices: which host has which rows of a batch is up to the mesh."""
+    order = np.argsort(index)
+    return image[order], label[order]
 
 
 def write(directory: pathlib.Path, images: np.ndarray, labels: np.ndarray, shown: int) -> list[str]:

@@ -6,16 +6,19 @@ on where it stopped.
 """
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh
 
 from ard_jax.config import example_shape, make_process, make_teacher
 from ard_jax.data import class_names, image_source
 from ard_jax.files import write_json
+from ard_jax.models import DiT
 from ard_jax.objectives.denoising import denoising
-from ard_jax.parallel import check_batch, is_first, make_mesh
+from ard_jax.parallel import check_batch, is_first, make_mesh, sharding_of
 from ard_jax.stages.fit import Task, fit
 from ard_jax.stages.workdir import Stopwatch, claim, write_done
 from ard_jax.training.flops import teacher_macs
@@ -29,18 +32,27 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         UserError: the data, the batch or the workdir do not fit.
     """
-    watch, directory, mesh = Stopwatch(), workdir / "teacher", make_mesh()
+    watch, directory, mesh = Stopwatch(), workdir / "teacher", make_mesh(config.mesh)
     settings, data = config.teacher, config.data
-    check_batch(settings.batch_size, mesh, "teacher.batch_size")
+    check_batch(settings, mesh, "teacher")
     source = image_source(data)
     claim(directory, config, SECTIONS)
     if is_first() and (names := class_names(data)):
         write_json(directory / "labels.json", names)
     model, shape = make_teacher(config), example_shape(config)
-    one = jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(config.seed), *one)["params"]
+    params = init_parameters(model, shape, config.seed, mesh)
     objective = denoising(
         model, make_process(config), label_dropout=settings.label_dropout, horizontal_flip=data.horizontal_flip
     )
     task = Task(source, objective, frozen=None, flops=6 * teacher_macs(model, shape))
     write_done(directory, **fit(task, params, config, settings, directory, mesh, watch))
+
+
+def init_parameters(model: DiT, shape: tuple[int, int, int], seed: int, mesh: Mesh) -> Any:
+    """Fresh parameters, made where they lie, so that no device ever holds all of them."""
+
+    def init():
+        one = jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+        return model.init(jax.random.key(seed), *one)["params"]
+
+    return jax.jit(init, out_shardings=sharding_of(jax.eval_shape(init), mesh))()

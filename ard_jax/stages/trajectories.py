@@ -11,10 +11,11 @@ import jax
 import ml_collections
 from jax.experimental import multihost_utils
 
+from ard_jax.config import plain
 from ard_jax.errors import UserError
-from ard_jax.parallel import is_first, make_mesh
+from ard_jax.parallel import is_first, local_mesh
 from ard_jax.sharded import number_of_shards
-from ard_jax.stages.workdir import Stopwatch, claim, load_teacher, plain, write_done
+from ard_jax.stages.workdir import Stopwatch, claim, load_teacher, write_done
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import features_of, make_store, manifest, stored_settings
 
@@ -30,7 +31,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         UserError: there is no teacher, the workdir belongs to another config, or every trajectory was dropped.
     """
     watch, directory = Stopwatch(), workdir / "trajectories"
-    mesh = make_mesh(jax.local_devices())
+    mesh = local_mesh(config.mesh)
     model, params, teacher_hash = load_teacher(config, workdir, mesh)
     claim(directory, config, SECTIONS, teacher=teacher_hash)
     make_store(

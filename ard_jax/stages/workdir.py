@@ -11,7 +11,6 @@ evaluate/, report/       results
 """
 
 import dataclasses
-import json
 import logging
 import pathlib
 import time
@@ -21,31 +20,22 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.config import default_config, make_process, make_student, make_teacher, model_fields
+from ard_jax.config import default_config, flatten, make_process, make_student, make_teacher, model_fields, plain
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, tree_sha256, write_json
 from ard_jax.models import ARDStudent, AutoencoderKL, DiT, init_from_teacher, parameter_shapes
-from ard_jax.parallel import is_first, replicated
+from ard_jax.parallel import is_first, placed
 from ard_jax.training.checkpoints import load_parameters
 
 log = logging.getLogger("ard_jax")
 
-# Settings that may differ between two starts of the same run: where things lie and how they are shown.
-FREE = ("run.", "teacher.dir", "trajectories.dir", "report.")
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dict → dotted keys."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The config as JSON gives it back: tuples have become lists."""
-    return json.loads(json.dumps(config.to_dict()))
+# Settings that may differ between two starts of the same run: where things lie, how they are shown, and by which
+# devices, in which order, the same numbers are computed.
+FREE = (
+    "run.", "mesh.", "teacher.dir", "trajectories.dir", "report.", "teacher.accumulate", "distill.accumulate",
+    "model.remat", "model.attention",
+)  # fmt: skip
 
 
 def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, sections: tuple[str, ...], **inputs: str) -> None:
@@ -164,13 +154,16 @@ def recorded_config(directory: pathlib.Path) -> ml_collections.ConfigDict:
     config.unlock()
     with config.ignore_type():
         config.update(read_json(directory / "config.json"))
+    config.model.attention = "auto"  # that of the device where it was made may not be here
     return config
 
 
 def network(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What of a config the meaning of a teacher's weights depends on: not where its data lay or how it is computed."""
     fields = model_fields(config)
-    computing = ("dtype", "remat", "label_init_std", "time_init_std", "channels", "num_classes", "image_size")
+    computing = (
+        "dtype", "remat", "attention", "label_init_std", "time_init_std", "channels", "num_classes", "image_size",
+    )  # fmt: skip
     return {
         "data": {key: config.data[key] for key in ("image_size", "channels", "num_classes", "space")},
         "model": {key: value for key, value in fields.items() if key not in computing},
@@ -227,9 +220,3 @@ def teacher_shapes(model: DiT) -> Any:
     image = jax.ShapeDtypeStruct((1, model.patch_size, model.patch_size, model.channels), "float32")
     time, label = jax.ShapeDtypeStruct((1,), "float32"), jax.ShapeDtypeStruct((1,), "int32")
     return parameter_shapes(model, image, time, label)
-
-
-def placed(shapes: Any, mesh: Mesh) -> Any:
-    """Shapes with the placement that their arrays shall have."""
-    sharding = replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)

@@ -5,25 +5,14 @@ are checked against XLA's cost analysis of the unrolled models in the tests.
 """
 
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ard_jax.chips import chip_of
 from ard_jax.models import ARDStudent, DiT, visible_blocks
-
-# Dense bf16 peak, FLOP/s, by the name in `jax.Device.device_kind`. TPU: Google Cloud's system-architecture pages of
-# v4, v5e, v5p and v6e; NVIDIA: the data sheets of A100 and H100 (SXM, without sparsity).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-}
 
 
 def row_macs(model: DiT, tokens: int) -> int:
@@ -64,10 +53,17 @@ def student_macs(model: ARDStudent, shape: tuple[int, int, int]) -> int:
     return rows + attention * attention_macs(model, tokens, tokens)
 
 
-def measured_matmul_rate(size: int = 2048, seconds: float = 0.3) -> float:
-    """FLOP/s of a large float32 matrix product on the default device: the ceiling where no data sheet gives one."""
+def measured_matmul_rate(dtype: Any = jnp.float32, size: int | None = None, seconds: float = 0.3) -> float:
+    """FLOP/s of a large square matrix product on the default device: the ceiling where no data sheet gives one.
+
+    Args:
+        dtype: of its factors; float32 ones are multiplied as the networks' are, in JAX's default precision.
+        size: of its side; 2048 on a CPU, and 8192 elsewhere, where a smaller one would not fill the device.
+        seconds: how long to try; the best product counts.
+    """
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     multiply = jax.jit(jnp.dot)
-    a = jnp.ones((size, size), jnp.float32)
+    a = jnp.ones((size, size), dtype)
     multiply(a, a).block_until_ready()
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -77,11 +73,22 @@ def measured_matmul_rate(size: int = 2048, seconds: float = 0.3) -> float:
     return best
 
 
+def measured_copy_rate(size: int = 2**27, times: int = 3) -> float:
+    """Bytes/s that copying a large array on this machine reads and writes."""
+    source = np.ones(size, np.uint8)
+    target = np.zeros_like(source)
+    best = float("inf")
+    for _ in range(times):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size / best
+
+
 def peak_flops() -> float:
     """Peak FLOP/s of all devices together: by device kind, measured on a CPU or a kind that is not in the table."""
     device = jax.devices()[0]
-    for kind, rate in PEAK_FLOPS.items():
-        if device.device_kind.startswith(kind):
-            return rate * jax.device_count()
+    if chip := chip_of(device.device_kind):
+        return chip.flops * jax.device_count()
     # a CPU's devices share its cores
     return measured_matmul_rate() * (jax.process_count() if device.platform == "cpu" else jax.device_count())

@@ -1,5 +1,6 @@
 """The one loop that every objective runs in."""
 
+import contextlib
 import logging
 import math
 import pathlib
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 from clu import parameter_overview
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ard_jax.errors import Preempted, UserError
@@ -54,7 +56,7 @@ def train(
         objective: see `ard_jax.objectives`.
         params: where a fresh run starts.
         batches: an iterator of this process's rows of each batch, with Grain's `get_state` and `set_state`.
-        settings: a stage's section of the config: steps, batch_size, checkpoint_every, optimizer.
+        settings: a stage's section of the config: steps, batch_size, accumulate, checkpoint_every, optimizer.
         run: the `run` section.
         seed: of the run.
         directory: of the run: checkpoints/, metrics.jsonl and TensorBoard's files go there.
@@ -69,7 +71,7 @@ def train(
     started = time.monotonic()
     optimizer = make_optimizer(settings.optimizer, settings.steps)
     state = init_state(params, optimizer, seed, mesh)
-    step_function = make_step(objective, optimizer, settings.optimizer.ema, mesh)
+    step_function = make_step(objective, optimizer, settings.optimizer.ema, mesh, state, frozen, settings.accumulate)
     with checkpoints.make_manager(directory / "checkpoints", run.keep_checkpoints) as manager:
         seconds = 0.0
         if restored := checkpoints.restore(manager, state):
@@ -78,7 +80,10 @@ def train(
             seconds = position["seconds"]
             log.info("resuming at step %d of %d.", int(state.step), settings.steps)
         elif is_first():
-            log.info("parameters:\n%s", parameter_overview.get_parameter_overview(state.params))
+            # the statistics of a parameter are for a process that has all of it
+            statistics = jax.process_count() == 1
+            overview = parameter_overview.get_parameter_overview(state.params, include_stats=statistics)
+            log.info("parameters:\n%s", overview)
 
         def save(state: TrainState) -> None:
             spent = seconds + time.monotonic() - started
@@ -89,9 +94,12 @@ def train(
         try:
             with Preemption() as preemption:
                 for step in range(int(state.step) + 1, settings.steps + 1):
-                    state, metrics = step_function(state, frozen, put_batch(next(batches), mesh))
+                    with meter.waiting():
+                        batch = next(batches)
+                    state, metrics = step_function(state, frozen, put_batch(batch, mesh))
                     meter.add(step, metrics)
-                    last, asked = step == settings.steps, preemption.asked  # asked once: it may change at any time
+                    last = step == settings.steps
+                    asked = preemption.asked(step)  # once a step: it may change at any time
                     saving = last or asked or step % settings.checkpoint_every == 0
                     if saving or step % run.log_every == 0:
                         meter.report()  # raises before anything that is not finite is saved
@@ -114,13 +122,20 @@ class Meter:
         self.batch_size, self.flops_per_example, self.metric_log = batch_size, flops_per_example, metric_log
         self.peak = peak_flops()
         self.pending = []
-        self.since, self.timed = None, 0  # the clock starts after the first step, which compiles
+        self.since, self.timed, self.waited = None, 0, 0.0  # the clock starts after the first step, which compiles
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what the loop does for its next batch."""
+        start = time.monotonic()
+        yield
+        self.waited += time.monotonic() - start
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.pending.append((step, metrics))
         if self.since is None:
             jax.block_until_ready(metrics)
-            self.since = time.monotonic()
+            self.since, self.waited = time.monotonic(), 0.0
         else:
             self.timed += 1
 
@@ -135,30 +150,42 @@ class Meter:
                         f"lower the learning rate or the gradient clip, or look at the data, and start again."
                     )
         now = time.monotonic()
-        rate = self.timed / max(now - self.since, 1e-9)
+        spent = max(now - self.since, 1e-9)
+        rate = self.timed / spent
         values = {name: float(sum(m[name] for _, m in fetched)) / len(fetched) for name in fetched[0][1]}
         samples = rate * self.batch_size
         values |= {
             "steps_per_s": rate,
             "samples_per_s": samples,
             "utilisation": samples * self.flops_per_example / self.peak,
+            "input_wait": self.waited / spent,  # share of the time
         }
-        self.pending, self.since, self.timed = [], now, 0
+        self.pending, self.since, self.timed, self.waited = [], now, 0, 0.0
         if self.metric_log:
             self.metric_log.write(fetched[-1][0], values)
 
 
 class Preemption:
-    """Turns SIGTERM into a flag while the loop runs."""
+    """Notes SIGTERM while the loop runs; of several hosts, all stop after the same step when one is asked to.
 
-    asked = False
+    There JAX handles the signal, and the preemption notice of a TPU, and its coordinator chooses the step.
+    """
+
+    def __init__(self):
+        self.noted, self.alone = False, jax.process_count() == 1
 
     def __enter__(self) -> "Preemption":
-        self.before = signal.signal(signal.SIGTERM, self.ask)
+        if self.alone:
+            self.before = signal.signal(signal.SIGTERM, self.note)
         return self
 
-    def ask(self, *_: Any) -> None:
-        self.asked = True
+    def note(self, *_: Any) -> None:
+        self.noted = True
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after this step; every host asks after every step."""
+        return self.noted if self.alone else multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+        if self.alone:
+            signal.signal(signal.SIGTERM, self.before)

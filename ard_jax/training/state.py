@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from ard_jax.errors import UserError, first_line
 from ard_jax.objectives import Metrics, Objective
-from ard_jax.parallel import batch_sharding, replicated
+from ard_jax.parallel import batch_sharding, on_mesh, replicated, sharding_of, split_in_turns
 
 
 class TrainState(NamedTuple):
@@ -88,19 +88,21 @@ def make_optimizer(settings: ml_collections.ConfigDict, steps: int) -> optax.Gra
     return optax.chain(optax.clip_by_global_norm(settings.clip), optimizer) if settings.clip else optimizer
 
 
+def start_state(params: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        rng=jax.random.key_data(jax.random.key(seed)),
+    )
+
+
 def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """State before the first step; every array owns its memory, so that the step may be given it for good."""
-
-    def start(params):
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            ema=jax.tree.map(jnp.copy, params),
-            opt_state=optimizer.init(params),
-            rng=jax.random.key_data(jax.random.key(seed)),
-        )
-
-    return jax.jit(start, out_shardings=replicated(mesh))(params)
+    """`start_state` on a mesh; every array owns its memory, so that the step may be given it for good."""
+    start = functools.partial(start_state, optimizer=optimizer, seed=seed)
+    return jax.jit(start, out_shardings=sharding_of(jax.eval_shape(start, params), mesh))(params)
 
 
 def ramped_decay(decay: float, step: jax.Array) -> jax.Array:
@@ -109,25 +111,55 @@ def ramped_decay(decay: float, step: jax.Array) -> jax.Array:
 
 
 def make_step(
-    objective: Objective, optimizer: optax.GradientTransformation, ema_decay: float, mesh: Mesh
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    mesh: Mesh,
+    state: TrainState,
+    frozen: Any = None,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
-    """The jitted step (state, frozen, batch) → (state, metrics); the old state's memory is reused."""
+    """The jitted step (state, frozen, batch) → (state, metrics); the old state's memory is reused.
 
+    Args:
+        objective: see `ard_jax.objectives`.
+        optimizer: optax's.
+        ema_decay: of the averaged parameters, see `ramped_decay`.
+        mesh: of devices; see `parallel` for what lies where.
+        state, frozen: of the shapes that the step will be given; shapes alone will do.
+        accumulate: microbatches a step, whose gradients, losses and metrics are averaged: less memory, the same step
+            but for rounding.
+    """
+
+    def gradients(params, frozen, batch, key):
+        (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(params, frozen, batch, key)
+        return gradient, {"loss": loss, **metrics}
+
+    def mean_gradients(params, frozen, batch, key):
+        turns = jax.tree.map(lambda rows: split_in_turns(rows, mesh, accumulate), batch)
+
+        def turn(total, rows):
+            return jax.tree.map(jnp.add, total, gradients(params, frozen, rows, key)), None
+
+        shapes = jax.eval_shape(gradients, params, frozen, jax.tree.map(lambda rows: rows[0], turns), key)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(turn, zeros, turns)
+        return jax.tree.map(lambda leaf: leaf / accumulate, total)
+
+    @on_mesh(mesh)
     def step(state, frozen, batch):
         key = jax.random.wrap_key_data(state.rng)
-        grad = jax.value_and_grad(objective, has_aux=True)
-        (loss, metrics), gradient = grad(state.params, frozen, batch, key)
+        gradient, metrics = (gradients if accumulate == 1 else mean_gradients)(state.params, frozen, batch, key)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1.0 - ramped_decay(ema_decay, state.step))
         norms = {"gradient_norm": optax.tree.norm(gradient), "parameter_norm": optax.tree.norm(params)}
-        metrics = {"loss": loss, **metrics, **norms}
-        return TrainState(state.step + 1, params, ema, opt_state, state.rng), metrics
+        return TrainState(state.step + 1, params, ema, opt_state, state.rng), metrics | norms
 
-    everywhere = replicated(mesh)
+    lies = sharding_of(state, mesh)
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(everywhere, everywhere, batch_sharding(mesh)),
-        out_shardings=(everywhere, everywhere),
+        in_shardings=(lies, sharding_of(frozen, mesh), batch_sharding(mesh)),
+        out_shardings=(lies, replicated(mesh)),
     )

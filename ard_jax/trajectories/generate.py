@@ -17,13 +17,15 @@ from jax.sharding import Mesh
 from ard_jax import __version__
 from ard_jax.config import example_shape, solver_settings
 from ard_jax.models import DiT
-from ard_jax.parallel import equal_batches, put_batch, run_batches
+from ard_jax.parallel import batch_shards, equal_batches, on_mesh, put_batch, run_batches
 from ard_jax.sampling import draw_noise_and_labels, sample_teacher, take_points, trajectory_key, within_bounds
 from ard_jax.sharded import Record
 from ard_jax.trajectories import store
 
 
-def make_solver(model: DiT, config: ml_collections.ConfigDict) -> Callable[[Any, dict[str, jax.Array]], Record]:
+def make_solver(
+    model: DiT, config: ml_collections.ConfigDict, mesh: Mesh
+) -> Callable[[Any, dict[str, jax.Array]], Record]:
     """The jitted function (params, {"index": (batch,)}) → records, each leaf with a leading batch axis.
 
     The records have the store's type already, and "kept" says which are within bounds.
@@ -32,6 +34,8 @@ def make_solver(model: DiT, config: ml_collections.ConfigDict) -> Callable[[Any,
     points, dtype = tuple(trajectories.points), jnp.dtype(store.DTYPES[trajectories.dtype])
     key = trajectory_key(config.seed)
 
+    @jax.jit
+    @on_mesh(mesh)
     def solve(params, batch):
         noise, label = draw_noise_and_labels(key, batch["index"], example_shape(config), model.num_classes)
         solution = sample_teacher(model, params, noise, label, **settings)
@@ -41,7 +45,7 @@ def make_solver(model: DiT, config: ml_collections.ConfigDict) -> Callable[[Any,
             record["xt"] = take_points(solution.xt, points, settings["steps"]).astype(dtype)
         return record, within_bounds(x0, min(trajectories.max_abs or jnp.inf, float(jnp.finfo(dtype).max)))
 
-    return jax.jit(solve)
+    return solve
 
 
 def stored_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -70,13 +74,13 @@ def make_store(
         mesh: of this process's own devices.
         process_index, process_count: which shards are this process's: every process_count-th.
     """
-    trajectories, solver = config.trajectories, make_solver(model, config)
+    trajectories, solver = config.trajectories, make_solver(model, config, mesh)
 
     def solve(indices):
         return solver(params, put_batch({"index": indices}, mesh))
 
     def records(indices, dropped, bar):
-        batches = equal_batches(indices, trajectories.batch_size * mesh.size)
+        batches = equal_batches(indices, trajectories.batch_size * batch_shards(mesh))
         return keep(run_batches(solve, batches), dropped, bar)
 
     store.LAYOUT.make_shards(

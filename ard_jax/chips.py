@@ -1,0 +1,53 @@
+"""The accelerators that we know: what one chip can do at best."""
+
+from typing import NamedTuple
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """Peaks of one chip.
+
+    Attributes:
+        flops: dense bf16 FLOP/s.
+        hbm_bytes: memory that a program may use; of TPUs what libtpu's compiler hands out, a little less than is there.
+        hbm_bandwidth: bytes/s between that memory and the cores.
+        ici_bandwidth: bytes/s that it can send to other chips, over all its links together.
+    """
+
+    flops: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+
+
+# TPU: Google Cloud's system-architecture pages of v4, v5e, v5p and v6e (docs.cloud.google.com/tpu/docs/v5e and so on);
+# links: "all-reduce bandwidth per Pod" over the Pod's chips, of v5p its 4800 Gbps a chip. hbm_bytes: the limit that
+# libtpu 0.0.42 names when a program is too large. NVIDIA: the data sheets of A100 80GB and H100 (both SXM, without
+# sparsity); links: half of NVLink's two-way rate.
+CHIPS = {
+    "v4": Chip(flops=275e12, hbm_bytes=30.75 * GIB, hbm_bandwidth=1200e9, ici_bandwidth=269e9),
+    "v5e": Chip(flops=197e12, hbm_bytes=15.75 * GIB, hbm_bandwidth=819e9, ici_bandwidth=200e9),
+    "v5p": Chip(flops=459e12, hbm_bytes=95.74 * GIB, hbm_bandwidth=2765e9, ici_bandwidth=600e9),
+    "v6e": Chip(flops=918e12, hbm_bytes=31.25 * GIB, hbm_bandwidth=1638e9, ici_bandwidth=400e9),
+    "A100": Chip(flops=312e12, hbm_bytes=80e9, hbm_bandwidth=2039e9, ici_bandwidth=300e9),
+    "H100": Chip(flops=989e12, hbm_bytes=80e9, hbm_bandwidth=3350e9, ici_bandwidth=450e9),
+}
+
+# How `jax.Device.device_kind` starts; the longer names come before those that they start with.
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100": "A100",
+    "NVIDIA H100": "H100",
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`, None for one that is not in the table."""
+    return next((CHIPS[name] for kind, name in KINDS.items() if device_kind.startswith(kind)), None)

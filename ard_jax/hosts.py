@@ -1,0 +1,214 @@
+"""Many hosts: how their processes find each other, see that they are about to do the same, and stop together."""
+
+import argparse
+import contextlib
+import glob
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ard_jax import __version__
+from ard_jax.errors import UserError, first_line
+
+log = logging.getLogger("ard_jax")
+
+FLAGS = ("--coordinator", "--num-processes", "--process-id")
+FRESH = 15  # seconds since a waiting host was last heard of, at most
+SKEW = 5  # seconds by which clocks may differ
+FOREVER = 7 * 24 * 3600  # seconds; a host that dies is noticed by its missing heartbeats long before
+
+
+class Place(NamedTuple):
+    """A process among all.
+
+    Attributes:
+        index: its number, from 0.
+        count: how many there are.
+        coordinator: HOST:PORT where process 0 listens; None where JAX finds it by the environment.
+    """
+
+    index: int
+    count: int
+    coordinator: str | None = None
+
+
+def split_flags(arguments: list[str]) -> tuple[Place | None, list[str]]:
+    """What `FLAGS` say, if they are there, and the other arguments.
+
+    Raises:
+        UserError: one of them is missing or cannot be used.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in FLAGS:
+        parser.add_argument(flag)
+
+    def refuse(message: str):
+        raise UserError(f"the command line cannot be used ({message}): give {', '.join(FLAGS)} with a value each.")
+
+    parser.error = refuse
+    given, rest = parser.parse_known_args(arguments)
+    coordinator, count, index = values = given.coordinator, given.num_processes, given.process_id
+    if values == (None, None, None):
+        return None, rest
+    if None in values:
+        raise UserError(f"{', '.join(FLAGS)} belong together: give all of them, or none.")
+    if not coordinator.rpartition(":")[0] or not coordinator.rpartition(":")[2].isdecimal():
+        raise UserError(f"--coordinator is {coordinator!r}: give HOST:PORT of process 0, such as 10.0.0.2:8476.")
+    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+        raise UserError(
+            f"--process-id {index} of --num-processes {count} does not work: number the processes from 0 to one less "
+            f"than there are."
+        )
+    return Place(int(index), int(count), coordinator), rest
+
+
+def place_by_environment() -> Place | None:
+    """This process's place on Slurm (in a step of several tasks) or on a Cloud TPU of several hosts, or None."""
+    environment = os.environ
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return Place(int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]))
+    has_chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    if has_chips and importlib.util.find_spec("libtpu") and "cpu" not in environment.get("JAX_PLATFORMS", ""):
+        names = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+        return Place(int(environment.get("TPU_WORKER_ID", 0)), len(names))
+    return None
+
+
+def start(place: Place | None, folder: pathlib.Path, timeout: float) -> None:
+    """Joins the other processes, before anything asks JAX for its devices; alone where there are no others.
+
+    Args:
+        place: see `split_flags` and `place_by_environment`.
+        folder: that all hosts see, where those that wait say so.
+        timeout: seconds to wait for the others. Then the process ends with status 2 and a sentence that names those
+            who did not come.
+
+    Raises:
+        UserError: JAX cannot join them.
+    """
+    if place is None:
+        return
+    options: dict[str, Any] = {}
+    if place.coordinator:
+        # process 0 listens where it was told to and nowhere else
+        options = {"coordinator_address": place.coordinator, "coordinator_bind_address": place.coordinator}
+        options |= {"num_processes": place.count, "process_id": place.index, "cluster_detection_method": "deactivate"}
+    try:
+        with roll_call(place, folder, timeout):
+            jax.distributed.initialize(
+                **options, initialization_timeout=int(timeout) + 60, shutdown_timeout_seconds=FOREVER
+            )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"host {place.index} cannot join the others ({first_line(error)}): see that all run the same command and "
+            f"reach {place.coordinator or 'each other'}."
+        ) from None
+
+
+@contextlib.contextmanager
+def roll_call(place: Place, folder: pathlib.Path, timeout: float) -> Iterator[None]:
+    """Ends the process if the block, in which it waits for the others, takes longer than `timeout`.
+
+    JAX would end it without a word on who is missing. Those that wait touch a file each until they have met.
+    """
+    if place.count == 1:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    mine, met = folder / str(place.index), threading.Event()
+
+    def watch() -> None:
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            mine.touch()
+            if met.wait(min(1.0, timeout / 4)):
+                return
+        there = {index for index in range(place.count) if is_fresh(folder / str(index), mine)}
+        missing = [str(index) for index in range(place.count) if index not in there]
+        who = f"host {missing[0]} has" if len(missing) == 1 else f"hosts {', '.join(missing) or 'unknown'} have"
+        sentence = f"{who} not joined the {place.count} that this run has within {timeout:g} seconds"
+        print(f"ard_jax: {sentence}: see why in the log there, and start all of them again.", file=sys.stderr)
+        leave(2)  # the file stays, or a host that gives up a moment later would name this one
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        met.set()
+        watcher.join()
+        mine.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are still there
+            folder.rmdir()
+
+
+def is_fresh(path: pathlib.Path, than: pathlib.Path) -> bool:
+    """Whether a file was touched lately by the clock of the file system; those of killed runs were not."""
+    with contextlib.suppress(FileNotFoundError):
+        return than.stat().st_mtime - path.stat().st_mtime < FRESH
+    return False
+
+
+def leave(status: int) -> None:
+    """Ends this process at once: an orderly end would wait for the other hosts, which wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def agree(settings: dict[str, Any]) -> None:
+    """Compares the settings of all hosts, and says once if their versions or clocks differ.
+
+    Args:
+        settings: of this host, flat: dotted keys to plain values.
+
+    Raises:
+        UserError: another host has other settings; the sentence names the first keys.
+    """
+    if jax.process_count() == 1:
+        return
+    multihost_utils.sync_global_devices("every host has its settings")  # so that the clocks are read together
+    versions = {"jax": jax.__version__, "ard_jax": __version__, "Python": sys.version.split()[0]}
+    everyone = gather_json({"settings": settings, "versions": versions, "time": time.time()})
+    first, here = everyone[0], everyone[jax.process_index()]
+    for host, other in enumerate(everyone):
+        keys = sorted(first["settings"].keys() | other["settings"].keys())
+        differing = [
+            f"{key} {other['settings'].get(key)!r} there, {first['settings'].get(key)!r} on host 0"
+            for key in keys
+            if other["settings"].get(key) != first["settings"].get(key)
+        ]
+        if differing:
+            raise UserError(
+                f"host {host} was started with another config ({'; '.join(differing[:3])}): give all hosts the same."
+            )
+    if here is not first:
+        return
+    for name in versions:
+        found = sorted({other["versions"][name] for other in everyone})
+        if len(found) > 1:
+            log.warning("the hosts have different versions of %s (%s): install the same.", name, " and ".join(found))
+    times = [other["time"] for other in everyone]
+    if max(times) - min(times) > SKEW:
+        log.warning("the hosts' clocks differ by %.0f seconds: their logs do too.", max(times) - min(times))
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every process's value, in the order of the processes."""
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.asarray(len(mine)))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(mine)] = mine
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths.ravel(), strict=True)]

@@ -1,0 +1,147 @@
+"""Softmax attention, within a row and across the blocks of a trajectory: the one place where it is computed.
+
+Backends, chosen by `model.attention`:
+- "xla": matrix products and a softmax, anywhere and in any type; the reference.
+- "cudnn": NVIDIA's fused kernel, in half precision.
+- "splash": JAX's own Pallas kernel for TPUs (`jax.experimental.pallas.ops.tpu.splash_attention`), which never forms the
+  logits and skips the tiles of blocks that are not seen.
+- "splash_interpreted": the same kernel run by JAX's interpreter on any device; very slow, for tests.
+- "auto": the fused kernel of the device where it applies, else "xla".
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ard_jax.errors import UserError
+from ard_jax.models.masks import visible_blocks
+
+BACKENDS = ("auto", "xla", "cudnn", "splash", "splash_interpreted")
+TILES = (512, 256, 128)  # tokens that the TPU kernel works on at a time: the first that divides a block
+LONG = 1024  # tokens from which "auto" takes the TPU kernel
+
+
+def obstacle(backend: str, platform: str, dtype: jnp.dtype, tokens: int, head_dim: int) -> str | None:
+    """What keeps a backend from running there, None if nothing does; arguments as in `choose`."""
+    if backend == "cudnn":
+        if platform not in ("gpu", "cuda"):
+            return f"it needs an NVIDIA GPU, and this is {platform}"
+        if dtype not in (jnp.bfloat16, jnp.float16):
+            return f"it computes in bfloat16 or float16, not in {jnp.dtype(dtype).name}"
+        if head_dim % 8 or head_dim > 128:
+            return f"its heads are multiples of 8 up to 128 wide, not {head_dim}"
+    if backend == "splash" and platform != "tpu":
+        return f"it needs a TPU, and this is {platform}"
+    if backend in ("splash", "splash_interpreted"):
+        if dtype not in (jnp.bfloat16, jnp.float32):
+            return f"it computes in bfloat16 or float32, not in {jnp.dtype(dtype).name}"
+        if tokens % TILES[-1]:
+            return f"its blocks are multiples of {TILES[-1]} tokens, not {tokens}"
+    return None
+
+
+def choose(backend: str, platform: str, dtype: jnp.dtype, tokens: int, head_dim: int) -> str:
+    """The backend that computes attention.
+
+    Args:
+        backend: a name in `BACKENDS`.
+        platform: "cpu", "gpu" (NVIDIA's; or "cuda"), "rocm" or "tpu".
+        dtype: of queries, keys and values.
+        tokens: of a block.
+        head_dim: width of a head.
+
+    Raises:
+        UserError: there is no such backend, or it was asked for by name and cannot run.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"model.attention is {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    if backend == "auto":
+        wanted = ["cudnn"] + ["splash"] * (tokens >= LONG)
+        able = [name for name in wanted if not obstacle(name, platform, dtype, tokens, head_dim)]
+        return (*able, "xla")[0]
+    reason = obstacle(backend, platform, dtype, tokens, head_dim)
+    if reason:
+        raise UserError(f"model.attention {backend!r} cannot run here: {reason}; choose auto.")
+    return backend
+
+
+def target_platform() -> str:
+    """What the program is traced for: the devices of its mesh, which need not be here, else the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind.lower() if device else ""
+    if kind.startswith("tpu"):
+        return "tpu"
+    platform = jax.default_backend()
+    is_amd = platform == "gpu" and "rocm" in jax.devices()[0].client.platform_version.lower()
+    return "rocm" if is_amd else platform
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, backend: str = "xla") -> jax.Array:
+    """Every query meets every key of its row: (rows, query or key, heads, head width).
+
+    Raises:
+        UserError: what `choose` raises.
+    """
+    tokens = math.gcd(q.shape[1], k.shape[1])
+    backend = choose(backend, target_platform(), q.dtype, tokens, q.shape[-1])
+    if backend == "xla":
+        return xla_attention(q, k, v)
+    if backend == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    from ard_jax.models.splash import BlockMask, splash_attention
+
+    key_blocks = k.shape[1] // tokens
+    everything = BlockMask((tuple(range(key_blocks)),) * (q.shape[1] // tokens), key_blocks, tokens)
+    return splash_attention(q, k, v, everything, interpret=backend == "splash_interpreted")
+
+
+def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: str, steps: int, backend: str = "xla") -> jax.Array:
+    """Each block's queries meet the keys of just the blocks that it sees; no mask over S·T tokens is formed.
+
+    Args:
+        q, k, v: (batch · block, token, heads, head width).
+        mask: which blocks, see `masks.visible_blocks`.
+        steps: S, the number of blocks.
+        backend: a name in `BACKENDS`.
+
+    Raises:
+        UserError: what `choose` raises.
+    """
+    tokens = q.shape[1]
+    if choose(backend, target_platform(), q.dtype, tokens, q.shape[-1]).startswith("splash"):
+        from ard_jax.models.splash import BlockMask, splash_attention
+
+        rows = (x.reshape(-1, steps * tokens, *x.shape[2:]) for x in (q, k, v))
+        blocks = BlockMask(tuple(visible_blocks(mask, block) for block in range(steps)), steps, tokens)
+        return splash_attention(*rows, blocks, interpret=backend == "splash_interpreted").reshape(q.shape)
+    q, k, v = (x.reshape(-1, steps, *x.shape[1:]) for x in (q, k, v))
+    outputs = []
+    for block in range(steps):
+        seen = visible_blocks(mask, block)
+        keys = jnp.concatenate([k[:, b] for b in seen], axis=1)
+        values = jnp.concatenate([v[:, b] for b in seen], axis=1)
+        outputs.append(attention(q[:, block], keys, values, backend))
+    return jnp.stack(outputs, axis=1).reshape(-1, *q.shape[2:])
+
+
+def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention, (rows, query or key, heads, head width).
+
+    The softmax is at least float32, and float64 for float64 inputs, which `jax.nn.dot_product_attention` is not: the
+    reference numbers are checked in float64.
+    """
+    at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
+    scale = q.shape[-1] ** -0.5
+    # heads before tokens: XLA's CPU backend is up to four times slower when a product's batch axes are apart
+    q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
+    logits = jnp.einsum("rhqd,rhkd->rhqk", q, k, preferred_element_type=at_least_float32)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("rhqk,rhkd->rhqd", weights, v).swapaxes(1, 2)
+
+
+def attend_within_rows(
+    q: jax.Array, k: jax.Array, v: jax.Array, memory: None = None, *, backend: str = "xla"
+) -> tuple[jax.Array, None]:
+    """Every token sees the tokens of its own row: the teacher, and the student's per-block layers."""
+    return attention(q, k, v, backend), memory

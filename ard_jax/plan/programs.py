@@ -1,0 +1,106 @@
+"""The programs of a run as the stages make them, with shapes in place of arrays."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from ard_jax.config import example_shape, make_student, make_teacher, network_calls, solver_settings
+from ard_jax.models import init_from_teacher
+from ard_jax.objectives.ard import ard
+from ard_jax.parallel import batch_sharding, batch_shards, local_mesh, make_mesh, placed
+from ard_jax.plan.topology import Slice
+from ard_jax.stages.distill import online
+from ard_jax.stages.sample import make_drawing, student_sampler
+from ard_jax.stages.workdir import teacher_shapes
+from ard_jax.training.flops import student_macs, teacher_macs
+from ard_jax.training.state import make_optimizer, make_step, start_state
+from ard_jax.trajectories import store
+from ard_jax.trajectories.generate import make_solver
+
+
+class Work(NamedTuple):
+    """A program to plan for.
+
+    Attributes:
+        name: in words.
+        function: jitted.
+        arguments: their shapes, and where they lie if the function does not say.
+        mesh: of the devices that it runs on.
+        rows: examples, trajectories or images of one run.
+        flops: of one run by the formulas of `training.flops`, on all devices.
+    """
+
+    name: str
+    function: Any
+    arguments: tuple
+    mesh: Mesh
+    rows: int
+    flops: float
+
+
+def for_platform(config: ml_collections.ConfigDict, platform: str) -> ml_collections.ConfigDict:
+    """A copy of the config in which "auto" is what it means on that platform, whatever this machine has."""
+    config = config.copy_and_resolve_references()
+    if config.model.dtype == "auto":
+        config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
+    return config
+
+
+def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
+    """The step of the stage `distill`; from a store, or with the teacher inside (`distill.online`)."""
+    settings, shape, mesh = config.distill, example_shape(config), make_mesh(config.mesh, where.devices)
+    student, teacher = make_student(config), make_teacher(config)
+    frozen, rows = None, settings.batch_size
+    record = {"label": rows_of(rows, (), "int32"), "position": rows_of(rows, (), "int32")}
+    if settings.online:
+        frozen = teacher_shapes(teacher)
+        task = online(student, config, teacher, frozen)
+        objective, flops = task.objective, task.flops
+    else:
+        points = tuple(config.trajectories.points)
+        columns = tuple(points.index(point) for point in config.student.points)
+        objective = ard(student, target=config.student.target, columns=columns)
+        flops = 6 * student_macs(student, shape)
+        dtype = store.DTYPES[config.trajectories.dtype]
+        record |= {"noise": rows_of(rows, shape, dtype), "x0": rows_of(rows, (len(points), *shape), dtype)}
+        record |= {"xt": record["x0"]} if config.trajectories.keep_noisy else {}
+    optimizer = make_optimizer(settings.optimizer, settings.steps)
+    state = jax.eval_shape(
+        functools.partial(start_state, optimizer=optimizer, seed=config.seed), student_shapes(config)
+    )
+    step = make_step(objective, optimizer, settings.optimizer.ema, mesh, state, frozen, settings.accumulate)
+    return Work("training step", step, (state, frozen, record), mesh, rows, flops * rows)
+
+
+def sampler(config: ml_collections.ConfigDict, where: Slice) -> Work:
+    """The student's sampler as the stage `sample` runs it, without decoding."""
+    mesh, student, shape = make_mesh(config.mesh, where.devices), make_student(config), example_shape(config)
+    rows = config.sample.batch_size * batch_shards(mesh)
+    numbers = rows_of(rows, (), "int32", mesh)
+    arguments = placed(student_shapes(config), mesh), {"index": numbers, "label": numbers}
+    draw = make_drawing(student_sampler(student), config, mesh)
+    return Work("sampler", draw, arguments, mesh, rows, 2 * student_macs(student, shape) * rows)
+
+
+def trajectory_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
+    """A batch of the trajectory job, which every host does alone on its own devices."""
+    mesh, teacher = local_mesh(config.mesh, where.host), make_teacher(config)
+    rows = config.trajectories.batch_size * batch_shards(mesh)
+    arguments = placed(teacher_shapes(teacher), mesh), {"index": rows_of(rows, (), "int32", mesh)}
+    macs = network_calls(solver_settings(config)) * teacher_macs(teacher, example_shape(config))
+    return Work("trajectory step", make_solver(teacher, config, mesh), arguments, mesh, rows, 2 * macs * rows)
+
+
+def student_shapes(config: ml_collections.ConfigDict) -> Any:
+    """Shapes of the student's parameters."""
+    student = make_student(config)
+    return jax.eval_shape(lambda params: init_from_teacher(params, student), teacher_shapes(make_teacher(config)))
+
+
+def rows_of(rows: int, shape: tuple[int, ...], dtype: Any, mesh: Mesh | None = None) -> jax.ShapeDtypeStruct:
+    """The shape of a batch, split over a mesh if there is one."""
+    return jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=batch_sharding(mesh) if mesh else None)

@@ -1,0 +1,168 @@
+"""Says what a run will cost, before a chip is rented: does it fit, how fast can it be, how many chip-hours, how much
+disk.
+
+--topology v5e:4x4   a TPU slice by chip and shape (v4, v5e, v5p, v6e); needs libtpu: pip install -e '.[tpu]'
+--topology cpu       this machine, which needs nothing
+
+Compiles the distillation step, the student's sampler and the trajectory step of the config ahead of time, for devices
+that need not be there; the teacher's training is estimated. Times are bounds: what the FLOPs, the bytes of memory and
+the bytes between chips take at the chips' peak rates, whichever is longest. A training step that does not fit is tried
+with other settings of model.remat, mesh.fsdp and distill.accumulate. XL/2 takes about two minutes a program on two
+cores.
+
+--json FILE          writes the figures as one line of JSON, too
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from ard_jax.files import atomic_write
+from ard_jax.parallel import check_batch
+from ard_jax.plan import ladder, recipe
+from ard_jax.plan.cost import Cost, measure
+from ard_jax.plan.programs import for_platform, sampler, training_step, trajectory_step
+from ard_jax.plan.topology import Slice, find_slice
+
+
+def run(config: ml_collections.ConfigDict, topology: str, json_file: str | None) -> None:
+    """Prints the plan.
+
+    Raises:
+        UserError: the topology is not known, libtpu is missing, or mesh and batch do not fit it.
+    """
+    where = find_slice(topology)
+    config = for_platform(config, where.platform)
+    work = training_step(config, where)
+    check_batch(config.distill, work.mesh, "distill")
+    print("\n".join(heading(config, where)), flush=True)
+    costs = [measure(work, where.chip)]
+    print("\n".join(program_lines(costs[0])), flush=True)
+    advice = None
+    if not costs[0].fits:
+        advice = ladder.cheapest(config, where, costs[0])
+        print("\n".join(advice_lines(advice)), flush=True)
+        if advice is None:
+            return
+        config, costs = advice[0].apply(config), [advice[1]]
+    for program in (sampler, trajectory_step):
+        costs.append(measure(program(config, where), where.chip))
+        print("\n".join(program_lines(costs[-1])), flush=True)
+    print("\n".join(recipe_lines(config, where, costs)), flush=True)
+    if json_file:
+        line = json.dumps(figures(config, topology, advice, costs)) + "\n"
+        atomic_write(json_file, lambda temporary: pathlib.Path(temporary).write_text(line))
+
+
+def heading(config: ml_collections.ConfigDict, where: Slice) -> list[str]:
+    chip, settings = where.chip, ladder.rung_of(config, where)
+    return [
+        f"{where.name}: {len(where.devices)} devices; each {chip.flops / 1e12:.4g} TFLOP/s, "
+        f"{gb(chip.hbm_bytes)} at {gb(chip.hbm_bandwidth)}/s, links {gb(chip.ici_bandwidth)}/s",
+        f"student of {recipe.parameters(config) / 1e6:.1f} M parameters, {config.model.dtype}, batch "
+        f"{config.distill.batch_size}; remat {settings.remat}, fsdp {settings.fsdp}, accumulate {settings.accumulate}",
+    ]
+
+
+def program_lines(cost: Cost) -> list[str]:
+    """One program's part of the report."""
+    name = f"{cost.work.name}, {cost.work.rows} rows on {cost.work.mesh.size} devices"
+    if cost.memory is None:
+        return [
+            "",
+            name,
+            f"  DOES NOT FIT: temporaries alone want {cost.needed / 1e9:.2f} of {gb(cost.chip.hbm_bytes)}",
+        ]
+    spare, memory, seconds = cost.chip.hbm_bytes - cost.needed, cost.memory, cost.seconds
+    verdict = f"fits, {gb(spare)} to spare" if cost.fits else f"DOES NOT FIT, {gb(-spare)} too much"
+    by = max(seconds, key=seconds.get)
+    model, counted = cost.work.flops / cost.work.mesh.size, cost.flops
+    lines = [
+        "",
+        f"{name}: {verdict}",
+        f"  memory a chip    {gb(cost.needed)}: arguments {gb(memory.arguments)}, temporaries "
+        f"{gb(memory.temporaries)}, results {gb(memory.results)}, code {gb(memory.code)}",
+        f"  FLOPs a chip     {counted / 1e12:.4g} T counted, {model / 1e12:.4g} T by formula ({counted / model:.2f}×)",
+        f"  bytes a chip     {gb(cost.bytes)} between memory and cores",
+    ]
+    lines += [
+        f"  {kind:<18} {traffic.count:>6} × , {gb(traffic.bytes)} in all, {gb(traffic.sent)} to be sent by each chip"
+        for kind, traffic in sorted(cost.traffic.items())
+    ]
+    return [
+        *lines,
+        f"  bound            {milliseconds(cost.bound)} by {by} (compute {milliseconds(seconds['compute'])}, memory "
+        f"{milliseconds(seconds['memory'])}, links {milliseconds(seconds['links'])})",
+        f"  utilisation      at most {cost.utilisation:.0%} of peak, {cost.work.rows / cost.bound:.4g} rows/s",
+        f"  compiled in      {cost.compile_seconds:.0f} s",
+    ]
+
+
+def advice_lines(advice: tuple[ladder.Rung, Cost] | None) -> list[str]:
+    if advice is None:
+        return ["", "Nothing that was tried fits: take more chips, larger ones, or a smaller batch."]
+    return ["", f"What fits: {advice[0].flags}", *program_lines(advice[1])]
+
+
+def recipe_lines(config: ml_collections.ConfigDict, where: Slice, costs: list[Cost]) -> list[str]:
+    """The whole recipe's part of the report."""
+    hours = recipe.chip_hours(config, *costs)
+    amounts = {
+        "teacher": f"{config.teacher.steps} steps of {config.teacher.batch_size}, at the distillation's utilisation",
+        "trajectories": f"{config.trajectories.count} trajectories",
+        "distill": f"{config.distill.steps} steps of {config.distill.batch_size}",
+        "sample": f"{config.sample.count} images a student",
+    }
+    lines = ["", "the whole recipe, at least"]
+    for stage, spent in hours.items():
+        lines.append(
+            f"  {stage:<16} {spent:>10.4g} chip-hours {spent / len(where.devices):>10.4g} hours   {amounts[stage]}"
+        )
+    lines.append("on disk")
+    kept = f"{config.run.keep_checkpoints} checkpoints"
+    for folder, size in recipe.storage(config).items():
+        lines.append(f"  {folder:<16} {gb(size):>13}   {'the store' if folder == 'trajectories' else kept}")
+    return lines
+
+
+def figures(
+    config: ml_collections.ConfigDict, topology: str, advice: tuple[ladder.Rung, Cost] | None, costs: list[Cost]
+) -> dict[str, Any]:
+    """The report as plain values: bytes, FLOPs, seconds and hours."""
+    programs = {
+        cost.work.name: {
+            "rows": cost.work.rows,
+            "devices": cost.work.mesh.size,
+            "fits": cost.fits,
+            "memory": cost.memory._asdict() if cost.memory else None,
+            "needed": cost.needed,
+            "available": cost.chip.hbm_bytes,
+            "flops": cost.flops,
+            "model_flops": cost.work.flops / cost.work.mesh.size,
+            "bytes": cost.bytes,
+            "collectives": {kind: traffic._asdict() for kind, traffic in cost.traffic.items()},
+            "seconds": cost.seconds,
+            "bound": cost.bound,
+            "utilisation": cost.utilisation,
+            "compile_seconds": cost.compile_seconds,
+        }
+        for cost in costs
+    }
+    return {
+        "topology": topology,
+        "fits_as_given": advice is None,
+        "advice": advice[0]._asdict() if advice else None,
+        "programs": programs,
+        "chip_hours": recipe.chip_hours(config, *costs),
+        "storage": recipe.storage(config),
+    }
+
+
+def gb(amount: float) -> str:
+    return f"{amount / 1e9:.2f} GB" if amount >= 1e7 else f"{amount / 1e6:.3f} MB"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"

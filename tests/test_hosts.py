@@ -1,0 +1,231 @@
+"""Several hosts: processes of two CPU devices each, which talk through JAX's own service and Gloo."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from pipeline_fixtures import ROOT, SMOKE, copy, done, finish, process, smoke
+
+from ard_jax import hosts
+from ard_jax.errors import UserError
+from ard_jax.hosts import Place, agree, is_fresh, place_by_environment, split_flags
+
+TWO = ("--coordinator", "localhost:1234", "--num-processes", "2", "--process-id", "1")
+
+
+def test_flags_say_the_place_among_others():
+    assert split_flags(["--config", "a.py", *TWO]) == (Place(1, 2, "localhost:1234"), ["--config", "a.py"])
+    assert split_flags(["--config", "a.py"]) == (None, ["--config", "a.py"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (TWO[:4], "--coordinator, --num-processes, --process-id belong together: give all of them, or none."),
+        (("--coordinator=here", *TWO[2:]), "--coordinator is 'here': give HOST:PORT of process 0"),
+        ((*TWO[:4], "--process-id=2"), "--process-id 2 of --num-processes 2 does not work: number"),
+        ((*TWO[:4], "--process-id=x"), "--process-id x of --num-processes 2 does not work"),
+        ((*TWO[:4], "--process-id"), "expected one argument): give --coordinator, --num-processes"),
+    ],
+)
+def test_flags_that_do_not_work(arguments, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        split_flags(list(arguments))
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # the batch script, no step of srun
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, Place(3, 4)),
+        ({"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, None),  # no chips here
+    ],
+)
+def test_the_environment_says_the_place(environment, place, monkeypatch):
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert place_by_environment() == place
+
+
+def test_a_tpu_of_several_hosts(monkeypatch):
+    monkeypatch.setattr(hosts.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c")
+    monkeypatch.setenv("TPU_WORKER_ID", "2")
+    assert place_by_environment() == Place(2, 3)
+
+
+def test_files_of_killed_runs_do_not_count_as_waiting(tmp_path):
+    mine, other = tmp_path / "0", tmp_path / "1"
+    assert not is_fresh(other, mine)
+    mine.touch(), other.touch()
+    assert is_fresh(other, mine)
+    os.utime(other, (time.time() - 60,) * 2)
+    assert not is_fresh(other, mine)
+
+
+@pytest.fixture
+def two_hosts(monkeypatch):
+    """agree(), as host 0 of two, with what the other host says."""
+
+    def compare(here, **other):
+        def gather(mine):
+            return [mine, {**mine, **other, "versions": mine["versions"] | other.get("versions", {})}]
+
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(hosts.multihost_utils, "sync_global_devices", lambda name: None)
+        monkeypatch.setattr(hosts, "gather_json", gather)
+        agree(here)
+
+    return compare
+
+
+def test_hosts_with_different_configs(two_hosts):
+    two_hosts({"seed": 0}, settings={"seed": 0})
+    with pytest.raises(UserError, match=r"host 1 was started with another config \(seed 1 there, 0 on host 0\): give"):
+        two_hosts({"seed": 0, "a": 1}, settings={"seed": 1, "a": 1})
+
+
+def test_skews_are_said_once(two_hosts, caplog):
+    two_hosts({})
+    assert not caplog.records
+    two_hosts({}, versions={"jax": "0.0.1"}, time=time.time() - 60)
+    versions, clocks = (record.getMessage() for record in caplog.records)
+    assert versions.startswith("the hosts have different versions of jax (0.0.1 and ")
+    assert clocks == "the hosts' clocks differ by 60 seconds: their logs do too."
+
+
+# ------------------------------------------------------------------------------------------- really several processes
+
+
+def pod(stage, workdir, *overrides):
+    """`launch/local_pod.sh 2 STAGE …`, started."""
+    flags = [f"--config.{override}" for override in overrides]
+    return subprocess.Popen(
+        ["launch/local_pod.sh", "2", stage, "--config", SMOKE, "--workdir", workdir, *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+FIFTY = ("distill.steps=50", "distill.checkpoint_every=20", "run.log_every=1")
+
+
+@pytest.fixture(scope="module")
+def made_by_a_pod(pipeline, tmp_path_factory):
+    """Trajectories, student, samples and results of two processes, from the teacher of one."""
+    workdir = copy(pipeline, tmp_path_factory.mktemp("pod"), "teacher")
+    for stage in ("trajectories", "distill", "sample", "evaluate"):
+        ended = finish(pod(stage, workdir, *FIFTY))
+        assert ended.status == 0, ended.err
+        assert (workdir / stage / "done.json").exists()
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_pod_makes_what_one_process_makes(made_by_a_pod, pipeline, tmp_path):
+    """Two processes of two devices, and one of four: the same records, losses within rounding, the same images."""
+    assert done(made_by_a_pod / "trajectories")["sha256"] == done(pipeline / "trajectories")["sha256"]
+    copy(pipeline, tmp_path, "teacher", "trajectories")
+    four = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    alone = finish(process("distill", tmp_path, *FIFTY, XLA_FLAGS=four))
+    assert alone.status == 0, alone.err
+    pods, ones = losses(made_by_a_pod / "distill" / "ard"), losses(tmp_path / "distill" / "ard")
+    assert len(pods) == len(ones) == 50
+    np.testing.assert_allclose(pods, ones, rtol=1e-6)
+    shutil.rmtree(tmp_path / "distill")
+    copy(made_by_a_pod, tmp_path, "distill")
+    assert smoke("sample", tmp_path, *FIFTY).status == 0
+    with (
+        np.load(tmp_path / "sample/ard/samples.npz") as ones,
+        np.load(made_by_a_pod / "sample/ard/samples.npz") as pods,
+    ):
+        np.testing.assert_array_equal(pods["labels"], ones["labels"])
+        difference = np.abs(pods["arr_0"].astype(int) - ones["arr_0"])
+        assert difference.max() <= 1  # grey levels; the batches are of other sizes
+    models = json.loads((made_by_a_pod / "evaluate" / "results.json").read_text())["models"]
+    assert models["ard"]["steps"] == 3 and models["ard"]["fd"] > 0
+
+
+@pytest.mark.slow
+def test_a_pod_that_is_stopped_goes_on_to_the_same_bits(made_by_a_pod, tmp_path):
+    """SIGTERM reaches all processes at different steps; all save after the same one."""
+    copy(made_by_a_pod, tmp_path, "teacher", "trajectories")
+    running = pod("distill", tmp_path, *FIFTY)
+    metrics = tmp_path / "distill" / "ard" / "metrics.jsonl"
+    while running.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    stopped = finish(running)
+    assert stopped.status == 0, stopped.err
+    said = re.findall(r"distill: stopped at step (\d+) of 50; its state is saved: resume by running the", stopped.out)
+    assert len(said) == 2 and len(set(said)) == 1 and 4 < int(said[0]) < 50, stopped.out
+    assert not (tmp_path / "distill" / "done.json").exists()
+    resumed = finish(pod("distill", tmp_path, *FIFTY))
+    assert resumed.status == 0, resumed.err
+    assert f"resuming at step {said[0]} of 50." in resumed.err
+    assert done(tmp_path / "distill")["sha256"] == done(made_by_a_pod / "distill")["sha256"]
+
+
+def by_flags(index, count, port, workdir, *overrides):
+    """One process of a pod, which finds the others by flags."""
+    flags = [f"--config.{override}" for override in overrides]
+    place = ["--coordinator", f"localhost:{port}", "--num-processes", str(count), "--process-id", str(index)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "ard_jax", "teacher", "--config", SMOKE, "--workdir", workdir, *flags, *place],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def port():
+    """A free port of localhost."""
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        return taken.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_host_that_never_joins_is_named(tmp_path, port):
+    running = [by_flags(index, 3, port, tmp_path, "run.join_timeout=8.0") for index in (0, 2)]
+    for ended in [finish(one) for one in running]:
+        assert ended.status == 2
+        assert "ard_jax: host 1 has not joined the 3 that this run has within 8 seconds: see why" in ended.err
+    assert not (tmp_path / "teacher").exists()
+
+
+@pytest.mark.slow
+def test_hosts_that_were_started_differently_all_stop(tmp_path, port):
+    running = [by_flags(index, 2, port, tmp_path, f"seed={index}") for index in (0, 1)]
+    for ended in [finish(one) for one in running]:
+        assert ended.status == 2, ended
+        assert "host 1 was started with another config (seed 1 there, 0 on host 0): give all hosts the" in ended.err
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_local_pod_says_what_it_wants():
+    ended = subprocess.run(["launch/local_pod.sh", "teacher"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and "give the number of processes and a stage" in ended.stderr

@@ -1,0 +1,362 @@
+"""What a plan counts, against programs whose counts are known, and what it says."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from pipeline_fixtures import ROOT, SMOKE, run, sentence
+
+from ard_jax.chips import CHIPS, GIB, chip_of
+from ard_jax.config import example_shape, make_student, make_teacher
+from ard_jax.plan import hlo, jaxprs, ladder, recipe
+from ard_jax.plan.cost import Cost, Memory, measure, too_large
+from ard_jax.plan.programs import for_platform, sampler, training_step, trajectory_step
+from ard_jax.plan.topology import SHAPES, Slice, find_slice
+from ard_jax.training.flops import student_macs, teacher_macs
+from configs import imagenet256, smoke
+
+IMAGENET = str(ROOT / "configs" / "imagenet256.py")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"
+)
+
+
+def here(devices: int = 1) -> Slice:
+    """A slice of this machine with round rates."""
+    return Slice("cpu", jax.devices("cpu")[:devices], CHIPS["v5e"], "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------- the chips' table
+
+
+def test_the_table_of_chips():
+    kinds = {
+        "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p",
+        "TPU v6 lite": "v6e", "TPU v6e": "v6e", "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA H100 80GB HBM3": "H100",
+    }  # fmt: skip
+    assert {kind: chip_of(kind) for kind in kinds} == {kind: CHIPS[name] for kind, name in kinds.items()}
+    assert chip_of("cpu") is None and set(SHAPES) <= set(CHIPS)
+    assert CHIPS["v5e"] == (197e12, 15.75 * GIB, 819e9, 200e9)
+    for chip in CHIPS.values():  # the ridge of the roofline, in FLOPs a byte, and links slower than memory
+        assert 100 < chip.flops / chip.hbm_bandwidth < 600 and chip.ici_bandwidth < chip.hbm_bandwidth
+
+
+# ------------------------------------------------------------------------------------------------ collectives in HLO
+
+COLLECTIVES = """
+import jax, jax.numpy as jnp, numpy as np
+from functools import partial
+from jax.sharding import Mesh, PartitionSpec as P
+
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+
+@jax.jit
+@partial(jax.shard_map, mesh=mesh, in_specs=P(("a", "b")), out_specs=P(), check_vma=False)
+def program(x):
+    def turn(total, _):
+        return jax.lax.psum(total * 1.5, "a"), None  # (16, 128) float32: 8192 bytes, in groups of 4
+
+    total, _ = jax.lax.scan(turn, x, None, length=7)
+    gathered = jax.lax.all_gather(total, "b", tiled=True)  # (32, 128): 16384 bytes, in groups of 2
+    shifted = jax.lax.ppermute(gathered, "a", [(0, 1), (1, 2), (2, 3), (3, 0)])
+    return jax.lax.psum_scatter(shifted, ("a", "b"), tiled=True)  # in groups of 8
+
+print(program.lower(jax.ShapeDtypeStruct((128, 128), jnp.float32)).compile().as_text())
+"""
+
+
+def test_collectives_of_a_compiled_program():
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    ended = subprocess.run(
+        [sys.executable, "-c", COLLECTIVES], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = hlo.collectives(hlo.parse(ended.stdout))
+    assert found == {
+        "all-reduce": hlo.Traffic(7, 7 * 8192, 7 * 8192 * 2 * 3 / 4),
+        "all-gather": hlo.Traffic(1, 16384, 16384 / 2),
+        "collective-permute": hlo.Traffic(1, 16384, 16384),
+        "reduce-scatter": hlo.Traffic(1, 16384, 16384 * 7 / 8),
+    }
+
+
+TPU_TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=16
+
+%condition (state: (s32[], bf16[8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(22)
+  %state = (s32[]{:T(128)}, bf16[8]{0:T(128)}) parameter(0)
+  %turn = s32[]{:T(128)} get-tuple-element(%state), index=0
+  ROOT %less = pred[]{:T(512)} compare(%turn, %bound), direction=LT
+}
+
+%body (state: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %state = (s32[]{:T(128)}, bf16[8]{0:T(128)}) parameter(0)
+  %turn = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = bf16[8]{0:T(128)} get-tuple-element(%state), index=1
+  %sum = bf16[8]{0:T(128)} all-reduce(%x), channel_id=1, replica_groups=mesh['p'=4,'q'=4] {'p','q':(1)2}, to_apply=%add
+  %part.1 = bf16[8]{0:T(128)} fusion(%x), kind=kCustom, calls=%first
+  %part.2 = bf16[8]{0:T(128)} fusion(%x), kind=kCustom, calls=%second
+  ROOT %both = (s32[]{:T(128)}, /*index=1*/bf16[8]{0:T(128)}) tuple(%turn, %sum)
+}
+
+%first (p: bf16[8]) -> bf16[128] {
+  %p = bf16[8]{0:T(128)} parameter(0)
+  ROOT %g = bf16[128]{0} all-gather(%p), channel_id=2, replica_groups=[1,16]<=[16], frontend_attributes={chain_id="0"}
+}
+
+%second (p: bf16[8]) -> bf16[128] {
+  %p = bf16[8]{0:T(128)} parameter(0)
+  ROOT %g = bf16[128]{0} all-gather(%p), channel_id=2, replica_groups=[1,16]<=[16], frontend_attributes={chain_id="0"}
+}
+
+ENTRY %main (x: bf16[8]) -> bf16[8] {
+  %x = bf16[8]{0:T(128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %start = (s32[]{:T(128)}, bf16[8]{0:T(128)}) tuple(%zero, %x)
+  %loop = (s32[]{:T(128)}, bf16[8]{0:T(128)}) while(%start), condition=%condition, body=%body
+  ROOT %out = bf16[8]{0:T(128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_collectives_as_tpu_s_compiler_writes_them():
+    """Loops whose turns only their condition tells, groups as axes of a mesh, a gather spread over two fusions."""
+    found = hlo.collectives(hlo.parse(TPU_TEXT))
+    assert found["all-reduce"] == hlo.Traffic(22, 22 * 16, 22 * 16 * 2 * 7 / 8)
+    assert found["all-gather"] == hlo.Traffic(22, 22 * 256, 22 * 256 * 15 / 16)
+    assert hlo.traffic_in_all(found.values()) == 22 * 28 + 22 * 240
+
+
+def test_bytes_of_a_compiled_program():
+    """A loop over a stack reads a slice of it a turn and writes a slice, not all of it."""
+
+    def program(stack, x):
+        def turn(x, layer):
+            x = jnp.tanh(x + layer)
+            return x, x
+
+        return jax.lax.scan(turn, x, stack)
+
+    stack, x = jax.ShapeDtypeStruct((50, 4096), jnp.float32), jax.ShapeDtypeStruct((4096,), jnp.float32)
+    moved = hlo.memory_bytes(hlo.parse(jax.jit(program).lower(stack, x).compile().as_text()))
+    once = 50 * 4096 * 4
+    assert 3 * once <= moved <= 14 * once  # whole stacks in every turn would be a hundred
+
+
+def test_bytes_of_a_product():
+    a = jax.ShapeDtypeStruct((256, 512), jnp.float32)
+    text = jax.jit(lambda a: a @ a.T).lower(a).compile().as_text()
+    assert 4 * (256 * 512 + 256 * 256) <= hlo.memory_bytes(hlo.parse(text)) <= 4 * (4 * 256 * 512 + 256 * 256)
+
+
+# --------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def small(**changes):
+    config = smoke.get_config()
+    config.model.update(changes)
+    return for_platform(config, "cpu")
+
+
+def counted(work):
+    return jaxprs.macs(work.function.trace(*work.arguments).jaxpr)
+
+
+def test_a_step_is_three_forwards_and_rematerialisation_a_fourth():
+    rows = smoke.get_config().distill.batch_size
+    forward = student_macs(make_student(small()), example_shape(small())) * rows
+    step = training_step(small(remat="none"), here())
+    assert step.flops == 6 * forward
+    # gradients by the images, which nobody wants, are not computed; times are the same for all rows
+    assert 2.7 * forward < counted(step) < 3 * forward
+    full = counted(training_step(small(remat="full"), here()))
+    assert 3.5 * forward < full < 4.1 * forward
+    microbatches = small(remat="none")
+    microbatches.distill.accumulate = 2
+    assert counted(training_step(microbatches, here())) == pytest.approx(counted(step), rel=0.02)
+
+
+def test_a_solve_costs_what_the_formula_says():
+    work = trajectory_step(small(), here())
+    calls = 2 * 5
+    rows = small().trajectories.batch_size
+    assert work.flops == 2 * calls * teacher_macs(make_teacher(small()), example_shape(small())) * rows
+    assert 2 * counted(work) == pytest.approx(work.flops, rel=0.001)
+    draw = sampler(small(), here())
+    assert 2 * counted(draw) == pytest.approx(draw.flops, rel=0.05)  # a block's time is embedded once for all rows
+
+
+def test_the_paper_s_step_counts_no_more_than_three_forwards():
+    """3.1 × 480 GMAC × batch without remat; counted in a trace of the whole step."""
+    config = for_platform(imagenet256.get_config(), "tpu")
+    assert config.model.dtype == "bfloat16"
+    config.model.remat = "none"
+    work = training_step(config, here())
+    assert 2.9 * 480e9 * 64 < counted(work) <= 3.1 * 480e9 * 64
+
+
+# ------------------------------------------------------------------------------------------- what fits, and what would
+
+
+def cost(needed, work=None, chip=CHIPS["v5e"], fits=True):
+    work = work or training_step(small(), here())
+    memory = Memory(0.0, needed, 0.0, 0.0) if fits else None
+    return Cost(work, chip, memory, needed, 197e12, 819e7, {"all-reduce": hlo.Traffic(1, 1.0, 2e9)}, 0.0)
+
+
+def test_the_roofline():
+    made = cost(1e9)
+    assert made.seconds == {"compute": 1.0, "memory": 0.01, "links": 0.01} and made.bound == 1.0
+    assert made.fits and not cost(15.76 * GIB).fits and not cost(1.0, fits=False).fits
+    assert made.utilisation == pytest.approx(made.work.flops / 197e12)
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (27.43G) "
+            "exceeds available HBM (15.75G).",
+            27.43 * GIB,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 512.5M of 15.75G hbm.", 512.5 * 2**20),
+        ("INTERNAL: Mosaic failed to compile", 0),
+    ],
+)
+def test_errors_about_memory(message, needed):
+    assert too_large(message) == needed
+
+
+@pytest.mark.slow
+def test_the_cheapest_that_fits():
+    """A compiler that gives up on everything but full remat in halves is asked little, and its answer is taken."""
+    config, asked = small(remat="none"), []
+
+    def compiled(work, chip):
+        asked.append(work)
+        return cost(40 * GIB / (8 if len(asked) > 2 else 1), work)
+
+    rung, best = ladder.cheapest(config, here(), cost(40 * GIB), compiled)
+    assert best.fits and len(asked) == 3
+    # microbatches of the policy that failed are tried as soon as they may fit: 40 GiB need four of them
+    assert (rung.remat, rung.accumulate) != ("none", 1) and "--config.model.remat=" in rung.flags
+    assert rung.apply(config).model.remat == rung.remat and config.model.remat == "none"
+    assert ladder.cheapest(config, here(), cost(4000 * GIB), lambda work, chip: cost(4000 * GIB, work)) is None
+
+
+def test_the_recipe_s_storage():
+    config = imagenet256.get_config()
+    disk = recipe.storage(config)
+    assert disk["trajectories"] == 2_560_000 * (5 * 32 * 32 * 4 * 2 + 16)
+    parameters = recipe.parameters(config)
+    assert disk["distill"] == pytest.approx(2 * 16 * parameters, rel=1e-6)  # four trees in float32, two checkpoints
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.slow
+def test_a_plan_for_this_machine(tmp_path):
+    file = tmp_path / "plan.json"
+    outcome = run("plan", "--config", SMOKE, "--topology", "cpu", "--json", file)
+    assert outcome.status == 0, outcome.err
+    assert "training step, 8 rows on 1 devices: fits" in outcome.out and "chip-hours" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 120
+    assert "compiling the training step" in outcome.err
+    found = json.loads(file.read_text())
+    assert found["fits_as_given"] and set(found["chip_hours"]) == {"teacher", "trajectories", "distill", "sample"}
+    step = found["programs"]["training step"]
+    assert step["model_flops"] == 6 * 8 * student_macs(make_student(small()), example_shape(small()))
+    assert step["needed"] == sum(step["memory"].values()) < step["available"]
+    state = recipe.checkpoint_bytes(recipe.student_shapes(small()), small().distill)
+    assert state <= step["memory"]["arguments"] <= state + 8 * 50_000
+    assert step["bound"] == max(step["seconds"].values()) and not step["collectives"]
+    assert found["storage"]["trajectories"] == recipe.store_bytes(small())
+
+
+def refused(*arguments):
+    return sentence(run("plan", "--config", SMOKE, *arguments), "plan")
+
+
+@pytest.mark.parametrize(
+    "name", ["v5e:4by4", "v5e", "v3:2x2", "h100:8", "v5litepod-16", "v5e:2x2x1", "v4:2x2", "v5e:0x4"]
+)
+def test_topologies_that_do_not_exist(name):
+    said = refused("--topology", name)
+    assert f"there is no topology '{name}': choose v4:2x2x1" in said
+    assert all(f"{chip}:" in said for chip in SHAPES) and "4x4" in said and said.endswith("or cpu.")
+
+
+def test_libtpu_is_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    assert "needs libtpu, TPU's compiler, which is not installed: pip install -e '.[tpu]'" in refused(
+        "--topology", "v5e:4x4"
+    )
+
+
+def test_flags_of_plan():
+    assert "--topology is missing: give --config FILE and --topology NAME." in refused()
+    assert "there is no flag --workdir" in refused("--topology", "cpu", "--workdir", "here")
+    assert "mesh data=-1, fsdp=3, tensor=1 does not fit 1 devices" in refused("--topology=cpu", "--config.mesh.fsdp=3")
+    shown = run("plan", "--help").out
+    assert shown.startswith(
+        "python -m ard_jax plan --config FILE[:key=value,…] --topology NAME [--json FILE] [--config"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ with libtpu
+
+
+@needs_libtpu
+def test_libtpu_s_errors_are_one_sentence():
+    said = refused("--topology", "v5e:3x3")
+    assert "libtpu refuses v5e:3x3 (INVALID_ARGUMENT" in said and "choose v4:" in said
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", SHAPES)
+def test_libtpu_knows_the_shapes_that_are_named(chip):
+    for shape in SHAPES[chip]:
+        found = find_slice(f"{chip}:{shape}")
+        sides = [int(side) for side in shape.split("x")]
+        assert (
+            len(found.devices) == jnp.prod(jnp.asarray(sides)) and chip_of(found.devices[0].device_kind) == CHIPS[chip]
+        )
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_plan_for_four_chips(tmp_path):
+    file = tmp_path / "plan.json"
+    flags = ["--config.model.remat=none", "--config.mesh.fsdp=2", "--json", file]
+    outcome = run("plan", "--config", SMOKE, "--topology", "v5e:2x2", *flags)
+    assert outcome.status == 0, outcome.err
+    step = json.loads(file.read_text())["programs"]["training step"]
+    assert step["devices"] == 4 and step["fits"] and step["available"] == 15.75 * GIB
+    assert "all-reduce" in step["collectives"] and "--xla_jf_spmd_threshold" in os.environ["LIBTPU_INIT_ARGS"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_host_s_own_work_is_compiled_for_a_host():
+    """Its parameters are split over its own devices, which libtpu cannot do on a part of a slice."""
+    config, where = small(), find_slice("v5e:4x4")
+    config.mesh.fsdp = 4
+    made = measure(trajectory_step(config, where), where.chip)
+    assert made.work.mesh.shape["fsdp"] == 4 == made.work.mesh.size and made.fits
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_paper_s_recipe_fits_sixteen_chips():
+    """Takes minutes: DiT-XL/2, S = 4, N = 6, batch 64, as the config has it."""
+    config, where = for_platform(imagenet256.get_config(), "tpu"), find_slice("v5e:4x4")
+    made = measure(training_step(config, where), where.chip)
+    assert made.fits and made.needed < 15.75e9
+    assert made.flops * 16 / 2 < 3.3 * 480e9 * 64
