@@ -444,6 +444,16 @@ run() {
       continue
     fi
     watch
+    if [[ "$outcome" == lost || "$outcome" =~ ^[1-9] ]]; then
+      sleep "$poll" # what takes the TPU may end some workers before it shows
+      if look; then
+        case "$outcome $state" in
+          *ABSENT | *DELETING) outcome=deleted ;;
+          lost* | 42* | *READY) ;;
+          *) outcome=gone ;; # that is why the stage failed
+        esac
+      fi
+    fi
     case "$outcome" in
       0)
         say "done."
@@ -451,7 +461,6 @@ run() {
         ;;
       42)
         again "the stage was preempted and has saved its state"
-        sleep "$poll" # what preempted it may take the TPU next
         ;;
       lost) again "the stage ended on some worker and left no status" ;;
       gone) ;; # `bring_up` says so
@@ -465,10 +474,6 @@ run() {
         ;;
       busy) refuse "somebody else has started another command on $name: wait for it, or --stop it." ;;
       *)
-        sleep "$poll" # a preemption may take some workers before it shows
-        if look && [[ "$state" != READY ]]; then
-          continue
-        fi
         remote all complain >&2 || true
         remote all stop 30 || true # the others wait for the one that failed
         say "the stage failed with status $outcome."

@@ -476,6 +476,18 @@ def test_somebody_else_deletes_the_tpu(pod):
     assert pod.order("create") == []
 
 
+@pytest.mark.parametrize("plan", ["vanish", "saved", "fail 1"])
+def test_a_stage_that_ends_since_somebody_deletes_the_tpu(pod, plan):
+    """The workers go one after another, and the stage's end is seen before the TPU's."""
+    pod.ready()
+    pod.set("node", "READY", "DELETING")
+    pod.set("answers")
+    pod.set("plan", plan)
+    outcome = pod.run(*COMMAND)
+    assert outcome.status == 1 and "was deleted by somebody else" in last(outcome)
+    assert pod.order("create") == []
+
+
 # -------------------------------------------------------------------------------------------------- queued resources
 
 

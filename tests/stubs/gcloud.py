@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> int:
         if file == "node":
             make_workers()
     elif verb == "delete":
-        for name in {"node", "answers", file}:
+        for name in ("node", "answers", file):
             (CLOUD / name).unlink(missing_ok=True)
         delete_workers()
     else:
