@@ -54,6 +54,8 @@ def in_turns(
         seconds: turns are started until so many have passed, but at least `LEAST_TURNS`.
         turn: the names in the order of a turn, short runs more than once if need be; each once by default.
     """
+    for run in runs.values():  # the first call finds its memory, which later ones have
+        jax.block_until_ready(run())
     times: dict[str, list[float]] = {name: [] for name in runs}
     rates, end = [], time.perf_counter() + seconds
     while len(rates) < LEAST_TURNS or time.perf_counter() < end:

@@ -261,7 +261,7 @@ def trajectories(config: ml_collections.ConfigDict, batch: int, seconds: float) 
     macs = network_calls(solver_settings(config)) * teacher_macs(teacher, shape)
     utilisation = 2 * macs / np.median(each) / np.mean(rates)
     header = ("batch", "GMAC a trajectory", "seconds a trajectory", "trajectories/s", "utilisation")
-    row = (batch, giga(macs), spread(each), f"{1 / np.median(each):.3g}", f"{utilisation:.3f}")
+    row = (batch, giga(macs), spread(each, 6), f"{1 / np.median(each):.3g}", f"{utilisation:.3f}")
     return "Solved, fetched and written, a shard a batch:\n\n" + table(header, [row])
 
 

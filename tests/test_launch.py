@@ -118,6 +118,7 @@ class Pod:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a terminal of its own, to interrupt it alone
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
         )
         self.running.append(running)
         return running

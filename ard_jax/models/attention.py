@@ -9,6 +9,7 @@ Backends, chosen by `model.attention`:
 - "auto": the fused kernel of the device where it applies, else "xla".
 """
 
+import functools
 import math
 
 import jax
@@ -123,6 +124,45 @@ def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: str, steps: 
         values = jnp.concatenate([v[:, b] for b in seen], axis=1)
         outputs.append(attention(q[:, block], keys, values, backend))
     return jnp.stack(outputs, axis=1).reshape(-1, *q.shape[2:])
+
+
+# Of one block in one layer, what later blocks attend to: keys and values, each (rows, heads, token, head width).
+KeysAndValues = tuple[jax.Array, jax.Array]
+
+
+def cached_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, earlier: tuple[KeysAndValues, ...], backend: str = "xla"
+) -> tuple[jax.Array, KeysAndValues]:
+    """A block's queries meet the keys of earlier blocks and its own: a step of the cached sampler.
+
+    Args:
+        q, k, v: of the block, (rows, token, heads, head width).
+        earlier: of the earlier blocks that it sees, as this function handed them back.
+        backend: a name in `BACKENDS`.
+
+    Returns:
+        The output, (rows, token, heads, head width), and what to keep of this block.
+
+    Raises:
+        UserError: what `choose` raises.
+    """
+    own = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    seen = (*earlier, own)
+    if choose(backend, target_platform(), q.dtype, q.shape[1], q.shape[-1]) != "xla":
+        keys, values = (jnp.concatenate(blocks, axis=2).swapaxes(1, 2) for blocks in zip(*seen, strict=True))
+        return attention(q, keys, values, backend), own
+    # block by block, so that the cache is neither put together nor turned around in each step
+    q = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)
+    at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
+    logits = [jnp.einsum("rhqd,rhkd->rhqk", q, keys, preferred_element_type=at_least_float32) for keys, _ in seen]
+    highest = functools.reduce(jnp.maximum, [block.max(axis=-1, keepdims=True) for block in logits])
+    weights = [jnp.exp(block - highest) for block in logits]
+    total = sum(block.sum(axis=-1, keepdims=True) for block in weights)
+    output = sum(
+        jnp.einsum("rhqk,rhkd->rhqd", block.astype(values.dtype), values, preferred_element_type=at_least_float32)
+        for block, (_, values) in zip(weights, seen, strict=True)
+    )
+    return (output / total).astype(v.dtype).swapaxes(1, 2), own
 
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

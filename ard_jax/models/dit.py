@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from ard_jax.errors import UserError
 from ard_jax.models import layers
@@ -124,11 +125,21 @@ class DiT(nn.Module):
         return x + layers.position_table(*grid, self.hidden_size).astype(x.dtype)
 
     def run_blocks(
-        self, x: jax.Array, condition: jax.Array, attend: Attend, first: int, last: int, memory: Any = None
+        self,
+        x: jax.Array,
+        condition: jax.Array,
+        attend: Attend,
+        first: int,
+        last: int,
+        memory: Any = None,
+        differentiable: bool = True,
     ) -> tuple[jax.Array, Any]:
         """Runs blocks first … last−1 in a loop over the stacked parameters.
 
         `memory`, and what comes back in its place, has a leading axis of last − first layers, or is None.
+
+        A loop over a part of the stack goes over a copy of that part. If no gradient is wanted, it picks each layer out
+        of the whole stack instead, which saves the copy; the gradient of that would touch the whole stack in each turn.
         """
         if first == last:
             return x, memory
@@ -137,15 +148,26 @@ class DiT(nn.Module):
             x = layers.constrain(x, "batch", None, None)
             return block(x, layers.constrain(condition, "batch", None), memory, attend)
 
+        def pick(block, x, condition, layer_and_memory):
+            layer, memory = layer_and_memory
+            return nn.map_variables(body, "params", trans_in_fn=lambda stack: take(stack, layer))(
+                block, x, condition, memory
+            )
+
+        length = last - first
+        unroll = length if self.unroll else 1
+        if not differentiable and length < self.depth:
+            run = nn.scan(pick, variable_broadcast="params", in_axes=(nn.broadcast, 0), length=length, unroll=unroll)
+            return run(self.blocks, x, condition, (jnp.arange(first, last), memory))
         run = nn.scan(
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
-            length=last - first,
-            unroll=last - first if self.unroll else 1,
+            length=length,
+            unroll=unroll,
         )
-        if (first, last) != (0, self.depth):
+        if length < self.depth:
             run = nn.map_variables(run, "params", trans_in_fn=lambda stack: take(stack, slice(first, last)))
         return run(self.blocks, x, condition, memory)
 

@@ -12,15 +12,11 @@ import jax.numpy as jnp
 
 from ard_jax.errors import UserError
 from ard_jax.models import layers
-from ard_jax.models.attention import attention, block_attention
+from ard_jax.models.attention import KeysAndValues, block_attention, cached_attention
 from ard_jax.models.dit import DiT, take
 from ard_jax.models.masks import MASKS, visible_blocks
 
 HEADS = ("separate", "shared")
-
-
-# Of one block in all history layers, each (history layer, batch, token, heads, head width).
-KeysAndValues = tuple[jax.Array, jax.Array]
 
 
 def default_block_times(steps: int, noise_time: float, data_time: float = 0.0) -> tuple[float, ...]:
@@ -146,7 +142,8 @@ class ARDStudent(DiT):
         Args:
             point: the newest point (the noise at first), (batch, height, width, channel).
             y: labels, (batch,).
-            cache: what the earlier steps returned, () at first.
+            cache: what the earlier steps returned, () at first: of each block the keys and values of all history
+                layers, which are a leading axis.
 
         Returns:
             The prediction of the next point, and the cache with this block's keys and values in it.
@@ -156,12 +153,10 @@ class ARDStudent(DiT):
         seen = tuple(cache[b] for b in visible_blocks(self.mask, block)[:-1]) if history else ()
 
         def attend(q, k, v, earlier):
-            keys = jnp.concatenate([keys for keys, _ in earlier] + [k], axis=1)
-            values = jnp.concatenate([values for _, values in earlier] + [v], axis=1)
-            return attention(q, keys, values, self.attention), (k, v)
+            return cached_attention(q, k, v, earlier, self.attention)
 
-        h, own = self.run_blocks(self.embed(point), condition, attend, 0, history, seen)
-        h, _ = self.run_blocks(h, condition, self.attend_within_rows, history, self.depth)
+        h, own = self.run_blocks(self.embed(point), condition, attend, 0, history, seen, differentiable=False)
+        h, _ = self.run_blocks(h, condition, self.attend_within_rows, history, self.depth, differentiable=False)
         return self.predict(h, condition, block, point), (*cache, own)
 
 
