@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, Process, calls, find_solver
+from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, Process, find_solver
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT, size_fields
 from ard_jax.models.attention import choose, target_platform
+from ard_jax.objectives import find_method
+from ard_jax.sampling import Rollout, student_rollout
 from ard_jax.training.state import make_optimizer
 
 
@@ -116,6 +118,8 @@ def default_config() -> ml_collections.ConfigDict:
             },
             "student": {
                 "name": "ard",  # its folder under distill/
+                "kind": "history",  # an ARDStudent; or a network that is told the time, sampled "deterministic"ally by
+                # DDIM or "stochastic"ally with fresh noise after each step
                 "points": (15, 10, 5, 0),  # S respaced indices out of the store's
                 "target": "x0",  # predicted x0 at each point, or "xt": the noisy point itself
                 "history_layers": 6,
@@ -124,6 +128,8 @@ def default_config() -> ml_collections.ConfigDict:
                 "block_times": (),  # network time of each block; () for T·(S−b)/S
             },
             "distill": {
+                "objective": "ard",  # or "progressive", "consistency", "distribution_matching", or your.own.module
+                "start": "",  # name of a student to start from, and in progressive distillation to learn from
                 "online": False,  # solve the teacher inside the training step; no store is read
                 "steps": 300_000,
                 "batch_size": 64,
@@ -229,9 +235,14 @@ def make_teacher(config: ml_collections.ConfigDict) -> DiT:
     return DiT(**model_fields(config))
 
 
-def make_student(config: ml_collections.ConfigDict) -> ARDStudent:
-    """The student that `config.student` describes, of the teacher's sizes; S is the number of its points."""
+def make_student(config: ml_collections.ConfigDict) -> DiT:
+    """The student that `config.student` describes, of the teacher's sizes; S is the number of its points.
+
+    An `ARDStudent`, or for the other kinds a `DiT` like the teacher.
+    """
     student, process = config.student, make_process(config)
+    if student.kind != "history":
+        return make_teacher(config)
     return ARDStudent(
         **model_fields(config),
         steps=len(student.points),
@@ -242,6 +253,11 @@ def make_student(config: ml_collections.ConfigDict) -> ARDStudent:
         noise_time=process.noise_time,
         data_time=process.data_time,
     )
+
+
+def make_rollout(config: ml_collections.ConfigDict, student: DiT) -> Rollout:
+    """How the student that `config.student` describes is sampled."""
+    return student_rollout(config.student.kind, student, len(config.student.points), make_process(config))
 
 
 def make_process(config: ml_collections.ConfigDict) -> Process:
@@ -265,18 +281,6 @@ def solver_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "solver": diffusion.solver,
         "process": make_process(config),
     }
-
-
-def network_calls(settings: dict[str, Any]) -> int:
-    """Network evaluations of one image with the given `solver_settings`; guidance doubles those in its interval."""
-    process, steps = settings["process"], settings["steps"]
-    total = calls(settings["solver"], steps)
-    if settings["guidance_scale"] == 1:
-        return total
-    times = process.grid(steps).times
-    nodes = [*range(steps), *range(1, total - steps + 1)]  # Heun's second calls are at the ends of its steps
-    guidance = Guidance(settings["guidance_scale"], interval=settings["guidance_interval"])
-    return total + sum(bool(guidance.acts_at(times[node], process)) for node in nodes)
 
 
 def example_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
@@ -382,7 +386,8 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
     check_points(tuple(trajectories.points), diffusion.steps, "trajectories.points")
     check_points(tuple(student.points), diffusion.steps, "student.points")
     make_teacher(config)
-    make_student(config)
+    make_rollout(config, make_student(config))
+    find_method(config.distill.objective)
     make_process(config).grid(diffusion.steps)
     find_solver(diffusion.solver)
     if len(diffusion.guidance_interval) != 2:

@@ -1,13 +1,18 @@
 """Sampling: the teacher's ODE, and the student's few cached steps."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ard_jax.diffusion import Grid, Guidance, LinearVP, Process, Solution, guided_output, solve
+from ard_jax.diffusion import Grid, Guidance, LinearVP, Process, Solution, calls, few_step_process, guided_output, solve
 from ard_jax.diffusion.solvers import Predict
+from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT
+
+NO_GUIDANCE = Guidance(scale=1.0)
 
 
 def teacher_predictor(model: DiT, params, y: jax.Array, grid: Grid, process: Process, guidance: Guidance) -> Predict:
@@ -56,6 +61,18 @@ def sample_teacher(
     guidance = Guidance(guidance_scale, guided_channels, tuple(guidance_interval))
     grid = process.grid(steps)
     return solve(solver, teacher_predictor(model, params, y, grid, process, guidance), grid, noise)
+
+
+def network_calls(settings: dict[str, Any]) -> int:
+    """Network evaluations of one image, of `sample_teacher`'s arguments; guidance doubles those in its interval."""
+    process, steps = settings["process"], settings["steps"]
+    total = calls(settings["solver"], steps)
+    if settings["guidance_scale"] == 1:
+        return total
+    times = process.grid(steps).times
+    nodes = [*range(steps), *range(1, total - steps + 1)]  # Heun's second calls are at the ends of its steps
+    guidance = Guidance(settings["guidance_scale"], interval=settings["guidance_interval"])
+    return total + sum(bool(guidance.acts_at(times[node], process)) for node in nodes)
 
 
 def trajectory_key(seed: int) -> jax.Array:
@@ -135,3 +152,59 @@ def sample_student(
         x = given.get(step, prediction).astype(noise.dtype)
         points.append(x)
     return jnp.stack(points, axis=1)
+
+
+# How a student is sampled, `config.student.kind`: an `ARDStudent` from its history; a network that is told the time by
+# DDIM, or with fresh noise after each step.
+KINDS = ("history", "deterministic", "stochastic")
+
+# (params, noise, labels) → the prediction of each step, (batch, steps, height, width, channel); the last is the sample
+Rollout = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def student_rollout(kind: str, model: DiT, steps: int, process: Process) -> Rollout:
+    """How a kind of student is sampled.
+
+    Args:
+        kind: one of `KINDS`.
+        model: an `ARDStudent` for "history", else a `DiT` whose output is as `few_step_process` says.
+        steps: S.
+        process: the teacher's.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    if kind not in KINDS:
+        raise UserError(f"student.kind is {kind!r}: choose one of {', '.join(KINDS)}.")
+    if kind == "history":
+        return functools.partial(sample_student, model)
+    process = few_step_process(process)
+    grid = process.grid(steps)
+    if kind == "deterministic":
+
+        def rollout(params, noise, y):
+            return solve("ddim", teacher_predictor(model, params, y, grid, process, NO_GUIDANCE), grid, noise).x0
+
+        return rollout
+
+    def rollout(params, noise, y):
+        predict = teacher_predictor(model, params, y, grid, process, NO_GUIDANCE)
+        x, points = noise, []
+        for node in range(steps):
+            points.append(predict(x, node).x0)
+            alpha, sigma = (jnp.asarray(values[node + 1], x.dtype) for values in (grid.alpha, grid.sigma))
+            x = alpha * points[-1] + sigma * fresh_noise(noise, node)
+        return jnp.stack(points, axis=1)
+
+    return rollout
+
+
+def fresh_noise(noise: jax.Array, step: int) -> jax.Array:
+    """More noise of the shape of `noise` (batch, …), each row's drawn from its first number's bits and the step.
+
+    So a sample is a function of its own noise and label alone, in whichever batch it is drawn.
+    """
+    first = noise.reshape(len(noise), -1)[:, 0].astype(jnp.float32)
+    key = jax.random.fold_in(jax.random.key(0), step)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jax.lax.bitcast_convert_type(first, jnp.uint32))
+    return jax.vmap(lambda key: jax.random.normal(key, noise.shape[1:], noise.dtype))(keys)

@@ -19,8 +19,8 @@ import numpy as np
 
 from ard_jax.models import ARDStudent, default_block_times, visible_blocks
 from ard_jax.models.dit import take
+from ard_jax.models.flops import attention_macs, image_tokens, student_macs
 from ard_jax.models.layers import layer_norm, patchify, position_table, sinusoids, unpatchify
-from ard_jax.training.flops import attention_macs, image_tokens, student_macs
 
 
 def dense(params: Any, x: jax.Array) -> jax.Array:

@@ -1,10 +1,10 @@
 """python -m benchmarks.flops: multiply-accumulates of DiT-XL/2 and its student, as a Markdown table.
 
-The formulas are those of `ard_jax.training.flops`, which the tests check against the traced models.
+The formulas are those of `ard_jax.models.flops`, which the tests check against the traced models.
 """
 
 from ard_jax.models import ARDStudent, DiT, size_fields
-from ard_jax.training.flops import student_macs, teacher_macs
+from ard_jax.models.flops import student_macs, teacher_macs
 
 LATENT = (32, 32, 4)
 

@@ -44,21 +44,21 @@ from ard_jax.config import (
     make_student,
     make_teacher,
     model_fields,
-    network_calls,
     solver_settings,
 )
 from ard_jax.data import stream
 from ard_jax.errors import UserError
 from ard_jax.models import DiT, init_from_teacher
 from ard_jax.models.dit import REMAT_POLICIES
+from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.objectives import Objective
 from ard_jax.objectives.ard import ard
 from ard_jax.parallel import make_mesh, put_batch
-from ard_jax.sampling import sample_student, sample_teacher
+from ard_jax.sampling import network_calls, sample_student, sample_teacher
 from ard_jax.stages.fit import Task, fit
 from ard_jax.stages.teacher import init_parameters
 from ard_jax.stages.workdir import Stopwatch
-from ard_jax.training.flops import measured_matmul_rate, student_macs, teacher_macs
+from ard_jax.training.flops import measured_matmul_rate
 from ard_jax.training.state import init_state, make_optimizer, make_step
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import features_of, make_store

@@ -12,9 +12,9 @@ from test_models import SMALL, random_params, student_inputs
 
 from ard_jax.config import make_student, make_teacher
 from ard_jax.models import ARDStudent, parameter_shapes, size_fields
+from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.objectives.ard import ard
 from ard_jax.sampling import sample_student
-from ard_jax.training.flops import student_macs, teacher_macs
 from benchmarks import dense, measure, speed
 from configs import smoke
 

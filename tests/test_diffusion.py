@@ -9,13 +9,13 @@ from jaxprs import products
 from quick import quick_jit
 from scipy.integrate import solve_ivp
 
-from ard_jax.config import network_calls
 from ard_jax.convert import from_torch
 from ard_jax.diffusion import SOLVERS, FlowMatching, Grid, Guidance, LinearVP, calls, guided_output, solve
 from ard_jax.errors import UserError
 from ard_jax.models import DiT
 from ard_jax.sampling import (
     draw_noise_and_labels,
+    network_calls,
     sample_teacher,
     sampling_key,
     take_points,

@@ -13,11 +13,11 @@ from pipeline_fixtures import ROOT, SMOKE, run, sentence
 
 from ard_jax.chips import CHIPS, GIB, chip_of
 from ard_jax.config import example_shape, make_student, make_teacher
+from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.plan import hlo, jaxprs, ladder, recipe
 from ard_jax.plan.cost import Cost, Memory, measure, too_large
 from ard_jax.plan.programs import for_platform, sampler, training_step, trajectory_step
 from ard_jax.plan.topology import SHAPES, Slice, find_slice
-from ard_jax.training.flops import student_macs, teacher_macs
 from configs import imagenet256, smoke
 
 IMAGENET = str(ROOT / "configs" / "imagenet256.py")

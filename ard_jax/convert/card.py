@@ -8,8 +8,9 @@ from typing import Any
 
 import ml_collections
 
-from ard_jax.config import model_fields, network_calls, solver_settings
+from ard_jax.config import model_fields, solver_settings
 from ard_jax.errors import UserError
+from ard_jax.sampling import network_calls
 
 CITATION = """```bibtex
 @inproceedings{kim2025autoregressive,

@@ -1,7 +1,7 @@
 """Processes, guidance and ODE solvers: pure functions."""
 
 from ard_jax.diffusion.guidance import Guidance, guided_output
-from ard_jax.diffusion.processes import FlowMatching, Grid, LinearVP, Prediction, Process
+from ard_jax.diffusion.processes import FlowMatching, Grid, LinearVP, Prediction, Process, few_step_process
 from ard_jax.diffusion.solvers import SOLVERS, Solution, calls, find_solver, solve
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Process",
     "Solution",
     "calls",
+    "few_step_process",
     "find_solver",
     "guided_output",
     "solve",

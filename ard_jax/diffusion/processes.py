@@ -126,6 +126,18 @@ class LinearVP:
         return noise
 
 
+class VelocityVP(LinearVP):
+    """The same process for a network that predicts v = α·ε − σ·x_0 (Salimans and Ho 2022, appendix D).
+
+    At the noise end, where a prediction of ε says next to nothing of x_0, v is −x_0; at the data end x̂_0 is x itself,
+    whatever the network says.
+    """
+
+    def predict(self, output: jax.Array, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> Prediction:
+        """x̂_0 = α·x − σ·v, ε̂ = σ·x + α·v."""
+        return Prediction(x0=alpha * x - sigma * output, noise=sigma * x + alpha * output)
+
+
 @dataclasses.dataclass(frozen=True)
 class FlowMatching:
     """Straight-line process x_t = (1−t)·x_0 + t·ε; the network predicts the velocity v = ε − x_0.
@@ -187,3 +199,13 @@ class FlowMatching:
 
 
 Process = LinearVP | FlowMatching
+
+
+def few_step_process(process: Process) -> Process:
+    """The process of a student that is conditioned on time: of a VP teacher's, one that predicts v.
+
+    Its grid of S steps is at T·(S−b)/S, where `ARDStudent`'s blocks are: that of 2S steps has every node of it.
+    """
+    if not isinstance(process, LinearVP):
+        return process
+    return VelocityVP(process.train_steps, process.beta_start, process.beta_end, "trailing")

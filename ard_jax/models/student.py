@@ -160,12 +160,12 @@ class ARDStudent(DiT):
         return self.predict(h, condition, block, point), (*cache, own)
 
 
-def init_from_teacher(teacher_params: Any, student: ARDStudent) -> Any:
+def init_from_teacher(teacher_params: Any, student: DiT) -> Any:
     """The student's parameters at the start: the teacher's, with a copy of its final layer for every head.
 
     The stack of layers is shared with the teacher's tree, not copied.
     """
-    if student.heads == "shared":
+    if not isinstance(student, ARDStudent) or student.heads == "shared":
         return dict(teacher_params)
 
     def repeat(leaf):

@@ -8,8 +8,36 @@ import jax
 import jax.numpy as jnp
 
 from ard_jax.models import ARDStudent, DiT
-from ard_jax.objectives import Objective
-from ard_jax.sampling import draw_noise_and_labels, sample_teacher, take_points, trajectory_key, within_bounds
+from ard_jax.models.flops import student_macs, teacher_macs
+from ard_jax.objectives import Given, Method, Objective, require_kind
+from ard_jax.sampling import (
+    draw_noise_and_labels,
+    network_calls,
+    sample_teacher,
+    take_points,
+    trajectory_key,
+    within_bounds,
+)
+
+
+def build(given: Given) -> Method:
+    """ARD from a store, or with the teacher inside the training step where there is none."""
+    require_kind(given, "history")
+    flops = 6 * student_macs(given.student, given.shape)
+    if given.columns is not None:
+        return Method(ard(given.student, target=given.target, columns=given.columns), flops)
+    objective = online_ard(
+        given.student,
+        given.teacher,
+        target=given.target,
+        points=given.points,
+        shape=given.shape,
+        seed=given.seed,
+        max_abs=given.max_abs,
+        **given.solver,
+    )
+    flops += 2 * network_calls(given.solver) * teacher_macs(given.teacher, given.shape)
+    return Method(objective, flops, reads="teacher")
 
 
 def teacher_forcing(student: ARDStudent, params, noise: jax.Array, points: jax.Array, label: jax.Array) -> jax.Array:

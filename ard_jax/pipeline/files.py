@@ -154,6 +154,11 @@ def open_workdir(folder: pathlib.Path) -> Opened:
     mesh, config = make_mesh(devices=jax.local_devices()), recorded_config(folder)
     is_student = folder.absolute().parent.name == "distill" or "teacher" in (read_done(folder) or {})
     workdir = folder.absolute().parents[1 if is_student else 0]
+    if is_student and config.student.kind != "history":
+        raise UserError(
+            f"{folder} holds a student of kind {config.student.kind!r}, which only the stages sample and evaluate run: "
+            f"give the folder of an ARD student."
+        )
     if is_student:
         _, params, _, _ = load_student(folder, mesh)
     else:

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.config import example_shape, make_student, make_teacher, network_calls, solver_settings
+from ard_jax.config import example_shape, make_rollout, make_student, make_teacher, solver_settings
 from ard_jax.models import init_from_teacher
-from ard_jax.objectives.ard import ard
+from ard_jax.models.flops import teacher_macs
 from ard_jax.parallel import batch_sharding, batch_shards, local_mesh, make_mesh, placed
 from ard_jax.plan.topology import Slice
-from ard_jax.stages.distill import online
-from ard_jax.stages.sample import make_drawing, student_sampler
+from ard_jax.sampling import network_calls
+from ard_jax.stages.distill import make_method
+from ard_jax.stages.sample import make_drawing, rollout_macs, student_sampler
 from ard_jax.stages.workdir import teacher_shapes
-from ard_jax.training.flops import student_macs, teacher_macs
-from ard_jax.training.state import make_optimizer, make_step, start_state
+from ard_jax.training.state import make_step, optimizer_of, start_state
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import make_solver
 
@@ -31,7 +31,7 @@ class Work(NamedTuple):
         arguments: their shapes, and where they lie if the function does not say.
         mesh: of the devices that it runs on.
         rows: examples, trajectories or images of one run.
-        flops: of one run by the formulas of `training.flops`, on all devices.
+        flops: of one run by the formulas of `models.flops`, on all devices.
     """
 
     name: str
@@ -53,27 +53,22 @@ def for_platform(config: ml_collections.ConfigDict, platform: str) -> ml_collect
 def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """The step of the stage `distill`; from a store, or with the teacher inside (`distill.online`)."""
     settings, shape, mesh = config.distill, example_shape(config), make_mesh(config.mesh, where.devices)
-    student, teacher = make_student(config), make_teacher(config)
-    frozen, rows = None, settings.batch_size
+    student, teacher, rows = make_student(config), make_teacher(config), settings.batch_size
     record = {"label": rows_of(rows, (), "int32"), "position": rows_of(rows, (), "int32")}
-    if settings.online:
-        frozen = teacher_shapes(teacher)
-        task = online(student, config, teacher, frozen)
-        objective, flops = task.objective, task.flops
-    else:
-        points = tuple(config.trajectories.points)
+    columns = None
+    if not settings.online:
+        points, dtype = tuple(config.trajectories.points), store.DTYPES[config.trajectories.dtype]
         columns = tuple(points.index(point) for point in config.student.points)
-        objective = ard(student, target=config.student.target, columns=columns)
-        flops = 6 * student_macs(student, shape)
-        dtype = store.DTYPES[config.trajectories.dtype]
         record |= {"noise": rows_of(rows, shape, dtype), "x0": rows_of(rows, (len(points), *shape), dtype)}
         record |= {"xt": record["x0"]} if config.trajectories.keep_noisy else {}
-    optimizer = make_optimizer(settings.optimizer, settings.steps)
-    state = jax.eval_shape(
-        functools.partial(start_state, optimizer=optimizer, seed=config.seed), student_shapes(config)
-    )
-    step = make_step(objective, optimizer, settings.optimizer.ema, mesh, state, frozen, settings.accumulate)
-    return Work("training step", step, (state, frozen, record), mesh, rows, flops * rows)
+    method = make_method(config, student, teacher, columns, len(config.student.points) if settings.start else None)
+    params = student_shapes(config)
+    frozen = {"": None, "teacher": teacher_shapes(teacher), "start": params}[method.reads]
+    optimizer = optimizer_of(method, settings)
+    start = functools.partial(start_state, optimizer=optimizer, seed=config.seed, begin=method.begin)
+    state = jax.eval_shape(lambda params, frozen: start(params, frozen=frozen), params, frozen)
+    step = make_step(method.objective, optimizer, settings.optimizer.ema, mesh, state, frozen, settings.accumulate)
+    return Work("training step", step, (state, frozen, record), mesh, rows, method.flops * rows)
 
 
 def sampler(config: ml_collections.ConfigDict, where: Slice) -> Work:
@@ -82,8 +77,9 @@ def sampler(config: ml_collections.ConfigDict, where: Slice) -> Work:
     rows = config.sample.batch_size * batch_shards(mesh)
     numbers = rows_of(rows, (), "int32", mesh)
     arguments = placed(student_shapes(config), mesh), {"index": numbers, "label": numbers}
-    draw = make_drawing(student_sampler(student), config, mesh)
-    return Work("sampler", draw, arguments, mesh, rows, 2 * student_macs(student, shape) * rows)
+    draw = make_drawing(student_sampler(make_rollout(config, student)), config, mesh)
+    macs = rollout_macs(student, len(config.student.points), shape)
+    return Work("sampler", draw, arguments, mesh, rows, 2 * macs * rows)
 
 
 def trajectory_step(config: ml_collections.ConfigDict, where: Slice) -> Work:

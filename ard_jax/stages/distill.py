@@ -2,7 +2,7 @@
 
 Reads the teacher and the trajectory store (or, with `distill.online`, the teacher alone) and writes
 `distill/<student.name>/`, as the teacher stage does, and `distill/done.json`. Started again, it goes on where it
-stopped.
+stopped. `distill.objective` names other methods, see ard_jax/objectives/.
 """
 
 import hashlib
@@ -11,23 +11,24 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
-from ard_jax.config import example_shape, make_student, network_calls, plain, solver_settings
+from ard_jax.config import example_shape, make_process, make_student, plain, solver_settings
 from ard_jax.data import InMemory
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT, init_from_teacher
-from ard_jax.objectives.ard import ard, online_ard
+from ard_jax.objectives import Given, Method, find_method
 from ard_jax.parallel import check_batch, is_first, make_mesh
 from ard_jax.stages.fit import Task, fit
 from ard_jax.stages.workdir import (
     Stopwatch,
     claim,
+    load_student,
     load_teacher,
     merge_done,
     store_folder,
     write_done,
 )
-from ard_jax.training.flops import student_macs, teacher_macs
 from ard_jax.trajectories.generate import stored_settings
 from ard_jax.trajectories.store import Store, check_shards, read_manifest
 
@@ -44,58 +45,101 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     settings, student = config.distill, make_student(config)
     directory = workdir / "distill" / config.student.name
     check_batch(settings, mesh, "distill")
-    store = None if settings.online else store_folder(config, workdir)
-    manifest = read_manifest(store) if store else None
     teacher, teacher_params, teacher_hash = load_teacher(config, workdir, mesh)
-    if manifest:
-        check_store(manifest, config, teacher_hash)
-        check_shards(store, manifest, checksums=total_bytes(manifest) <= config.run.in_memory)
-    bounds = "" if manifest else str(config.trajectories.max_abs)  # a store's own are part of its hash
-    claim(directory, config, SECTIONS, teacher=teacher_hash, store=store_hash(manifest), max_abs=bounds)
-    task = stored(student, config, store, manifest) if manifest else online(student, config, teacher, teacher_params)
-    made = fit(task, init_from_teacher(teacher_params, student), config, settings, directory, mesh, watch)
+    inputs = {"teacher": teacher_hash}
+    params, start = init_from_teacher(teacher_params, student), None
+    if settings.start:
+        params, inputs["start"], start = load_start(config, workdir, student, mesh)
+    source, columns = (
+        InMemory({"nothing": np.zeros(1, np.int32)}),
+        None,
+    )  # the stream's positions are all that is needed
+    if not settings.online:
+        source, manifest = open_store(config, workdir, teacher_hash)
+        columns = tuple(manifest["points"].index(point) for point in config.student.points)
+        inputs["store"] = store_hash(manifest)
+    method = make_method(config, student, teacher, columns, start)
+    # a store's own bounds are part of its hash
+    claim(directory, config, SECTIONS, **inputs, max_abs=str(config.trajectories.max_abs) if settings.online else "")
+    frozen = {"": None, "teacher": teacher_params, "start": params}[method.reads]
+    made = fit(Task(source, method, frozen), params, config, settings, directory, mesh, watch)
     write_done(directory, **made, teacher=teacher_hash)
     if is_first():
         merge_done(workdir / "distill", {config.student.name: made})
 
 
-def stored(student: ARDStudent, config: ml_collections.ConfigDict, store: pathlib.Path, manifest: dict) -> Task:
-    """Distillation from a trajectory store."""
-    columns = tuple(manifest["points"].index(point) for point in config.student.points)
-    return Task(
-        source=Store(store, manifest),
-        objective=ard(student, target=config.student.target, columns=columns),
-        frozen=None,
-        flops=6 * student_macs(student, example_shape(config)),
+def make_method(
+    config: ml_collections.ConfigDict,
+    student: DiT,
+    teacher: DiT,
+    columns: tuple[int, ...] | None,
+    start: int | None = None,
+) -> Method:
+    """The method that `config.distill.objective` names; `columns` and `start` as in `Given`.
+
+    Raises:
+        UserError: there is no such method, or it cannot be built from this config.
+    """
+    settings = config.distill
+    return find_method(settings.objective)(
+        Given(
+            student=student,
+            kind=config.student.kind,
+            teacher=teacher,
+            process=make_process(config),
+            solver=solver_settings(config),
+            shape=example_shape(config),
+            points=tuple(config.student.points),
+            target=config.student.target,
+            columns=columns,
+            start=start,
+            max_abs=config.trajectories.max_abs,
+            seed=config.seed,
+            options=settings.get(settings.objective.rpartition(".")[2], {}),
+        )
     )
 
 
-def online(student: ARDStudent, config: ml_collections.ConfigDict, teacher: DiT, teacher_params: Any) -> Task:
-    """Distillation with the teacher inside the training step: every position of the stream is a new trajectory."""
-    solver, shape = solver_settings(config), example_shape(config)
-    objective = online_ard(
-        student,
-        teacher,
-        target=config.student.target,
-        points=tuple(config.student.points),
-        shape=shape,
-        seed=config.seed,
-        max_abs=config.trajectories.max_abs,
-        **solver,
-    )
-    teacher_flops = 2 * network_calls(solver) * teacher_macs(teacher, shape)
-    return Task(
-        source=InMemory({"nothing": np.zeros(1, np.int32)}),  # the stream's positions are all that is needed
-        objective=objective,
-        frozen=teacher_params,
-        flops=6 * student_macs(student, shape) + teacher_flops,
-    )
+def load_start(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, student: DiT, mesh: Mesh
+) -> tuple[Any, str, int]:
+    """The student that `distill.start` names: its averaged parameters, their hash, and its number of steps.
+
+    Raises:
+        UserError: it is not there, or it is another network than the one that is to be trained.
+    """
+    name = config.distill.start
+    model, params, sha256, before = load_student(workdir / "distill" / name, mesh)
+    if before.student.kind != config.student.kind or form(model) != form(student):
+        raise UserError(
+            f"distill.start is {name!r}, a student of another form than {config.student.name!r} (kind, steps or "
+            f"heads): start from one like it, or from the teacher."
+        )
+    return params, sha256, len(before.student.points)
 
 
-def store_hash(manifest: dict[str, Any] | None) -> str:
-    """One hash for all shards of a store, "" for none."""
-    if manifest is None:
-        return ""
+def form(student: DiT) -> tuple[Any, ...]:
+    """What the shapes of a student's parameters depend on, beside the teacher."""
+    return (student.steps, student.heads) if isinstance(student, ARDStudent) else ()
+
+
+def open_store(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, teacher_hash: str
+) -> tuple[Store, dict[str, Any]]:
+    """The trajectory store and its manifest.
+
+    Raises:
+        UserError: there is none, it does not fit the config, or a shard is broken.
+    """
+    folder = store_folder(config, workdir)
+    manifest = read_manifest(folder)
+    check_store(manifest, config, teacher_hash)
+    check_shards(folder, manifest, checksums=total_bytes(manifest) <= config.run.in_memory)
+    return Store(folder, manifest), manifest
+
+
+def store_hash(manifest: dict[str, Any]) -> str:
+    """One hash for all shards of a store."""
     return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
 
 

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.config import example_shape, plain, solver_settings
+from ard_jax.config import example_shape, make_rollout, plain, solver_settings
 from ard_jax.data import image_source, labels_and_images, to_uint8
 from ard_jax.errors import UserError
 from ard_jax.evaluation import (
@@ -30,11 +30,11 @@ from ard_jax.evaluation import (
     train_feature_net,
 )
 from ard_jax.files import file_sha256, write_json
+from ard_jax.models import ARDStudent
 from ard_jax.objectives.ard import teacher_forcing
 from ard_jax.parallel import batch_shards, equal_batches, is_first, local_mesh, on_mesh, put_batch, run_batches
 from ard_jax.sampling import (
     draw_noise_and_labels,
-    sample_student,
     sample_teacher,
     sampling_key,
     take_points,
@@ -223,25 +223,27 @@ class Paired:
         model, params, _, config = student
         target = config.student.target
         noise, label, points = self.rows["noise"], self.rows["label"], self.points(self.rows[target], config)
-        roll, force = (
-            jax.jit(on_mesh(self.mesh)(functools.partial(run, model))) for run in (sample_student, teacher_forcing)
-        )
+        roll = jax.jit(on_mesh(self.mesh)(make_rollout(config, model)))
         rollout = self.batches(functools.partial(roll, params), noise, label)
-        forced = self.batches(functools.partial(force, params), noise, points, label)
-        bias = exposure_bias(points, forced, rollout)
-        mse = mean_squared_error_per_step(rollout, points)
         image_mse = self.image_error(rollout, points)
         errors = {
             "kind": "student",
+            "objective": config.distill.objective,
             "target": target,
-            "mask": model.mask,
-            "history_layers": model.layers_with_history,
             "psnr": float(psnr(image_mse[-1])),
-            "mse_per_step": mse.tolist(),
+            "mse_per_step": mean_squared_error_per_step(rollout, points).tolist(),
             "psnr_per_step": [float(psnr(step)) for step in image_mse],
-            "forced_mse": np.asarray(bias.forced).tolist(),
-            "rollout_mse": np.asarray(bias.rollout).tolist(),
         }
+        if isinstance(model, ARDStudent):
+            force = jax.jit(on_mesh(self.mesh)(functools.partial(teacher_forcing, model)))
+            forced = self.batches(functools.partial(force, params), noise, points, label)
+            bias = exposure_bias(points, forced, rollout)
+            errors |= {
+                "mask": model.mask,
+                "history_layers": model.layers_with_history,
+                "forced_mse": np.asarray(bias.forced).tolist(),
+                "rollout_mse": np.asarray(bias.rollout).tolist(),
+            }
         return errors, to_uint8(self.images(rollout[:pictures]))
 
     def image_error(self, rollout: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -263,7 +265,7 @@ def add_degradation(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, An
 
 def degradation_ratios(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Degradation of step distillation over that of ARD, for each kind of target that both were trained on."""
-    students = [model for model in models.values() if "degradation" in model]
+    students = [model for model in models.values() if "degradation" in model and model["objective"] == "ard"]
     ratios = {}
     for target in ("x0", "xt"):
         ours = [m["degradation"] for m in students if m["target"] == target and m["history_layers"]]

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from ard_jax.data import in_memory, stream
 from ard_jax.files import tree_sha256
-from ard_jax.objectives import Objective
+from ard_jax.objectives import Method
 from ard_jax.stages.workdir import Stopwatch
 from ard_jax.training.loop import train
 
@@ -19,15 +19,13 @@ class Task(NamedTuple):
 
     Attributes:
         source: random-access records.
-        objective: see `ard_jax.objectives`.
+        method: its objective, and what that needs.
         frozen: parameters that the objective reads and that are not trained, or None.
-        flops: of a training step, an example.
     """
 
     source: Any
-    objective: Objective
-    frozen: Any
-    flops: float
+    method: Method
+    frozen: Any = None
 
 
 def fit(
@@ -62,7 +60,7 @@ def fit(
         num_threads=config.run.workers,
     )
     trained = train(
-        task.objective,
+        task.method,
         params,
         batches,
         settings=settings,
@@ -71,7 +69,6 @@ def fit(
         directory=directory,
         mesh=mesh,
         frozen=task.frozen,
-        flops_per_example=task.flops,
     )
     state = trained.state
     return {

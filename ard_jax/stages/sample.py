@@ -18,15 +18,16 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.config import example_shape, network_calls, plain, solver_settings
+from ard_jax.config import example_shape, make_rollout, plain, solver_settings
 from ard_jax.data import to_uint8
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, fetch, file_sha256, write_json
-from ard_jax.models import ARDStudent, AutoencoderKL, count_parameters
+from ard_jax.models import ARDStudent, AutoencoderKL, DiT, count_parameters
+from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.models.vae import to_images
 from ard_jax.parallel import batch_shards, in_turns, is_first, make_mesh, on_mesh, put_batch, replicated
 from ard_jax.report import image_grid
-from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
+from ard_jax.sampling import Rollout, draw_noise_and_labels, network_calls, sample_teacher, sampling_key
 from ard_jax.stages.workdir import (
     Stopwatch,
     load_student,
@@ -35,7 +36,6 @@ from ard_jax.stages.workdir import (
     merge_done,
     vae_folder,
 )
-from ard_jax.training.flops import student_macs, teacher_macs
 from ard_jax.training.metrics import progress_bar
 
 log = logging.getLogger("ard_jax")
@@ -120,19 +120,25 @@ def load_sampler(
             return sample_teacher(model, params, noise, y, **settings).xt[:, -1]
 
     else:
-        model, params, sha, _ = load_student(workdir / "distill" / name, mesh)
-        facts = {"steps": model.steps, "network_calls": model.steps}
-        macs = student_macs(model, shape)
-        sampler = student_sampler(model)
+        model, params, sha, trained = load_student(workdir / "distill" / name, mesh)
+        steps = len(trained.student.points)
+        facts = {"steps": steps, "network_calls": steps}
+        macs = rollout_macs(model, steps, shape)
+        sampler = student_sampler(make_rollout(trained, model))
     facts |= {"ema_sha256": sha, "parameters": count_parameters(params), "gmac_per_image": macs / 1e9}
     return sampler, params, facts
 
 
-def student_sampler(model: ARDStudent) -> Sampler:
+def student_sampler(rollout: Rollout) -> Sampler:
     def sampler(params, noise, y):
-        return sample_student(model, params, noise, y)[:, -1]
+        return rollout(params, noise, y)[:, -1]
 
     return sampler
+
+
+def rollout_macs(model: DiT, steps: int, shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image of a student."""
+    return student_macs(model, shape) if isinstance(model, ARDStudent) else steps * teacher_macs(model, shape)
 
 
 def make_drawing(

@@ -17,11 +17,12 @@ from ard_jax.config import example_shape, make_process, make_teacher
 from ard_jax.data import class_names, image_source
 from ard_jax.files import write_json
 from ard_jax.models import DiT
+from ard_jax.models.flops import teacher_macs
+from ard_jax.objectives import Method
 from ard_jax.objectives.denoising import denoising
 from ard_jax.parallel import check_batch, is_first, make_mesh, sharding_of
 from ard_jax.stages.fit import Task, fit
 from ard_jax.stages.workdir import Stopwatch, claim, write_done
-from ard_jax.training.flops import teacher_macs
 
 SECTIONS = ("seed", "data", "model", "diffusion", "teacher")
 
@@ -44,7 +45,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     objective = denoising(
         model, make_process(config), label_dropout=settings.label_dropout, horizontal_flip=data.horizontal_flip
     )
-    task = Task(source, objective, frozen=None, flops=6 * teacher_macs(model, shape))
+    task = Task(source, Method(objective, flops=6 * teacher_macs(model, shape)))
     write_done(directory, **fit(task, params, config, settings, directory, mesh, watch))
 
 

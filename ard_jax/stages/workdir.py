@@ -24,7 +24,7 @@ from ard_jax.config import default_config, flatten, make_process, make_student, 
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, tree_sha256, write_json
-from ard_jax.models import ARDStudent, AutoencoderKL, DiT, init_from_teacher, parameter_shapes
+from ard_jax.models import AutoencoderKL, DiT, init_from_teacher, parameter_shapes
 from ard_jax.parallel import is_first, placed
 from ard_jax.training.checkpoints import load_parameters
 
@@ -171,7 +171,7 @@ def network(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
-def load_student(directory: pathlib.Path, mesh: Mesh) -> tuple[ARDStudent, Any, str, ml_collections.ConfigDict]:
+def load_student(directory: pathlib.Path, mesh: Mesh) -> tuple[DiT, Any, str, ml_collections.ConfigDict]:
     """A trained student's model, averaged parameters, their SHA-256, and the config that it was trained with.
 
     Raises:

@@ -32,10 +32,16 @@ def save(manager: ocp.CheckpointManager, state: TrainState, position: dict[str, 
         args=ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             ema=ocp.args.StandardSave(state.ema),
-            optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step, "rng": state.rng}),
+            optimizer=ocp.args.StandardSave(rest_of(state)),
             position=ocp.args.JsonSave(position),
         ),
     )
+
+
+def rest_of(state: TrainState) -> dict[str, Any]:
+    """What is kept beside the parameters and their average; of a plain objective no other networks, no memory."""
+    rest = state._asdict()
+    return {name: rest[name] for name in rest if name not in ("params", "ema") and rest[name] is not None}
 
 
 def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -71,15 +77,11 @@ def restore_step(manager: ocp.CheckpointManager, step: int, like: TrainState) ->
         args=ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),
             ema=ocp.args.StandardRestore(abstract.ema),
-            optimizer=ocp.args.StandardRestore(
-                {"opt_state": abstract.opt_state, "step": abstract.step, "rng": abstract.rng}
-            ),
+            optimizer=ocp.args.StandardRestore(rest_of(abstract)),
             position=ocp.args.JsonRestore(),
         ),
     )
-    rest = restored.optimizer
-    state = TrainState(rest["step"], restored.params, restored.ema, rest["opt_state"], rest["rng"])
-    return state, restored.position
+    return TrainState(params=restored.params, ema=restored.ema, **restored.optimizer), restored.position
 
 
 def load_parameters(directory: pathlib.Path, part: str, like: Any) -> Any:

@@ -16,12 +16,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ard_jax.errors import Preempted, UserError
-from ard_jax.objectives import Objective
+from ard_jax.objectives import Method
 from ard_jax.parallel import is_first, put_batch
 from ard_jax.training import checkpoints
 from ard_jax.training.flops import peak_flops
 from ard_jax.training.metrics import MetricLog
-from ard_jax.training.state import TrainState, init_state, make_optimizer, make_step
+from ard_jax.training.state import TrainState, init_state, make_step, optimizer_of
 
 log = logging.getLogger("ard_jax")
 
@@ -38,7 +38,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    objective: Objective,
+    method: Method,
     params: Any,
     batches: Iterator[dict[str, Any]],
     *,
@@ -48,12 +48,11 @@ def train(
     directory: pathlib.Path,
     mesh: Mesh,
     frozen: Any = None,
-    flops_per_example: float,
 ) -> Trained:
     """Trains until `settings.steps`, from the newest checkpoint if there is one.
 
     Args:
-        objective: see `ard_jax.objectives`.
+        method: what is trained, see `ard_jax.objectives`.
         params: where a fresh run starts.
         batches: an iterator of this process's rows of each batch, with Grain's `get_state` and `set_state`.
         settings: a stage's section of the config: steps, batch_size, accumulate, checkpoint_every, optimizer.
@@ -62,16 +61,17 @@ def train(
         directory: of the run: checkpoints/, metrics.jsonl and TensorBoard's files go there.
         mesh: of devices.
         frozen: parameters that the objective reads and that are not trained.
-        flops_per_example: of a training step, for the utilisation.
 
     Raises:
         NotFinite: a metric is; the last good checkpoint stays.
         Preempted: SIGTERM came; the state has been saved.
     """
     started = time.monotonic()
-    optimizer = make_optimizer(settings.optimizer, settings.steps)
-    state = init_state(params, optimizer, seed, mesh)
-    step_function = make_step(objective, optimizer, settings.optimizer.ema, mesh, state, frozen, settings.accumulate)
+    optimizer = optimizer_of(method, settings)
+    state = init_state(params, optimizer, seed, mesh, method.begin, frozen)
+    step_function = make_step(
+        method.objective, optimizer, settings.optimizer.ema, mesh, state, frozen, settings.accumulate
+    )
     with checkpoints.make_manager(directory / "checkpoints", run.keep_checkpoints) as manager:
         seconds = 0.0
         if restored := checkpoints.restore(manager, state):
@@ -90,7 +90,7 @@ def train(
             checkpoints.save(manager, state, {"data": batches.get_state(), "seconds": spent})
 
         metric_log = MetricLog(directory, int(state.step), settings.steps, run.tensorboard) if is_first() else None
-        meter = Meter(settings.batch_size, flops_per_example, metric_log)
+        meter = Meter(settings.batch_size, method.flops, metric_log)
         try:
             with Preemption() as preemption:
                 for step in range(int(state.step) + 1, settings.steps + 1):

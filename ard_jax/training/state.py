@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from ard_jax.errors import UserError, first_line
-from ard_jax.objectives import Metrics, Objective
+from ard_jax.objectives import STUDENT, Joint, Method, Metrics, Objective
 from ard_jax.parallel import batch_sharding, on_mesh, replicated, sharding_of, split_in_turns
 
 
@@ -21,10 +21,12 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: steps done, int32.
-        params: the trained parameters.
+        params: the trained parameters of the network that gets sampled.
         ema: their running average, which is what gets sampled.
-        opt_state: optax's.
+        opt_state: optax's, of all networks.
         rng: the run's key data, uint32; it never changes: randomness is a function of it and the data position.
+        others: of a `Joint` objective, the other networks' parameters by name; else None.
+        memory: of a `Joint` objective, what it remembers from step to step; else None.
     """
 
     step: jax.Array
@@ -32,6 +34,13 @@ class TrainState(NamedTuple):
     ema: Any
     opt_state: Any
     rng: jax.Array
+    others: dict[str, Any] | None = None
+    memory: Any = None
+
+    @property
+    def networks(self) -> Any:
+        """What is trained: the parameters, or of a `Joint` objective those of every network by its name."""
+        return self.params if self.others is None else {STUDENT: self.params, **self.others}
 
 
 def learning_rate(settings: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
@@ -88,21 +97,62 @@ def make_optimizer(settings: ml_collections.ConfigDict, steps: int) -> optax.Gra
     return optax.chain(optax.clip_by_global_norm(settings.clip), optimizer) if settings.clip else optimizer
 
 
-def start_state(params: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step."""
-    return TrainState(
+def optimizer_of(method: Method, settings: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """A method's optimiser; of a `Joint`, one that gives each network its own, with its own clipping.
+
+    Args:
+        method: what is trained.
+        settings: the stage's section of the config: `optimizer`, the student's, and `steps`.
+
+    Raises:
+        UserError: what `make_optimizer` raises.
+    """
+    if not isinstance(method.objective, Joint):
+        return make_optimizer(settings.optimizer, settings.steps)
+    every = {STUDENT: settings.optimizer, **method.optimizers}
+
+    def names(networks):
+        return {name: jax.tree.map(lambda _, name=name: name, network) for name, network in networks.items()}
+
+    return optax.partition({name: make_optimizer(own, settings.steps) for name, own in every.items()}, names)
+
+
+Begin = Callable[[Any, Any, jax.Array], tuple[dict[str, Any], Any]]
+
+
+def start_state(
+    params: Any, optimizer: optax.GradientTransformation, seed: int, begin: Begin | None = None, frozen: Any = None
+) -> TrainState:
+    """The state before the first step; see `Method.begin`."""
+    key = jax.random.key(seed)
+    others, memory = begin(params, frozen, key) if begin else (None, None)
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
-        opt_state=optimizer.init(params),
-        rng=jax.random.key_data(jax.random.key(seed)),
+        opt_state=None,
+        rng=jax.random.key_data(key),
+        others=others,
+        memory=memory,
     )
+    return state._replace(opt_state=optimizer.init(state.networks))
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+def init_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    begin: Begin | None = None,
+    frozen: Any = None,
+) -> TrainState:
     """`start_state` on a mesh; every array owns its memory, so that the step may be given it for good."""
-    start = functools.partial(start_state, optimizer=optimizer, seed=seed)
-    return jax.jit(start, out_shardings=sharding_of(jax.eval_shape(start, params), mesh))(params)
+
+    def start(params, frozen):
+        return start_state(params, optimizer, seed, begin, frozen)
+
+    lies = sharding_of(jax.eval_shape(start, params, frozen), mesh)
+    return jax.jit(start, out_shardings=lies)(params, frozen)
 
 
 def ramped_decay(decay: float, step: jax.Array) -> jax.Array:
@@ -111,7 +161,7 @@ def ramped_decay(decay: float, step: jax.Array) -> jax.Array:
 
 
 def make_step(
-    objective: Objective,
+    objective: Objective | Joint,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     mesh: Mesh,
@@ -131,30 +181,37 @@ def make_step(
             but for rounding.
     """
 
-    def gradients(params, frozen, batch, key):
-        (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(params, frozen, batch, key)
-        return gradient, {"loss": loss, **metrics}
+    gradients = objective.gradients if isinstance(objective, Joint) else gradients_of(objective)
 
-    def mean_gradients(params, frozen, batch, key):
+    def mean_gradients(networks, memory, frozen, batch, key, step):
         turns = jax.tree.map(lambda rows: split_in_turns(rows, mesh, accumulate), batch)
 
-        def turn(total, rows):
-            return jax.tree.map(jnp.add, total, gradients(params, frozen, rows, key)), None
+        def turn(carry, rows):
+            total, memory = carry
+            gradient, memory, metrics = gradients(networks, memory, frozen, rows, key, step)
+            return (jax.tree.map(jnp.add, total, (gradient, metrics)), memory), None
 
-        shapes = jax.eval_shape(gradients, params, frozen, jax.tree.map(lambda rows: rows[0], turns), key)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        total, _ = jax.lax.scan(turn, zeros, turns)
-        return jax.tree.map(lambda leaf: leaf / accumulate, total)
+        first = jax.tree.map(lambda rows: rows[0], turns)
+        gradient, _, metrics = jax.eval_shape(gradients, networks, memory, frozen, first, key, step)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (gradient, metrics))
+        (total, memory), _ = jax.lax.scan(turn, (zeros, memory), turns)
+        gradient, metrics = jax.tree.map(lambda leaf: leaf / accumulate, total)
+        return gradient, memory, metrics
 
     @on_mesh(mesh)
     def step(state, frozen, batch):
-        key = jax.random.wrap_key_data(state.rng)
-        gradient, metrics = (gradients if accumulate == 1 else mean_gradients)(state.params, frozen, batch, key)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        key, networks = jax.random.wrap_key_data(state.rng), state.networks
+        compute = gradients if accumulate == 1 else mean_gradients
+        gradient, memory, metrics = compute(networks, state.memory, frozen, batch, key, state.step)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, networks)
+        networks = optax.apply_updates(networks, updates)
+        params, others = networks, None
+        if state.others is not None:
+            gradient, params = gradient[STUDENT], networks[STUDENT]
+            others = {name: network for name, network in networks.items() if name != STUDENT}
         ema = optax.incremental_update(params, state.ema, 1.0 - ramped_decay(ema_decay, state.step))
         norms = {"gradient_norm": optax.tree.norm(gradient), "parameter_norm": optax.tree.norm(params)}
-        return TrainState(state.step + 1, params, ema, opt_state, state.rng), metrics | norms
+        return TrainState(state.step + 1, params, ema, opt_state, state.rng, others, memory), metrics | norms
 
     lies = sharding_of(state, mesh)
     return jax.jit(
@@ -163,3 +220,13 @@ def make_step(
         in_shardings=(lies, sharding_of(frozen, mesh), batch_sharding(mesh)),
         out_shardings=(lies, replicated(mesh)),
     )
+
+
+def gradients_of(objective: Objective) -> Callable[..., tuple[Any, Any, Metrics]]:
+    """The `Joint.gradients` of a single network's loss."""
+
+    def gradients(params, memory, frozen, batch, key, step):
+        (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(params, frozen, batch, key)
+        return gradient, memory, {"loss": loss, **metrics}
+
+    return gradients
