@@ -51,7 +51,7 @@ from ard_jax.errors import UserError
 from ard_jax.models import DiT, init_from_teacher
 from ard_jax.models.dit import REMAT_POLICIES
 from ard_jax.models.flops import student_macs, teacher_macs
-from ard_jax.objectives import Objective
+from ard_jax.objectives import Method, Objective
 from ard_jax.objectives.ard import ard
 from ard_jax.parallel import make_mesh, put_batch
 from ard_jax.sampling import network_calls, sample_student, sample_teacher
@@ -309,17 +309,13 @@ def loop(config: ml_collections.ConfigDict, batch: int, seconds: float) -> str:
     every, window = config.distill.checkpoint_every, config.run.log_every
     student = make_student(config)
     params = init_from_teacher(teacher_params(make_teacher(config), example_shape(config)), student)
-    task = Task(
-        source=None,
-        objective=ard(student, target="x0", columns=tuple(range(student.steps))),
-        frozen=None,
-        flops=6 * student_macs(student, example_shape(config)),
-    )
+    objective = ard(student, target="x0", columns=tuple(range(student.steps)))
+    method = Method(objective, flops=6 * student_macs(student, example_shape(config)))
     with tempfile.TemporaryDirectory() as folder:
         source = random_store(config, pathlib.Path(folder) / "store", config.trajectories.count)
         directory = pathlib.Path(folder) / "run"
         directory.mkdir()
-        fit(task._replace(source=source), params, config, config.distill, directory, make_mesh(), Stopwatch())
+        fit(Task(source, method), params, config, config.distill, directory, make_mesh(), Stopwatch())
         lines = read_lines(directory / "metrics.jsonl")
     # the windows between two checkpoints, one row a checkpoint; the first row compiles and has no checkpoint before it
     windows = [line for line in lines if line["step"] > every]
