@@ -6,6 +6,7 @@ Stages, in the order of a run:
     teacher        train the diffusion teacher on images
     trajectories   solve its ODE many times and store the trajectories
     distill        train a student of few steps on them (ARD, or step distillation)
+    finetune       go on with one, so that a discriminator takes its images for real ones
     sample         draw images from the teacher and the students
     evaluate       measure them
     report         put it all on one page
@@ -16,7 +17,10 @@ Stages, in the order of a run:
 
 import sys
 
-STAGES = ("convert", "encode", "teacher", "trajectories", "distill", "sample", "evaluate", "report", "export", "plan")
+STAGES = (
+    "convert", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "report", "export",
+    "plan",
+)  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:

@@ -29,7 +29,7 @@ from ard_jax.parallel import is_first, set_up_libtpu
 WITHOUT_CONFIG = ("convert", "export")
 
 # Stages that save and stop at a step of their own when they are asked to (`training.loop.Preemption`).
-TRAINING = ("teacher", "distill")
+TRAINING = ("teacher", "distill", "finetune")
 
 # Flags beside --config, and what stands for their values; those in brackets may be left out.
 WORKDIR = {"workdir": "DIR"}

@@ -35,6 +35,11 @@ def optimizer_defaults() -> dict[str, Any]:
     }
 
 
+def without_average(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a network that is not averaged."""
+    return {key: value for key, value in optimizer.items() if key != "ema"}
+
+
 def default_config() -> ml_collections.ConfigDict:
     """The paper's ImageNet-256 settings wherever docs/METHOD.md section 5 gives a number."""
     return ml_collections.ConfigDict(
@@ -136,6 +141,21 @@ def default_config() -> ml_collections.ConfigDict:
                 "accumulate": 1,
                 "checkpoint_every": 5000,
                 "optimizer": optimizer_defaults(),
+            },
+            "finetune": {  # a trained student goes on, with a discriminator beside it
+                "name": "ard_adversarial",  # its folder under distill/
+                "start": "",  # name of the student that it starts from; "" for student.name
+                "steps": 40_000,
+                "batch_size": 48,
+                "accumulate": 1,  # no more: the discriminator's norm and the adaptive weight are of the whole batch
+                "checkpoint_every": 5000,
+                "warmup": 3000,  # first steps, in which the discriminator learns and the student only regresses
+                "weight": 10.0,  # of the adversarial gradient over the regression's, at the last head
+                "layers": (),  # blocks of the teacher that have a head, counted from 0; () for all
+                "feature_time": 0.0,  # that the teacher embeds images with, as a share of the way from data to noise
+                "spectral_rounds": 30,  # power iterations of the discriminator's kernels before the first step
+                "optimizer": optimizer_defaults(),
+                "discriminator_optimizer": without_average(optimizer_defaults() | {"learning_rate": 1e-3, "clip": 0.0}),
             },
             "sample": {
                 "models": ("teacher", "ard"),  # "teacher", or names of students
@@ -310,6 +330,11 @@ def names_folder(name: Any) -> bool:
     return isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
 
 
+def is_student(name: Any) -> bool:
+    """Whether a student may have that name."""
+    return names_folder(name) and name not in RESERVED
+
+
 POSITIVE = {
     "data": ("image_size", "channels", "num_classes"),
     "model": ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio"),
@@ -319,10 +344,13 @@ POSITIVE = {
     "teacher": ("steps", "batch_size", "accumulate", "checkpoint_every"),
     "trajectories": ("count", "batch_size", "shard_size"),
     "distill": ("steps", "batch_size", "accumulate", "checkpoint_every"),
+    "finetune": ("steps", "batch_size", "accumulate", "checkpoint_every", "spectral_rounds"),
     "sample": ("count", "batch_size", "grid"),
     "evaluate": ("paired", "pictures", "feature_steps", "neighbours"),
     "run": ("log_every", "keep_checkpoints", "join_timeout", "workers"),
 }
+
+OPTIMIZERS = ("teacher.optimizer", "distill.optimizer", "finetune.optimizer", "finetune.discriminator_optimizer")
 
 # key: the least and the greatest value that it may have
 RANGES = {
@@ -337,9 +365,12 @@ RANGES = {
     "diffusion.guidance_scale": (0, 1000),
     "teacher.label_dropout": (0, 1),
     "trajectories.max_abs": (0, math.inf),
-    **{f"{stage}.optimizer.learning_rate": (0, 1000) for stage in ("teacher", "distill")},
-    **{f"{stage}.optimizer.weight_decay": (0, 1000) for stage in ("teacher", "distill")},
-    **{f"{stage}.optimizer.ema": (0, 1) for stage in ("teacher", "distill")},
+    "finetune.warmup": (0, math.inf),
+    "finetune.weight": (0, math.inf),
+    "finetune.feature_time": (0, 1),
+    **{f"{optimizer}.learning_rate": (0, 1000) for optimizer in OPTIMIZERS},
+    **{f"{optimizer}.weight_decay": (0, 1000) for optimizer in OPTIMIZERS},
+    **{f"{stage}.optimizer.ema": (0, 1) for stage in ("teacher", "distill", "finetune")},
     "run.in_memory": (0, math.inf),
 }
 
@@ -368,6 +399,29 @@ def check_mesh(config: ml_collections.ConfigDict) -> None:
         raise UserError("mesh has -1 more than once: only one axis can take what the others leave.")
 
 
+def check_finetune(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for a fine-tune that cannot be."""
+    settings, depth = config.finetune, model_fields(config)["depth"]
+    make_optimizer(settings.discriminator_optimizer, settings.steps)
+    if settings.accumulate != 1:
+        raise UserError(
+            f"finetune.accumulate is {settings.accumulate}, but the discriminator's batch norm and the adaptive weight "
+            f"are of the whole batch: set it to 1, and model.remat to full or mesh.fsdp higher to save memory."
+        )
+    layers = tuple(settings.layers)
+    if len(set(layers)) < len(layers) or any(layer not in range(depth) for layer in layers):
+        raise UserError(
+            f"finetune.layers is {layers}, but the teacher has {depth} blocks: give different numbers from 0 to "
+            f"{depth - 1}, or () for all."
+        )
+    if not is_student(settings.name) or settings.name == (settings.start or config.student.name):
+        raise UserError(
+            f"finetune.name is {settings.name!r}, which must name a student's folder and its place in results.json: "
+            f"use letters, digits, '-' and '_', another name than that of the student that it starts from, and none of "
+            f"{', '.join(RESERVED)}."
+        )
+
+
 def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> None:
     """Checks what can be checked without data or devices, in milliseconds.
 
@@ -381,7 +435,7 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
     diffusion, trajectories, student = config.diffusion, config.trajectories, config.student
     check_numbers(config)
     check_mesh(config)
-    for section in (config.teacher, config.distill):
+    for section in (config.teacher, config.distill, config.finetune):
         make_optimizer(section.optimizer, section.steps)
     check_points(tuple(trajectories.points), diffusion.steps, "trajectories.points")
     check_points(tuple(student.points), diffusion.steps, "student.points")
@@ -413,7 +467,8 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
         raise UserError(
             "student.target is 'xt', but the store keeps no noisy points: set trajectories.keep_noisy=True."
         )
-    if student.name in RESERVED or not names_folder(student.name):
+    check_finetune(config)
+    if not is_student(student.name):
         raise UserError(
             f"student.name is {student.name!r}, which cannot name a student's folder and its place in results.json: "
             f"use letters, digits, '-' and '_', and none of {', '.join(RESERVED)}."

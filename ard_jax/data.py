@@ -421,6 +421,31 @@ def stream(
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
 
+class Joined:
+    """Several streams read side by side: the batches of each under its name, and one state for all.
+
+    Args:
+      streams: name → what `stream` returns.
+    """
+
+    def __init__(self, streams: Mapping[str, Any]):
+        self.streams = dict(streams)
+
+    def __iter__(self) -> "Joined":
+        return self
+
+    def __next__(self) -> dict[str, dict[str, np.ndarray]]:
+        return {name: next(batches) for name, batches in self.streams.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        return {name: batches.get_state() for name, batches in self.streams.items()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a state of `get_state` was taken, bit for bit."""
+        for name, batches in self.streams.items():
+            batches.set_state(state[name])
+
+
 @dataclasses.dataclass(frozen=True)
 class _Batches:
     """This process's part of every global batch, by the batch's number.
@@ -465,7 +490,7 @@ def _shuffled(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
     return indices
 
 
-@functools.lru_cache(maxsize=2)  # a batch touches one epoch, or two where they meet
+@functools.lru_cache(maxsize=4)  # a batch touches one epoch, or two where they meet; two streams may be joined
 def _order(length: int, seed: int, epoch: int) -> np.ndarray:
     """The order of one epoch: Grain's own shuffle costs 12 µs an index, half a training step for digits."""
     return np.random.default_rng([seed, epoch]).permutation(length)

@@ -1,5 +1,6 @@
 """Pure Flax modules: nothing here trains, reads or writes."""
 
+from ard_jax.models.discriminator import Discriminator
 from ard_jax.models.dit import DiT, count_parameters, parameter_shapes, size_fields
 from ard_jax.models.masks import MASKS, visible_blocks
 from ard_jax.models.student import ARDStudent, default_block_times, init_from_teacher
@@ -9,6 +10,7 @@ __all__ = [
     "MASKS",
     "ARDStudent",
     "AutoencoderKL",
+    "Discriminator",
     "DiT",
     "count_parameters",
     "default_block_times",

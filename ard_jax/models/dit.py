@@ -133,10 +133,12 @@ class DiT(nn.Module):
         last: int,
         memory: Any = None,
         differentiable: bool = True,
+        every: bool = False,
     ) -> tuple[jax.Array, Any]:
         """Runs blocks first … last−1 in a loop over the stacked parameters.
 
-        `memory`, and what comes back in its place, has a leading axis of last − first layers, or is None.
+        `memory`, and what comes back in its place, has a leading axis of last − first layers, or is None. With `every`,
+        the tokens that each block puts out come back in its place.
 
         A loop over a part of the stack goes over a copy of that part. If no gradient is wanted, it picks each layer out
         of the whole stack instead, which saves the copy; the gradient of that would touch the whole stack in each turn.
@@ -146,7 +148,8 @@ class DiT(nn.Module):
 
         def body(block, x, condition, memory):
             x = layers.constrain(x, "batch", None, None)
-            return block(x, layers.constrain(condition, "batch", None), memory, attend)
+            x, memory = block(x, layers.constrain(condition, "batch", None), memory, attend)
+            return x, x if every else memory
 
         def pick(block, x, condition, layer_and_memory):
             layer, memory = layer_and_memory
@@ -170,6 +173,28 @@ class DiT(nn.Module):
         if length < self.depth:
             run = nn.map_variables(run, "params", trans_in_fn=lambda stack: take(stack, slice(first, last)))
         return run(self.blocks, x, condition, memory)
+
+    def features(
+        self, x: jax.Array, t: jax.Array, y: jax.Array, chosen: tuple[int, ...] = ()
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the blocks see in images: the discriminator's input.
+
+        Args:
+            x, t, y: as `__call__` takes them.
+            chosen: indices of blocks, in the order wanted; () for all. Blocks after the last of them are not run.
+
+        Returns:
+            The tokens that each chosen block puts out, (block, batch, token, width), and the sum of the time and label
+            embeddings, (batch, width).
+
+        Raises:
+            UserError: what `__call__` raises.
+        """
+        chosen = chosen or tuple(range(self.depth))
+        condition = self.time_embed(t) + self.label_embed(y)
+        last = max(chosen) + 1
+        _, tokens = self.run_blocks(self.embed(x), nn.silu(condition), self.attend_within_rows, 0, last, every=True)
+        return (tokens if chosen == tuple(range(last)) else tokens[jnp.asarray(chosen)]), condition
 
     def attend_within_rows(
         self, q: jax.Array, k: jax.Array, v: jax.Array, memory: None = None

@@ -4,6 +4,7 @@ A multiply-accumulate counts as two FLOPs and only matrix products count, as usu
 are checked against XLA's cost analysis of the unrolled models in the tests.
 """
 
+from ard_jax.models.discriminator import LOGIT_WIDTH, WINDOW
 from ard_jax.models.dit import DiT
 from ard_jax.models.masks import visible_blocks
 from ard_jax.models.student import ARDStudent
@@ -45,3 +46,10 @@ def student_macs(model: ARDStudent, shape: tuple[int, int, int]) -> int:
     attention = history * seen + (model.depth - history) * model.steps
     rows = model.steps * (row_macs(model, tokens) + time_macs(model))
     return rows + attention * attention_macs(model, tokens, tokens)
+
+
+def discriminator_macs(model: DiT, heads: int, shape: tuple[int, int, int]) -> int:
+    """The same of a discriminator's heads on the tokens of one image in the given teacher."""
+    width = model.hidden_size
+    per_token = (1 + WINDOW) * width**2 + width * LOGIT_WIDTH + LOGIT_WIDTH
+    return heads * (image_tokens(model, shape) * per_token + width * LOGIT_WIDTH)

@@ -32,8 +32,16 @@ AXES = {
     "mlp_in": ("embed", "mlp"),
     "mlp_out": ("mlp", "embed"),
     "linear": ("embed", "patch"),
+    "pointwise": ("embed", "feature"),
+    "windowed": ("window", "embed", "feature"),
+    "logit": ("embed", "feature"),
+    "condition": ("embed", "feature"),
 }
-STACKS = {"blocks": "layer", "final_layer": "block"}  # modules whose parameters may have one more axis, in front
+STACKS = {
+    "blocks": "layer",
+    "final_layer": "block",
+    "heads": "head",
+}  # modules whose parameters may have one more axis, in front
 
 
 def logical_axes(path: tuple[Any, ...], ndim: int) -> tuple[str | None, ...]:

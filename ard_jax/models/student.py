@@ -108,12 +108,22 @@ class ARDStudent(DiT):
         Raises:
             UserError: the number of blocks is not `steps`, or what `DiT` raises.
         """
-        batch, steps = points.shape[:2]
+        steps = points.shape[1]
         if steps != self.steps:
             raise UserError(
                 f"a student of {self.steps} steps was given {steps} points: its input is the noise and the "
                 f"{self.steps - 1} points after it."
             )
+        h, conditions = self.trunk(points, y)
+        return self.read_out(h, conditions, points)
+
+    def trunk(self, points: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """All that comes before the heads, so that a gradient can be taken at the heads alone; arguments of `__call__`.
+
+        Returns:
+            Tokens (batch, block, token, width) and the conditions of `conditions`, for `read_out`.
+        """
+        batch, steps = points.shape[:2]
         conditions = self.conditions(y, points.dtype)
         rows = points.reshape(batch * steps, *points.shape[2:])
         per_row = conditions.reshape(batch * steps, -1)
@@ -124,8 +134,11 @@ class ARDStudent(DiT):
             history = self.layers_with_history
             h, _ = self.run_blocks(h, per_row, self.attend_to_history, 0, history)
             h, _ = self.run_blocks(h, per_row, self.attend_within_rows, history, self.depth)
-        h = h.reshape(batch, steps, *h.shape[1:])
-        predictions = [self.predict(h[:, b], conditions[:, b], b, points[:, b]) for b in range(steps)]
+        return h.reshape(batch, steps, *h.shape[1:]), conditions
+
+    def read_out(self, h: jax.Array, conditions: jax.Array, points: jax.Array) -> jax.Array:
+        """The heads' predictions from what `trunk` puts out, of the shape of `points`."""
+        predictions = [self.predict(h[:, b], conditions[:, b], b, points[:, b]) for b in range(self.steps)]
         return jnp.stack(predictions, axis=1)
 
     def attend_to_history(

@@ -1,13 +1,14 @@
 """What the stages that train have in common: they stream a source into the loop and hash what comes out."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.data import in_memory, stream
+from ard_jax.data import Joined, in_memory, stream
 from ard_jax.files import tree_sha256
 from ard_jax.objectives import Method
 from ard_jax.stages.workdir import Stopwatch
@@ -18,7 +19,7 @@ class Task(NamedTuple):
     """What a network is trained on.
 
     Attributes:
-        source: random-access records.
+        source: random-access records; or several such by name, whose batches the objective gets by these names.
         method: its objective, and what that needs.
         frozen: parameters that the objective reads and that are not trained, or None.
     """
@@ -51,18 +52,10 @@ def fit(
     Returns:
         What `write_done` takes: "sha256" of the parameters and their average, "seconds", "step".
     """
-    batches = stream(
-        in_memory(task.source, config.run.in_memory),
-        batch_size=settings.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        num_threads=config.run.workers,
-    )
     trained = train(
         task.method,
         params,
-        batches,
+        open_stream(task.source, config, settings.batch_size),
         settings=settings,
         run=config.run,
         seed=config.seed,
@@ -76,3 +69,26 @@ def fit(
         "seconds": round(max(watch(), trained.seconds), 2),
         "step": int(state.step),
     }
+
+
+def open_stream(source: Any, config: ml_collections.ConfigDict, batch_size: int) -> Any:
+    """This process's rows of the batches of a `Task.source`, with one position to resume from.
+
+    Of several sources, each has an order of its own, even if they have as many records.
+    """
+    if isinstance(source, Mapping):
+        parts = enumerate(source.items())
+        share = config.run.in_memory // len(source)
+        return Joined({name: open_one(part, config, batch_size, share, place) for place, (name, part) in parts})
+    return open_one(source, config, batch_size, config.run.in_memory)
+
+
+def open_one(source: Any, config: ml_collections.ConfigDict, batch_size: int, memory: int, place: int = 0) -> Any:
+    return stream(
+        in_memory(source, memory),
+        batch_size=batch_size,
+        seed=config.seed + place,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.run.workers,
+    )

@@ -2,7 +2,7 @@
 
 teacher/                 config.json, checkpoints/, metrics.jsonl, done.json
 trajectories/            config.json, the store (see trajectories/store.py), done.json
-distill/ard/             as teacher/; one folder a student
+distill/ard/             as teacher/; one folder a student, fine-tuned ones too
 distill/done.json        of every student that is finished
 vae/                     an autoencoder in diffusers' format
 latents/                 as trajectories/

@@ -1,0 +1,240 @@
+"""The adversarial fine-tune of a trained student (ARD, section 3.3; docs/METHOD.md section 6).
+
+The student goes on with its regression loss and, on the last prediction alone, learns to look real to heads on the
+frozen teacher's blocks, which learn beside it to tell its predictions from data:
+
+    L_D = E relu(1 − D(real)) + E relu(1 + D(fake))        (hinge; means over tokens and heads)
+    L_G = −E D(fake)
+    L   = L_regression + λ·L_G,   λ = weight · clip(‖∇_W L_regression‖ / (‖∇_W L_G‖ + 1e-4), 0, 1e4)
+
+with W the last head's linear kernel (the adaptive weight of VQGAN, arXiv 2012.09841, equation 7). All of it is one
+jitted step on the whole batch, so λ is one number for all devices. Both gradients of the student are taken at its
+heads, and their sum goes once through its trunk.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ard_jax.models import ARDStudent, Discriminator, DiT
+from ard_jax.models.discriminator import normalised, power_iteration, random_vectors
+from ard_jax.models.flops import discriminator_macs, student_macs, teacher_macs
+from ard_jax.objectives import STUDENT, Joint, Method
+from ard_jax.objectives.ard import summarise
+
+DISCRIMINATOR = "discriminator"  # its name among the networks
+
+
+class Judge(NamedTuple):
+    """The teacher's features and the heads on them.
+
+    Attributes:
+        teacher: the frozen network.
+        heads: the discriminator.
+        layers: indices of the teacher's blocks that the heads stand on.
+        time: network time that the teacher is told.
+    """
+
+    teacher: DiT
+    heads: Discriminator
+    layers: tuple[int, ...]
+    time: float
+
+    def features(self, params: Any, images: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `DiT.features`; `params` are the teacher's."""
+        time = jnp.full(len(images), self.time)
+        return self.teacher.apply({"params": params}, images, time, label, self.layers, method="features")
+
+    def logits(self, params: Any, vectors: Any, tokens: jax.Array, condition: jax.Array) -> jax.Array:
+        """(head, batch, token); `params` are the heads'."""
+        return self.heads.apply({"params": normalised(params, vectors)}, tokens, condition)
+
+
+def make_judge(teacher: DiT, layers: tuple[int, ...], time: float) -> Judge:
+    """A judge with a head on each of the given blocks, () for all."""
+    layers = layers or tuple(range(teacher.depth))
+    return Judge(teacher, Discriminator(len(layers), dtype=teacher.dtype), layers, time)
+
+
+def adversarial_method(
+    student: ARDStudent,
+    judge: Judge,
+    *,
+    shape: tuple[int, int, int],
+    target: str,
+    columns: tuple[int, ...],
+    horizontal_flip: bool,
+    weight: float,
+    warmup: int,
+    spectral_rounds: int,
+    optimizer: Mapping[str, Any],
+) -> Method:
+    """The objective, how its discriminator starts, and what it costs.
+
+    Args:
+        student, judge: the networks; `frozen` holds the teacher's parameters.
+        shape: (height, width, channel) of an example.
+        target, columns, horizontal_flip, weight, warmup: see `adversarial`.
+        spectral_rounds: power iterations before the first step.
+        optimizer: the discriminator's settings.
+    """
+
+    def begin(params, frozen, key):
+        init_key, vector_key = jax.random.split(jax.random.fold_in(key, 2))
+        tokens, condition = judge.features(frozen, jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32))
+        heads = judge.heads.init(init_key, tokens, condition)["params"]
+        return {DISCRIMINATOR: heads}, power_iteration(heads, random_vectors(heads, vector_key), spectral_rounds)
+
+    teacher_cost = teacher_macs(judge.teacher, shape) * (max(judge.layers) + 1) / judge.teacher.depth
+    # 2 a multiply-accumulate for a forward pass and for each of its gradients: the teacher sees real and fake and hands
+    # a gradient back to the fake; so do the heads, which learn from both beside it
+    flops = 6 * student_macs(student, shape) + 6 * teacher_cost
+    flops += 14 * discriminator_macs(judge.teacher, len(judge.layers), shape)
+    objective = adversarial(
+        student, judge, target=target, columns=columns, horizontal_flip=horizontal_flip, weight=weight, warmup=warmup
+    )
+    return Method(objective, flops, reads="teacher", begin=begin, optimizers={DISCRIMINATOR: optimizer})
+
+
+def adversarial(
+    student: ARDStudent,
+    judge: Judge,
+    *,
+    target: str,
+    columns: tuple[int, ...],
+    horizontal_flip: bool,
+    weight: float,
+    warmup: int,
+) -> Joint:
+    """Builds the objective.
+
+    Args:
+        student, judge: the networks; `frozen` holds the teacher's parameters.
+        target: "x0" or "xt", which of the record's arrays the student learns.
+        columns: where the student's points stand among the record's.
+        horizontal_flip: mirror half of the real images.
+        weight: of the generator's gradient over the regression's, at W.
+        warmup: steps in which only the discriminator and the regression learn.
+
+    The batch holds "trajectory", as `objectives.ard` reads it, and "real": "image" (batch, height, width, channel),
+    "label" and "position" (batch,). The memory is the heads' spectral vectors; each step turns them once.
+    """
+
+    def gradients(networks, memory, frozen, batch, key, step):
+        vectors = power_iteration(networks[DISCRIMINATOR], memory)
+        real, label = batch["real"]["image"], batch["trajectory"]["label"]
+        if horizontal_flip:
+            real = flipped(jax.random.fold_in(key, 3), batch["real"]["position"], real)
+
+        student_pass = forward(student, networks[STUDENT], batch["trajectory"], target, columns)
+        tokens, pull_features, condition = jax.vjp(
+            lambda images: judge.features(frozen, images, label), student_pass.fake, has_aux=True
+        )
+        fake, pull_logits = jax.vjp(
+            lambda heads, tokens: judge.logits(heads, vectors, tokens, condition), networks[DISCRIMINATOR], tokens
+        )
+        seen = judge.features(frozen, real, batch["real"]["label"])
+
+        def loss_on_real(heads):
+            logits = judge.logits(heads, vectors, *seen)
+            return jnp.mean(jax.nn.relu(1 - logits)), logits
+
+        (real_loss, real_logits), from_real = jax.value_and_grad(loss_on_real, has_aux=True)(networks[DISCRIMINATOR])
+        fake_loss, from_fake = jax.value_and_grad(lambda logits: jnp.mean(jax.nn.relu(1 + logits)))(fake)
+        discriminator_gradient = jax.tree.map(jnp.add, from_real, pull_logits(from_fake)[0])
+        (to_fake,) = pull_features(pull_logits(jnp.full_like(fake, -1 / fake.size))[1])
+
+        gradient, factor = combine(student_pass, to_fake, weight * (step >= warmup))
+        generator_loss = -jnp.mean(fake)
+        metrics = {
+            "loss": student_pass.loss + factor * generator_loss,
+            "loss_regression": student_pass.loss,
+            "loss_generator": generator_loss,
+            "loss_discriminator": real_loss + fake_loss,
+            "adaptive_weight": factor,
+            "right_real": jnp.mean(real_logits > 0),
+            "right_fake": jnp.mean(fake < 0),
+            **student_pass.metrics,
+        }
+        return {STUDENT: gradient, DISCRIMINATOR: discriminator_gradient}, vectors, metrics
+
+    return Joint(gradients)
+
+
+class StudentPass(NamedTuple):
+    """A student's forward pass under teacher forcing, and the ways back.
+
+    Attributes:
+        loss, metrics: of the regression.
+        fake: the last prediction, (batch, height, width, channel).
+        to_predictions: the regression's gradient there, (batch, step, height, width, channel).
+        pull_heads: a gradient at the predictions → at (the heads' parameters, the trunk's output).
+        pull_trunk: a gradient at the trunk's output → at the other parameters.
+    """
+
+    loss: jax.Array
+    metrics: dict[str, jax.Array]
+    fake: jax.Array
+    to_predictions: jax.Array
+    pull_heads: Any
+    pull_trunk: Any
+
+
+def forward(
+    student: ARDStudent, params: Any, batch: dict[str, jax.Array], target: str, columns: tuple[int, ...]
+) -> StudentPass:
+    """Runs the student on the teacher's points; arguments as of `adversarial`."""
+    noise = batch["noise"].astype(jnp.float32)
+    points = batch[target][:, jnp.asarray(columns)].astype(jnp.float32)
+    inputs = jnp.concatenate([noise[:, None], points[:, :-1]], axis=1)
+    heads = {"final_layer": params["final_layer"]}
+    trunk = {name: part for name, part in params.items() if name not in heads}
+
+    def run_trunk(trunk):
+        return student.apply({"params": trunk}, inputs, batch["label"], method="trunk")
+
+    def run_heads(heads, hidden):
+        return student.apply({"params": heads}, *hidden, inputs, method="read_out")
+
+    def regression(predictions):
+        per_step = jnp.mean((predictions.astype(jnp.float32) - points) ** 2, axis=(0, 2, 3, 4))
+        return summarise(per_step)
+
+    hidden, pull_trunk = jax.vjp(run_trunk, trunk)
+    predictions, pull_heads = jax.vjp(run_heads, heads, hidden)
+    (loss, metrics), to_predictions = jax.value_and_grad(regression, has_aux=True)(predictions)
+    return StudentPass(loss, metrics, predictions[:, -1], to_predictions, pull_heads, pull_trunk)
+
+
+def combine(student_pass: StudentPass, to_fake: jax.Array, weight: jax.Array) -> tuple[Any, jax.Array]:
+    """The student's gradient of L_regression + λ·L_G, and λ.
+
+    Args:
+        student_pass: what `forward` made.
+        to_fake: the gradient of L_G at the last prediction.
+        weight: of λ, see `adversarial`.
+    """
+    last = jnp.zeros_like(student_pass.to_predictions).at[:, -1].set(to_fake)
+    regression, generator = (student_pass.pull_heads(at) for at in (student_pass.to_predictions, last))
+    norms = [jnp.linalg.norm(last_kernel(heads).astype(jnp.float32)) for heads, _ in (regression, generator)]
+    factor = jax.lax.stop_gradient(weight * jnp.clip(norms[0] / (norms[1] + 1e-4), 0.0, 1e4))
+    heads, hidden = jax.tree.map(lambda a, b: a + factor.astype(b.dtype) * b, regression, generator)
+    (trunk,) = student_pass.pull_trunk(hidden)
+    return {**trunk, **heads}, factor
+
+
+def last_kernel(heads: dict[str, Any]) -> jax.Array:
+    """W, (width, features): of the last step's head, or of the one that all steps share."""
+    kernel = heads["final_layer"]["linear"]["kernel"]
+    return kernel[-1] if kernel.ndim == 3 else kernel
+
+
+def flipped(key: jax.Array, positions: jax.Array, images: jax.Array) -> jax.Array:
+    """Mirrors half of the images (batch, height, width, channel), by the key and their positions in the data."""
+
+    def flip(position, image):
+        return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, position)), image[:, ::-1], image)
+
+    return jax.vmap(flip)(positions, images)

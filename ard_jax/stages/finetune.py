@@ -1,0 +1,136 @@
+"""Fine-tunes a trained student against a discriminator on the frozen teacher's features.
+
+Reads the teacher, the student `finetune.start`, the trajectory store and the real images or latents of `data`, and
+writes `distill/<finetune.name>/`, as the distill stage does, so that it is sampled, evaluated and exported as any other
+student. Started again, it goes on where it stopped. The losses are in ard_jax/objectives/adversarial.py.
+"""
+
+import pathlib
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from ard_jax.config import example_shape, make_process, make_student
+from ard_jax.data import image_source
+from ard_jax.errors import UserError
+from ard_jax.models import DiT
+from ard_jax.objectives import Method
+from ard_jax.objectives.adversarial import adversarial_method, make_judge
+from ard_jax.parallel import check_batch, is_first, make_mesh
+from ard_jax.stages.distill import open_store, store_hash
+from ard_jax.stages.fit import Task, fit
+from ard_jax.stages.workdir import (
+    Stopwatch,
+    claim,
+    compare,
+    load_student,
+    load_teacher,
+    merge_done,
+    network,
+    write_done,
+)
+
+SECTIONS = ("seed", "data", "model", "diffusion", "student", "finetune")
+LOOKED_AT = 64  # records of the real and the trajectory data that are compared before the training
+FACTOR = 3.0  # by which their scales may differ
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Trains the student on, to `config.finetune.steps`.
+
+    Raises:
+        UserError: there is no teacher, student or store, they or the real data do not fit each other, or the batch or
+            the workdir do not fit.
+    """
+    watch, mesh, settings = Stopwatch(), make_mesh(config.mesh), config.finetune
+    check_batch(settings, mesh, "finetune")
+    teacher, teacher_params, teacher_hash = load_teacher(config, workdir, mesh)
+    start = workdir / "distill" / (settings.start or config.student.name)
+    _, params, start_hash, before = load_student(start, mesh)
+    compare(network(before), network(config), ("data", "model", "diffusion"), start)
+    config = continued(config, before)
+    source, manifest = open_store(config, workdir, teacher_hash)
+    real = image_source(config.data)
+    check_real(real, source, config)
+    directory = workdir / "distill" / settings.name
+    claim(directory, config, SECTIONS, teacher=teacher_hash, start=start_hash, store=store_hash(manifest))
+    method = make_method(config, teacher, tuple(manifest["points"].index(point) for point in config.student.points))
+    task = Task({"trajectory": source, "real": real}, method, teacher_params)
+    made = fit(task, params, config, settings, directory, mesh, watch)
+    write_done(directory, **made, teacher=teacher_hash)
+    if is_first():
+        merge_done(workdir / "distill", {settings.name: made})
+
+
+def continued(config: ml_collections.ConfigDict, before: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of the fine-tuned student: its form is that of the student it starts from, whatever is asked now.
+
+    Args:
+        config: the stage's.
+        before: what that student was trained with.
+
+    Raises:
+        UserError: that student has no history, so that there is no teacher forcing.
+    """
+    name, kind = before.student.name, before.student.kind
+    if kind != "history":
+        raise UserError(
+            f"the student {name!r} is of the kind {kind!r}, but the fine-tune trains students of the kind 'history': "
+            f"set finetune.start to one."
+        )
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.student.update(before.student.to_dict() | {"name": config.finetune.name})
+    config.distill.objective = "adversarial"
+    return config
+
+
+def make_method(config: ml_collections.ConfigDict, teacher: DiT, columns: tuple[int, ...]) -> Method:
+    """The method of a `continued` config; `columns` as in `objectives.Given`."""
+    settings, process = config.finetune, make_process(config)
+    time = process.data_time + settings.feature_time * (process.noise_time - process.data_time)
+    return adversarial_method(
+        make_student(config),
+        make_judge(teacher, tuple(settings.layers), time),
+        shape=example_shape(config),
+        target=config.student.target,
+        columns=columns,
+        horizontal_flip=config.data.horizontal_flip,
+        weight=settings.weight,
+        warmup=settings.warmup,
+        spectral_rounds=settings.spectral_rounds,
+        optimizer=settings.discriminator_optimizer,
+    )
+
+
+def check_real(real: Any, trajectories: Any, config: ml_collections.ConfigDict) -> None:
+    """Compares some real examples with the teacher's samples in the store.
+
+    Raises:
+        UserError: they differ in shape or scale, or the trajectories have labels that the data have not.
+    """
+    images = np.stack([real[row]["image"] for row in spread(len(real))])
+    records = [trajectories[row] for row in spread(len(trajectories))]
+    samples = np.stack([record["x0"][-1] for record in records]).astype(np.float32)
+    labels = max(int(record["label"]) for record in records)
+    remedy = "use the data that the teacher was trained on, and a store of its trajectories"
+    if images.shape[1:] != samples.shape[1:]:
+        raise UserError(
+            f"the real data are {images.shape[1:]} and the store's trajectories {samples.shape[1:]} (height, width, "
+            f"channel): {remedy}."
+        )
+    if labels >= config.data.num_classes:
+        raise UserError(
+            f"the store has the label {labels}, but data.num_classes is {config.data.num_classes}: {remedy}."
+        )
+    scales = [float(np.sqrt(np.mean(np.square(part)))) for part in (images, samples)]
+    if not 1 / FACTOR < scales[0] / scales[1] < FACTOR:
+        raise UserError(
+            f"the real data have a root mean square of {scales[0]:.3g} and the teacher's samples in the store of "
+            f"{scales[1]:.3g}, so they are not of one scale: {remedy}."
+        )
+
+
+def spread(length: int) -> np.ndarray:
+    """Rows spread evenly over a source."""
+    return np.unique(np.linspace(0, length - 1, LOOKED_AT).astype(int))
