@@ -35,9 +35,9 @@ def optimizer_defaults() -> dict[str, Any]:
     }
 
 
-def without_average(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a network that is not averaged."""
-    return {key: value for key, value in optimizer.items() if key != "ema"}
+def network_optimizer_defaults(**changes: Any) -> dict[str, Any]:
+    """The same for a network that is not averaged."""
+    return {name: value for name, value in optimizer_defaults().items() if name != "ema"} | changes
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -141,6 +141,18 @@ def default_config() -> ml_collections.ConfigDict:
                 "accumulate": 1,
                 "checkpoint_every": 5000,
                 "optimizer": optimizer_defaults(),
+                "consistency": {
+                    "grid": 0,  # steps of the teacher's that a trajectory has; 0 for the teacher's own number, made a
+                    # multiple of the student's
+                    "decay": 0.95,  # of the target, the running average of the student
+                    "huber": 0.00054,  # constant of the pseudo-Huber distance; 0 for the mean square
+                },
+                "distribution_matching": {
+                    "ratio": 5,  # steps of the fake score to one of the student
+                    "grid": 100,  # times at which scores are compared, spread over the teacher's
+                    "interval": (0.02, 0.98),  # of these, those on this part of the way from data to noise
+                    "optimizer": network_optimizer_defaults(),  # of the fake score
+                },
             },
             "finetune": {  # a trained student goes on, with a discriminator beside it
                 "name": "ard_adversarial",  # its folder under distill/
@@ -155,7 +167,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "feature_time": 0.0,  # that the teacher embeds images with, as a share of the way from data to noise
                 "spectral_rounds": 30,  # power iterations of the discriminator's kernels before the first step
                 "optimizer": optimizer_defaults(),
-                "discriminator_optimizer": without_average(optimizer_defaults() | {"learning_rate": 1e-3, "clip": 0.0}),
+                "discriminator_optimizer": network_optimizer_defaults(learning_rate=1e-3, clip=0.0),
             },
             "sample": {
                 "models": ("teacher", "ard"),  # "teacher", or names of students
@@ -318,6 +330,12 @@ def check_points(points: tuple[int, ...], steps: int, key: str) -> None:
         )
 
 
+def check_interval(interval: tuple[float, ...], key: str) -> None:
+    """Raises UserError for anything but two rising numbers from 0 (data) to 1 (noise)."""
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise UserError(f"{key} is {tuple(interval)}: give two rising numbers from 0 (data) to 1 (noise).")
+
+
 # Keys that results.json has beside the models' names.
 RESERVED = (
     "teacher", "config", "degradation_ratio", "degradation_ratios", "features", "paired", "real_images", "samples",
@@ -350,7 +368,10 @@ POSITIVE = {
     "run": ("log_every", "keep_checkpoints", "join_timeout", "workers"),
 }
 
-OPTIMIZERS = ("teacher.optimizer", "distill.optimizer", "finetune.optimizer", "finetune.discriminator_optimizer")
+OPTIMIZERS = (
+    "teacher.optimizer", "distill.optimizer", "distill.distribution_matching.optimizer", "finetune.optimizer",
+    "finetune.discriminator_optimizer",
+)  # fmt: skip
 
 # key: the least and the greatest value that it may have
 RANGES = {
@@ -371,6 +392,11 @@ RANGES = {
     **{f"{optimizer}.learning_rate": (0, 1000) for optimizer in OPTIMIZERS},
     **{f"{optimizer}.weight_decay": (0, 1000) for optimizer in OPTIMIZERS},
     **{f"{stage}.optimizer.ema": (0, 1) for stage in ("teacher", "distill", "finetune")},
+    "distill.consistency.grid": (0, math.inf),
+    "distill.consistency.decay": (0, 1),
+    "distill.consistency.huber": (0, math.inf),
+    "distill.distribution_matching.ratio": (1, math.inf),
+    "distill.distribution_matching.grid": (1, math.inf),
     "run.in_memory": (0, math.inf),
 }
 
@@ -437,6 +463,8 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
     check_mesh(config)
     for section in (config.teacher, config.distill, config.finetune):
         make_optimizer(section.optimizer, section.steps)
+    make_optimizer(config.distill.distribution_matching.optimizer, config.distill.steps)
+    check_interval(config.distill.distribution_matching.interval, "distill.distribution_matching.interval")
     check_points(tuple(trajectories.points), diffusion.steps, "trajectories.points")
     check_points(tuple(student.points), diffusion.steps, "student.points")
     make_teacher(config)

@@ -7,7 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ard_jax.diffusion import Grid, Guidance, LinearVP, Process, Solution, calls, few_step_process, guided_output, solve
+from ard_jax.diffusion import (
+    Grid,
+    Guidance,
+    LinearVP,
+    Process,
+    Solution,
+    calls,
+    few_step_process,
+    guided_output,
+    per_row,
+    solve,
+)
 from ard_jax.diffusion.solvers import Predict
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT
@@ -16,12 +27,12 @@ NO_GUIDANCE = Guidance(scale=1.0)
 
 
 def teacher_predictor(model: DiT, params, y: jax.Array, grid: Grid, process: Process, guidance: Guidance) -> Predict:
-    """A guided teacher as what a solver calls."""
+    """A guided teacher as what a solver calls; its node may also be one a row, (batch,)."""
     times, alpha, sigma = (jnp.asarray(values) for values in grid)
 
     def predict(x, node):
         output = guided_output(model, params, x, times[node].astype(x.dtype), y, guidance, process)
-        return process.predict(output, x, alpha[node].astype(x.dtype), sigma[node].astype(x.dtype))
+        return process.predict(output, x, *(per_row(values[node].astype(x.dtype), x) for values in (alpha, sigma)))
 
     return predict
 

@@ -383,7 +383,7 @@ def test_long_curves_become_means():
 
 def test_teaser_shows_the_three_rows_pixel_for_pixel(results, pictures):
     image = np.asarray(Image.open(io.BytesIO(teaser(pictures, results))).convert("L"))
-    strip, margin, gap, left = 96, 24, 14, 290
+    strip, margin, gap, left = 96, 24, 14, 330
     assert image.shape == (2 * margin + 3 * strip + 2 * gap, left + COUNT * (strip + GUTTER) - GUTTER + margin)
     for row, name in enumerate(["teacher", "step", "ard"]):
         top = margin + row * (strip + gap)
@@ -395,3 +395,43 @@ def test_teaser_shows_the_three_rows_pixel_for_pixel(results, pictures):
 def test_teaser_without_a_student_says_what_it_needs(results, pictures):
     with pytest.raises(UserError, match=r"got \['noise', 'teacher'\]: evaluate them first"):
         teaser({"teacher": pictures["teacher"], "noise": pictures["noise"]}, results)
+
+
+def rival(objective, fd):
+    """A student of another objective as evaluate measures it: without mask, history and forced errors."""
+    model = student("x0", None, fd, fd - 17.604, objective=objective)
+    return {key: value for key, value in model.items() if key not in ("mask", "history_layers")} | {
+        "forced_mse": None,
+        "rollout_mse": None,
+    }
+
+
+def test_rivals_are_named_and_never_taken_for_ard(results, pictures):
+    names = {"cd": "consistency", "dm": "distribution_matching", "mine": "my.method"}
+    rivals = {name: rival(objective, 20.0 + i) for i, (name, objective) in enumerate(names.items())}
+    before = results["models"]
+    results["models"] = {"teacher": before["teacher"], **rivals, **before}
+    pictures |= {name: pictures["ard"] for name in rivals}
+    page = Page(build_report("t", results, pictures, {}))
+    assert page.row("Consistency distillation")[1] == "20.00"
+    assert page.row("Distribution matching")[1] == "21.00" and page.row("my.method")[1] == "22.00"
+    assert page.row("ARD")[1] == "22.91"
+    assert words.pair(results["models"], "x0") == ("step", "ard")
+    assert "step distillation falls 7.9 times as far behind" in words.headline(results)[0]
+    assert "Consistency distillation, rollout" not in page.text["exposure"]
+    assert "ARD, rollout" in page.text["exposure"]
+
+
+def test_a_run_of_rivals_alone(results, pictures):
+    results["models"] = {"teacher": results["models"]["teacher"], "cd": rival("consistency", 20.0)}
+    pictures = {name: pictures[name] for name in ("teacher", "noise", "label")} | {"cd": pictures["step"]}
+    page = Page(build_report("t", results, pictures, {}))
+    assert "no step distillation and no ARD with x0 points" in page.text["top"] + "".join(page.text.values())
+    assert "Errors by step were not measured" in page.text["exposure"]
+    with_ard = results | {"models": {"teacher": results["models"]["teacher"], "step": student("x0", "diagonal", 1, 1)}}
+    expected = teaser(pictures | {"step": pictures["cd"]}, with_ard)
+    image, other = (
+        np.asarray(Image.open(io.BytesIO(data)).convert("L")) for data in (teaser(pictures, results), expected)
+    )
+    np.testing.assert_array_equal(image[:, 330:], other[:, 330:])  # the same pictures, under another title
+    assert (image[:, :330] != other[:, :330]).any()

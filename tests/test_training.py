@@ -25,6 +25,7 @@ from ard_jax.config import optimizer_defaults
 from ard_jax.data import InMemory, stream
 from ard_jax.errors import Preempted, UserError
 from ard_jax.files import tree_sha256
+from ard_jax.objectives import Method
 from ard_jax.parallel import make_mesh
 from ard_jax.training import checkpoints, loop
 from ard_jax.training.loop import NotFinite, train
@@ -66,7 +67,7 @@ def fit(directory, source=None, tensorboard=False, log_every=2, **changes):
     """Trains the small model; returns what `train` does."""
     run = ml_collections.ConfigDict({"log_every": log_every, "keep_checkpoints": 2, "tensorboard": tensorboard})
     return train(
-        objective,
+        Method(objective, flops=24.0),
         {"w": jnp.zeros(3), "b": jnp.zeros(())},
         stream(source or data(), batch_size=BATCH, seed=3),
         settings=settings(**changes),
@@ -74,7 +75,6 @@ def fit(directory, source=None, tensorboard=False, log_every=2, **changes):
         seed=5,
         directory=directory,
         mesh=make_mesh(),
-        flops_per_example=24.0,
     )
 
 

@@ -1,7 +1,7 @@
 """Processes, guidance and ODE solvers: pure functions."""
 
 from ard_jax.diffusion.guidance import Guidance, guided_output
-from ard_jax.diffusion.processes import FlowMatching, Grid, LinearVP, Prediction, Process, few_step_process
+from ard_jax.diffusion.processes import FlowMatching, Grid, LinearVP, Prediction, Process, few_step_process, per_row
 from ard_jax.diffusion.solvers import SOLVERS, Solution, calls, find_solver, solve
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "few_step_process",
     "find_solver",
     "guided_output",
+    "per_row",
     "solve",
 ]

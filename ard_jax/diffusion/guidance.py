@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ard_jax.diffusion.processes import Process
+from ard_jax.diffusion.processes import Process, per_row
 from ard_jax.errors import UserError
 
 
@@ -42,12 +42,12 @@ class Guidance:
 
 
 def guided_output(model, params, x, time, y, guidance: Guidance, process: Process) -> jax.Array:
-    """The network's guided output at one network time, its variance half dropped.
+    """The network's guided output, its variance half dropped.
 
     Args:
         model, params: a `DiT` and its parameters.
         x: states, (batch, height, width, channel).
-        time: network time, a scalar.
+        time: network time, a scalar, or one a state, (batch,).
         y: labels, (batch,).
         guidance, process: as configured.
 
@@ -55,22 +55,25 @@ def guided_output(model, params, x, time, y, guidance: Guidance, process: Proces
         (batch, height, width, channel), in the type of `x`.
     """
     channels = x.shape[-1]
+    times = jnp.broadcast_to(jnp.asarray(time, x.dtype), x.shape[:1])
 
-    def call(x, y):
-        times = jnp.full(x.shape[:1], time, x.dtype)
+    def call(x, times, y):
         return model.apply({"params": params}, x, times, y)[..., :channels].astype(x.dtype)
 
-    def guided():
+    def guided(acts=True):
         # the two calls of an image lie side by side, so that they stay on its device where the batch is split
         labels = jnp.stack([y, jnp.full_like(y, model.num_classes)], axis=1)
-        both = call(jnp.repeat(x, 2, axis=0), labels.reshape(-1)).reshape(-1, 2, *x.shape[1:])
+        both = call(jnp.repeat(x, 2, axis=0), jnp.repeat(times, 2), labels.reshape(-1)).reshape(-1, 2, *x.shape[1:])
         conditional, unconditional = both[:, 0], both[:, 1]
         moved = unconditional + guidance.scale * (conditional - unconditional)
         kept = guidance.channels or channels
-        return jnp.concatenate([moved[..., :kept], conditional[..., kept:]], axis=-1)
+        moved = jnp.concatenate([moved[..., :kept], conditional[..., kept:]], axis=-1)
+        return moved if acts is True else jnp.where(per_row(acts, x), moved, conditional)
 
     if guidance.scale == 1.0:
-        return call(x, y)
+        return call(x, times, y)
     if tuple(guidance.interval) == (0.0, 1.0):
         return guided()
-    return jax.lax.cond(guidance.acts_at(time, process), guided, lambda: call(x, y))
+    if jnp.ndim(time):
+        return guided(guidance.acts_at(times, process))
+    return jax.lax.cond(guidance.acts_at(time, process), guided, lambda: call(x, times, y))

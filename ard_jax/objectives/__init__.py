@@ -86,6 +86,8 @@ class Method(NamedTuple):
         reads: whose parameters `frozen` holds: "teacher", "start" (what the training starts from), or "" for none.
         begin: (params, frozen, key) → (others, memory) of a `Joint`, before the first step.
         optimizers: of a `Joint`, the settings of the other networks' optimisers by name.
+        every: of a `Joint`, by a network's name, that it moves at every so-manieth step alone. Its optimiser does not
+            see the steps in between, nor count them.
     """
 
     objective: Objective | Joint
@@ -93,6 +95,7 @@ class Method(NamedTuple):
     reads: str = ""
     begin: Callable[[Any, Any, jax.Array], tuple[dict[str, Any], Any]] | None = None
     optimizers: Mapping[str, Any] = {}
+    every: Mapping[str, int] = {}
 
 
 METHODS = ("ard", "progressive", "consistency", "distribution_matching")

@@ -61,7 +61,9 @@ def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
         columns = tuple(points.index(point) for point in config.student.points)
         record |= {"noise": rows_of(rows, shape, dtype), "x0": rows_of(rows, (len(points), *shape), dtype)}
         record |= {"xt": record["x0"]} if config.trajectories.keep_noisy else {}
-    method = make_method(config, student, teacher, columns, len(config.student.points) if settings.start else None)
+    # of the methods, progressive distillation alone asks of how many steps its start is, and wants twice its own
+    start_steps = 2 * len(config.student.points) if settings.start else None
+    method = make_method(config, student, teacher, columns, start_steps)
     params = student_shapes(config)
     frozen = {"": None, "teacher": teacher_shapes(teacher), "start": params}[method.reads]
     optimizer = optimizer_of(method, settings)

@@ -121,6 +121,8 @@ def shown(images: np.ndarray) -> int:
 def teaser(pictures: Mapping[str, np.ndarray], results: Mapping) -> bytes:
     """One picture for a README: teacher, step distillation and ARD (x0 points), a column a sample from the same noise.
 
+    Where there is neither of the two, the first student of another objective stands in for them.
+
     Args:
       pictures, results: as `page.build_report` takes them.
 
@@ -128,10 +130,13 @@ def teaser(pictures: Mapping[str, np.ndarray], results: Mapping) -> bytes:
       PNG bytes.
 
     Raises:
-      UserError: if the pictures of the teacher or of all students with x0 points are missing.
+      UserError: if the pictures of the teacher or of all such students are missing.
     """
     models = results.get("models") or {}
     names = [name for name in ("teacher", *words.pair(models, "x0")) if name in pictures]
+    if names == ["teacher"]:
+        rivals = (name for name, model in models.items() if words.objective_of(model) != "ard" and name in pictures)
+        names += [*rivals][:1]
     if "teacher" not in names or len(names) < 2:
         raise UserError(
             "The README picture needs those of the teacher and of a student with x0 points, and got "
@@ -155,7 +160,7 @@ def _row_note(model: Mapping) -> str:
 
 def _titled_rows(titles: Sequence[tuple[str, str]], strips: Sequence[np.ndarray]) -> bytes:
     """PNG of strips (h, w, 3) under each other, pixel for pixel, each with a title and a note on its left."""
-    dpi, margin, gap, left = 144, 24, 14, 290
+    dpi, margin, gap, left = 144, 24, 14, 330
     height, width = strips[0].shape[:2]
     full_width, full_height = left + width + margin, 2 * margin + len(strips) * (height + gap) - gap
     figure = Figure(figsize=(full_width / dpi, full_height / dpi), dpi=dpi, facecolor="white")

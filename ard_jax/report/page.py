@@ -29,8 +29,9 @@ def build_report(
       title: heading of the page.
       results: `features`, `real_images`, `samples`, `degradation_ratio`, `degradation_ratios`, `seconds` (stage →
         seconds), optionally `config`, and `models`: name → measurements. A teacher has kind "teacher", a
-        student kind "student", `target` ("x0" or "xt"), `mask`, `steps` (S) and, by step, lists of S numbers
-        `psnr_per_step` (dB), `forced_mse` and `rollout_mse`. Times are seconds, costs GMAC.
+        student kind "student", `objective` ("ard" if absent), `target` ("x0" or "xt"), `steps` (S) and, by step, a
+        list of S numbers `psnr_per_step` (dB); one of objective "ard" also `mask` and lists `forced_mse` and
+        `rollout_mse`. Times are seconds, costs GMAC.
       pictures: uint8 arrays, all rows from the same noise: `noise` (n, H, W, C); `teacher` and each student by its
         name (n, S, H, W, C); `label` (n,); where there are students with noisy points also
         `teacher_xt` (n, S, H, W, C), the teacher's noisy points. Empty or None where nothing can be shown.

@@ -11,6 +11,12 @@ from typing import Any
 ABSENT = "–"
 TARGETS = {"x0": "x0 points", "xt": "noisy points"}
 NOISY = ", noisy points"
+# What students of other objectives than "ard" are called; one that somebody has added is called by its own name.
+RIVALS = {
+    "progressive": "Progressive distillation",
+    "consistency": "Consistency distillation",
+    "distribution_matching": "Distribution matching",
+}
 
 PAPER = (
     "The paper (arXiv 2504.11295) reports for ImageNet 256×256 in 4 steps: FID 2.89 for the teacher, 10.25 for step "
@@ -78,12 +84,25 @@ def is_step_distillation(model: Mapping) -> bool:
     return model.get("mask") == "diagonal" or model.get("history_layers") == 0
 
 
+def objective_of(model: Mapping) -> str:
+    return model.get("objective", "ard")
+
+
+def usual_title(model: Mapping) -> str:
+    """What a model is called that does not say so itself."""
+    if is_teacher(model):
+        return "Teacher"
+    objective = objective_of(model)
+    if objective != "ard":
+        return RIVALS.get(objective, objective)
+    return "Step distillation" if is_step_distillation(model) else "ARD"
+
+
 def titles(models: Mapping[str, Mapping]) -> dict[str, str]:
     """What each model is called on the page; no two alike."""
     named = {}
     for name, model in models.items():
-        usual = "Teacher" if is_teacher(model) else "Step distillation" if is_step_distillation(model) else "ARD"
-        title = str(model.get("title") or usual)
+        title = str(model.get("title") or usual_title(model))
         if model.get("target") == "xt" and "noisy" not in title.lower():
             title += NOISY
         named[name] = title
@@ -112,7 +131,11 @@ def degradation(models: Mapping[str, Mapping], name: str) -> float | None:
 
 def pair(models: Mapping[str, Mapping], target: str) -> tuple[str | None, str | None]:
     """Names of the step-distillation student and of the ARD student (the first of each) with this target."""
-    students = {n: m for n, m in models.items() if not is_teacher(m) and m.get("target", "x0") == target}
+    students = {
+        name: model
+        for name, model in models.items()
+        if not is_teacher(model) and objective_of(model) == "ard" and model.get("target", "x0") == target
+    }
     step = next((name for name, model in students.items() if is_step_distillation(model)), None)
     ard = next((name for name, model in students.items() if not is_step_distillation(model)), None)
     return step, ard

@@ -111,10 +111,15 @@ def optimizer_of(method: Method, settings: ml_collections.ConfigDict) -> optax.G
         return make_optimizer(settings.optimizer, settings.steps)
     every = {STUDENT: settings.optimizer, **method.optimizers}
 
+    def build(name, own):
+        period = method.every.get(name, 1)
+        optimizer = make_optimizer(own, -(-settings.steps // period))
+        return optax.conditionally_mask(optimizer, lambda step: (step + 1) % period == 0) if period > 1 else optimizer
+
     def names(networks):
         return {name: jax.tree.map(lambda _, name=name: name, network) for name, network in networks.items()}
 
-    return optax.partition({name: make_optimizer(own, settings.steps) for name, own in every.items()}, names)
+    return optax.partition({name: build(name, own) for name, own in every.items()}, names)
 
 
 Begin = Callable[[Any, Any, jax.Array], tuple[dict[str, Any], Any]]

@@ -1,0 +1,68 @@
+"""What the methods share whose students are told the time: states at the nodes of a grid, and what is seen there."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ard_jax.diffusion import Grid, Guidance, per_row
+from ard_jax.errors import UserError
+from ard_jax.objectives import Given
+
+
+def require_store(given: Given) -> None:
+    """Raises UserError if there are no stored samples of the teacher to add noise to."""
+    if given.columns is None:
+        raise UserError(
+            "distill.online is set, but this objective adds noise to the samples of a trajectory store: set "
+            "distill.online=False and run the stage 'trajectories' first."
+        )
+
+
+def teacher_samples(given: Given, batch: dict[str, jax.Array]) -> jax.Array:
+    """The teacher's samples, the last point of the store's records, (batch, height, width, channel) float32."""
+    return batch["x0"][:, given.columns[-1]].astype(jnp.float32)
+
+
+def guidance_of(solver: dict[str, Any]) -> Guidance:
+    """The guidance among the keyword arguments of `sampling.sample_teacher`."""
+    return Guidance(solver["guidance_scale"], solver["guided_channels"], tuple(solver["guidance_interval"]))
+
+
+def calls_of(guidance: Guidance) -> int:
+    """Network calls of one row; both are made for every row, also for those outside of the guidance's interval."""
+    return 1 if guidance.scale == 1 else 2
+
+
+def draw_nodes(
+    key: jax.Array, positions: jax.Array, nodes: range, shape: tuple[int, int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """A node, uniform over `nodes`, and noise for each example, functions of the key and its position alone.
+
+    Args:
+        key: random key.
+        positions: in the stream of data, (batch,).
+        nodes: indices into a grid, without gaps.
+        shape: (height, width, channel).
+
+    Returns:
+        Nodes (batch,) int32, and noise (batch, height, width, channel) float32.
+    """
+
+    def draw(position):
+        node_key, noise_key = jax.random.split(jax.random.fold_in(key, position))
+        return jax.random.randint(node_key, (), nodes.start, nodes.stop), jax.random.normal(noise_key, shape)
+
+    return jax.vmap(draw)(positions)
+
+
+def at_node(x0: jax.Array, noise: jax.Array, grid: Grid, node: jax.Array) -> jax.Array:
+    """α·x_0 + σ·ε at each row's node: noised examples, or from a `Prediction` where DDIM steps to.
+
+    Args:
+        x0, noise: (batch, height, width, channel).
+        grid: of K steps.
+        node: 0 … K, (batch,).
+    """
+    alpha, sigma = (per_row(jnp.asarray(values, x0.dtype)[node], x0) for values in (grid.alpha, grid.sigma))
+    return alpha * x0 + sigma * noise

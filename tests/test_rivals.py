@@ -1,0 +1,622 @@
+"""The methods that ARD is compared with, against the same in NumPy and float64 on networks of three numbers."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+from jaxprs import macs
+from pipeline_fixtures import copy, done, sentence, smoke
+from quick import quick_jit
+
+from ard_jax.config import default_config, optimizer_defaults, validate
+from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, few_step_process, guided_output
+from ard_jax.errors import UserError
+from ard_jax.models import DiT, parameter_shapes
+from ard_jax.models.flops import teacher_macs
+from ard_jax.objectives import STUDENT, Given, Joint, Method, consistency, distribution_matching, progressive
+from ard_jax.objectives.denoising import denoising
+from ard_jax.objectives.few_steps import draw_nodes
+from ard_jax.parallel import make_mesh
+from ard_jax.sampling import NO_GUIDANCE, fresh_noise, student_rollout, teacher_predictor
+from ard_jax.training.state import init_state, make_step, optimizer_of
+
+KEY = jax.random.key(3)
+SHAPE, ROWS, CLASSES, SCALE = (2, 4, 1), 24, 3, 1.5
+PROCESSES = {"vp": LinearVP(), "flow": FlowMatching()}
+
+
+# ------------------------------------------------------------------------------------- networks of three numbers
+
+
+class Toy:
+    """a·x + b·t/1000 + c[label], the last c being the null class's."""
+
+    num_classes, channels, learn_sigma = CLASSES, 1, False
+
+    def apply(self, variables, x, t, y):
+        return toy_output(variables["params"], x, t, y, jnp)
+
+
+def toy_output(params, x, t, y, np=np):
+    by_label = np.asarray(params["c"])[y][:, None, None, None]
+    return params["a"] * x + params["b"] * np.reshape(t, (-1, 1, 1, 1)) / 1000 + by_label
+
+
+TEACHER = {"a": np.float32(0.7), "b": np.float32(0.2), "c": np.array([0.1, -0.3, 0.4, 0.05], np.float32)}
+PARAMS = {"a": np.float32(0.4), "b": np.float32(-0.5), "c": np.array([0.3, 0.2, -0.6, 9.0], np.float32)}
+
+
+class Exact:
+    """A network that knows that every image of a class is one number: its prediction of x_0, whatever it is shown."""
+
+    num_classes, channels, learn_sigma = CLASSES, 1, False
+
+    def __init__(self, process, velocity):
+        self.process, self.velocity = process, velocity
+
+    def apply(self, variables, x, t, y):
+        x0 = variables["params"]["c"][y][:, None, None, None]
+        ones = jnp.ones((len(x), 1, 1, 1))
+        alpha, sigma = self.process.noised(ones, 0 * ones, t), self.process.noised(0 * ones, ones, t)
+        noise = (x - alpha * x0) / sigma
+        return alpha * noise - sigma * x0 if self.velocity else noise
+
+
+def given(process, points, *, teacher=None, student=None, start=None, scale=SCALE, **more):
+    return Given(
+        student=student or Toy(),
+        teacher=teacher or Toy(),
+        process=process,
+        solver={"steps": 5, "guidance_scale": scale, "guided_channels": 0, "guidance_interval": (0.0, 1.0)},
+        shape=SHAPE,
+        points=points,
+        target="x0",
+        columns=(0, 2),
+        start=start,
+        max_abs=0.0,
+        seed=0,
+        **({"kind": "stochastic", "options": {}} | more),
+    )
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "noise": rng.normal(size=(ROWS, *SHAPE)).astype(np.float32),
+        "x0": rng.uniform(-1, 1, (ROWS, 3, *SHAPE)).astype(np.float16),
+        "label": rng.integers(0, CLASSES, ROWS).astype(np.int32),
+        "position": rng.choice(1000, ROWS, replace=False).astype(np.int32),
+    }
+
+
+# ---------------------------------------------------------------------------------- the same in NumPy and float64
+
+
+def nodes_of(process, steps):
+    """α and σ of the few-step grid's nodes and of the data, and the nodes' times."""
+    if isinstance(process, FlowMatching):
+        t = 1 - np.arange(steps + 1) / steps
+        return 1 - t, t, 1000 * t[:-1]
+    times = 1000 * (steps - np.arange(steps)) // steps - 1
+    signal = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[times]
+    return np.append(np.sqrt(signal), 1.0), np.append(np.sqrt(1 - signal), 0.0), times
+
+
+def row(values, node):
+    return np.asarray(values, np.float64)[node][:, None, None, None]
+
+
+def predict(process, params, x, y, alpha, sigma, times, *, velocity, scale=1.0):
+    """x̂_0 and ε̂, guided."""
+    null = np.full_like(y, CLASSES)
+    output = toy_output(params, x, times, null)
+    output = output + scale * (toy_output(params, x, times, y) - output)
+    if isinstance(process, FlowMatching):
+        return x - sigma * output, x + alpha * output
+    if velocity:
+        return alpha * x - sigma * output, sigma * x + alpha * output
+    return (x - sigma * output) / alpha, output
+
+
+def at(process, steps, params, x, y, node, **how):
+    """`predict` at nodes of the grid."""
+    alpha, sigma, times = nodes_of(process, steps)
+    times = np.append(times, 0)[node]
+    return predict(process, float64(params), x, y, row(alpha, node), row(sigma, node), times, **how)
+
+
+def float64(tree):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def noised(process, steps, x0, noise, node):
+    alpha, sigma, _ = nodes_of(process, steps)
+    return row(alpha, node) * x0 + row(sigma, node) * noise
+
+
+def drawn(key, batch, nodes):
+    node, noise = draw_nodes(key, batch["position"], nodes, SHAPE)
+    return np.asarray(node), np.asarray(noise, np.float64)
+
+
+# ------------------------------------------------------------------------------------------------- states at nodes
+
+
+def test_states_are_drawn_by_seed_and_position_alone(batch):
+    positions = np.arange(4000)
+    node, noise = draw_nodes(KEY, positions, range(2, 6), SHAPE)
+    assert np.bincount(node, minlength=7).tolist()[:2] == [0, 0] and node.max() == 5
+    np.testing.assert_allclose(np.bincount(node)[2:] / 4000, 0.25, atol=0.03)
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    some = np.array([7, 3999, 12])
+    again = draw_nodes(KEY, some, range(2, 6), SHAPE)
+    np.testing.assert_array_equal(again[0], node[some])
+    np.testing.assert_array_equal(again[1], noise[some])
+    assert not np.isin(draw_nodes(jax.random.key(4), some, range(2, 6), SHAPE)[1], noise).any()
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_guidance_with_a_time_a_row(process, batch):
+    guidance = Guidance(3.0, 0, (0.3, 0.7))
+    times = np.linspace(0, 999, ROWS).astype(np.float32)
+    x, y = batch["noise"], batch["label"]
+    guided = guided_output(Toy(), TEACHER, x, jnp.asarray(times), y, guidance, process)
+    scalar = jax.jit(lambda x, time, y: guided_output(Toy(), TEACHER, x, time, y, guidance, process))
+    each = [scalar(x[i : i + 1], times[i], y[i : i + 1])[0] for i in range(ROWS)]
+    np.testing.assert_allclose(guided, each, rtol=1e-5, atol=1e-6)
+    plain = guided_output(Toy(), TEACHER, x, jnp.asarray(times), y, NO_GUIDANCE, process)
+    assert 8 <= (np.abs(guided - plain).max(axis=(1, 2, 3)) > 1e-3).sum() <= 10  # two fifths of the way
+
+
+# ---------------------------------------------------------------------------------------------------- progressive
+
+
+@pytest.mark.parametrize("start", [None, 6], ids=["teacher", "student"])
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_progressive_distillation_is_two_ddim_steps_in_one(process, start, batch):
+    steps = 3 if isinstance(process, FlowMatching) else 4
+    start = start and 2 * steps
+    objective = progressive.progressive(given(process, (3, 2, 1, 0)[-steps:], start=start, kind="deterministic"))
+    loss, metrics = objective(PARAMS, TEACHER, batch, KEY)
+    node, noise = drawn(KEY, batch, range(steps))
+    y, x0 = batch["label"], batch["x0"][:, 2].astype(np.float64)
+    x = noised(process, steps, x0, noise, node)
+    how = {"velocity": start is not None, "scale": 1.0 if start else SCALE}
+    middle = noised(process, 2 * steps, *at(process, 2 * steps, TEACHER, x, y, 2 * node, **how), 2 * node + 1)
+    end = noised(process, 2 * steps, *at(process, 2 * steps, TEACHER, middle, y, 2 * node + 1, **how), 2 * node + 2)
+    alpha, sigma, _ = nodes_of(process, steps)
+    a, s, next_a, next_s = row(alpha, node), row(sigma, node), row(alpha, node + 1), row(sigma, node + 1)
+    target = (end - next_s / s * x) / (next_a - next_s / s * a)
+    # one step with that x_0, and the ε that goes with it, arrives where the two do
+    np.testing.assert_allclose(next_a * target + next_s * (x - a * target) / s, end, rtol=1e-9, atol=1e-9)
+    error = np.mean((at(process, steps, PARAMS, x, y, node, velocity=True)[0] - target) ** 2, axis=(1, 2, 3))
+    weight = np.maximum((a / s) ** 2, 1)[:, 0, 0, 0]
+    assert metrics["unweighted"] == pytest.approx(error.mean(), rel=2e-4)
+    assert loss == pytest.approx(np.mean(weight * error), rel=2e-4)
+    assert weight.max() > 1.05 and loss > 0.01
+
+
+def test_a_perfect_student_of_progressive_distillation_has_no_loss(batch):
+    process = LinearVP()
+    networks = {"teacher": Exact(process, False), "student": Exact(process, True)}
+    objective = progressive.progressive(given(process, (1, 0), kind="deterministic", scale=1.0, **networks))
+    images = {"c": jnp.array([0.5, -0.2, 0.9, 0.0])}
+    assert objective(images, images, batch, KEY)[0] < 1e-6
+    off = {"c": images["c"] + 0.1}
+    assert objective(off, images, batch, KEY)[1]["unweighted"] == pytest.approx(0.01, rel=1e-2)
+
+
+def test_progressive_distillation_learns_from_what_it_says(batch):
+    built = lambda start: progressive.build(real_given("deterministic", start=start))  # noqa: E731
+    assert built(None).reads == "teacher" and built(4).reads == "start"
+    for start in (2, 3, 8):
+        with pytest.raises(UserError, match=f"a student of {start} steps, .*: start from a student of 4 steps, or"):
+            built(start)
+
+
+# ---------------------------------------------------------------------------------------------------- consistency
+
+OPTIONS = {"grid": 6, "decay": 0.9, "huber": 0.1}
+
+
+@pytest.mark.parametrize("huber", [0.0, 0.1])
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_the_consistency_loss_and_its_gradient(process, huber, batch):
+    method = consistency.consistency(given(process, (1, 0), options=OPTIONS | {"huber": huber, "grid": 8}))
+    memory = {"target": TARGET, "step": jnp.int32(7)}
+    gradient, after, metrics = method.gradients({STUDENT: PARAMS}, memory, TEACHER, batch, KEY, jnp.int32(7))
+    node, noise = drawn(KEY, batch, range(8))
+    y, x0 = batch["label"], batch["x0"][:, 2].astype(np.float64)
+    x = noised(process, 8, x0, noise, node)
+    following = noised(process, 8, *at(process, 8, TEACHER, x, y, node, velocity=False, scale=SCALE), node + 1)
+    aim = at(process, 8, TARGET, following, y, node + 1, velocity=True)[0]
+
+    def loss(params):
+        error = at(process, 8, params, x, y, node, velocity=True)[0] - aim
+        square = np.mean(error**2, axis=(1, 2, 3))
+        return np.mean(np.sqrt(square + huber**2) - huber if huber else square)
+
+    assert metrics["loss"] == pytest.approx(loss(PARAMS), rel=1e-4) and loss(PARAMS) > 0.01
+    np.testing.assert_array_equal(aim[node == 7], following[node == 7])  # the boundary
+    for name in ("a", "b"):  # the target stays where it is
+        up, down = (PARAMS | {name: PARAMS[name] + step} for step in (1e-4, -1e-4))
+        slope = (loss(float64(up)) - loss(float64(down))) / (float(up[name]) - float(down[name]))
+        assert gradient[STUDENT][name] == pytest.approx(slope, rel=2e-3)
+    jax.tree.map(np.testing.assert_array_equal, after["target"], TARGET)
+
+
+TARGET = {"a": np.float32(0.5), "b": np.float32(0.1), "c": np.array([-0.3, 0.1, 0.5, 2.0], np.float32)}
+
+
+def test_a_student_that_is_constant_along_trajectories_has_no_consistency_loss(batch):
+    process = LinearVP()
+    networks = {"teacher": Exact(process, False), "student": Exact(process, True)}
+    method = consistency.consistency(given(process, (1, 0), scale=1.0, options=OPTIONS | {"huber": 0.0}, **networks))
+    images = {"c": jnp.array([0.5, -0.2, 0.9, 0.0])}
+    # of the same trajectories: rows whose store says what the teacher says
+    exact = batch | {"x0": np.broadcast_to(images["c"][batch["label"]][:, None, None, None, None], (ROWS, 3, *SHAPE))}
+
+    def loss(params, target):
+        memory = {"target": target, "step": jnp.int32(0)}
+        return method.gradients({STUDENT: params}, memory, images, exact, KEY, jnp.int32(0))[2]["loss"]
+
+    assert loss(images, images) < 1e-6
+    off = {"c": images["c"] + 0.1}
+    node, _ = drawn(KEY, batch, range(6))
+    assert loss(off, images) == pytest.approx(0.01, rel=1e-2)
+    # a wrong constant is found out at the boundary alone, where the target is the state itself
+    assert loss(off, off) == pytest.approx(0.01 * np.mean(node == 5), rel=1e-2)
+
+
+def test_the_consistency_target_follows_the_student_once_a_step(batch):
+    method = consistency.consistency(given(LinearVP(), (1, 0), options=OPTIONS))
+    others, memory = consistency.begin(PARAMS, TEACHER, KEY)
+    assert others == {}
+
+    def target(params, memory, step):
+        memory = method.gradients({STUDENT: params}, memory, TEACHER, batch, KEY, jnp.int32(step))[1]
+        return memory, memory["target"]
+
+    memory, start = target(PARAMS, memory, 0)
+    jax.tree.map(np.testing.assert_array_equal, start, PARAMS)
+    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, PARAMS, TARGET)
+    for _ in range(3):  # the turns of one accumulated step
+        memory, moved = target(TARGET, memory, 1)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), moved, expected)
+    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, expected, PARAMS)
+    _, moved = target(PARAMS, memory, 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), moved, expected)
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_at_the_data_every_student_gives_back_what_it_sees(process, batch):
+    grid = consistency.fine_grid(given(process, (1, 0), options=OPTIONS))
+    wild = jax.tree.map(lambda leaf: 100 * leaf, PARAMS)
+    see = teacher_predictor(Toy(), wild, batch["label"], grid, few_step_process(process), NO_GUIDANCE)
+    x = jnp.asarray(batch["noise"])
+    np.testing.assert_array_equal(see(x, jnp.full(ROWS, 6)).x0, x)
+    assert np.abs(see(x, jnp.full(ROWS, 5)).x0 - x).min() > 1e-3
+
+
+@pytest.mark.parametrize("points, grid, steps", [((0,), 0, 5), ((1, 0), 0, 6), ((3, 2, 1, 0), 0, 8), ((1, 0), 4, 4)])
+def test_the_consistency_grid_has_the_nodes_that_sampling_visits(points, grid, steps):
+    for process in PROCESSES.values():
+        fine = consistency.fine_grid(given(process, points, options=OPTIONS | {"grid": grid}))
+        own = few_step_process(process).grid(len(points))
+        stride = steps // len(points)
+        assert len(fine.times) == steps + 1 and fine.times[-1] == process.data_time
+        np.testing.assert_allclose(fine.times[:-1:stride], own.times)
+        np.testing.assert_allclose(fine.alpha[::stride], own.alpha)
+
+
+# --------------------------------------------------------------------------------------- distribution matching
+
+MATCHING = {"ratio": 1, "grid": 50, "interval": (0.1, 0.9)}
+FAKE = jax.tree.map(lambda leaf: 0.8 * leaf, TEACHER)
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_the_gradients_of_distribution_matching(process, batch):
+    method = distribution_matching.distribution_matching(given(process, (1, 0), options=MATCHING))
+    networks = {STUDENT: PARAMS, "fake": FAKE}
+    gradient, memory, metrics = method.gradients(networks, None, TEACHER, batch, KEY, jnp.int32(0))
+    input_key, score_key, fake_key = jax.random.split(KEY, 3)
+    # the student, from the teacher's noised samples
+    node, noise = drawn(input_key, batch, range(2))
+    y, x0 = batch["label"], batch["x0"][:, 2].astype(np.float64)
+    x = noised(process, 2, x0, noise, node)
+    alpha, sigma, times = nodes_of(process, 2)
+    images = at(process, 2, PARAMS, x, y, node, velocity=True)[0]
+    # both scores, at the teacher's own grid
+    grid = process.grid(50)
+    way = grid.times / process.noise_time
+    allowed = np.flatnonzero((way >= 0.1) & (way <= 0.9))
+    score_node, score_noise = drawn(score_key, batch, range(allowed[0], allowed[-1] + 1))
+    assert set(score_node) <= set(allowed) and len(set(score_node)) > 10
+    a, s = row(grid.alpha, score_node), row(grid.sigma, score_node)
+    shown = a * images + s * score_noise
+    fake, real = (
+        predict(process, float64(params), shown, y, a, s, grid.times[score_node], velocity=False, scale=scale)[0]
+        for params, scale in ((FAKE, 1.0), (TEACHER, SCALE))
+    )
+    change = (fake - real) / np.abs(images - real).mean(axis=(1, 2, 3), keepdims=True) / images.size
+    # ∂x̂_0/∂v is −σ
+    pull = -row(sigma, node) * change
+    expected = {"a": np.sum(pull * x), "b": np.sum(pull * row(times, node) / 1000), "c": np.zeros(CLASSES + 1)}
+    np.add.at(expected["c"], y, pull.sum(axis=(1, 2, 3)))
+    for name, value in expected.items():
+        np.testing.assert_allclose(gradient[STUDENT][name], value, rtol=1e-3, atol=1e-5)
+    # the fake score learns to denoise those very images
+    rows = {"image": jnp.asarray(images, jnp.float32), "label": y, "position": batch["position"]}
+    learn = denoising(Toy(), process, label_dropout=0.0, horizontal_flip=False)
+    (loss, _), fake_gradient = jax.value_and_grad(learn, has_aux=True)(FAKE, None, rows, fake_key)
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-4) and memory is None
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient["fake"], fake_gradient)
+
+
+def test_a_student_that_matches_gets_no_gradient(batch):
+    method = distribution_matching.distribution_matching(given(LinearVP(), (1, 0), scale=1.0, options=MATCHING))
+
+    def student(fake):
+        networks = {STUDENT: PARAMS, "fake": fake}
+        return method.gradients(networks, None, TEACHER, batch, KEY, jnp.int32(0))[0][STUDENT]
+
+    assert optax.tree.norm(student(TEACHER)) == 0 and optax.tree.norm(student(FAKE)) > 1e-3
+
+
+def test_the_matching_gradient_points_from_real_to_fake_and_is_normalised():
+    images, real, fake = (jnp.full((2, *SHAPE), value) for value in (0.0, 0.4, 0.1))
+    change = distribution_matching.matching_gradient(fake, real, images)
+    np.testing.assert_allclose(change, (0.1 - 0.4) / 0.4, rtol=1e-6)  # descent raises the images, towards the real
+    both = distribution_matching.matching_gradient(10 * fake, 10 * real, 10 * images)
+    np.testing.assert_allclose(both, change, rtol=1e-6)  # however large the errors are at that time
+    assert not np.any(distribution_matching.matching_gradient(real, real, real))
+
+
+def test_between_its_moves_the_student_gets_no_gradient_but_the_fake_score_does(batch):
+    method = distribution_matching.distribution_matching(given(LinearVP(), (1, 0), options=MATCHING | {"ratio": 3}))
+    networks = {STUDENT: PARAMS, "fake": FAKE}
+    norms = [
+        {name: float(optax.tree.norm(tree)) for name, tree in gradient.items()}
+        for gradient in (method.gradients(networks, None, TEACHER, batch, KEY, jnp.int32(step))[0] for step in range(6))
+    ]
+    assert [norm[STUDENT] > 0 for norm in norms] == [False, False, True, False, False, True]
+    assert all(norm["fake"] > 0 for norm in norms)
+
+
+def test_a_network_that_moves_seldom_has_an_optimiser_that_sees_its_own_gradients_alone():
+    """Two moves in six steps are two steps of Adam, with momentum and a cosine over two steps."""
+    start = {STUDENT: jnp.float32(1.0), "fake": jnp.float32(1.0)}
+    settings = ml_collections.ConfigDict(
+        {"steps": 6, "optimizer": optimizer_defaults() | {"learning_rate": 0.1, "schedule": "cosine"}}
+    )
+    joint = Method(Joint(None), 1.0, optimizers={"fake": settings.optimizer}, every={STUDENT: 3})
+    optimizer = optimizer_of(joint, settings)
+    values = np.array([9.0, 9.0, 0.5, 9.0, 9.0, -0.2], np.float32)
+
+    def run(optimizer, params, gradients):
+        state, path = optimizer.init(params), []
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+            path.append(params)
+        return path
+
+    path = run(optimizer, start, [{STUDENT: value, "fake": value} for value in values])
+    alone = run(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.1, 2), weight_decay=0.0)),
+        jnp.float32(1.0),
+        values[[2, 5]],
+    )
+    expected = [1.0, 1.0, alone[0], alone[0], alone[0], alone[1]]
+    np.testing.assert_allclose([networks[STUDENT] for networks in path], expected, rtol=1e-6)
+    assert len({float(networks["fake"]) for networks in path}) == 6
+
+
+@pytest.mark.parametrize("interval, grid", [((0.5, 0.5), 4), ((0.1, 0.2), 3)])
+def test_scores_need_a_time(interval, grid):
+    sentence = "interval is .* in which none of the .* times of its grid lies: widen it, or raise"
+    with pytest.raises(UserError, match=sentence):
+        distribution_matching.build(real_given("stochastic", **MATCHING | {"interval": interval, "grid": grid}))
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_few_steps_of_sampling_in_numpy(process, batch):
+    noise, y = batch["noise"], batch["label"]
+    for kind in ("deterministic", "stochastic"):
+        points = student_rollout(kind, Toy(), 4, process)(PARAMS, jnp.asarray(noise), y)
+        x = noise.astype(np.float64)
+        for node in range(4):
+            nodes = np.full(ROWS, node)
+            x0, predicted = at(process, 4, PARAMS, x, y, nodes, velocity=True)
+            np.testing.assert_allclose(points[:, node], x0, rtol=1e-4, atol=1e-5)
+            fresh = predicted if kind == "deterministic" else np.asarray(fresh_noise(jnp.asarray(noise), node))
+            x = noised(process, 4, x0, fresh, nodes + 1)
+
+
+def test_fresh_noise_is_fresh_and_normal():
+    noise = jax.random.normal(KEY, (500, *SHAPE))
+    drawn = np.stack([noise, fresh_noise(noise, 0), fresh_noise(noise, 1)])
+    assert abs(drawn[1:].mean()) < 0.05 and abs(drawn[1:].std() - 1) < 0.05
+    assert np.abs(np.corrcoef(drawn.reshape(3, -1)) - np.eye(3)).max() < 0.07
+    assert len(np.unique(drawn[1])) == drawn[1].size
+
+
+def test_a_stochastic_sample_does_not_depend_on_its_batch(networks):
+    model, params = networks
+    rollout = quick_jit(student_rollout("stochastic", model, 3, LinearVP()))
+    noise, y = jax.random.normal(KEY, (6, 4, 4, 1)), jnp.arange(6) % CLASSES
+    whole = rollout(params, noise, y)
+    rows = np.array([4, 1])
+    np.testing.assert_allclose(rollout(params, noise[rows], y[rows]), whole[rows], rtol=0, atol=1e-5)
+    assert np.abs(whole[4] - whole[1]).max() > 0.1
+
+
+# ----------------------------------------------------------------------------------------- networks of the package
+
+METHODS = {"progressive": "deterministic", "consistency": "stochastic", "distribution_matching": "stochastic"}
+MODULES = {"progressive": progressive, "consistency": consistency, "distribution_matching": distribution_matching}
+DEFAULTS = default_config().distill
+
+
+def real_given(kind, start=None, points=(1, 0), **options):
+    model = DiT(channels=1, patch_size=2, hidden_size=8, depth=2, num_heads=2, num_classes=CLASSES, learn_sigma=False)
+    made = given(LinearVP(), points, teacher=model, student=model, start=start, kind=kind, options=options)
+    return made._replace(shape=(4, 4, 1), columns=(0, 2)[-len(points) :])
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """A network, and parameters large enough to matter."""
+    model = real_given("stochastic").teacher
+    shapes = parameter_shapes(model, jnp.zeros((1, 4, 4, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def records():
+    rng = np.random.default_rng(1)
+    return {
+        "x0": rng.uniform(-1, 1, (8, 3, 4, 4, 1)).astype(np.float32),
+        "label": rng.integers(0, CLASSES, 8).astype(np.int32),
+        "position": np.arange(8, dtype=np.int32),
+    }
+
+
+def method_of(name, **changed):
+    options = {**DEFAULTS.get(name, {}), **changed}
+    return MODULES[name].build(real_given(METHODS[name], **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_parameter_of_the_student_moves(name, networks, records):
+    _, params = networks
+    method = method_of(name, **({"ratio": 2} if name == "distribution_matching" else {}))
+    settings = ml_collections.ConfigDict({"steps": 4, "optimizer": optimizer_defaults()})
+    optimizer, mesh = optimizer_of(method, settings), make_mesh()
+    state = init_state(params, optimizer, 0, mesh, method.begin, params)
+    step = make_step(method.objective, optimizer, 0.9, mesh, state, params)
+    for _ in range(2):
+        state, metrics = step(state, params, records)
+    assert np.isfinite(metrics["loss"])
+    for moved in (state.params, *(state.others or {}).values()):
+        still = [
+            jax.tree_util.keystr(path)
+            for (path, new), old in zip(
+                jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(params), strict=True
+            )
+            if np.array_equal(new, old)
+        ]
+        assert not still
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_methods_flops_are_those_of_their_steps(name, networks, records):
+    _, params = networks
+    method = method_of(name, **({"ratio": 1} if name == "distribution_matching" else {}))
+    if isinstance(method.objective, Joint):
+        others, memory = method.begin(params, params, KEY)
+
+        def step(params):
+            networks = {STUDENT: params, **others}
+            return method.objective.gradients(networks, memory, params, records, KEY, jnp.int32(0))
+
+    else:
+
+        def step(params):
+            return jax.grad(method.objective, has_aux=True)(params, jax.lax.stop_gradient(params), records, KEY)
+
+    counted = 2 * macs(step, params) / len(records["label"])
+    # no gradient goes to the images and to the time's sinusoids, which is some of so small a network
+    assert 0.9 * method.flops < counted <= method.flops
+    if name == "distribution_matching":
+        unit = 2 * teacher_macs(real_given("stochastic").teacher, (4, 4, 1))
+        assert method.flops == 9 * unit and method_of(name, ratio=5).flops == 5 * unit
+        assert method_of(name).every == {STUDENT: 5}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_refuses_what_it_cannot_train(name):
+    other = {"deterministic": "stochastic", "stochastic": "history"}[METHODS[name]]
+    options = DEFAULTS.get(name, {})
+    with pytest.raises(UserError, match=f"student.kind is '{other}', but this objective trains {METHODS[name]}: "):
+        MODULES[name].build(real_given(other, **options))
+    with pytest.raises(UserError, match="distill.online is set, but this objective adds noise to the samples of a"):
+        MODULES[name].build(real_given(METHODS[name], **options)._replace(columns=None))
+
+
+def test_a_consistency_grid_without_the_student_s_nodes():
+    with pytest.raises(UserError, match="grid is 5, which is no multiple of the student's 2 steps: choose one that is"):
+        method_of("consistency", grid=5)
+
+
+@pytest.mark.parametrize(
+    "key, value, sentence",
+    [
+        ("consistency.decay", 1.5, "distill.consistency.decay is 1.5: give a number from 0 to 1."),
+        ("consistency.grid", -1, "distill.consistency.grid is -1: give a number of at least 0."),
+        ("consistency.huber", float("nan"), "distill.consistency.huber is nan: give a number of at least 0."),
+        ("distribution_matching.ratio", 0, "distill.distribution_matching.ratio is 0: give a number of at least 1."),
+        ("distribution_matching.interval", (0.9, 0.1), r"interval is \(0.9, 0.1\): give two rising numbers from 0"),
+        ("distribution_matching.interval", (0.0, 0.1, 0.2), "interval is .*: give two rising numbers from 0"),
+        ("distribution_matching.optimizer.name", "adamm", "is 'adamm', which is no optimiser of optax"),
+    ],
+)
+def test_bad_options(key, value, sentence):
+    config = default_config()
+    with config.unlocked():
+        config.distill.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=sentence):
+        validate(config)
+
+
+# ------------------------------------------------------------------------------------------------ on configs/smoke.py
+
+
+def settings_of(name, **more):
+    flags = {"student.name": name, "student.kind": METHODS[name], "distill.objective": name, **more}
+    return [f"{key}={value}" for key, value in flags.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["consistency", "distribution_matching"])
+def test_a_joint_training_that_was_stopped_goes_on_as_if_it_had_not_been(pipeline, tmp_path, name):
+    """All networks, their optimisers and what is remembered come back: of step 15, hashes of step 20 are the same."""
+    workdir = copy(pipeline, tmp_path, "teacher", "trajectories")
+    assert smoke("distill", workdir, *settings_of(name)).status == 0
+    folder = workdir / "distill" / name
+    whole = done(folder)
+    shutil.rmtree(folder / "checkpoints" / "20")
+    (folder / "done.json").unlink()
+    outcome = smoke("distill", workdir, *settings_of(name))
+    assert outcome.status == 0 and "resuming at step 15 of 20" in outcome.err
+    assert done(folder)["sha256"] == whole["sha256"] and done(folder)["step"] == 20
+    assert whole["sha256"]["params"] != whole["sha256"]["ema"]
+
+
+@pytest.mark.slow
+def test_rounds_of_progressive_distillation_up_to_the_report(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher", "trajectories")
+    first = settings_of("progressive", **{"student.points": "(1,0)", "student.name": "two"})
+    assert smoke("distill", workdir, *first).status == 0
+    second = settings_of("progressive", **{"student.points": "(0,)", "student.name": "one", "distill.start": "two"})
+    assert smoke("distill", workdir, *second).status == 0
+    assert done(workdir / "distill" / "one")["sha256"]["ema"] != done(workdir / "distill" / "two")["sha256"]["ema"]
+    third = settings_of("progressive", **{"student.points": "(1,0)", "student.name": "three", "distill.start": "one"})
+    said = sentence(smoke("distill", workdir, *third), "distill")
+    assert "distill.start is a student of 1 steps" in said and not (workdir / "distill" / "three").exists()
+    for stage in ("sample", "evaluate", "report"):
+        outcome = smoke(stage, workdir, "sample.models=('teacher','two','one')")
+        assert outcome.status == 0, outcome.err
+    page = (workdir / "report" / "index.html").read_text()
+    assert "Progressive distillation (one)" in page and "Progressive distillation (two)" in page
