@@ -71,7 +71,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     real, labels = labels_and_images(real_images, limit=REAL_LIMIT)
     paired = Paired(config, teacher, students, make_decoder(vae, config, mesh), mesh)
     extractor = train_feature_net(real, labels, config.data.num_classes, steps=config.evaluate.feature_steps)
-    kept = ("steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
+    kept = ("ema_sha256", "steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
     models: dict[str, dict[str, Any]] = {
         name: {key: facts[key] for key in kept} | distances(extractor, real, samples[name], config)
         for name, facts in sampled.items()
