@@ -120,11 +120,7 @@ def _tiles(results: Mapping, models: Mapping[str, Mapping]) -> str:
             note = f"FD of {'step distillation' if colour == 'step' else 'ARD'}"
             note += f", {number(calls, ',.0f')} network calls" if calls is not None else ""
             tiles.append((number(models[name]["fd"]), note, colour))
-    cells = "".join(
-        f'<div style="border-color:var(--{colour})"><strong>{escape(value)}</strong><span>{escape(note)}</span></div>'
-        for value, note, colour in tiles
-    )
-    return f'<div class="tiles">{cells}</div>' if tiles else ""
+    return pieces.tiles(tiles)
 
 
 def _pictures(models: Mapping[str, Mapping], pictures: Mapping[str, np.ndarray]) -> str:

@@ -41,6 +41,15 @@ def _class(kind: str) -> str:
     return f' class="{kind}"' if kind else ""
 
 
+def tiles(given: Sequence[tuple[str, str, str]]) -> str:
+    """Large numbers, each a value, its words and its colour; nothing if there are none."""
+    cells = "".join(
+        f'<div style="border-color:var(--{colour})"><strong>{escape(value)}</strong><span>{escape(note)}</span></div>'
+        for value, note, colour in given
+    )
+    return f'<div class="tiles">{cells}</div>' if cells else ""
+
+
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table that scrolls sideways on a narrow screen; the first cell of a row is its heading."""
     heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
