@@ -19,10 +19,12 @@ from ard_jax.errors import UserError
 TEACHER = "teacher"
 SECTIONS = ("student", "distill", "finetune")  # what a method may change
 
-# Settings that name what a stage trains and what it starts from, and those that follow from the entry altogether.
-NAME = {"distill": "student.name", "finetune": "finetune.name"}
-START = {"distill": "distill.start", "finetune": "finetune.start"}
-DERIVED = {*NAME.values(), *START.values(), "student.points", "distill.steps"}
+STAGES = ("distill", "finetune")  # that train students
+
+# Settings that follow from the entry.
+DERIVED = (
+    "student.name", "student.points", "distill.start", "distill.steps", "finetune.name", "finetune.start"
+)  # fmt: skip
 
 # (config, S that it starts from or None) → training FLOPs; raises UserError where the method cannot be built
 Flops = Callable[[ml_collections.ConfigDict, int | None], float]
@@ -102,8 +104,8 @@ def described(name: str, method: Any) -> dict[str, Any]:
         if not isinstance(value, type(defaults[key])):
             expected = type(defaults[key]).__name__
             raise UserError(f"compare.methods.{name}.{key} is {value!r}, which is no {expected}: give one.")
-    if given.get("stage", "distill") not in NAME:
-        raise UserError(f"compare.methods.{name}.stage is {given['stage']!r}: choose {' or '.join(NAME)}.")
+    if given.get("stage", "distill") not in STAGES:
+        raise UserError(f"compare.methods.{name}.stage is {given['stage']!r}: choose {' or '.join(STAGES)}.")
     return defaults | given
 
 
@@ -185,11 +187,11 @@ def derive(
         UserError: the method changes what it may not or what there is not, S has no points, or a fine-tune no start.
     """
     stage = method["stage"]
-    own = {NAME[stage]: name, START[stage]: start.name if start else ""}
+    own = {"student.name": name, f"{stage}.start": start.name if start else ""}
     if stage == "distill":
         own["student.points"] = points_of(steps, config)
     elif start:
-        config = start.config
+        own["finetune.name"], config = name, start.config
     else:
         raise UserError("a fine-tune starts from a student: name its method as start.")
     for changes in (method["settings"], method["settings_at"].get(str(steps), {})):
