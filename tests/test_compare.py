@@ -26,7 +26,8 @@ from configs import smoke
 
 STEP = {"title": "Step distillation", "steps": (2,), "settings": {"student": {"mask": "diagonal"}}}
 KNOWLEDGE = {"steps": (1,), "settings": {"distill": {"batch_size": 16}}}
-METHODS = {"ard": {"title": "ARD", "steps": (2, 3)}, "step": STEP, "knowledge": KNOWLEDGE}
+ARD = {"title": "ARD", "steps": (3,)}
+METHODS = {"ard": ARD, "step": STEP, "knowledge": KNOWLEDGE}
 CHANGES = {"points": ((0,), (1, 0), (3, 1, 0)), "steps": (1, 2, 3), "quick": {"distill": {"steps": 5}}}
 
 
@@ -58,7 +59,7 @@ def compare(file, workdir, *flags):
 def test_every_method_gets_the_same_training_flops():
     config = config_with(METHODS)
     entries = entries_of(config, training_flops)
-    assert list(entries) == ["ard_2", "ard_3", "knowledge_1", "step_2"]
+    assert list(entries) == ["ard_3", "knowledge_1", "step_2"]
     budget = training_flops(config)
     for entry in entries.values():
         steps = entry.config.distill.steps
@@ -202,20 +203,37 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / "ADD_YOUR_OWN.md").read_text(), re.DOTALL)
 
 
-@pytest.fixture
-def documented(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory):
     """The page's two files in a folder that Python finds, over the smoke config in place of the digits."""
+    folder = tmp_path_factory.mktemp("documented")
     for block in blocks("python"):
         name = block.split("\n")[0].removeprefix("# ")
-        (tmp_path / name).write_text(
-            block.replace("from configs import compare_digits as base", "import small_base as base")
-        )
-    small = {"ard": METHODS["ard"], "step": STEP}
-    write_config(tmp_path, small, "config.compare.seeds = (0,)")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path
+        text = block.replace("from configs import compare_digits as base", "import small_base as base")
+        (folder / name).write_text(text)
+    write_config(folder, {"ard": ARD, "step": STEP})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
     for name in ("huber", "small_base"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def documented_run(documented):
+    """The workdir of the page's commands."""
+    assert [stage for stage, _ in commands()] == ["compare", "compare", "distill"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(documented)
+        for stage, flags in commands():
+            outcome = run(stage, *flags)
+            assert outcome.status == 0, outcome.err
+    return documented / "runs" / "mine"
+
+
+def commands():
+    lines = [line.split() for block in blocks("bash") for line in block.splitlines()]
+    return [(words[3], words[4:]) for words in lines if words[:3] == ["python", "-m", "ard_jax"]]
 
 
 def test_the_documented_loss_is_what_the_page_says(documented):
@@ -245,34 +263,28 @@ def test_the_documented_loss_is_what_the_page_says(documented):
         huber.build(Given(**fields))
 
 
-def commands():
-    lines = [line.split() for block in blocks("bash") for line in block.splitlines()]
-    return [(words[3], words[4:]) for words in lines if words[:3] == ["python", "-m", "ard_jax"]]
+@pytest.mark.slow
+def test_the_documented_objective_beside_others(documented_run):
+    """The numbers of compare.json are those of the stages, of a quick run too."""
+    names = ["teacher", "ard_3", "huber_2", "step_2"]
+    quick = documented_run / "quick"
+    check_comparison(documented_run, names)
+    check_comparison(quick, names)
+    steps = [done(where / "seed0" / "distill" / "ard_3")["step"] for where in (documented_run, quick)]
+    assert steps == [20, 5]
+    assert read_json(quick / "compare" / "compare.json")["quick"] == {"distill.steps": 5}
+    models = done(documented_run / "seed0" / "distill")["models"]
+    assert models["huber"]["step"] == 20 and len({model["sha256"]["ema"] for model in models.values()}) == 4
+    recorded = read_json(documented_run / "seed0" / "distill" / "huber_2" / "config.json")["distill"]
+    assert recorded["objective"] == "huber" and recorded["huber"] == {"width": 0.03}
 
 
 @pytest.mark.slow
-def test_the_documented_objective_beside_others(documented, monkeypatch):
-    """The page's commands; the numbers of compare.json are those of the stages, and nothing is made twice."""
-    monkeypatch.chdir(documented)
-    assert [stage for stage, _ in commands()] == ["compare", "compare", "distill"]
-    for stage, flags in commands():
-        outcome = run(stage, *flags)
-        assert outcome.status == 0, outcome.err
-    whole, quick = documented / "runs" / "mine", documented / "runs" / "mine" / "quick"
-    names = ["teacher", "ard_2", "ard_3", "huber_2", "step_2"]
-    check_comparison(whole, names)
-    check_comparison(quick, names)
-    steps = [read_json(where / "seed0" / "distill" / "ard_3" / "done.json")["step"] for where in (whole, quick)]
-    assert steps == [20, 5]
-    assert read_json(quick / "compare" / "compare.json")["quick"] == {"distill.steps": 5}
-    models = done(whole / "seed0" / "distill")["models"]
-    assert models["huber_2"]["sha256"] != models["ard_2"]["sha256"] and models["huber"]["step"] == 20
-    recorded = read_json(whole / "seed0" / "distill" / "huber_2" / "config.json")["distill"]
-    assert recorded["objective"] == "huber" and recorded["huber"] == {"width": 0.03}
-
-    before = stamps(whole)
-    assert run(*[commands()[1][0], *commands()[1][1]]).status == 0
-    after = stamps(whole)
+def test_nothing_is_made_twice(documented_run, documented):
+    before = stamps(documented_run)
+    outcome = compare(documented / "my_digits.py", documented_run)
+    assert outcome.status == 0, outcome.err
+    after = stamps(documented_run)
     assert {name for name in after if after[name] != before.get(name)} == {
         f"compare/{name}" for name in ("compare.json", "done.json", "index.html", "table.md")
     }
@@ -325,49 +337,56 @@ def started(file, workdir):
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_is_completed_and_ends_like_another(pipeline, tmp_path):
-    """Two seeds, each with what is there of it; killed once a student is done, then gone on with."""
-    file = write_config(tmp_path, {"ard": {"steps": (2,)}, "step": STEP}, "config.compare.seeds = (0, 1)")
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    for workdir in (killed, whole):
-        copy(pipeline, workdir / "seed0", "teacher", "trajectories")
-    there = stamps(killed)
-    running = started(file, killed)
-    first = killed / "seed0" / "distill" / "ard_2" / "done.json"
+def test_a_killed_comparison_is_completed_and_ends_like_another(pipeline, documented_run, tmp_path):
+    """Two seeds, the first with a teacher and a store that are there; killed once a student is done."""
+    file = write_config(tmp_path, {"ard": ARD, "step": STEP}, "config.compare.seeds = (0, 1)")
+    workdir = tmp_path / "run"
+    copy(pipeline, workdir / "seed0", "teacher", "trajectories")
+    there = stamps(workdir)
+    running = started(file, workdir)
+    first = workdir / "seed0" / "distill" / "ard_3" / "done.json"
     while running.poll() is None and not first.exists():
         time.sleep(0.01)
     running.kill()
     running.communicate()
-    assert running.returncode == -signal.SIGKILL and not (killed / "compare").exists()
-    there |= {name: stamp for name, stamp in stamps(killed).items() if "distill/ard_2/" in name}
-    for workdir in (killed, whole):
-        outcome = compare(file, workdir)
-        assert outcome.status == 0, outcome.err
-    after = stamps(killed)
+    assert running.returncode == -signal.SIGKILL and not (workdir / "compare").exists()
+    there |= {name: stamp for name, stamp in stamps(workdir).items() if "distill/ard_3/" in name}
+    outcome = compare(file, workdir)
+    assert outcome.status == 0, outcome.err
+    after = stamps(workdir)
     assert {name: after[name] for name in there} == there
-    rows = [read_json(workdir / "compare" / "compare.json")["rows"] for workdir in (killed, whole)]
-    for row in (*rows[0], *rows[1]):
-        for values in (row["mean"], row["least"], row["greatest"], *row["by_seed"].values()):
-            del values["seconds_per_image"], values["training_seconds"]
-    assert rows[0] == rows[1] and [row["name"] for row in rows[0]] == ["teacher", "ard_2", "step_2"]
-    for row in rows[0]:
-        values = [row["by_seed"][seed]["fd"] for seed in ("0", "1")]
-        assert values[0] != values[1] and row["mean"]["fd"] == pytest.approx(np.mean(values))
-        assert (row["least"]["fd"], row["greatest"]["fd"]) == (min(values), max(values))
+    rows = read_json(workdir / "compare" / "compare.json")["rows"]
+    assert [row["name"] for row in rows] == ["teacher", "ard_3", "step_2"]
+    others = {row["name"]: row for row in read_json(documented_run / "compare" / "compare.json")["rows"]}
+    for row in rows:
+        first, second = row["by_seed"]["0"], row["by_seed"]["1"]
+        for key in ("fd", "precision", "recall", "psnr", "training_flops"):
+            assert first[key] == others[row["name"]]["by_seed"]["0"][key]
+        fds = first["fd"], second["fd"]
+        assert (row["least"]["fd"], row["greatest"]["fd"]) == (min(fds), max(fds)) and fds[0] != fds[1]
+        assert row["mean"]["fd"] == pytest.approx(np.mean(fds))
 
-    # another number of samples: they are drawn and measured anew, and no student is trained again
-    trained = {name: stamp for name, stamp in stamps(killed).items() if "/distill/" in name}
-    text = file.read_text().replace("    return", "    config.sample.count = 66\n    return")
-    file.write_text(text)
-    assert compare(file, killed).status == 0
-    comparison = read_json(killed / "compare" / "compare.json")
-    assert comparison["samples"] == 66 and comparison["rows"][0]["mean"]["fd"] != rows[0][0]["mean"]["fd"]
-    assert {name: stamp for name, stamp in stamps(killed).items() if "/distill/" in name} == trained
 
-    # another training: the folder belongs to the old one, and the sentence says so
-    file.write_text(text.replace("    return", "    config.distill.optimizer.clip = 2.0\n    return"))
-    said = sentence(compare(file, killed), "compare")
-    assert "distill/ard_2 belongs to another config (distill.optimizer.clip 1.0 there, 2.0 here)" in said
+@pytest.mark.slow
+def test_other_samples_are_drawn_and_measured_anew_and_no_student_is_trained_again(documented_run, tmp_path):
+    workdir = copy(documented_run, tmp_path / "run", "seed0", "compare")
+    before = read_json(workdir / "compare" / "compare.json")
+    trained = {name: stamp for name, stamp in stamps(workdir).items() if "/distill/" in name}
+    methods = {"ard": ARD}  # others that are there have fewer samples, which is no matter
+    outcome = compare(write_config(tmp_path, methods, "config.sample.count = 66"), workdir)
+    assert outcome.status == 0, outcome.err
+    after = read_json(workdir / "compare" / "compare.json")
+    assert (before["samples"], after["samples"]) == (72, 66)
+    assert [row["name"] for row in after["rows"]] == ["teacher", "ard_3"]
+    assert all(
+        now["mean"]["fd"] != then["mean"]["fd"] for now, then in zip(after["rows"], before["rows"], strict=False)
+    )
+    assert {name: stamp for name, stamp in stamps(workdir).items() if "/distill/" in name} == trained
+
+    # another training: the folder belongs to the old one
+    file = write_config(tmp_path, methods, "config.distill.optimizer.clip = 2.0")
+    said = sentence(compare(file, workdir), "compare")
+    assert "distill/ard_3 belongs to another config (distill.optimizer.clip 1.0 there, 2.0 here)" in said
 
 
 # ----------------------------------------------------------------------------------------------------------- page

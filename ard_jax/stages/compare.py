@@ -89,7 +89,7 @@ def make(config: ml_collections.ConfigDict, entries: Mapping[str, Entry], workdi
         if not is_sampled(config, workdir, name):
             sample.run(changed(config, {"sample.models": (name,)}), workdir)
     if not is_measured(config, workdir, models):
-        evaluate.run(config, workdir)
+        evaluate.run(config, workdir, models)
 
 
 def is_made(
