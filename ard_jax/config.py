@@ -35,19 +35,6 @@ def optimizer_defaults() -> dict[str, Any]:
     }
 
 
-def method_defaults() -> dict[str, Any]:
-    """What an entry of `compare.methods` may say."""
-    return {
-        "title": "",  # its name on the page; "" for its key
-        "stage": "distill",  # the stage that trains it; or "finetune"
-        "steps": (),  # S that it has; () for those of compare.steps
-        "chain": False,  # each S starts from the one before in `steps`, and all of them share one budget
-        "start": "",  # method whose student of the same S it starts from
-        "settings": {},  # what it changes in the sections student, distill and finetune, nested as they are
-        "settings_at": {},  # more of that by S, such as {"1": {"distill": {"batch_size": 128}}}
-    }
-
-
 def default_config() -> ml_collections.ConfigDict:
     """The paper's ImageNet-256 settings wherever docs/METHOD.md section 5 gives a number."""
     return ml_collections.ConfigDict(
@@ -188,6 +175,19 @@ def default_config() -> ml_collections.ConfigDict:
             },
         }
     )
+
+
+def method_defaults() -> dict[str, Any]:
+    """What an entry of `compare.methods` may say."""
+    return {
+        "title": "",  # its name on the page; "" for its key
+        "stage": "distill",  # the stage that trains it; or "finetune"
+        "steps": (),  # S that it has; () for those of compare.steps
+        "chain": False,  # each S starts from the one before in `steps`, and all of them share one budget
+        "start": "",  # method whose student of the same S it starts from
+        "settings": {},  # what it changes in the sections student, distill and finetune, nested as they are
+        "settings_at": {},  # more of that by S, such as {"1": {"distill": {"batch_size": 128}}}
+    }
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
