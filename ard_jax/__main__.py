@@ -10,6 +10,7 @@ Stages, in the order of a run:
     sample         draw images from the teacher and the students
     evaluate       measure them
     report         put it all on one page
+    compare        train, measure and show many methods side by side, all stages in one command (--quick)
     export         write a model in a form that others can use
     plan           say what all of it will cost on a TPU slice, which it does not need (--topology, no --workdir)
 `python -m ard_jax STAGE --help` explains a stage; configs/ has the configs.
@@ -18,8 +19,8 @@ Stages, in the order of a run:
 import sys
 
 STAGES = (
-    "convert", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "report", "export",
-    "plan",
+    "convert", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "report", "compare",
+    "export", "plan",
 )  # fmt: skip
 
 

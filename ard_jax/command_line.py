@@ -31,9 +31,10 @@ WITHOUT_CONFIG = ("convert", "export")
 # Stages that save and stop at a step of their own when they are asked to (`training.loop.Preemption`).
 TRAINING = ("teacher", "distill", "finetune")
 
-# Flags beside --config, and what stands for their values; those in brackets may be left out.
+# Flags beside --config, and what stands for their values; those in brackets may be left out, and those without a value
+# are there or not.
 WORKDIR = {"workdir": "DIR"}
-FLAGS = {"plan": {"topology": "NAME", "json": "[FILE]"}}  # of stages without a workdir
+FLAGS = {"plan": {"topology": "NAME", "json": "[FILE]"}, "compare": {**WORKDIR, "quick": ""}}  # where they are others
 
 
 def run_stage(stage: str, arguments: list[str]) -> int:
@@ -51,14 +52,14 @@ def run_stage(stage: str, arguments: list[str]) -> int:
             print(parser.format_help())
             return 0
         print(f"python -m ard_jax {stage} --config FILE[:key=value,…] {usage(flags_of(stage))} [--config.key=value …]")
-        if stage not in FLAGS:
+        if has_workdir(stage):
             print("    on each of several hosts: [--coordinator HOST:PORT --num-processes N --process-id I]")
         print()
         print(module.__doc__.strip())
         return 0
     set_up_logging()
     set_up_libtpu()
-    if stage in FLAGS:
+    if stage not in WITHOUT_CONFIG and not has_workdir(stage):
         jax.config.update("jax_platforms", "cpu")  # it runs nothing, so it takes no accelerator from others
     try:
         if stage in WITHOUT_CONFIG:
@@ -67,7 +68,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         else:
             place, rest = hosts.split_flags(arguments)
             config, where, *_ = given = parse(rest, flags_of(stage))
-            if stage in FLAGS:  # it runs on one host, about another
+            if not has_workdir(stage):  # it runs on one host, about another
                 workdir = None
                 validate(config, platform="cpu" if where == "cpu" else "tpu")
             else:
@@ -106,10 +107,20 @@ def flags_of(stage: str) -> dict[str, str]:
     return FLAGS.get(stage, WORKDIR)
 
 
+def has_workdir(stage: str) -> bool:
+    """Whether a stage that takes a config also takes a workdir."""
+    return "workdir" in flags_of(stage)
+
+
+def is_needed(value: str) -> bool:
+    """Whether the flag that `value` stands for has to be given."""
+    return bool(value) and "[" not in value
+
+
 def usage(names: dict[str, str]) -> str:
     """Flags as a help text shows them."""
-    shown = [f"--{name} {value.strip('[]')}" for name, value in names.items()]
-    return " ".join(f"[{flag}]" if "[" in value else flag for flag, value in zip(shown, names.values(), strict=True))
+    shown = {f"--{name} {value.strip('[]')}".strip(): is_needed(value) for name, value in names.items()}
+    return " ".join(flag if needed else f"[{flag}]" for flag, needed in shown.items())
 
 
 def parse_flags(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
@@ -201,7 +212,7 @@ def set_up_jax(workdir: pathlib.Path | None) -> None:
 
 
 def parse(arguments: list[str], names: dict[str, str] = WORKDIR) -> tuple[Any, ...]:
-    """Flags → (resolved config, the other flags' values in their order: --workdir as a path, others as text).
+    """Flags → (resolved config, the other flags' values in their order: --workdir as a path, others as text or bool).
 
     Args:
         arguments: the command line's, after the stage.
@@ -213,7 +224,8 @@ def parse(arguments: list[str], names: dict[str, str] = WORKDIR) -> tuple[Any, .
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["ard_jax", *arguments])
     for name, value in names.items():
-        flags.DEFINE_string(name, None, value, flag_values=values)
+        define, default = (flags.DEFINE_string, None) if value else (flags.DEFINE_bool, False)
+        define(name, default, value, flag_values=values)
     check_flags(arguments, names)
     try:
         rest = values(["ard_jax", *arguments])[1:]
@@ -242,7 +254,7 @@ def check_flags(arguments: list[str], names: dict[str, str]) -> None:
         if argument.startswith("-"):
             name, equals, value = argument.lstrip("-").partition("=")
             given[name] = value if equals else following
-    needed = {name: value for name, value in names.items() if "[" not in value}
+    needed = {name: value for name, value in names.items() if is_needed(value)}
     for name in ("config", *needed):
         if not given.get(name):
             raise UserError(f"--{name} is missing: give --config FILE and {usage(needed)}.")

@@ -184,6 +184,14 @@ def default_config() -> ml_collections.ConfigDict:
                 "neighbours": 3,
             },
             "report": {"title": "ard_jax"},
+            "compare": {
+                "methods": {},  # by name, each as `method_defaults` says; all of them get the training FLOPs that the
+                # config's own student would take, but for a fine-tune, which has its own number of steps
+                "steps": (1, 2, 4),  # S that are compared
+                "points": ((0,), (10, 0), (15, 10, 5, 0)),  # student.points of every S
+                "seeds": (0,),  # each with its own teacher, trajectories and students
+                "quick": {},  # what --quick changes, nested as the config is
+            },
             "mesh": {  # how many devices lie along each axis; one may be -1, for what the others leave
                 "data": -1,  # share the batch
                 "fsdp": 1,  # share the batch and keep a part of the parameters and the optimiser's state each
@@ -199,6 +207,19 @@ def default_config() -> ml_collections.ConfigDict:
             },
         }
     )
+
+
+def method_defaults() -> dict[str, Any]:
+    """What an entry of `compare.methods` may say."""
+    return {
+        "title": "",  # its name on the page; "" for its key
+        "stage": "distill",  # the stage that trains it; or "finetune"
+        "steps": (),  # S that it has; () for those of compare.steps
+        "chain": False,  # each S starts from the one before in `steps`, and all of them share one budget
+        "start": "",  # method whose student of the same S it starts from
+        "settings": {},  # what it changes in the sections student, distill and finetune, nested as they are
+        "settings_at": {},  # more of that by S, such as {"1": {"distill": {"batch_size": 128}}}
+    }
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -448,6 +469,15 @@ def check_finetune(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def check_compare(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for seeds or numbers of steps that cannot be compared; entries.py checks the methods."""
+    seeds, steps = tuple(config.compare.seeds), tuple(config.compare.steps)
+    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise UserError(f"compare.seeds is {seeds}: give different whole numbers of at least 0, such as (0, 1, 2).")
+    if not steps or not all(isinstance(number, int) and number > 0 for number in steps):
+        raise UserError(f"compare.steps is {steps}: give numbers of steps, such as (1, 2, 4).")
+
+
 def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> None:
     """Checks what can be checked without data or devices, in milliseconds.
 
@@ -461,6 +491,7 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
     diffusion, trajectories, student = config.diffusion, config.trajectories, config.student
     check_numbers(config)
     check_mesh(config)
+    check_compare(config)
     for section in (config.teacher, config.distill, config.finetune):
         make_optimizer(section.optimizer, section.steps)
     make_optimizer(config.distill.distribution_matching.optimizer, config.distill.steps)

@@ -29,6 +29,8 @@ PALETTE = {
     "other1": ("#1b7d76", "#62c4ba"),
     "other2": ("#8b4ea6", "#c996e0"),
     "other3": ("#a63a55", "#ee8fa6"),
+    "other4": ("#7d6b0f", "#d3c15a"),
+    "other5": ("#6b4a34", "#c7a188"),
 }
 
 

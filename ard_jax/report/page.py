@@ -1,19 +1,16 @@
 """One HTML page that shows a run: no file beside it, no request to anywhere."""
 
-import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from ard_jax.report import figures, words
+from ard_jax.report import pieces, words
 from ard_jax.report.figures import Series
-from ard_jax.report.style import CSS
 from ard_jax.report.words import number, significant
 
-DIFFERENCE_GAIN = 3  # an error of 10 in 255 is plain in numbers and invisible on a screen
 CURVE_POINTS = 300  # more cannot be told apart at the width of a chart
 
 
@@ -45,86 +42,21 @@ def build_report(
     curves = curves or {}
     sections = [
         _headline(title, results, models),
-        _section("Side by side", "pictures", _pictures(models, pictures)),
-        _section("Measurements", "measurements", _measurements(results, models)),
-        _section("x0 points and noisy points", "points", _points(results, models)),
-        _section("Closeness to the teacher, step by step", "psnr", _psnr(models)),
-        _section("Exposure bias", "exposure", _exposure(models)),
-        _section("Training", "training", _training(models, curves)),
-        _section("Time", "time", _time(results.get("seconds") or {})),
-        _section("How it was made", "made", _made(results)),
+        pieces.section("Side by side", "pictures", _pictures(models, pictures)),
+        pieces.section("Measurements", "measurements", _measurements(results, models)),
+        pieces.section("x0 points and noisy points", "points", _points(results, models)),
+        pieces.section("Closeness to the teacher, step by step", "psnr", _psnr(models)),
+        pieces.section("Exposure bias", "exposure", _exposure(models)),
+        pieces.section("Training", "training", _training(models, curves)),
+        pieces.section("Time", "time", _time(results.get("seconds") or {})),
+        pieces.section("How it was made", "made", _made(results)),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        # The policy makes "no request to anywhere" a thing that the browser enforces.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-# --- pieces of HTML ---------------------------------------------------------------------------------------------------
-
-
-def _section(heading: str, name: str, body: str) -> str:
-    return f'<section id="{name}">\n<h2>{escape(heading)}</h2>\n{body}\n</section>'
-
-
-def _p(text: str, kind: str = "") -> str:
-    return f"<p{_class(kind)}>{escape(text)}</p>"
+    return pieces.document(title, sections)
 
 
 def _capital(phrase: str) -> str:
     """First letter large, except that of the symbol x0."""
     return phrase if phrase.startswith("x0") else phrase.capitalize()
-
-
-def _class(kind: str) -> str:
-    return f' class="{kind}"' if kind else ""
-
-
-def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls sideways on a narrow screen; the first cell of a row is its heading."""
-    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>\n'
-        for first, *rest in rows
-    )
-    label = f' tabindex="0" role="region" aria-label="{escape(caption)}"'
-    return (
-        f'<div class="scroll"{label}><table><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody></table></div>"
-    )
-
-
-def _image(image: np.ndarray, alt: str) -> str:
-    data = base64.b64encode(figures.cell_png(image)).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
-
-
-def _chart(name: str, caption: str, series: Sequence[Series], xlabel: str, ylabel: str, **options: bool) -> str:
-    """A chart with its legend, or nothing if no point of it is finite."""
-    svg = figures.line_chart(name, series, xlabel, ylabel, **options)
-    if svg is None:
-        return ""
-    legend = "".join(
-        f'<li><span class="{"dashed" if line.dashed else "solid"}" style="border-color:var(--{line.colour})"></span>'
-        f"{escape(line.label)}</li>"
-        for line in series
-    )
-    return (
-        f"<figure>\n<figcaption><b>{escape(caption)}</b></figcaption>\n"
-        f'<ul class="legend">{legend}</ul>\n{svg}\n</figure>'
-    )
-
-
-def _charts(charts: Sequence[str], absent: str) -> str:
-    charts = [chart for chart in charts if chart]
-    return f'<div class="charts">{"".join(charts)}</div>' if charts else _p(absent, "absent")
 
 
 def _students(models: Mapping[str, Mapping], target: str) -> dict[str, Mapping]:
@@ -150,10 +82,10 @@ def _colours(models: Mapping[str, Mapping]) -> dict[str, str]:
 
 def _headline(title: str, results: Mapping, models: Mapping[str, Mapping]) -> str:
     lead, detail = words.headline(results)
-    said = [f"<header>\n<h1>{escape(title)}</h1>", _p(lead, "lead"), _tiles(results, models)]
+    said = [f"<header>\n<h1>{escape(title)}</h1>", pieces.paragraph(lead, "lead"), _tiles(results, models)]
     if models:
-        said.append(_p(f"{detail} {_how_measured(results)}".strip()))
-    return "\n".join([*said, _p(words.PAPER, "note"), "</header>"])
+        said.append(pieces.paragraph(f"{detail} {_how_measured(results)}".strip()))
+    return "\n".join([*said, pieces.paragraph(words.PAPER, "note"), "</header>"])
 
 
 def _how_measured(results: Mapping) -> str:
@@ -189,17 +121,13 @@ def _tiles(results: Mapping, models: Mapping[str, Mapping]) -> str:
             note = f"FD of {'step distillation' if colour == 'step' else 'ARD'}"
             note += f", {number(calls, ',.0f')} network calls" if calls is not None else ""
             tiles.append((number(models[name]["fd"]), note, colour))
-    cells = "".join(
-        f'<div style="border-color:var(--{colour})"><strong>{escape(value)}</strong><span>{escape(note)}</span></div>'
-        for value, note, colour in tiles
-    )
-    return f'<div class="tiles">{cells}</div>' if tiles else ""
+    return pieces.tiles(tiles)
 
 
 def _pictures(models: Mapping[str, Mapping], pictures: Mapping[str, np.ndarray]) -> str:
     drawn = [name for name in pictures if name not in ("label", "noise", "teacher", "teacher_xt")]
     if not drawn and "teacher" not in pictures:
-        return _p(
+        return pieces.paragraph(
             "There are no pictures in these results: a latent-space model needs a decoder before it can be shown.",
             "absent",
         )
@@ -211,51 +139,9 @@ def _pictures(models: Mapping[str, Mapping], pictures: Mapping[str, np.ndarray])
         names = [name for name in _students(models, target) if name in pictures]
         if not names and not (target == "x0" and not drawn):
             continue
-        body.append(_finals(f"Final images, {word}", models, pictures, names))
+        body.append(pieces.final_images(f"Final images, {word}", models, pictures, names))
         body.append(_progressions(models, pictures, names, target))
     return "\n".join(body)
-
-
-def _finals(
-    heading: str, models: Mapping[str, Mapping], pictures: Mapping[str, np.ndarray], names: Sequence[str]
-) -> str:
-    """Rows of finished pictures, a column a noise, and under each student what parts it from the teacher."""
-    titles = words.titles(models)
-    teacher = pictures.get("teacher")
-    rows = [name for name in ("teacher", *names) if name in pictures]
-    finals = {name: figures.check_images(np.asarray(pictures[name])[:, -1]) for name in rows}
-    count = min(figures.shown(images) for images in finals.values())
-    cells = []
-    labels = pictures.get("label")
-    if labels is not None:
-        cells.append('<span class="name note">class</span>')
-        cells += [f'<span class="class">{escape(str(label))}</span>' for label in np.asarray(labels)[:count]]
-        cells += ["<span></span>"] * (count - len(labels))
-    for name in rows:
-        cells.append(_row_name(titles[name], _fd_note(models[name])))
-        cells += [_image(image, f"{titles[name]}, sample {i + 1}") for i, image in enumerate(finals[name][:count])]
-        if name != "teacher" and teacher is not None:
-            apart = _apart(finals[name][:count], finals["teacher"][:count])
-            cells.append(f'<span class="name note">difference from the teacher, ×{DIFFERENCE_GAIN}</span>')
-            cells += [_image(image, f"{titles[name]}, difference, sample {i + 1}") for i, image in enumerate(apart)]
-    return (
-        f"<figure>\n<figcaption><b>{escape(heading)}.</b> Every column starts from one noise, the same for all rows; "
-        "the samples are the first ones, not chosen. Black difference: a perfect copy of the teacher.</figcaption>\n"
-        f'<div class="scroll"><div class="finals" style="--n:{count}">{"".join(cells)}</div></div>\n</figure>'
-    )
-
-
-def _apart(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    return np.minimum(np.abs(images.astype(int) - others) * DIFFERENCE_GAIN, 255).astype(np.uint8)
-
-
-def _row_name(title: str, note: str = "") -> str:
-    small = f"<small>{escape(note)}</small>" if note else ""
-    return f'<span class="name">{escape(title)}{small}</span>'
-
-
-def _fd_note(model: Mapping) -> str:
-    return f"FD {number(model['fd'])}" if model.get("fd") is not None else ""
 
 
 def _progressions(
@@ -295,22 +181,22 @@ def _progression(rows: Mapping[str, np.ndarray], noise: np.ndarray | None, steps
     heads = ["", *(["noise"] if noise is not None else []), *(f"step {step}" for step in range(1, steps + 1))]
     cells = [f'<span class="class">{escape(head)}</span>' for head in heads]
     for title, points in rows.items():
-        cells.append(_row_name(words.short(title)))
+        cells.append(pieces.row_name(words.short(title)))
         if noise is not None:
-            cells.append(_image(np.asarray(noise)[sample], f"noise {sample + 1}"))
+            cells.append(pieces.picture(np.asarray(noise)[sample], f"noise {sample + 1}"))
         own = points.shape[1]
         # Fewer steps spread over the same trajectory: step s of S stands where the trajectory has got to.
         places = {round((step + 1) * steps / own): step for step in range(own)}
         for place in range(1, steps + 1):
             step = places.get(place)
             alt = "" if step is None else f"{title}, sample {sample + 1}, step {step + 1} of {own}"
-            cells.append("<span></span>" if step is None else _image(points[sample, step], alt))
+            cells.append("<span></span>" if step is None else pieces.picture(points[sample, step], alt))
     return f'<div class="progression" style="--n:{len(heads) - 1}">{"".join(cells)}</div>'
 
 
 def _measurements(results: Mapping, models: Mapping[str, Mapping]) -> str:
     if not models:
-        return _p("No model was measured.", "absent")
+        return pieces.paragraph("No model was measured.", "absent")
     titles = words.titles(models)
     head = [
         "Model",
@@ -346,23 +232,23 @@ def _measurements(results: Mapping, models: Mapping[str, Mapping]) -> str:
     )
     if results.get("features"):
         note += f" Features: {str(results['features']).rstrip('.')}."
-    return _table("Every model of this run", head, rows) + "\n" + _p(note, "note")
+    return pieces.table("Every model of this run", head, rows) + "\n" + pieces.paragraph(note, "note")
 
 
 def _points(results: Mapping, models: Mapping[str, Mapping]) -> str:
-    body = [_p(words.POINTS)]
+    body = [pieces.paragraph(words.POINTS)]
     ratios = results.get("degradation_ratios") or {}
     rows = []
     for target, word in words.TARGETS.items():
         step, ard = words.pair(models, target)
         if step is None and ard is None:
-            body.append(_p(f"These results hold no student with {word}.", "absent"))
+            body.append(pieces.paragraph(f"These results hold no student with {word}.", "absent"))
             continue
         by_step, by_ard = (None if name is None else words.degradation(models, name) for name in (step, ard))
         rows.append([_capital(word), *_degradations(by_step, by_ard, ratios.get(target))])
     if rows:
         head = ["Points", "Step distillation", "ARD", "Ratio"]
-        body.append(_table("Degradation (FD less the teacher’s) by kind of point, as measured here", head, rows))
+        body.append(pieces.table("Degradation (FD less the teacher’s) by kind of point, as measured here", head, rows))
     return "\n".join(body)
 
 
@@ -382,13 +268,15 @@ def _psnr(models: Mapping[str, Mapping]) -> str:
             for name, model in _students(models, target).items()
             if model.get("psnr_per_step")
         ]
-        charts.append(_chart(f"psnr-{target}", _capital(word), series, "step", "PSNR to the teacher, dB", markers=True))
+        charts.append(
+            pieces.chart(f"psnr-{target}", _capital(word), series, "step", "PSNR to the teacher, dB", markers=True)
+        )
     said = (
         "PSNR of each prediction to the teacher’s point of the same step, on the student’s own rollout; higher is "
         "better. Each kind of point has its own scale: compare lines within a plot."
     )
     absent = "PSNR by step was not measured, so there is no plot of it."
-    return (_p(said) + "\n" if any(charts) else "") + _charts(charts, absent)
+    return (pieces.paragraph(said) + "\n" if any(charts) else "") + pieces.charts(charts, absent)
 
 
 def _by_step(label: str, colour: str, values: Sequence[float], dashed: bool = False) -> Series:
@@ -408,14 +296,16 @@ def _exposure(models: Mapping[str, Mapping]) -> str:
             if model.get("forced_mse"):
                 series.append(_by_step(f"{title}, forced", colours[name], model["forced_mse"], dashed=True))
         charts.append(
-            _chart(f"exposure-{target}", _capital(word), series, "step", "mean squared error", log=True, markers=True)
+            pieces.chart(
+                f"exposure-{target}", _capital(word), series, "step", "mean squared error", log=True, markers=True
+            )
         )
     said = (
         "Error of each step when the student is fed the teacher’s points, as in training (forced, dashed), and when it "
         "is fed its own predictions, as in use (rollout, solid). The gap between the two is the exposure bias; at step "
         "1 both see only the noise."
     )
-    return (_p(said) + "\n" if any(charts) else "") + _charts(
+    return (pieces.paragraph(said) + "\n" if any(charts) else "") + pieces.charts(
         charts, "Errors by step were not measured, so there is no plot."
     )
 
@@ -433,11 +323,13 @@ def _training(models: Mapping[str, Mapping], curves: Mapping[str, Sequence[Mappi
             for i, name in enumerate(names)
             if curves.get(name)
         ]
-        charts.append(_chart(f"loss-{group}", caption, series, "training step", "loss", log=True))
-    body = _charts(charts, "There are no loss curves in these results.")
+        charts.append(pieces.chart(f"loss-{group}", caption, series, "training step", "loss", log=True))
+    body = pieces.charts(charts, "There are no loss curves in these results.")
     rates = {name: _median(rows, "samples_per_s") for name, rows in curves.items()}
     rates = [f"{titles.get(name, name)} {significant(rate)}" for name, rate in rates.items() if rate is not None]
-    return body + ("\n" + _p(f"Median throughput in samples a second: {'; '.join(rates)}.", "note") if rates else "")
+    return body + (
+        "\n" + pieces.paragraph(f"Median throughput in samples a second: {'; '.join(rates)}.", "note") if rates else ""
+    )
 
 
 def _thinned(rows: Sequence[Mapping]) -> tuple[list[float], list[float]]:
@@ -457,7 +349,7 @@ def _median(rows: Sequence[Mapping], key: str) -> float | None:
 
 def _time(seconds: Mapping[str, Any]) -> str:
     if not seconds:
-        return _p("The stages’ times were not recorded.", "absent")
+        return pieces.paragraph("The stages’ times were not recorded.", "absent")
     finite = {stage: value for stage, value in seconds.items() if words.finite(value)}
     longest = max(finite.values(), default=0)
     rows = "".join(
@@ -476,6 +368,6 @@ def _share(value: Any, longest: float) -> float:
 
 def _made(results: Mapping) -> str:
     if results.get("config") is None:
-        return _p("The config was not handed over with these results.", "absent")
+        return pieces.paragraph("The config was not handed over with these results.", "absent")
     config = json.dumps(results["config"], indent=2, default=str)
     return f"<details><summary>Config, as it was resolved</summary><pre>{escape(config)}</pre></details>"

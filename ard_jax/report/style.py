@@ -42,6 +42,8 @@ th:first-child{text-align:left;padding-left:0;position:sticky;left:0;background:
 #points table{max-width:46rem}
 .scroll table{margin-bottom:12px}
 #measurements table{min-width:60em}
+#measurements td{white-space:pre}
+#measurements tbody th,#measurements td{vertical-align:top}
 .finals{display:grid;grid-template-columns:9.5rem repeat(var(--n),minmax(34px,1fr));gap:4px;align-items:center;
   min-width:min-content}
 .finals img,.progression img{display:block;width:100%;height:auto}

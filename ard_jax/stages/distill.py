@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.config import example_shape, make_process, make_student, plain, solver_settings
+from ard_jax.config import example_shape, make_process, make_student, make_teacher, plain, solver_settings
 from ard_jax.data import InMemory
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT, init_from_teacher
@@ -98,6 +98,19 @@ def make_method(
             options=settings.get(settings.objective.rpartition(".")[2], {}),
         )
     )
+
+
+def training_flops(config: ml_collections.ConfigDict, start: int | None = None) -> float:
+    """FLOPs of the whole training that a config asks for, from the config alone; `start` as in `Given`.
+
+    Raises:
+        UserError: the method cannot be built from this config.
+    """
+    settings = config.distill
+    stored = tuple(config.trajectories.points)
+    columns = None if settings.online else tuple(stored.index(point) for point in config.student.points)
+    method = make_method(config, make_student(config), make_teacher(config), columns, start)
+    return method.flops * settings.batch_size * settings.steps
 
 
 def load_start(

@@ -8,7 +8,7 @@ step by step; and its exposure bias, the error of each step with the teacher's h
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -49,8 +49,12 @@ NEIGHBOUR_LIMIT = 10_000
 REAL_LIMIT = 50_000
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collection[str] = ()) -> None:
     """Evaluates.
+
+    Args:
+        config, workdir: the run's.
+        models: names of those to measure; () for all that have been sampled.
 
     Raises:
         UserError: nothing has been sampled, the samples are latents, or there are too few images for statistics.
@@ -63,6 +67,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             f"convert one into the workdir, or set vae.dir, and run 'sample' again."
         )
     sampled = finished(workdir / "sample", "sample")["models"]
+    sampled = {name: facts for name, facts in sampled.items() if name in (models or sampled)}
     teacher = load_teacher(config, workdir, mesh)
     students = {name: load_student(workdir / "distill" / name, mesh) for name in sampled if name != "teacher"}
     hashes = {"teacher": teacher[2]} | {name: student[2] for name, student in students.items()}
@@ -71,15 +76,15 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     real, labels = labels_and_images(real_images, limit=REAL_LIMIT)
     paired = Paired(config, teacher, students, make_decoder(vae, config, mesh), mesh)
     extractor = train_feature_net(real, labels, config.data.num_classes, steps=config.evaluate.feature_steps)
-    kept = ("steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
-    models: dict[str, dict[str, Any]] = {
+    kept = ("ema_sha256", "steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
+    measured: dict[str, dict[str, Any]] = {
         name: {key: facts[key] for key in kept} | distances(extractor, real, samples[name], config)
         for name, facts in sampled.items()
     }
     pictures = paired.teacher_pictures(config.evaluate.pictures)
     for name, student in students.items():
         errors, images = paired.compare(student, config.evaluate.pictures)
-        models[name] |= errors
+        measured[name] |= errors
         pictures[name] = images
     results = {
         "features": f"features of a small classifier trained on the same images "
@@ -87,8 +92,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         "real_images": len(real),
         "samples": config.sample.count,
         "paired": paired.count,
-        "models": add_degradation(models),
-        **degradation_ratios(models),
+        "models": add_degradation(measured),
+        **degradation_ratios(measured),
         "config": plain(config),
     }
     if not is_first():  # every host has computed the same

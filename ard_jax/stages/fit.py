@@ -50,7 +50,8 @@ def fit(
         watch: started with the stage.
 
     Returns:
-        What `write_done` takes: "sha256" of the parameters and their average, "seconds", "step".
+        What `write_done` takes: "sha256" of the parameters and their average, "seconds", "step", and what the training
+        took in "examples" and "flops".
     """
     trained = train(
         task.method,
@@ -64,10 +65,13 @@ def fit(
         frozen=task.frozen,
     )
     state = trained.state
+    examples = settings.batch_size * int(state.step)
     return {
         "sha256": {"params": tree_sha256(state.params), "ema": tree_sha256(state.ema)},
         "seconds": round(max(watch(), trained.seconds), 2),
         "step": int(state.step),
+        "examples": examples,
+        "flops": examples * task.method.flops,
     }
 
 

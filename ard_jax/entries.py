@@ -1,0 +1,258 @@
+"""What `compare` compares: an entry for each method and each S, with a config of its own derived from the one given.
+
+`config.compare.methods` says what a method changes; who trains, for how long and from what follows here, so that all
+methods have the same teacher, trajectories, noises, labels and training FLOPs.
+"""
+
+import contextlib
+import difflib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from operator import getitem
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from ard_jax.config import flatten, method_defaults, names_folder, validate
+from ard_jax.errors import UserError
+
+TEACHER = "teacher"
+SECTIONS = ("student", "distill", "finetune")  # what a method may change
+
+STAGES = ("distill", "finetune")  # that train students
+
+# Settings that follow from the entry.
+DERIVED = (
+    "student.name", "student.points", "distill.start", "distill.steps", "finetune.name", "finetune.start"
+)  # fmt: skip
+
+# (config, S that it starts from or None) → training FLOPs; raises UserError where the method cannot be built
+Flops = Callable[[ml_collections.ConfigDict, int | None], float]
+
+
+class Entry(NamedTuple):
+    """One student.
+
+    Attributes:
+        name: of its folder under distill/, such as "ard_4".
+        method: its key in `compare.methods`.
+        title: of the method, on the page.
+        steps: S.
+        stage: the stage that trains it.
+        config: that the stage is given.
+        start: name of the entry that it starts from; "" for the teacher.
+        shown: whether it is compared; a chain's first students may only be on the way.
+    """
+
+    name: str
+    method: str
+    title: str
+    steps: int
+    stage: str
+    config: ml_collections.ConfigDict
+    start: str
+    shown: bool
+
+
+def entries_of(config: ml_collections.ConfigDict, flops: Flops) -> dict[str, Entry]:
+    """Every entry by its name, in an order in which they can be trained.
+
+    Args:
+        config: the config; the training of its own student is the budget of every method.
+        flops: of a whole training, such as `stages.distill.training_flops`.
+
+    Raises:
+        UserError: a method is described wrongly or cannot be trained; the sentence names it.
+    """
+    methods = {name: described(name, method) for name, method in config.compare.methods.items()}
+    if not methods:
+        raise UserError("compare.methods is empty: name methods to compare, as configs/compare_digits.py does.")
+    entries: dict[str, Entry] = {}
+    for name in in_order(methods):
+        with about(f"compare.methods.{name}"):
+            for entry in entries_of_method(name, methods[name], config, entries, flops):
+                entries[entry.name] = entry
+    if not any(entry.shown for entry in entries.values()):
+        raise UserError(f"no method has any of the steps {tuple(config.compare.steps)}: change compare.steps.")
+    return entries
+
+
+@contextlib.contextmanager
+def about(what: str) -> Iterator[None]:
+    """Puts the name of what is wrong before a UserError's sentence."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+
+
+def described(name: str, method: Any) -> dict[str, Any]:
+    """A method's description with the defaults filled in.
+
+    Raises:
+        UserError: it has an unknown key or a value of the wrong type, or its name cannot be one.
+    """
+    defaults = method_defaults()
+    if not names_folder(name) or name == TEACHER:
+        raise UserError(f"compare.methods has {name!r}, which cannot name a folder: use letters, digits, '-' and '_'.")
+    if not isinstance(method, ml_collections.ConfigDict):
+        raise UserError(f"compare.methods.{name} is {method!r}: give a dict of {', '.join(defaults)}.")
+    given = method.to_dict()
+    for key, value in given.items():
+        if key not in defaults:
+            raise UserError(f"compare.methods.{name} has {key!r}, which it cannot: it may have {', '.join(defaults)}.")
+        if not isinstance(value, type(defaults[key])):
+            expected = type(defaults[key]).__name__
+            raise UserError(f"compare.methods.{name}.{key} is {value!r}, which is no {expected}: give one.")
+    if given.get("stage", "distill") not in STAGES:
+        raise UserError(f"compare.methods.{name}.stage is {given['stage']!r}: choose {' or '.join(STAGES)}.")
+    return defaults | given
+
+
+def in_order(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of methods, each after the one that it starts from.
+
+    Raises:
+        UserError: a method starts from one that is not there, or from itself by a detour.
+    """
+    order: list[str] = []
+    while waiting := [name for name in methods if name not in order]:
+        ready = [name for name in waiting if methods[name]["start"] in ("", *order)]
+        if not ready:
+            name = waiting[0]
+            others = ", ".join(other for other in methods if other not in waiting) or "none"
+            raise UserError(
+                f"compare.methods.{name} starts from {methods[name]['start']!r}, which is no method that can be "
+                f"trained before it: choose one of those that can ({others}), or leave start out for the teacher."
+            )
+        order += ready
+    return order
+
+
+def entries_of_method(
+    name: str, method: Mapping[str, Any], config: ml_collections.ConfigDict, before: Mapping[str, Entry], flops: Flops
+) -> Iterator[Entry]:
+    """A method's entries; `before` holds those of the methods that came before it."""
+    rounds = rounds_of(method, tuple(config.compare.steps))
+    budget = flops(config, None) / (len(rounds) if method["chain"] else 1)
+    previous = None
+    for steps in rounds:
+        start = previous or start_of(method, steps, before)
+        derived = derive(f"{name}_{steps}", method, steps, config, start)
+        validate(derived)
+        if method["stage"] == "distill":
+            derived = within(budget, derived, flops, start.steps if start else None)
+            validate(derived)  # a warm-up may be longer than the training that the budget pays for
+        entry = Entry(
+            name=f"{name}_{steps}",
+            method=name,
+            title=method["title"] or name,
+            steps=steps,
+            stage=method["stage"],
+            config=derived,
+            start=start.name if start else "",
+            shown=steps in config.compare.steps,
+        )
+        yield entry
+        previous = entry if method["chain"] else None
+
+
+def start_of(method: Mapping[str, Any], steps: int, before: Mapping[str, Entry]) -> Entry | None:
+    """The entry that a method's training starts from; None for the teacher.
+
+    Raises:
+        UserError: the method that it starts from has no such S.
+    """
+    if not method["start"]:
+        return None
+    name = f"{method['start']}_{steps}"
+    if name not in before:
+        raise UserError(f"it starts from {method['start']!r}, which has no {steps} steps: leave {steps} out of steps.")
+    return before[name]
+
+
+def rounds_of(method: Mapping[str, Any], compared: tuple[int, ...]) -> tuple[int, ...]:
+    """S of a method's trainings in their order: those that are compared, and of a chain those on the way to them."""
+    steps = method["steps"] or compared
+    shown = [place for place, number in enumerate(steps) if number in compared]
+    return steps[: max(shown, default=-1) + 1] if method["chain"] else tuple(steps[place] for place in shown)
+
+
+def derive(
+    name: str, method: Mapping[str, Any], steps: int, config: ml_collections.ConfigDict, start: Entry | None
+) -> ml_collections.ConfigDict:
+    """The config of an entry, but for the length of its training; that of a fine-tune is its start's config, changed.
+
+    Raises:
+        UserError: the method changes what it may not or what there is not, S has no points, or a fine-tune no start.
+    """
+    stage = method["stage"]
+    own = {"student.name": name, f"{stage}.start": start.name if start else ""}
+    if stage == "distill":
+        own["student.points"] = points_of(steps, config)
+    elif start:
+        own["finetune.name"], config = name, start.config
+    else:
+        raise UserError("a fine-tune starts from a student: name its method as start.")
+    for changes in (method["settings"], method["settings_at"].get(str(steps), {})):
+        check_changes(changes)
+        config = changed(config, changes)
+    return changed(config, own)
+
+
+def check_changes(changes: Mapping[str, Any]) -> None:
+    """Raises UserError if a method changes what all share, or what follows from its entry."""
+    for key in flatten(changes):
+        if key.split(".")[0] not in SECTIONS:
+            raise UserError(f"{key} is the same for all methods: a method may change {', '.join(SECTIONS)}.")
+        if key in DERIVED:
+            raise UserError(f"{key} follows from the method's name, S and start and from the budget: leave it out.")
+
+
+def points_of(steps: int, config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    """The points of S, out of `compare.points`."""
+    known = {len(points): tuple(points) for points in config.compare.points}
+    if steps not in known:
+        raise UserError(f"it has {steps} steps, for which compare.points has no points: add some to it.")
+    return known[steps]
+
+
+def within(
+    budget: float, config: ml_collections.ConfigDict, flops: Flops, start: int | None
+) -> ml_collections.ConfigDict:
+    """A config whose training takes so many FLOPs.
+
+    Raises:
+        UserError: that is not enough for a single step.
+    """
+    one = flops(changed(config, {"distill.steps": 1}), start)
+    steps = round(budget / one)
+    if not steps:
+        raise UserError(f"a step of it takes {one:.3g} FLOPs, but its budget is {budget:.3g}: lower its batch_size.")
+    return changed(config, {"distill.steps": steps})
+
+
+def changed(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A copy of a config with some settings changed.
+
+    Args:
+        config: the config.
+        changes: new values, nested as the config is, or by dotted keys.
+
+    Raises:
+        UserError: there is no such setting, or it has another type.
+    """
+    copy = config.copy_and_resolve_references()
+    known = flatten(copy.to_dict())
+    for key, value in flatten(changes).items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}" if close else "ard_jax/config.py lists the settings"
+            raise UserError(f"there is no setting {key!r}: {hint}.")
+        *path, last = key.split(".")
+        section = functools.reduce(getitem, path, copy)
+        try:
+            section[last] = value
+        except TypeError:
+            raise UserError(f"{key} is {value!r}, which is no {type(known[key]).__name__}: give one.") from None
+    return copy

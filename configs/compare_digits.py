@@ -1,0 +1,59 @@
+"""Every method on scikit-learn's digits, 8×8, at one training budget: that of ARD in four steps (configs/digits.py).
+
+Two cores take … minutes a seed, and … with --quick. Fréchet distances at seed 0 (classifier features): …
+
+python -m ard_jax compare --config configs/compare_digits.py --workdir runs/compare [--quick]
+"""
+
+from configs import digits
+
+# An eight-step student is told the time, and its points are read for their number alone; the store keeps them all.
+EIGHT = (15, 13, 12, 10, 8, 5, 3, 0)
+
+
+def told_the_time(kind: str, objective: str, learning_rate: float) -> dict:
+    """What the rivals change, whose students are networks like the teacher."""
+    return {
+        "student": {"kind": kind},
+        "distill": {"objective": objective, "optimizer": {"learning_rate": learning_rate}},
+    }
+
+
+def get_config(argument: str = ""):
+    config = digits.get_config(argument)
+    with config.unlocked():
+        config.trajectories.points = EIGHT
+        config.compare.points = ((0,), (10, 0), (15, 10, 5, 0), EIGHT)
+        config.compare.methods = {
+            "knowledge": {"title": "Knowledge distillation", "steps": (1,)},
+            "step": {
+                "title": "Step distillation",
+                "steps": (2, 4),
+                "settings": {"student": {"mask": "diagonal"}},
+            },
+            "ard": {"title": "ARD", "steps": (2, 4)},
+            "adversarial": {"title": "ARD + adversarial", "stage": "finetune", "start": "ard", "steps": (4,)},
+            "progressive": {
+                "title": "Progressive distillation",
+                "steps": (8, 4, 2, 1),
+                "chain": True,
+                "settings": told_the_time("deterministic", "progressive", 1e-3),
+            },
+            "consistency": {
+                "title": "Consistency distillation",
+                "settings": told_the_time("stochastic", "consistency", 1e-3),
+            },
+            "matching": {
+                "title": "Distribution matching",
+                "settings": told_the_time("stochastic", "distribution_matching", 1e-4),
+            },
+        }
+        config.compare.quick = {
+            "teacher": {"steps": 700},
+            "trajectories": {"count": 1088},
+            "distill": {"steps": 100},
+            "sample": {"count": 768},
+            "evaluate": {"paired": 256, "feature_steps": 300},
+        }
+        config.report.title = "Handwritten digits, 8×8"
+    return config
