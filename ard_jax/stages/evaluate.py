@@ -1,9 +1,9 @@
 """Measures the samples of the teacher and of every student that has been sampled.
 
 Reads `sample/` and the real images (of `data`, or of `encode` for models of latents) and writes
-`evaluate/results.json`, `pictures.npz` and `edits.npz`: Fréchet distance, precision and recall in the features of a small classifier that is trained on the
-same data (so they compare models here, and with nothing else); each student's error to the teacher from the same noise,
-step by step; and of ARD students the exposure bias (the error of each step with the teacher's history against its own),
+`evaluate/results.json`, `pictures.npz` and `edits.npz`: Fréchet distance, precision and recall in the features of a
+small classifier that is trained on the same data (so they compare models here, and with nothing else); each student's
+error to the teacher from the same noise, step by step; and of ARD students the exposure bias (the error of each step with the teacher's history against its own),
 `given_psnr` (PSNR of the final image to the teacher's when the first 0, 1, …, S−1 points are the teacher's) and
 `attention_mass` (layer, query block, key block: the share of its attention that a block pays to each block, on the
 student's own points). `edits.npz` has the teacher's images as `source`, turned into `label`, and by the student's name
@@ -279,7 +279,7 @@ class Paired:
         return found
 
     def edit_sources(self, count: int) -> dict[str, np.ndarray]:
-        """The images that students edit, which are the teacher's last points, and the classes that they turn them into."""
+        """The images that students edit, the teacher's last points, and the classes that they turn them into."""
         source, label = self.rows["x0"][:count, -1:], self.rows["label"][:count]
         return {"source": to_uint8(self.images(source))[:, 0], "label": self.other_class(label)}
 
