@@ -18,7 +18,11 @@ CURVE_POINTS = 300  # more cannot be told apart at the width of a chart
 
 
 def build_report(
-    title: str, results: Mapping, pictures: Mapping[str, np.ndarray] | None, curves: Mapping | None
+    title: str,
+    results: Mapping,
+    pictures: Mapping[str, np.ndarray] | None,
+    curves: Mapping | None,
+    edits: Mapping[str, np.ndarray] | None = None,
 ) -> str:
     """The whole report as one self-contained HTML page.
 
@@ -30,11 +34,14 @@ def build_report(
       results: `features`, `real_images`, `samples`, `degradation_ratio`, `degradation_ratios`, `seconds` (stage →
         seconds), optionally `config`, and `models`: name → measurements. A teacher has kind "teacher", a
         student kind "student", `target` ("x0" or "xt"), `mask`, `steps` (S) and, by step, lists of S numbers
-        `psnr_per_step` (dB), `forced_mse` and `rollout_mse`. Times are seconds, costs GMAC.
+        `psnr_per_step` (dB), `forced_mse` and `rollout_mse`, by k = 0 … S−1 `given_psnr` (dB), and `attention_mass`
+        (layer, query block, key block). Times are seconds, costs GMAC.
       pictures: uint8 arrays, all rows from the same noise: `noise` (n, H, W, C); `teacher` and each student by its
         name (n, S, H, W, C); `label` (n,); where there are students with noisy points also
         `teacher_xt` (n, S, H, W, C), the teacher's noisy points. Empty or None where nothing can be shown.
       curves: name of the model → rows of its metrics.jsonl (`step`, `loss`, `samples_per_s`).
+      edits: uint8 arrays: `source` (n, H, W, C), `label` (n,) of the class that it is turned into, and by a student's
+        name (n, S, H, W, C): without the source, then with it in place of the prediction of step 1, …, S−1.
 
     Raises:
       UserError: if a picture is not uint8 or not of the stated shape.
@@ -49,10 +56,17 @@ def build_report(
         _section("x0 points and noisy points", "points", _points(results, models)),
         _section("Closeness to the teacher, step by step", "psnr", _psnr(models)),
         _section("Exposure bias", "exposure", _exposure(models)),
+        _section("Error accumulation", "given", _given(models)),
+        _section("Attention to the history", "attention", _attention(models)),
+        _section("Image editing", "edits", _edits(models, edits or {})),
         _section("Training", "training", _training(models, curves)),
         _section("Time", "time", _time(results.get("seconds") or {})),
         _section("How it was made", "made", _made(results)),
     ]
+    return _document(title, sections)
+
+
+def _document(title: str, sections: Iterable[str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         # The policy makes "no request to anywhere" a thing that the browser enforces.
@@ -417,6 +431,80 @@ def _exposure(models: Mapping[str, Mapping]) -> str:
     return (_p(said) + "\n" if any(charts) else "") + _charts(
         charts, "Errors by step were not measured, so there is no plot."
     )
+
+
+def _given(models: Mapping[str, Mapping]) -> str:
+    titles, colours = words.titles(models), _colours(models)
+    charts = []
+    for target, word in words.TARGETS.items():
+        series = []
+        for name, model in _students(models, target).items():
+            if model.get("given_psnr"):
+                line = _by_step(words.short(titles[name]), colours[name], model["given_psnr"])
+                series.append(line._replace(x=range(len(line.y))))
+        charts.append(
+            _chart(
+                f"given-{target}",
+                _capital(word),
+                series,
+                "first points that are the teacher’s",
+                "PSNR of the image, dB",
+                markers=True,
+            )
+        )
+    said = (
+        "PSNR of the final image to the teacher’s when the first k points are the teacher’s and the student makes the "
+        "rest; at 0 it is the student alone, at the right end only the last step is its own. A steep line is a student "
+        "whose early errors reach the image."
+    )
+    absent = "No student was run from the teacher’s first points, so there is no plot."
+    return (_p(said) + "\n" if any(charts) else "") + _charts(charts, absent)
+
+
+def _attention(models: Mapping[str, Mapping]) -> str:
+    titles = words.titles(models)
+    maps = []
+    for name, model in models.items():
+        if model.get("attention_mass"):
+            svg = figures.block_maps(f"attention-{len(maps)}", np.asarray(model["attention_mass"], float))
+            maps.append(f"<figure>\n<figcaption><b>{escape(titles[name])}</b></figcaption>\n{svg}\n</figure>")
+    said = (
+        "Where the tokens of each block look, in percent of their attention, in every layer that sees the history: a "
+        "row is the block that looks, a column the block that is looked at. Means over tokens, heads and trajectories, "
+        "on the student’s own points."
+    )
+    absent = "These results hold no student whose attention to the history was measured."
+    return (_p(said) + "\n" if maps else "") + _charts(maps, absent)
+
+
+def _edits(models: Mapping[str, Mapping], edits: Mapping[str, np.ndarray]) -> str:
+    names = [name for name in edits if name not in ("source", "label")]
+    if not names or "source" not in edits:
+        return _p("These results hold no edited images.", "absent")
+    titles = words.titles({name: models.get(name, {}) for name in (*models, *names)})
+    sources = figures.check_images(edits["source"])
+    count = min(8, len(sources))
+    grids = []
+    for name in names:
+        images = np.asarray(edits[name])
+        steps = images.shape[1]
+        heads = ["", "source", *(f"after step {step}" for step in range(1, steps)), "no source"]
+        cells = [f'<span class="class">{escape(head)}</span>' for head in heads]
+        for row in range(count):
+            cells.append(_row_name(f"into {edits['label'][row]}") if "label" in edits else "<span></span>")
+            cells.append(_image(sources[row], f"source {row + 1}"))
+            cells += [
+                _image(images[row, step % steps], f"{titles[name]}, edit {row + 1}, {heads[step + 1]}")
+                for step in range(1, steps + 1)
+            ]
+        grid = f'<div class="progression" style="--n:{len(heads) - 1}">{"".join(cells)}</div>'
+        grids.append(f"<figure>\n<figcaption><b>{escape(titles[name])}</b></figcaption>\n{grid}\n</figure>")
+    said = (
+        "The source takes the place of the student’s prediction after a step, and the student goes on with another "
+        "class, from another noise. The later the step, the more of the source should stay; without a source the same "
+        "noise and class give the last column. The sources are images of the teacher."
+    )
+    return f'{_p(said)}\n<div class="steps">{"".join(grids)}</div>'
 
 
 def _training(models: Mapping[str, Mapping], curves: Mapping[str, Sequence[Mapping]]) -> str:

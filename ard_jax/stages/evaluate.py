@@ -1,14 +1,15 @@
 """Measures the samples of the teacher and of every student that has been sampled.
 
-Reads `sample/` and the real images (of `data`, or of `encode` for models of latents) and writes
-`evaluate/results.json`, `pictures.npz` and `edits.npz`: Fréchet distance, precision and recall in the features of a
-small classifier that is trained on the same data (so they compare models here, and with nothing else); each student's
-error to the teacher from the same noise, step by step; and of ARD students the exposure bias (the error of each step with the teacher's history against its own),
-`given_psnr` (PSNR of the final image to the teacher's when the first 0, 1, …, S−1 points are the teacher's) and
-`attention_mass` (layer, query block, key block: the share of its attention that a block pays to each block, on the
-student's own points). `edits.npz` has the teacher's images as `source`, turned into `label`, and by the student's name
-(image, S, height, width, channel): without the source, then with it in place of the prediction of step 1, …, S−1
-(docs/METHOD.md section 4).
+Reads `sample/` and the real images (of `data`, or of `encode` for models of latents) and writes, in `evaluate/`,
+`results.json`, `pictures.npz` and `edits.npz`: Fréchet distance, precision and recall in the features of a small
+classifier that is trained on the same data (so they compare models here, and with nothing else); each student's error
+to the teacher from the same noise, step by step; and of ARD students
+- the exposure bias, the error of each step with the teacher's history against its own;
+- `given_psnr`, of the final image to the teacher's when the first 0, 1, …, S−1 points are the teacher's;
+- `attention_mass` (layer, query block, key block), how a block shares its attention out, on the student's own points;
+- in `edits.npz`, the teacher's images `source` turned into the class `label`, under the student's name (image, S,
+  height, width, channel): without the source, then with it in place of the prediction of step 1, …, S−1
+  (docs/METHOD.md section 4).
 """
 
 import functools
