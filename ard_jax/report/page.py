@@ -66,6 +66,65 @@ def build_report(
     return _document(title, sections)
 
 
+def build_sweep(
+    about: str,
+    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    results: Mapping,
+    pictures: Mapping[str, Mapping[str, np.ndarray]],
+    over: str | None,
+) -> str:
+    """The page of a sweep: its table, Fréchet distances along a setting, and what the students of each workdir make.
+
+    Args:
+      about: the sweep file's docstring, whose first line is the heading.
+      table: the heads of its columns, and its rows.
+      results: as `sweep.collect` returns them.
+      pictures: by workdir, as in `build_report`.
+      over: the setting that the entries' `over` are values of, None if they lie along none.
+
+    Raises:
+      UserError: if a picture is not uint8 or not of the stated shape.
+    """
+    title, _, text = about.strip().partition("\n")
+    entries = results["entries"]
+    sections = [f"<header>\n<h1>{escape(title)}</h1>"]
+    sections += [_p(" ".join(paragraph.split())) for paragraph in text.split("\n\n") if paragraph.strip()]
+    sections += ["</header>", _section("Every entry", "entries", _table(title, *table))]
+    if over is not None:
+        sections.append(_section(f"Along {over}", "over", _along(entries, over)))
+    for index, (workdir, drawn) in enumerate(pictures.items()):
+        own = {name: entry for name, entry in entries.items() if entry["workdir"] == workdir}
+        models = {name: {**entry["results"], "title": name} for name, entry in own.items()}
+        models = {"teacher": next(iter(own.values()))["teacher"], **models}
+        finals = _finals("Final images", models, drawn, [name for name in models if name in own and name in drawn])
+        heading = "Students" if len(pictures) == 1 else ", ".join(own)
+        prefix = f"workdir-{index}"
+        body = "\n".join([finals, _given(models, prefix), _attention(models, prefix)])
+        sections.append(_section(heading, prefix, body))
+    settings = {key: value for key, value in results.items() if key != "entries"}
+    settings["entries"] = {name: entry["settings"] for name, entry in entries.items()}
+    sections.append(_section("How it was made", "made", _made({"config": settings})))
+    return _document(title, sections)
+
+
+def _along(entries: Mapping[str, Mapping], over: str) -> str:
+    """FD by the value of a setting, a line for all entries that are alike in the others, and the teacher's."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for entry in entries.values():
+        rest = {key: value for key, value in entry["settings"].items() if key != over}
+        label = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in rest.items()) or "students"
+        lines.setdefault(label, []).append((entry["over"], entry["results"]["fd"]))
+    colours = ("ard", "step", "other1", "other2", "other3")
+    series = [
+        Series(label, colours[index % len(colours)], *zip(*sorted(points), strict=True))
+        for index, (label, points) in enumerate(lines.items())
+    ]
+    teachers = sorted((entry["over"], entry["teacher"]["fd"]) for entry in entries.values())
+    series.append(Series("teacher", "teacher", *zip(*teachers, strict=True), dashed=True))
+    chart = _chart("over", f"Fréchet distance along {over}", series, over, "Fréchet distance", markers=True)
+    return _charts([chart], "The entries have no Fréchet distances, so there is no plot.")
+
+
 def _document(title: str, sections: Iterable[str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -433,7 +492,8 @@ def _exposure(models: Mapping[str, Mapping]) -> str:
     )
 
 
-def _given(models: Mapping[str, Mapping]) -> str:
+def _given(models: Mapping[str, Mapping], prefix: str = "all") -> str:
+    """Charts of error accumulation; `prefix` tells their ids apart from those of others on the page."""
     titles, colours = words.titles(models), _colours(models)
     charts = []
     for target, word in words.TARGETS.items():
@@ -444,7 +504,7 @@ def _given(models: Mapping[str, Mapping]) -> str:
                 series.append(line._replace(x=range(len(line.y))))
         charts.append(
             _chart(
-                f"given-{target}",
+                f"{prefix}-given-{target}",
                 _capital(word),
                 series,
                 "first points that are the teacher’s",
@@ -461,12 +521,13 @@ def _given(models: Mapping[str, Mapping]) -> str:
     return (_p(said) + "\n" if any(charts) else "") + _charts(charts, absent)
 
 
-def _attention(models: Mapping[str, Mapping]) -> str:
+def _attention(models: Mapping[str, Mapping], prefix: str = "all") -> str:
+    """Maps of attention; `prefix` as in `_given`."""
     titles = words.titles(models)
     maps = []
     for name, model in models.items():
         if model.get("attention_mass"):
-            svg = figures.block_maps(f"attention-{len(maps)}", np.asarray(model["attention_mass"], float))
+            svg = figures.block_maps(f"{prefix}-attention-{len(maps)}", np.asarray(model["attention_mass"], float))
             maps.append(f"<figure>\n<figcaption><b>{escape(titles[name])}</b></figcaption>\n{svg}\n</figure>")
     said = (
         "Where the tokens of each block look, in percent of their attention, in every layer that sees the history: a "
