@@ -44,6 +44,8 @@ from ard_jax.trajectories.store import read_manifest
 STAGES = ("teacher", "trajectories", "distill", "sample", "evaluate")
 KEYS = ("config", "settings", "entries", "over", "stages")
 SET_BY_SWEEP = ("student.name", "sample.models")
+OF_STUDENTS = {"student", "distill"}  # sections in which students of one workdir may differ
+OF_TEACHERS = {"seed", "data", "model", "teacher"}  # sections that a teacher depends on
 HEAD = ("Entry", "Steps", "FD ↓", "Degradation ↓", "Precision ↑", "Recall ↑", "PSNR to teacher, dB ↑")
 
 # A stage and its flags.
@@ -101,10 +103,16 @@ def read_sweep(file: str) -> Sweep:
         raise UserError(f"the sweep file {file!r} is not there: name one, such as configs/sweeps/masks.py.")
     try:
         found = runpy.run_path(file)
-        sweep = dict(found["SWEEP"])
+        about, sweep = found["__doc__"] or "", dict(found["SWEEP"])
     except Exception as error:  # a sweep file is code, which may raise anything
         said = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{file} is no sweep ({said}): ard_jax/sweep.py says what one is.") from None
+    check_sweep(file, sweep)
+    return Sweep(file, about, **{"settings": {}, **sweep})
+
+
+def check_sweep(file: str, sweep: Mapping[str, Any]) -> None:
+    """Raises UserError for the first thing in SWEEP that is not as the module says."""
     unknown = [key for key in sweep if key not in KEYS]
     if unknown or not sweep.get("config") or not sweep.get("entries"):
         what = f"has the key {unknown[0]!r}" if unknown else "lacks config or entries"
@@ -112,18 +120,16 @@ def read_sweep(file: str) -> Sweep:
     for name in sweep["entries"]:
         if not names_folder(name) or name in (*RESERVED, "sweep", *STAGES):
             raise UserError(f"sweep entry {name!r} cannot name a student's folder: use letters, digits, '-' and '_'.")
-    stages = tuple(sweep.get("stages", STAGES))
+    stages = sweep.get("stages", STAGES)
     if [stage for stage in STAGES if stage in stages] != list(stages):
         raise UserError(f"the stages of {file} are {stages}: give some of {', '.join(STAGES)}, in this order.")
     if sweep.get("over") is not None and sweep["over"] not in known_keys():
         raise UserError(f"over of {file} is {sweep['over']!r}, which is no setting: name one such as distill.steps.")
-    return Sweep(file, found["__doc__"] or "", **{"settings": {}, **sweep, "stages": stages})
 
 
-def command(stage: str, sweep: Sweep, place: Place, **changed: Any) -> Command:
+def command(stage: str, sweep: Sweep, place: Place) -> Command:
     """A stage and its flags, what a person would type after `python -m ard_jax`."""
-    settings = {**place.settings, **{key.replace("__", "."): value for key, value in changed.items()}}
-    flags = (f"--config.{key}={value}" for key, value in settings.items())
+    flags = (f"--config.{key}={value}" for key, value in place.settings.items())
     return stage, "--config", sweep.config, "--workdir", place.workdir, *flags
 
 
@@ -166,6 +172,7 @@ def plan(sweep: Sweep, workdir: str, only: list[str] | None = None) -> list[Entr
 def plan_entry(
     sweep: Sweep, name: str, settings: Mapping[str, Any], shared: Place, base: ml_collections.ConfigDict
 ) -> Entry:
+    """An entry, and what of it lies in the `shared` workdir, whose config is `base`; see `plan`."""
     taken = [key for key in (*sweep.settings, *settings) if key in SET_BY_SWEEP]
     if taken:
         raise UserError(f"sweep entry {name!r} sets {taken[0]}, which the sweep itself sets: leave it out.")
@@ -174,10 +181,10 @@ def plan_entry(
         config = resolve(command("distill", sweep, Place(shared.workdir, settings)))
     except UserError as error:
         raise UserError(f"sweep entry {name!r}: {error}") from None
-    differs = {key.split(".")[0] for key in differing(base, config)} - {"student", "distill"}
+    differs = {key.split(".")[0] for key in differing(base, config)} - OF_STUDENTS
     if not differs:
         return Entry(name, settings, config, shared, shared, shared)
-    same_teacher = not differs & {"seed", "data", "model", "teacher"} and network(base) == network(config)
+    same_teacher = not differs & OF_TEACHERS and network(base) == network(config)
     same_store = same_teacher and not differs & {"diffusion", "trajectories"}
     for key, same in (("teacher", same_teacher), ("trajectories", same_store)):
         if same and not base[key].dir:
@@ -202,8 +209,9 @@ def commands(sweep: Sweep, entries: list[Entry]) -> list[Command]:
         if not entry.config.trajectories.dir:
             found.append(command("trajectories", sweep, entry.store))
         found.append(command("distill", sweep, Place(entry.home.workdir, entry.settings)))
-        for name in ("teacher", entry.name):
-            found.append(command("sample", sweep, entry.home, sample__models=(name,)))
+        for name in ("teacher", entry.name):  # one by one, or what is drawn would be drawn again with what is not
+            home = Place(entry.home.workdir, {**entry.home.settings, "sample.models": (name,)})
+            found.append(command("sample", sweep, home))
     found += [command("evaluate", sweep, entry.home) for entry in entries]
     return [words for words in dict.fromkeys(found) if words[0] in sweep.stages]
 
@@ -313,7 +321,7 @@ def position(sweep: Sweep, entry: Entry) -> float | None:
 
 
 def table_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The cells of the table: each teacher before the entries that have it."""
+    """The cells of the table, each teacher before the entries that have it."""
     several = len({entry["workdir"] for entry in results["entries"].values()}) > 1
     shown = set()
     for name, entry in results["entries"].items():

@@ -14,7 +14,7 @@ from PIL import Image
 from ard_jax.errors import UserError
 from ard_jax.report import build_report, image_grid, teaser, words
 from ard_jax.report.figures import GUTTER, PALETTE, Series, block_maps, line_chart
-from ard_jax.report.page import _thinned
+from ard_jax.report.page import _thinned, build_sweep
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 STEPS, COUNT, SIDE = 4, 5, 8
@@ -207,6 +207,38 @@ def test_attention_is_written_in_percent_into_the_cells_of_the_blocks_that_are_s
     assert said == ["noise", "1", "2"] * 2 + ["100", "25", "75", "50", "12", "38", "layer 1"]
     faint = [float(alpha) for alpha in re.findall(r"var\(--ard\); opacity: ([0-9.]+)", svg)]
     np.testing.assert_allclose(faint, [0.08 + 0.92 * share for share in (0.25, 0.75, 0.5, 0.125, 0.375)])
+
+
+def test_page_of_a_sweep(results, pictures):
+    """Two workdirs, each with a teacher of its own; FD along a setting, a line for what is alike in the others."""
+    teacher = results["models"]["teacher"]
+    entries = {
+        f"{mask}_{layers}": {
+            "workdir": f"x/{mask}",
+            "settings": {"student.history_layers": layers, "student.mask": mask},
+            "over": layers,
+            "teacher": teacher | {"fd": teacher["fd"] + (mask == "window")},
+            "results": student("x0", "causal", 20.0 + layers, 3.0),
+        }
+        for mask in ("causal", "window")
+        for layers in (2, 0, 1)
+    }
+    drawn = {
+        f"x/{mask}": {"teacher": pictures["teacher"]} | {f"{mask}_{n}": pictures["ard"] for n in (0, 1)}
+        for mask in ("causal", "window")
+    }
+    about = "Layers & masks\n\nWhat is\nasked.\n\nTwo minutes."
+    table = (("Entry", "FD"), [["teacher", "17.60"], ["causal_2", "22.00"]])
+    found = {"sweep": "a.py", "config": "b.py", "settings": {}, "entries": entries}
+    html = build_sweep(about, table, found, drawn, "student.history_layers")
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids)) and "Layers & masks" in page.text["top"] and "What is asked." in html
+    assert page.row("causal_2") == ["causal_2", "22.00"]
+    chart = html[html.index('id="over"') : html.index('id="workdir-0"')]
+    assert [len(re.findall(rf"<use [^>]*--{colour}", chart)) for colour in ("ard", "step", "teacher")] == [3, 3, 6]
+    assert "mask causal" in chart and "mask window" in chart
+    assert len(page.images) == 2 * (COUNT + 2 * 2 * COUNT)  # the teacher, two students and their differences, twice
+    assert html.count("layer 1") == 6 and "over" not in Page(build_sweep(about, table, found, {}, None)).text
 
 
 def test_large_colour_pictures_are_reduced(results):
