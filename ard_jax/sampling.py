@@ -157,10 +157,37 @@ def sample_student(
     Returns:
         (batch, steps, height, width, channel); the last step is the sample.
     """
-    given, cache, points, x = given or {}, (), [], noise
+    given = given or {}
+    return walk(model, params, noise, y, lambda step, prediction: given.get(step, prediction))
+
+
+def sample_student_among(
+    model: ARDStudent, params, is_given: jax.Array, noise: jax.Array, y: jax.Array, points: jax.Array
+) -> jax.Array:
+    """`sample_student` where one compiled program serves whichever steps' points are given.
+
+    Args:
+        model, params, noise, y: as there.
+        is_given: (step,), which of the student's own points are replaced.
+        points: by which, (batch, step, height, width, channel).
+    """
+    return walk(
+        model,
+        params,
+        noise,
+        y,
+        lambda step, prediction: jnp.where(is_given[step - 1], points[:, step - 1], prediction),
+    )
+
+
+def walk(
+    model: ARDStudent, params, noise: jax.Array, y: jax.Array, choose: Callable[[int, jax.Array], jax.Array]
+) -> jax.Array:
+    """The sampler's loop; `choose` makes the next point of the step, 1 … S, and its prediction."""
+    cache, points, x = (), [], noise
     for step in range(1, model.steps + 1):
         prediction, cache = model.apply({"params": params}, x, y, cache, method="step")
-        x = given.get(step, prediction).astype(noise.dtype)
+        x = choose(step, prediction).astype(noise.dtype)
         points.append(x)
     return jnp.stack(points, axis=1)
 

@@ -28,7 +28,7 @@ from ard_jax.models.attention import attend_within_rows
 from ard_jax.models.layers import layer_norm, position_table
 from ard_jax.objectives.ard import ard
 from ard_jax.parallel import make_mesh
-from ard_jax.sampling import sample_student
+from ard_jax.sampling import sample_student, sample_student_among
 from ard_jax.training.state import init_state, make_step
 
 FLOAT32_TOLERANCE = {"tiny": 3e-6, "strong": 1e-3}  # tests/golden/README.md
@@ -187,8 +187,11 @@ def test_student_loss_and_gradient_equal_the_published_implementation_in_float64
 # --- history layers against an independent dense reference ---
 
 
-def dense_student(model, params, points, y):
-    """The student as the published code computes it: all S·T tokens at once, a dense mask, modulation per token."""
+def dense_student(model, params, points, y, masses=None):
+    """The student as the published code computes it: all S·T tokens at once, a dense mask, modulation per token.
+
+    To the list `masses` goes each layer's attention (batch, head, query, key).
+    """
     params = jax.tree.map(np.asarray, params)
     batch, steps, side = points.shape[:3]
     grid, patch, width, heads = side // model.patch_size, model.patch_size, model.hidden_size, model.num_heads
@@ -230,7 +233,10 @@ def dense_student(model, params, points, y):
         q, k, v = qkv.reshape(*x.shape[:2], 3, heads, -1).transpose(2, 0, 3, 1, 4)
         logits = np.where(mask, q @ k.swapaxes(-1, -2) / np.sqrt(width // heads), -np.inf)
         attention = np.exp(logits - logits.max(-1, keepdims=True))
-        attention = (attention / attention.sum(-1, keepdims=True)) @ v
+        attention = attention / attention.sum(-1, keepdims=True)
+        if masses is not None:
+            masses.append(attention)
+        attention = attention @ v
         x = x + gate_a * dense(attention.transpose(0, 2, 1, 3).reshape(x.shape), weights["attention_out"])
         h = gelu(dense(norm(x, model.mlp_norm_eps) * (1 + scale_m) + shift_m, weights["mlp_in"]))
         x = x + gate_m * dense(h, weights["mlp_out"])
@@ -267,6 +273,58 @@ def test_masks_equal_a_dense_masked_reference(x64, mask):
         else:
             assert np.abs(fewer - more).max() > 1e-3
             np.testing.assert_array_equal(fewer[:, 0], more[:, 0])  # the noise has no history
+
+
+@pytest.mark.parametrize("mask", [mask for mask in MASKS if mask != "diagonal"])
+def test_attention_mass_equals_a_dense_reference(x64, mask):
+    steps, batch = 4, 3
+    points, y = student_inputs(steps, batch=batch)
+    model = ARDStudent(**SMALL | {"depth": 3}, steps=steps, history_layers=2, mask=mask)
+    params, dense = random_params(model), []
+    with jax.disable_jit():
+        mass = np.asarray(model.apply({"params": params}, points[:, :-1], y, method="attention_mass"))
+    dense_student(model, params, points[:, :-1], y, dense)
+    heads, tokens = 2, 4
+    expected = [
+        layer.reshape(batch, heads, steps, tokens, steps, tokens).sum(-1).mean(axis=(1, 3)) for layer in dense[:2]
+    ]
+    assert_close(mass, np.stack(expected, axis=1), 1e-12)
+    assert_close(mass.sum(axis=-1), np.ones((batch, 2, steps)), 1e-12)
+    for block in range(steps):
+        seen = np.isin(np.arange(steps), visible_blocks(mask, block))
+        assert (mass[:, :, block, seen] > 0).all() and (mass[:, :, block, ~seen] == 0).all()
+    assert np.ptp(mass[:, :, 1, 0]) > 1e-3  # rows and layers differ
+
+
+def test_a_student_without_history_has_no_attention_mass():
+    points, y = student_inputs(3)
+    for fields in ({"mask": "diagonal"}, {"history_layers": 0}):
+        model = ARDStudent(**SMALL | {"steps": 3, "history_layers": 2} | fields)
+        with pytest.raises(UserError, match="without history layers pays no attention to earlier blocks"):
+            params = random_params(model, dtype=np.float32)
+            model.apply({"params": params}, points[:, :-1], y, method="attention_mass")
+
+
+def test_given_points_take_the_place_of_the_students_own(x64):
+    """From the plain rollout, where none are given, to the teacher-forced last step, where all before it are."""
+    steps = 3
+    points, y = student_inputs(steps, batch=4)
+    model = ARDStudent(**SMALL, steps=steps, history_layers=1)
+    params = random_params(model)
+    with jax.disable_jit():
+        rollout = sample_student(model, params, points[:, 0], y)
+        forced = forward(model, params, points[:, :-1], y)
+        for first in range(steps):
+            is_given = jnp.arange(steps) < first
+            among = sample_student_among(model, params, is_given, points[:, 0], y, points[:, 1:])
+            given = {step: points[:, step] for step in range(1, first + 1)}
+            np.testing.assert_array_equal(among, sample_student(model, params, points[:, 0], y, given))
+            np.testing.assert_array_equal(among[:, :first], points[:, 1 : first + 1])
+            if first == 0:
+                np.testing.assert_array_equal(among, rollout)
+            else:
+                assert np.abs(among[:, -1] - rollout[:, -1]).max() > 1e-3
+    assert_close(among[:, -1], forced[:, -1], 1e-12)
 
 
 def test_visible_blocks():

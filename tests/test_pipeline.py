@@ -84,7 +84,7 @@ def test_done_names_the_hashes_of_the_files(pipeline, stage):
     expected = {
         "trajectories": [f"trajectories-train.array_record-0000{shard}-of-00003" for shard in range(3)],
         "sample": [f"{name}/{file}" for name in ("ard", "teacher") for file in ("grid.png", "samples.npz")],
-        "evaluate": ["pictures.npz", "results.json"],
+        "evaluate": ["edits.npz", "pictures.npz", "results.json"],
         "report": ["index.html", "results.json", "teaser.png"],
     }
     assert sorted(hashes) == expected[stage]
@@ -216,6 +216,47 @@ def test_errors_are_paired_with_the_teacher(pipeline, teacher, student):
     assert model["forced_mse"][0] == pytest.approx(model["rollout_mse"][0], rel=1e-5)  # the first step has no history
     assert model["psnr_per_step"] == pytest.approx(10 * np.log10(4 / mse), abs=1e-3)  # images span [-1, 1]
     assert model["psnr"] == model["psnr_per_step"][-1]
+
+
+def test_the_first_points_of_the_teacher_help_the_last(pipeline, teacher, student):
+    """PSNR of the final image when the first k points are the teacher's: the plain rollout, …, the forced last step."""
+    model = read_json(pipeline / "evaluate" / "results.json")["models"]["ard"]
+    assert len(model["given_psnr"]) == 3
+    assert model["given_psnr"][0] == pytest.approx(model["psnr"], abs=1e-4)
+    assert model["given_psnr"][-1] == pytest.approx(10 * np.log10(4 / model["forced_mse"][-1]), abs=1e-4)
+    noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
+    solved = jax.jit(lambda: sample_teacher(*teacher, noise, label, **solver_settings(CONFIG)).x0)()
+    points = solved[:, jnp.asarray([1, 3, 4])]
+    final = jax.jit(lambda: sample_student(*student, noise, label, {1: points[:, 0]}))()[:, -1]
+    mse = np.mean((np.asarray(final, np.float64) - points[:, -1]) ** 2)
+    assert model["given_psnr"][1] == pytest.approx(10 * np.log10(4 / mse), abs=1e-3)
+
+
+def test_attention_mass_is_that_on_the_students_own_points(pipeline, student):
+    mass = np.asarray(read_json(pipeline / "evaluate" / "results.json")["models"]["ard"]["attention_mass"])
+    assert mass.shape == (1, 3, 3)
+    np.testing.assert_allclose(mass.sum(axis=-1), 1, atol=1e-6)
+    np.testing.assert_array_equal(mass[0] > 0, np.tril(np.ones((3, 3), bool)))
+    model, params = student
+    noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
+    rollout = jax.jit(lambda: sample_student(model, params, noise, label))()
+    inputs = jnp.concatenate([noise[:, None], rollout[:, :-1]], axis=1)
+    expected = jax.jit(lambda: model.apply({"params": params}, inputs, label, method="attention_mass"))()
+    np.testing.assert_allclose(mass, np.asarray(expected).mean(axis=0), atol=1e-5)
+
+
+def test_edits_put_the_source_in_place_of_a_step(pipeline, teacher, student):
+    with np.load(pipeline / "evaluate" / "edits.npz", allow_pickle=False) as file:
+        edits = dict(file)
+    noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
+    source = jax.jit(lambda: sample_teacher(*teacher, noise, label, **solver_settings(CONFIG)).xt[:4, -1])()
+    np.testing.assert_array_equal(edits["label"], (label[:4] + 5) % 10)
+    assert np.abs(edits["source"].astype(int) - to_uint8(source)).max() <= 1
+    other = jnp.roll(noise, 1, axis=0)[:4]
+    for step, given in enumerate([{}, {1: source}, {2: source}]):
+        final = jax.jit(lambda given=given: sample_student(*student, other, edits["label"], given))()[:, -1]
+        assert np.abs(edits["ard"][:, step].astype(int) - to_uint8(final)).max() <= 1
+    assert edits["ard"].shape == (4, 3, 8, 8, 1) and (edits["ard"][:, 0] != edits["ard"][:, 2]).any()
 
 
 def test_the_report_holds_what_outside_checks_use(pipeline):

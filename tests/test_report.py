@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,8 +13,8 @@ from PIL import Image
 
 from ard_jax.errors import UserError
 from ard_jax.report import build_report, image_grid, teaser, words
-from ard_jax.report.figures import GUTTER, PALETTE, Series, line_chart
-from ard_jax.report.page import _thinned
+from ard_jax.report.figures import GUTTER, PALETTE, Series, block_maps, line_chart
+from ard_jax.report.page import _thinned, build_sweep
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 STEPS, COUNT, SIDE = 4, 5, 8
@@ -67,7 +68,10 @@ def student(target, mask, fd, degradation, **more):
     measured = {"precision": 0.91, "recall": 0.7244, "psnr": 26.14, "network_calls": 4, "parameters": 480512}
     costs = {"gmac_per_image": 0.02914, "seconds_per_image": 0.000312}
     by_step = {"psnr_per_step": [27, 26, 26, 26.1], "forced_mse": [0.002, 0.001, 0.001, 0.001]}
-    by_step["rollout_mse"] = [0.002, 0.003, 0.004, 0.005]
+    by_step |= {"rollout_mse": [0.002, 0.003, 0.004, 0.005], "given_psnr": [26.1, 27, 28.5, 30]}
+    if mask == "causal":
+        seen = np.tril(np.ones((2, STEPS, STEPS)))
+        by_step["attention_mass"] = (seen / seen.sum(axis=-1, keepdims=True)).tolist()
     return {"kind": "student", "target": target, "mask": mask, "history_layers": 2, "steps": STEPS} | (
         measured | costs | by_step | {"fd": fd, "degradation": degradation} | more
     )
@@ -103,6 +107,14 @@ def pictures():
     }
     noise = rng.integers(0, 256, (COUNT, SIDE, SIDE, 1), dtype=np.uint8)
     return points | {"noise": noise, "label": np.arange(COUNT) + 4}
+
+
+@pytest.fixture
+def edits():
+    rng = np.random.default_rng(1)
+    made = rng.integers(0, 256, (COUNT, STEPS, SIDE, SIDE, 1), dtype=np.uint8)
+    source = rng.integers(0, 256, (COUNT, SIDE, SIDE, 1), dtype=np.uint8)
+    return {"source": source, "label": np.arange(COUNT) + 2, "ard": made}
 
 
 @pytest.fixture
@@ -150,16 +162,17 @@ def test_grid_refuses_what_it_cannot_lay_out(images, columns, said):
         image_grid(images, columns)
 
 
-def test_page_is_well_formed_and_fetches_nothing(results, pictures, curves):
-    html = build_report("Digits", results, pictures, curves)
+def test_page_is_well_formed_and_fetches_nothing(results, pictures, curves, edits):
+    html = build_report("Digits", results, pictures, curves, edits)
     page = Page(html)
     assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import|<script|<link", re.sub(r'"data:[^"]*"', "", html))
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
-    sections = ["pictures", "measurements", "points", "psnr", "exposure", "training", "time", "made"]
-    assert [name for name in page.text if name != "top"] == sections
-    assert html.count("<svg") == 2 + 2 + 2  # PSNR and exposure bias by kind of point, losses of teacher and students
+    sections = ["pictures", "measurements", "points", "psnr", "exposure", "given", "attention", "edits"]
+    assert [name for name in page.text if name != "top"] == [*sections, "training", "time", "made"]
+    # PSNR, exposure bias and error accumulation by kind of point, attention of two students, losses of all
+    assert html.count("<svg") == 2 + 2 + 2 + 2 + 2
     assert not [light for light, _ in PALETTE.values() if light in html.split("</style>")[1]]
 
 
@@ -175,6 +188,57 @@ def test_every_picture_of_the_page_decodes_to_what_was_handed_over(results, pict
     np.testing.assert_array_equal(by_alt["noise 3"], pictures["noise"][2, ..., 0])
     apart = np.abs(pictures["step"][0, -1].astype(int) - pictures["teacher"][0, -1])[..., 0]
     np.testing.assert_array_equal(by_alt["Step distillation, difference, sample 1"], np.minimum(3 * apart, 255))
+
+
+def test_edits_stand_under_the_step_that_the_source_replaced(results, edits):
+    page = Page(build_report("Digits", results, {}, {}, edits))
+    by_alt = {image["alt"]: np.asarray(decoded(image))[::8, ::8] for image in page.images}
+    assert len(page.images) == len(by_alt) == COUNT * (1 + STEPS)
+    np.testing.assert_array_equal(by_alt["source 2"], edits["source"][1, ..., 0])
+    np.testing.assert_array_equal(by_alt["ARD, edit 2, after step 3"], edits["ard"][1, 3, ..., 0])
+    np.testing.assert_array_equal(by_alt["ARD, edit 2, no source"], edits["ard"][1, 0, ..., 0])
+    assert "into 3" in page.text["edits"]
+
+
+def test_attention_is_written_in_percent_into_the_cells_of_the_blocks_that_are_seen():
+    mass = np.array([[[1.0, 0, 0], [0.25, 0.75, 0], [0.5, 0.125, 0.375]]])
+    svg = block_maps("mass", mass)
+    said = [node.text for node in ElementTree.fromstring(svg).iter("text")]
+    assert said == ["noise", "1", "2"] * 2 + ["100", "25", "75", "50", "12", "38", "layer 1"]
+    faint = [float(alpha) for alpha in re.findall(r"var\(--ard\); opacity: ([0-9.]+)", svg)]
+    np.testing.assert_allclose(faint, [0.08 + 0.92 * share for share in (0.25, 0.75, 0.5, 0.125, 0.375)])
+
+
+def test_page_of_a_sweep(results, pictures):
+    """Two workdirs, each with a teacher of its own; FD along a setting, a line for what is alike in the others."""
+    teacher = results["models"]["teacher"]
+    entries = {
+        f"{mask}_{layers}": {
+            "workdir": f"x/{mask}",
+            "settings": {"student.history_layers": layers, "student.mask": mask},
+            "over": layers,
+            "teacher": teacher | {"fd": teacher["fd"] + (mask == "window")},
+            "results": student("x0", "causal", 20.0 + layers, 3.0),
+        }
+        for mask in ("causal", "window")
+        for layers in (2, 0, 1)
+    }
+    drawn = {
+        f"x/{mask}": {"teacher": pictures["teacher"]} | {f"{mask}_{n}": pictures["ard"] for n in (0, 1)}
+        for mask in ("causal", "window")
+    }
+    about = "Layers & masks\n\nWhat is\nasked.\n\nTwo minutes."
+    table = (("Entry", "FD"), [["teacher", "17.60"], ["causal_2", "22.00"]])
+    found = {"sweep": "a.py", "config": "b.py", "settings": {}, "entries": entries}
+    html = build_sweep(about, table, found, drawn, "student.history_layers")
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids)) and "Layers & masks" in page.text["top"] and "What is asked." in html
+    assert page.row("causal_2") == ["causal_2", "22.00"]
+    chart = html[html.index('id="over"') : html.index('id="workdir-0"')]
+    assert [len(re.findall(rf"<use [^>]*--{colour}", chart)) for colour in ("ard", "step", "teacher")] == [3, 3, 6]
+    assert "mask causal" in chart and "mask window" in chart
+    assert len(page.images) == 2 * (COUNT + 2 * 2 * COUNT)  # the teacher, two students and their differences, twice
+    assert html.count("layer 1") == 6 and "over" not in Page(build_sweep(about, table, found, {}, None)).text
 
 
 def test_large_colour_pictures_are_reduced(results):
@@ -287,6 +351,9 @@ def test_nothing_at_all_still_makes_a_page(results_):
     assert "hold no student with noisy points" in page.text["points"]
     assert "was not measured" in page.text["psnr"]
     assert "were not measured" in page.text["exposure"]
+    assert "No student was run from" in page.text["given"]
+    assert "hold no student whose attention" in page.text["attention"]
+    assert "hold no edited images" in page.text["edits"]
     assert "no loss curves" in page.text["training"]
     assert "not recorded" in page.text["time"]
     assert "not handed over" in page.text["made"]
@@ -300,11 +367,11 @@ def _paths(value, path=()):
 
 
 @pytest.mark.slow
-def test_no_single_missing_key_breaks_the_page(results, pictures, curves):
+def test_no_single_missing_key_breaks_the_page(results, pictures, curves, edits):
     for name in ("ard_noisy", "step_noisy"):  # to be quick; they pass through the same code
         del results["models"][name], pictures[name]
     pictures |= {name: images[:1, :, :1, :1] for name, images in pictures.items() if images.ndim == 5}
-    given = {"results": results, "pictures": pictures, "curves": curves}
+    given = {"results": results, "pictures": pictures, "curves": curves, "edits": edits}
     paths = [path for path in _paths(given) if len(path) > 1 and "step" not in path[:-1]]
     assert ("results", "models", "ard", "psnr_per_step") in paths
     for *parents, key in paths:
@@ -313,7 +380,7 @@ def test_no_single_missing_key_breaks_the_page(results, pictures, curves):
             holder = holder[parent]
         kept = dict(holder)
         del holder[key]
-        Page(build_report("Digits", results, pictures, curves))
+        Page(build_report("Digits", results, pictures, curves, edits))
         holder.clear()
         holder.update(kept)
 

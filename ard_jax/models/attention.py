@@ -126,6 +126,27 @@ def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: str, steps: 
     return jnp.stack(outputs, axis=1).reshape(-1, *q.shape[2:])
 
 
+def block_mass(q: jax.Array, k: jax.Array, mask: str, steps: int) -> jax.Array:
+    """The share of each block's attention that falls on each block, (batch, query block, key block).
+
+    Args:
+        q, k: (batch · block, token, heads, head width).
+        mask, steps: as in `block_attention`.
+
+    Returns:
+        Means over queries and heads, at least float32; they sum to 1 over the blocks that are seen, others have 0.
+    """
+    at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
+    q, k = (x.reshape(-1, steps, *x.shape[1:]) for x in (q * q.shape[-1] ** -0.5, k))
+    rows = []
+    for block in range(steps):
+        seen = jnp.asarray(visible_blocks(mask, block))
+        logits = jnp.einsum("rqhd,rbkhd->rhqbk", q[:, block], k[:, seen], preferred_element_type=at_least_float32)
+        weights = jax.nn.softmax(logits, axis=(-2, -1)).sum(axis=-1).mean(axis=(1, 2))
+        rows.append(jnp.zeros((len(q), steps), at_least_float32).at[:, seen].set(weights))
+    return jnp.stack(rows, axis=1)
+
+
 # Of one block in one layer, what later blocks attend to: keys and values, each (rows, heads, token, head width).
 KeysAndValues = tuple[jax.Array, jax.Array]
 

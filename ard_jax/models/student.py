@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ard_jax.errors import UserError
 from ard_jax.models import layers
-from ard_jax.models.attention import KeysAndValues, block_attention, cached_attention
+from ard_jax.models.attention import KeysAndValues, block_attention, block_mass, cached_attention
 from ard_jax.models.dit import DiT, take
 from ard_jax.models.masks import MASKS, visible_blocks
 
@@ -108,12 +108,6 @@ class ARDStudent(DiT):
         Raises:
             UserError: the number of blocks is not `steps`, or what `DiT` raises.
         """
-        steps = points.shape[1]
-        if steps != self.steps:
-            raise UserError(
-                f"a student of {self.steps} steps was given {steps} points: its input is the noise and the "
-                f"{self.steps - 1} points after it."
-            )
         h, conditions = self.trunk(points, y)
         return self.read_out(h, conditions, points)
 
@@ -124,10 +118,8 @@ class ARDStudent(DiT):
             Tokens (batch, block, token, width) and the conditions of `conditions`, for `read_out`.
         """
         batch, steps = points.shape[:2]
-        conditions = self.conditions(y, points.dtype)
-        rows = points.reshape(batch * steps, *points.shape[2:])
+        h, conditions = self.embed_blocks(points, y)
         per_row = conditions.reshape(batch * steps, -1)
-        h = self.embed(rows)
         if self.is_initializing():  # the parameters do not depend on which layers have a history
             h, _ = self.run_blocks(h, per_row, self.attend_within_rows, 0, self.depth)
         else:
@@ -140,6 +132,41 @@ class ARDStudent(DiT):
         """The heads' predictions from what `trunk` puts out, of the shape of `points`."""
         predictions = [self.predict(h[:, b], conditions[:, b], b, points[:, b]) for b in range(self.steps)]
         return jnp.stack(predictions, axis=1)
+
+    def embed_blocks(self, points: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Tokens (batch · block, token, width) and conditions (batch, block, width); arguments as in a call."""
+        batch, steps = points.shape[:2]
+        if steps != self.steps:
+            raise UserError(
+                f"a student of {self.steps} steps was given {steps} points: its input is the noise and the "
+                f"{self.steps - 1} points after it."
+            )
+        return self.embed(points.reshape(batch * steps, *points.shape[2:])), self.conditions(y, points.dtype)
+
+    def attention_mass(self, points: jax.Array, y: jax.Array) -> jax.Array:
+        """How much of its attention each block pays to each block that it sees, layer by layer.
+
+        Args:
+            points, y: as in a call.
+
+        Returns:
+            Means over queries and heads, (batch, layer, query block, key block), of the layers that look across blocks;
+            they sum to 1 over the key blocks, and are 0 for those that are not seen.
+
+        Raises:
+            UserError: no layer does, or what a call raises.
+        """
+        if not self.layers_with_history:
+            raise UserError("a student without history layers pays no attention to earlier blocks: ask one with some.")
+        h, conditions = self.embed_blocks(points, y)
+
+        def attend(q, k, v, memory):
+            output, _ = self.attend_to_history(q, k, v)
+            return output, block_mass(q, k, self.mask, self.steps)
+
+        per_row = conditions.reshape(len(h), -1)
+        _, mass = self.run_blocks(h, per_row, attend, 0, self.layers_with_history, differentiable=False)
+        return mass.swapaxes(0, 1)
 
     def attend_to_history(
         self, q: jax.Array, k: jax.Array, v: jax.Array, memory: None = None

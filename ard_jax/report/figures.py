@@ -8,6 +8,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
@@ -178,6 +179,44 @@ def _titled_rows(titles: Sequence[tuple[str, str]], strips: Sequence[np.ndarray]
     return buffer.getvalue()
 
 
+def block_maps(name: str, mass: np.ndarray) -> str:
+    """Inline SVG of `attention_mass` (layer, query block, key block): a square a layer, a row a query block.
+
+    The shares are written into their cells in percent; a block that is not seen has no cell.
+    """
+    layers, steps, _ = mass.shape
+    across = min(layers, 4)
+    down = -(-layers // across)
+    side = max(1.5, 0.5 * steps)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11}):
+        figure = Figure(figsize=(across * (side + 0.65), down * (side + 0.65)), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).reshape(-1)
+        for layer, own in enumerate(axes):
+            if layer < layers:
+                _block_map(own, mass[layer], f"layer {layer + 1}")
+            else:
+                own.set_axis_off()
+        text = _svg_text(figure)
+    return _inline_svg(text, name, f"attention of {steps} blocks to each other in {layers} layers, in percent")
+
+
+def _block_map(axes, mass: np.ndarray, title: str) -> None:
+    ink, soft, paper, fill = (PALETTE[name][0] for name in ("ink", "soft", "paper", "ard"))
+    for query, key in zip(*np.nonzero(mass > 0), strict=True):
+        share = float(mass[query, key])
+        axes.add_patch(Rectangle((key, query), 0.96, 0.96, facecolor=fill, alpha=0.08 + 0.92 * share, linewidth=0))
+        colour = paper if share > 0.5 else ink
+        axes.text(key + 0.48, query + 0.48, f"{100 * share:.0f}", ha="center", va="center", size=10, color=colour)
+    steps = len(mass)
+    names = ["noise", *(str(step) for step in range(1, steps))]
+    axes.set(xlim=(0, steps), ylim=(steps, 0), aspect="equal")
+    axes.set_title(title, size=11, color=ink)
+    axes.set_xticks(np.arange(steps) + 0.48, names)
+    axes.set_yticks(np.arange(steps) + 0.48, names)
+    axes.tick_params(colors=soft, labelcolor=soft, length=0, pad=3, labelsize=9)
+    axes.spines[:].set_visible(False)
+
+
 def line_chart(
     name: str, series: Sequence[Series], xlabel: str, ylabel: str, *, log: bool = False, markers: bool = False
 ) -> str | None:
@@ -200,10 +239,15 @@ def line_chart(
             style = {"linestyle": (0, (4, 2.4)) if line.dashed else "-", "marker": "o" if markers else None}
             axes.plot(line.x, line.y, color=PALETTE[line.colour][0], linewidth=1.7, markersize=4.5, **style)
         _dress(axes, xlabel, ylabel, log, markers)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return _inline_svg(buffer.getvalue(), name, f"{ylabel} by {xlabel}: {', '.join(line.label for line in kept)}")
+        text = _svg_text(figure)
+    return _inline_svg(text, name, f"{ylabel} by {xlabel}: {', '.join(line.label for line in kept)}")
+
+
+def _svg_text(figure: Figure) -> str:
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    return buffer.getvalue()
 
 
 def _drawable(line: Series, log: bool) -> Series:

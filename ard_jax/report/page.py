@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ard_jax.report import pieces, words
+from ard_jax.report import figures, pieces, words
 from ard_jax.report.figures import Series
 from ard_jax.report.words import number, significant
 
@@ -15,7 +15,11 @@ CURVE_POINTS = 300  # more cannot be told apart at the width of a chart
 
 
 def build_report(
-    title: str, results: Mapping, pictures: Mapping[str, np.ndarray] | None, curves: Mapping | None
+    title: str,
+    results: Mapping,
+    pictures: Mapping[str, np.ndarray] | None,
+    curves: Mapping | None,
+    edits: Mapping[str, np.ndarray] | None = None,
 ) -> str:
     """The whole report as one self-contained HTML page.
 
@@ -27,12 +31,15 @@ def build_report(
       results: `features`, `real_images`, `samples`, `degradation_ratio`, `degradation_ratios`, `seconds` (stage →
         seconds), optionally `config`, and `models`: name → measurements. A teacher has kind "teacher", a
         student kind "student", `objective` ("ard" if absent), `target` ("x0" or "xt"), `steps` (S) and, by step, a
-        list of S numbers `psnr_per_step` (dB); one of objective "ard" also `mask` and lists `forced_mse` and
-        `rollout_mse`. Times are seconds, costs GMAC.
+        list of S numbers `psnr_per_step` (dB); one of objective "ard" also `mask`, lists `forced_mse` and
+        `rollout_mse`, by k = 0 … S−1 `given_psnr` (dB), and `attention_mass` (layer, query block, key block). Times
+        are seconds, costs GMAC.
       pictures: uint8 arrays, all rows from the same noise: `noise` (n, H, W, C); `teacher` and each student by its
         name (n, S, H, W, C); `label` (n,); where there are students with noisy points also
         `teacher_xt` (n, S, H, W, C), the teacher's noisy points. Empty or None where nothing can be shown.
       curves: name of the model → rows of its metrics.jsonl (`step`, `loss`, `samples_per_s`).
+      edits: uint8 arrays: `source` (n, H, W, C), `label` (n,) of the class that it is turned into, and by a student's
+        name (n, S, H, W, C): without the source, then with it in place of the prediction of step 1, …, S−1.
 
     Raises:
       UserError: if a picture is not uint8 or not of the stated shape.
@@ -47,11 +54,75 @@ def build_report(
         pieces.section("x0 points and noisy points", "points", _points(results, models)),
         pieces.section("Closeness to the teacher, step by step", "psnr", _psnr(models)),
         pieces.section("Exposure bias", "exposure", _exposure(models)),
+        pieces.section("Error accumulation", "given", _given(models)),
+        pieces.section("Attention to the history", "attention", _attention(models)),
+        pieces.section("Image editing", "edits", _edits(models, edits or {})),
         pieces.section("Training", "training", _training(models, curves)),
         pieces.section("Time", "time", _time(results.get("seconds") or {})),
         pieces.section("How it was made", "made", _made(results)),
     ]
     return pieces.document(title, sections)
+
+
+def build_sweep(
+    about: str,
+    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    results: Mapping,
+    pictures: Mapping[str, Mapping[str, np.ndarray]],
+    over: str | None,
+) -> str:
+    """The page of a sweep: its table, Fréchet distances along a setting, and what the students of each workdir make.
+
+    Args:
+      about: the sweep file's docstring, whose first line is the heading.
+      table: the heads of its columns, and its rows.
+      results: as `sweep.collect` returns them.
+      pictures: by workdir, as in `build_report`.
+      over: the setting that the entries' `over` are values of, None if they lie along none.
+
+    Raises:
+      UserError: if a picture is not uint8 or not of the stated shape.
+    """
+    title, _, text = about.strip().partition("\n")
+    entries = results["entries"]
+    sections = [f"<header>\n<h1>{escape(title)}</h1>"]
+    sections += [pieces.paragraph(" ".join(paragraph.split())) for paragraph in text.split("\n\n") if paragraph.strip()]
+    sections += ["</header>", pieces.section("Every entry", "entries", pieces.table(title, *table))]
+    if over is not None:
+        sections.append(pieces.section(f"Along {over}", "over", _along(entries, over)))
+    for index, (workdir, drawn) in enumerate(pictures.items()):
+        own = {name: entry for name, entry in entries.items() if entry["workdir"] == workdir}
+        models = {name: {**entry["results"], "title": name} for name, entry in own.items()}
+        models = {"teacher": next(iter(own.values()))["teacher"], **models}
+        finals = pieces.final_images(
+            "Final images", models, drawn, [name for name in models if name in own and name in drawn]
+        )
+        heading = "Students" if len(pictures) == 1 else ", ".join(own)
+        prefix = f"workdir-{index}"
+        body = "\n".join([finals, _given(models, prefix), _attention(models, prefix)])
+        sections.append(pieces.section(heading, prefix, body))
+    settings = {key: value for key, value in results.items() if key != "entries"}
+    settings["entries"] = {name: entry["settings"] for name, entry in entries.items()}
+    sections.append(pieces.section("How it was made", "made", _made({"config": settings})))
+    return pieces.document(title, sections)
+
+
+def _along(entries: Mapping[str, Mapping], over: str) -> str:
+    """FD by the value of a setting, a line for all entries that are alike in the others, and the teacher's."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for entry in entries.values():
+        rest = {key: value for key, value in entry["settings"].items() if key != over}
+        label = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in rest.items()) or "students"
+        lines.setdefault(label, []).append((entry["over"], entry["results"]["fd"]))
+    colours = ("ard", "step", "other1", "other2", "other3")
+    series = [
+        Series(label, colours[index % len(colours)], *zip(*sorted(points), strict=True))
+        for index, (label, points) in enumerate(lines.items())
+    ]
+    teachers = sorted((entry["over"], entry["teacher"]["fd"]) for entry in entries.values())
+    series.append(Series("teacher", "teacher", *zip(*teachers, strict=True), dashed=True))
+    chart = pieces.chart("over", f"Fréchet distance along {over}", series, over, "Fréchet distance", markers=True)
+    return pieces.charts([chart], "The entries have no Fréchet distances, so there is no plot.")
 
 
 def _capital(phrase: str) -> str:
@@ -308,6 +379,82 @@ def _exposure(models: Mapping[str, Mapping]) -> str:
     return (pieces.paragraph(said) + "\n" if any(charts) else "") + pieces.charts(
         charts, "Errors by step were not measured, so there is no plot."
     )
+
+
+def _given(models: Mapping[str, Mapping], prefix: str = "all") -> str:
+    """Charts of error accumulation; `prefix` tells their ids apart from those of others on the page."""
+    titles, colours = words.titles(models), _colours(models)
+    charts = []
+    for target, word in words.TARGETS.items():
+        series = []
+        for name, model in _students(models, target).items():
+            if model.get("given_psnr"):
+                line = _by_step(words.short(titles[name]), colours[name], model["given_psnr"])
+                series.append(line._replace(x=range(len(line.y))))
+        charts.append(
+            pieces.chart(
+                f"{prefix}-given-{target}",
+                _capital(word),
+                series,
+                "first points that are the teacher’s",
+                "PSNR of the image, dB",
+                markers=True,
+            )
+        )
+    said = (
+        "PSNR of the final image to the teacher’s when the first k points are the teacher’s and the student makes the "
+        "rest; at 0 it is the student alone, at the right end only the last step is its own. A steep line is a student "
+        "whose early errors reach the image."
+    )
+    absent = "No student was run from the teacher’s first points, so there is no plot."
+    return (pieces.paragraph(said) + "\n" if any(charts) else "") + pieces.charts(charts, absent)
+
+
+def _attention(models: Mapping[str, Mapping], prefix: str = "all") -> str:
+    """Maps of attention; `prefix` as in `_given`."""
+    titles = words.titles(models)
+    maps = []
+    for name, model in models.items():
+        if model.get("attention_mass"):
+            svg = figures.block_maps(f"{prefix}-attention-{len(maps)}", np.asarray(model["attention_mass"], float))
+            maps.append(f"<figure>\n<figcaption><b>{escape(titles[name])}</b></figcaption>\n{svg}\n</figure>")
+    said = (
+        "Where the tokens of each block look, in percent of their attention, in every layer that sees the history: a "
+        "row is the block that looks, a column the block that is looked at. Means over tokens, heads and trajectories, "
+        "on the student’s own points."
+    )
+    absent = "These results hold no student whose attention to the history was measured."
+    return (pieces.paragraph(said) + "\n" if maps else "") + pieces.charts(maps, absent)
+
+
+def _edits(models: Mapping[str, Mapping], edits: Mapping[str, np.ndarray]) -> str:
+    names = [name for name in edits if name not in ("source", "label")]
+    if not names or "source" not in edits:
+        return pieces.paragraph("These results hold no edited images.", "absent")
+    titles = words.titles({name: models.get(name, {}) for name in (*models, *names)})
+    sources = figures.check_images(edits["source"])
+    count = min(8, len(sources))
+    grids = []
+    for name in names:
+        images = np.asarray(edits[name])
+        steps = images.shape[1]
+        heads = ["", "source", *(f"after step {step}" for step in range(1, steps)), "no source"]
+        cells = [f'<span class="class">{escape(head)}</span>' for head in heads]
+        for row in range(count):
+            cells.append(pieces.row_name(f"into {edits['label'][row]}") if "label" in edits else "<span></span>")
+            cells.append(pieces.picture(sources[row], f"source {row + 1}"))
+            cells += [
+                pieces.picture(images[row, step % steps], f"{titles[name]}, edit {row + 1}, {heads[step + 1]}")
+                for step in range(1, steps + 1)
+            ]
+        grid = f'<div class="progression" style="--n:{len(heads) - 1}">{"".join(cells)}</div>'
+        grids.append(f"<figure>\n<figcaption><b>{escape(titles[name])}</b></figcaption>\n{grid}\n</figure>")
+    said = (
+        "The source takes the place of the student’s prediction after a step, and the student goes on with another "
+        "class, from another noise. The later the step, the more of the source should stay; without a source the same "
+        "noise and class give the last column. The sources are images of the teacher."
+    )
+    return f'{pieces.paragraph(said)}\n<div class="steps">{"".join(grids)}</div>'
 
 
 def _training(models: Mapping[str, Mapping], curves: Mapping[str, Sequence[Mapping]]) -> str:

@@ -1,9 +1,15 @@
 """Measures the samples of the teacher and of every student that has been sampled.
 
-Reads `sample/` and the real images (of `data`, or of `encode` for models of latents) and writes `evaluate/results.json`
-and `pictures.npz`: Fréchet distance, precision and recall in the features of a small classifier that is trained on the
-same data (so they compare models here, and with nothing else); each student's error to the teacher from the same noise,
-step by step; and its exposure bias, the error of each step with the teacher's history against its own.
+Reads `sample/` and the real images (of `data`, or of `encode` for models of latents) and writes, in `evaluate/`,
+`results.json`, `pictures.npz` and `edits.npz`: Fréchet distance, precision and recall in the features of a small
+classifier that is trained on the same data (so they compare models here, and with nothing else); each student's error
+to the teacher from the same noise, step by step; and of ARD students
+- the exposure bias, the error of each step with the teacher's history against its own;
+- `given_psnr`, of the final image to the teacher's when the first 0, 1, …, S−1 points are the teacher's;
+- `attention_mass` (layer, query block, key block), how a block shares its attention out, on the student's own points;
+- in `edits.npz`, the teacher's images `source` turned into the class `label`, under the student's name (image, S,
+  height, width, channel): without the source, then with it in place of the prediction of step 1, …, S−1
+  (docs/METHOD.md section 4).
 """
 
 import functools
@@ -35,6 +41,7 @@ from ard_jax.objectives.ard import teacher_forcing
 from ard_jax.parallel import batch_shards, equal_batches, is_first, local_mesh, on_mesh, put_batch, run_batches
 from ard_jax.sampling import (
     draw_noise_and_labels,
+    sample_student_among,
     sample_teacher,
     sampling_key,
     take_points,
@@ -82,10 +89,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         for name, facts in sampled.items()
     }
     pictures = paired.teacher_pictures(config.evaluate.pictures)
+    edits = paired.edit_sources(config.evaluate.pictures)
     for name, student in students.items():
         errors, images = paired.compare(student, config.evaluate.pictures)
         measured[name] |= errors
         pictures[name] = images
+        if can_edit(student):
+            edits[name] = paired.edits(student, config.evaluate.pictures)
     results = {
         "features": f"features of a small classifier trained on the same images "
         f"(held-out accuracy {extractor.held_out_accuracy:.3f}); not comparable with ImageNet FID",
@@ -100,7 +110,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         return
     write_json(directory / "results.json", results)
     write_npz(directory / "pictures.npz", **pictures)
-    files = ("results.json", "pictures.npz")
+    write_npz(directory / "edits.npz", **edits)
+    files = ("results.json", "pictures.npz", "edits.npz")
     write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())
 
 
@@ -240,22 +251,74 @@ class Paired:
             "psnr_per_step": [float(psnr(step)) for step in image_mse],
         }
         if isinstance(model, ARDStudent):
-            force = jax.jit(on_mesh(self.mesh)(functools.partial(teacher_forcing, model)))
-            forced = self.batches(functools.partial(force, params), noise, points, label)
-            bias = exposure_bias(points, forced, rollout)
-            errors |= {
-                "mask": model.mask,
-                "history_layers": model.layers_with_history,
-                "forced_mse": np.asarray(bias.forced).tolist(),
-                "rollout_mse": np.asarray(bias.rollout).tolist(),
-            }
+            errors |= self.use_of_history(model, params, points, rollout)
         return errors, to_uint8(self.images(rollout[:pictures]))
+
+    def use_of_history(self, model: ARDStudent, params: Any, points: np.ndarray, rollout: np.ndarray) -> dict[str, Any]:
+        """What an ARD student makes of the points before a step: the teacher's `points`, or its own `rollout`."""
+        noise, label = self.rows["noise"], self.rows["label"]
+        force = jax.jit(on_mesh(self.mesh)(functools.partial(teacher_forcing, model)))
+        forced = self.batches(functools.partial(force, params), noise, points, label)
+        bias = exposure_bias(points, forced, rollout)
+        found = {
+            "mask": model.mask,
+            "history_layers": model.layers_with_history,
+            "forced_mse": np.asarray(bias.forced).tolist(),
+            "rollout_mse": np.asarray(bias.rollout).tolist(),
+            "given_psnr": self.given_psnr(model, params, points),
+        }
+        if model.layers_with_history:
+            weigh = jax.jit(on_mesh(self.mesh)(functools.partial(model.apply, method="attention_mass")))
+            inputs = np.concatenate([noise[:, None], rollout[:, :-1]], axis=1)
+            mass = self.batches(functools.partial(weigh, {"params": params}), inputs, label)
+            found["attention_mass"] = mass.mean(axis=0, dtype=np.float64).tolist()
+        return found
+
+    def given_psnr(self, model: ARDStudent, params: Any, points: np.ndarray) -> list[float]:
+        """PSNR of the final image to the teacher's when the first k points are the teacher's, for k = 0 … S−1."""
+        roll = jax.jit(on_mesh(self.mesh)(functools.partial(sample_student_among, model)))
+        steps, found = np.arange(model.steps), []
+        for first in range(model.steps):
+            among = functools.partial(roll, params, steps < first)
+            final = self.batches(among, self.rows["noise"], self.rows["label"], points)[:, -1:]
+            found.append(float(psnr(self.image_error(final, points[:, -1:])[0])))
+        return found
+
+    def edit_sources(self, count: int) -> dict[str, np.ndarray]:
+        """The images that students edit, the teacher's last points, and the classes that they turn them into."""
+        source, label = self.rows["x0"][:count, -1:], self.rows["label"][:count]
+        return {"source": to_uint8(self.images(source))[:, 0], "label": self.other_class(label)}
+
+    def other_class(self, label: np.ndarray) -> np.ndarray:
+        """Half of the classes further on: always another one where there are several."""
+        classes = self.config.data.num_classes
+        return ((label + max(classes // 2, 1)) % classes).astype(label.dtype)
+
+    def edits(self, student: tuple, count: int) -> np.ndarray:
+        """Pictures (image, S, height, width, channel): without the source, then with it after step 1, …, S−1."""
+        model, params, *_ = student
+        source, label = self.rows["x0"][:count, -1:], self.other_class(self.rows["label"][:count])
+        # the noise of another row, since a real image's own is not known
+        noise = np.roll(self.rows["noise"], 1, axis=0)[:count]
+        roll = jax.jit(on_mesh(self.mesh)(functools.partial(sample_student_among, model)))
+        steps, sources = np.arange(model.steps), np.repeat(source, model.steps, axis=1)
+        finals = [
+            self.batches(functools.partial(roll, params, steps == step - 1), noise, label, sources)[:, -1]
+            for step in range(model.steps)
+        ]
+        return to_uint8(self.images(np.stack(finals, axis=1)))
 
     def image_error(self, rollout: np.ndarray, points: np.ndarray) -> np.ndarray:
         """Mean squared error of each step's images, (step,); decoded a batch at a time, never all together."""
         parts = [slice(first, first + self.size) for first in range(0, len(points), self.size)]
         errors = [mean_squared_error_per_step(self.images(rollout[part]), self.images(points[part])) for part in parts]
         return np.average(errors, axis=0, weights=[len(points[part]) for part in parts])
+
+
+def can_edit(student: tuple) -> bool:
+    """Whether a source image can stand among a student's points: it has a history, and x0-predictions in it."""
+    model, *_, config = student
+    return isinstance(model, ARDStudent) and model.layers_with_history > 0 and config.student.target == "x0"
 
 
 def add_degradation(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -28,15 +28,22 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     watch, directory = Stopwatch(), workdir / "report"
     finished(workdir / "evaluate", "evaluate")
     results = read_json(workdir / "evaluate" / "results.json") | {"seconds": stage_seconds(workdir)}
-    with np.load(workdir / "evaluate" / "pictures.npz", allow_pickle=False) as file:
-        pictures = dict(file)
+    pictures, edits = (read_arrays(workdir / "evaluate" / name) for name in ("pictures.npz", "edits.npz"))
     curves = read_curves(config, workdir, results["models"])
-    html = build_report(config.report.title, results, pictures, curves)
+    html = build_report(config.report.title, results, pictures, curves, edits)
     atomic_write(directory / "index.html", lambda temporary: temporary.write_text(html, encoding="utf-8"))
     atomic_write(directory / "teaser.png", lambda temporary: temporary.write_bytes(teaser(pictures, results)))
     write_json(directory / "results.json", summary(results))
     files = ("index.html", "teaser.png", "results.json")
     write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())
+
+
+def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file; none if it is not there, as where an earlier version has evaluated."""
+    if not path.exists():
+        return {}
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:

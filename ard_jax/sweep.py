@@ -1,0 +1,419 @@
+"""Runs the stages of many configs that differ in a few settings, and puts their results into one table.
+
+A sweep file has a docstring, which says what it is about and what it costs, and SWEEP, a dict:
+    config    the config file that all entries start from, with its arguments
+    settings  dotted keys and values for all entries (optional)
+    entries   name → dotted keys and values; the name is that of the entry's student
+    over      a key that the entries differ in, along which the page draws Fréchet distances (optional)
+    stages    which of the stages are run (optional, all)
+
+Entries that differ in student.* and distill.* alone share a workdir: one teacher, one store, one evaluation. An entry
+that differs in anything else has a workdir of its own in that one, and still reads the teacher, and the store, if
+nothing differs that they depend on. A stage whose `dir` (teacher.dir, trajectories.dir) is set is not run.
+
+Each stage runs in a process of its own, by the very words that --print prints: what a person would type is what is run,
+no stage sees what another has left behind in JAX, and a stage that is killed takes nothing with it.
+
+Writes WORKDIR/sweep/: table.md, results.json, index.html.
+"""
+
+import argparse
+import pathlib
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from ard_jax.command_line import known_keys, parse, parse_flags
+from ard_jax.config import RESERVED, flatten, names_folder, plain, validate
+from ard_jax.errors import UserError, first_line
+from ard_jax.files import atomic_write, read_json, write_json
+from ard_jax.report.page import build_sweep
+from ard_jax.report.words import number
+from ard_jax.stages import distill, teacher, trajectories
+from ard_jax.stages.workdir import FREE, compare, finished, network, store_folder, teacher_folder
+from ard_jax.trajectories.store import read_manifest
+
+STAGES = ("teacher", "trajectories", "distill", "sample", "evaluate")
+KEYS = ("config", "settings", "entries", "over", "stages")
+SET_BY_SWEEP = ("student.name", "sample.models")
+OF_STUDENTS = {"student", "distill"}  # sections in which students of one workdir may differ
+OF_TEACHERS = {"seed", "data", "model", "teacher"}  # sections that a teacher depends on
+HEAD = ("Entry", "Steps", "FD ↓", "Degradation ↓", "Precision ↑", "Recall ↑", "PSNR to teacher, dB ↑")
+
+# A stage and its flags.
+Command = tuple[str, ...]
+
+
+class Place(NamedTuple):
+    """A workdir, and the settings of what several entries share in it."""
+
+    workdir: str
+    settings: Mapping[str, Any]
+
+
+class Entry(NamedTuple):
+    """One entry of a sweep.
+
+    Attributes:
+        name: its student's.
+        settings: all that it sets, by dotted key.
+        config: resolved.
+        home: where its student, samples and results lie.
+        teacher, store: where these do.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    config: ml_collections.ConfigDict
+    home: Place
+    teacher: Place
+    store: Place
+
+
+class Sweep(NamedTuple):
+    """A sweep file that has been read; see the module."""
+
+    file: str
+    about: str
+    config: str
+    settings: Mapping[str, Any]
+    entries: Mapping[str, Mapping[str, Any]]
+    over: str | None = None
+    stages: tuple[str, ...] = STAGES
+
+
+# ------------------------------------------------------------------------------------------------- reading and planning
+
+
+def read_sweep(file: str) -> Sweep:
+    """Reads a sweep file.
+
+    Raises:
+        UserError: it is not there, does not run, or SWEEP is not as the module says.
+    """
+    if not pathlib.Path(file).is_file():
+        raise UserError(f"the sweep file {file!r} is not there: name one, such as configs/sweeps/masks.py.")
+    try:
+        found = runpy.run_path(file)
+        about, sweep = found["__doc__"] or "", dict(found["SWEEP"])
+    except Exception as error:  # a sweep file is code, which may raise anything
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{file} is no sweep ({said}): ard_jax/sweep.py says what one is.") from None
+    check_sweep(file, sweep)
+    return Sweep(file, about, **{"settings": {}, **sweep})
+
+
+def check_sweep(file: str, sweep: Mapping[str, Any]) -> None:
+    """Raises UserError for the first thing in SWEEP that is not as the module says."""
+    unknown = [key for key in sweep if key not in KEYS]
+    if unknown or not sweep.get("config") or not sweep.get("entries"):
+        what = f"has the key {unknown[0]!r}" if unknown else "lacks config or entries"
+        raise UserError(f"SWEEP of {file} {what}: its keys are {', '.join(KEYS)}.")
+    for name in sweep["entries"]:
+        if not names_folder(name) or name in (*RESERVED, "sweep", *STAGES):
+            raise UserError(f"sweep entry {name!r} cannot name a student's folder: use letters, digits, '-' and '_'.")
+    stages = sweep.get("stages", STAGES)
+    if [stage for stage in STAGES if stage in stages] != list(stages):
+        raise UserError(f"the stages of {file} are {stages}: give some of {', '.join(STAGES)}, in this order.")
+    if sweep.get("over") is not None and sweep["over"] not in known_keys():
+        raise UserError(f"over of {file} is {sweep['over']!r}, which is no setting: name one such as distill.steps.")
+
+
+def command(stage: str, sweep: Sweep, place: Place) -> Command:
+    """A stage and its flags, what a person would type after `python -m ard_jax`."""
+    flags = (f"--config.{key}={value}" for key, value in place.settings.items())
+    return stage, "--config", sweep.config, "--workdir", place.workdir, *flags
+
+
+def resolve(words: Command) -> ml_collections.ConfigDict:
+    """A command's config.
+
+    Raises:
+        UserError: the stage would refuse it.
+    """
+    config, _ = parse(list(words[1:]))
+    checked = config.copy_and_resolve_references()
+    checked.model.attention = "auto"  # what the device can do is seen where the stage runs
+    validate(checked)
+    return config
+
+
+def plan(sweep: Sweep, workdir: str, only: list[str] | None = None) -> list[Entry]:
+    """The entries, each checked as its stages would check it.
+
+    Args:
+        sweep: the sweep.
+        workdir: of the whole sweep; a path or gs://….
+        only: names of entries; None for all.
+
+    Raises:
+        UserError: an entry that there is not, or a setting that a stage would refuse.
+    """
+    missing = [name for name in only or () if name not in sweep.entries]
+    if missing:
+        raise UserError(f"{sweep.file} has no entry {missing[0]!r}: its entries are {', '.join(sweep.entries)}.")
+    shared = Place(workdir, sweep.settings)
+    base = resolve(command("distill", sweep, shared))
+    return [
+        plan_entry(sweep, name, settings, shared, base)
+        for name, settings in sweep.entries.items()
+        if only is None or name in only
+    ]
+
+
+def plan_entry(
+    sweep: Sweep, name: str, settings: Mapping[str, Any], shared: Place, base: ml_collections.ConfigDict
+) -> Entry:
+    """An entry, and what of it lies in the `shared` workdir, whose config is `base`; see `plan`."""
+    taken = [key for key in (*sweep.settings, *settings) if key in SET_BY_SWEEP]
+    if taken:
+        raise UserError(f"sweep entry {name!r} sets {taken[0]}, which the sweep itself sets: leave it out.")
+    settings = {**shared.settings, **settings, "student.name": name}
+    try:
+        config = resolve(command("distill", sweep, Place(shared.workdir, settings)))
+    except UserError as error:
+        raise UserError(f"sweep entry {name!r}: {error}") from None
+    differs = {key.split(".")[0] for key in differing(base, config)} - OF_STUDENTS
+    if not differs:
+        return Entry(name, settings, config, shared, shared, shared)
+    same_teacher = not differs & OF_TEACHERS and network(base) == network(config)
+    same_store = same_teacher and not differs & {"diffusion", "trajectories"}
+    for key, same in (("teacher", same_teacher), ("trajectories", same_store)):
+        if same and not base[key].dir:
+            settings[f"{key}.dir"] = f"{shared.workdir}/{key}"
+    home = Place(f"{shared.workdir}/{name}", settings)
+    return Entry(name, settings, config, home, shared if same_teacher else home, shared if same_store else home)
+
+
+def differing(base: ml_collections.ConfigDict, config: ml_collections.ConfigDict) -> list[str]:
+    """Keys of two configs that differ, but for those that may differ between two starts of the same run."""
+    before, now = flatten(plain(base)), flatten(plain(config))
+    free = tuple(key for key in FREE if not key.endswith(".dir"))  # what lies elsewhere may be something else
+    return [key for key in before if before[key] != now[key] and not key.startswith(free)]
+
+
+def commands(sweep: Sweep, entries: list[Entry]) -> list[Command]:
+    """What is to be run, in order, none twice."""
+    found: list[Command] = []
+    for entry in entries:
+        if not entry.config.teacher.dir:
+            found.append(command("teacher", sweep, entry.teacher))
+        if not entry.config.trajectories.dir:
+            found.append(command("trajectories", sweep, entry.store))
+        found.append(command("distill", sweep, Place(entry.home.workdir, entry.settings)))
+        for name in ("teacher", entry.name):  # one by one, or what is drawn would be drawn again with what is not
+            home = Place(entry.home.workdir, {**entry.home.settings, "sample.models": (name,)})
+            found.append(command("sample", sweep, home))
+    found += [command("evaluate", sweep, entry.home) for entry in entries]
+    return [words for words in dict.fromkeys(found) if words[0] in sweep.stages]
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+
+# What each stage's results depend on.
+SECTIONS = {
+    "teacher": teacher.SECTIONS,
+    "trajectories": trajectories.SECTIONS,
+    "distill": distill.SECTIONS,
+    "sample": ("data", "vae", "diffusion", "sample"),
+    "evaluate": ("data", "encode", "vae", "diffusion", "student", "sample", "evaluate"),
+}
+
+
+def is_finished(words: Command) -> bool:
+    """Whether what a command would make is there, made with these settings from the teacher and store as they are.
+
+    Where it was made with others, the stage is run, which says so.
+    """
+    stage, config, workdir = words[0], *parse(list(words[1:]))
+    name = {"distill": config.student.name, "sample": config.sample.models[0]}.get(stage, "")
+    folder = workdir / stage / name
+    try:
+        made = finished(workdir / stage if stage in ("sample", "evaluate") else folder, stage)
+        if stage == "sample" and name not in made["models"]:
+            return False
+        results = read_json(folder / "results.json") if stage == "evaluate" else {}
+        recorded = results.get("config") or read_json(folder / "config.json")
+        recorded["sample"]["models"] = list(config.sample.models)  # what else was drawn with it does not matter
+        compare(recorded, plain(config), SECTIONS[stage], folder)
+        if stage == "evaluate":
+            return hashes(results["models"]) == hashes(finished(workdir / "sample", "sample")["models"])
+        return inputs(stage, name, config, workdir).items() <= recorded["inputs"].items()
+    except UserError:
+        return False
+
+
+def hashes(models: Mapping[str, Mapping]) -> dict[str, str | None]:
+    return {name: model.get("ema_sha256") for name, model in models.items()}
+
+
+def inputs(stage: str, name: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, str]:
+    """Hashes of what a stage reads, by the names that it records them under; UserError if one is not there."""
+    if stage == "teacher":
+        return {}
+    weights = finished(teacher_folder(config, workdir), "teacher")["sha256"]["ema"]
+    if stage == "sample":
+        made = weights if name == "teacher" else finished(workdir / "distill" / name, "distill")["sha256"]["ema"]
+        return {"ema": made}
+    found = {"teacher": weights}
+    if stage == "distill" and not config.distill.online:
+        found["store"] = distill.store_hash(read_manifest(store_folder(config, workdir)))
+    if stage == "distill" and config.distill.start:
+        found["start"] = finished(workdir / "distill" / config.distill.start, "distill")["sha256"]["ema"]
+    return found
+
+
+def run_command(words: Command) -> None:
+    """Runs a stage in a process of its own, to which SIGTERM is passed on.
+
+    Raises:
+        UserError: it did not end well, or was stopped; it has said why.
+    """
+    child = subprocess.Popen([sys.executable, "-m", "ard_jax", *words])
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        status = child.wait()
+    except KeyboardInterrupt:  # the child has had it too
+        child.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if status or not is_finished(words):
+        raise UserError(
+            f"the stage '{words[0]}' has not finished (status {status}): see above, and run the same command to go on "
+            f"from there."
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def collect(sweep: Sweep, entries: list[Entry]) -> dict[str, Any]:
+    """results.json: of each entry its settings, its student's results, and those of its teacher."""
+    found = {}
+    for entry in entries:
+        models = read_json(pathlib.Path(entry.home.workdir) / "evaluate" / "results.json")["models"]
+        found[entry.name] = {
+            "workdir": entry.home.workdir,
+            "settings": dict(sweep.entries[entry.name]),
+            "over": position(sweep, entry),
+            "teacher": models["teacher"],
+            "results": models[entry.name],
+        }
+    return {"sweep": sweep.file, "config": sweep.config, "settings": dict(sweep.settings), "entries": found}
+
+
+def position(sweep: Sweep, entry: Entry) -> float | None:
+    """Where an entry stands along `over`: the value, or how many values where it is several, such as points."""
+    if sweep.over is None:
+        return None
+    value = flatten(plain(entry.config))[sweep.over]
+    return len(value) if isinstance(value, list) else value
+
+
+def table_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The cells of the table, each teacher before the entries that have it."""
+    several = len({entry["workdir"] for entry in results["entries"].values()}) > 1
+    shown = set()
+    for name, entry in results["entries"].items():
+        if entry["workdir"] not in shown:
+            shown.add(entry["workdir"])
+            yield row(f"teacher of {name}" if several else "teacher", entry["teacher"])
+        yield row(name, entry["results"])
+
+
+def row(name: str, model: Mapping[str, Any]) -> list[str]:
+    numbers = [(model.get("fd"), ",.2f"), (model.get("degradation"), ",.2f"), (model.get("precision"), ".3f")]
+    numbers += [(model.get("recall"), ".3f"), (model.get("psnr"), ".1f")]
+    return [name, number(model.get("steps"), ",.0f"), *(number(value, spec) for value, spec in numbers)]
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    lines = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)], *table_rows(results)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def write_results(sweep: Sweep, entries: list[Entry], folder: pathlib.Path) -> None:
+    """Writes the table, results.json and the page, and prints the table."""
+    results = collect(sweep, entries)
+    table = markdown(results)
+    pictures = {}
+    for entry in entries:
+        with np.load(pathlib.Path(entry.home.workdir) / "evaluate" / "pictures.npz", allow_pickle=False) as file:
+            pictures[entry.home.workdir] = dict(file)
+    page = build_sweep(sweep.about, (HEAD, list(table_rows(results))), results, pictures, sweep.over)
+    write_json(folder / "results.json", results)
+    atomic_write(folder / "table.md", lambda temporary: temporary.write_text(table, encoding="utf-8"))
+    atomic_write(folder / "index.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    print(f"{table}done: {folder}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python launch/sweep.py",
+        description=__doc__,
+        epilog="Settings for all entries may follow: --config.key=value.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", help="such as configs/sweeps/masks.py")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="of the whole sweep; with --print, gs://… too")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="just these entries")
+    parser.add_argument("--print", choices=tuple(PRINTED), help="print the commands for this, and run none")
+    return parser
+
+
+PRINTED = {"python": ("python", "-m", "ard_jax"), "tpu_pod": ("launch/tpu_pod.sh",)}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a sweep; returns the exit status: 0 done, 2 a user's mistake or a stage that failed, 130 interrupted."""
+    if {"-h", "--help"} & set(arguments):
+        flags().print_help()
+        return 0
+    try:
+        run(arguments)
+    except UserError as error:
+        print(f"sweep: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("\nsweep: interrupted; running the same command goes on from what is saved.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(arguments: list[str]) -> None:
+    """Raises UserError for whatever is wrong, before anything runs where it can be known."""
+    settings = [argument for argument in arguments if argument.startswith("--config.")]
+    if not all("=" in setting for setting in settings):
+        raise UserError("settings for all entries are given as --config.key=value, each in one word: join them by '='.")
+    args = parse_flags(flags(), [argument for argument in arguments if argument not in settings])
+    sweep = read_sweep(args.file)
+    common = dict(setting.removeprefix("--config.").split("=", 1) for setting in settings)
+    sweep = sweep._replace(settings={**sweep.settings, **common})
+    jax.config.update("jax_platforms", "cpu")  # it computes nothing, so it takes no accelerator from the stages
+    entries = plan(sweep, args.workdir.rstrip("/"), args.only)
+    every = commands(sweep, entries)
+    if args.print:
+        print("\n".join(shlex.join((*PRINTED[args.print], *words)) for words in every), flush=True)
+        return
+    if "://" in args.workdir:
+        raise UserError(f"--workdir {args.workdir} cannot be read and written here: give a folder, or --print tpu_pod.")
+    for words in every:
+        if is_finished(words):
+            continue
+        print(f"== {shlex.join(words)}", flush=True)
+        run_command(words)
+    if "evaluate" in sweep.stages:
+        write_results(sweep, entries, pathlib.Path(args.workdir) / "sweep")
