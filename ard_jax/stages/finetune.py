@@ -90,11 +90,10 @@ def continued(config: ml_collections.ConfigDict, before: ml_collections.ConfigDi
 
 def make_method(config: ml_collections.ConfigDict, teacher: DiT, columns: tuple[int, ...]) -> Method:
     """The method of a `continued` config; `columns` as in `objectives.Given`."""
-    settings, process = config.finetune, make_process(config)
-    time = process.data_time + settings.feature_time * (process.noise_time - process.data_time)
+    settings = config.finetune
     return adversarial_method(
         make_student(config),
-        make_judge(teacher, tuple(settings.layers), time),
+        make_judge(teacher, tuple(settings.layers), make_process(config), settings.feature_time),
         shape=example_shape(config),
         target=config.student.target,
         columns=columns,
