@@ -198,8 +198,8 @@ def test_a_teacher_out_of_scale_is_warned_of(caplog, scale, warned):
 
 def test_another_config_is_refused(finetuned, tmp_path):
     workdir = copy(finetuned, tmp_path, *INPUTS)
-    outcome = smoke("finetune", workdir, "finetune.weight=5.0")
-    assert outcome.status == 2 and "finetune.weight 10.0 there, 5.0 here" in outcome.err.splitlines()[-1]
+    outcome = smoke("finetune", workdir, "finetune.warmup=6")
+    assert outcome.status == 2 and "finetune.warmup 5 there, 6 here" in outcome.err.splitlines()[-1]
     shutil.rmtree(workdir / "trajectories")
     said = sentence(smoke("finetune", workdir), "finetune")
     assert "there is no whole trajectory store" in said

@@ -146,35 +146,57 @@ def adversarial(
             student_pass.fake,
             has_aux=True,
         )
-        fake, pull_logits = jax.vjp(
-            lambda heads, tokens: judge.logits(heads, vectors, tokens, condition), networks[DISCRIMINATOR], tokens
-        )
         seen = judge.features(frozen, images, real["label"], real_key, real["position"])
-
-        def loss_on_real(heads):
-            logits = judge.logits(heads, vectors, *seen)
-            return jnp.mean(jax.nn.relu(1 - logits)), logits
-
-        (real_loss, real_logits), from_real = jax.value_and_grad(loss_on_real, has_aux=True)(networks[DISCRIMINATOR])
-        fake_loss, from_fake = jax.value_and_grad(lambda logits: jnp.mean(jax.nn.relu(1 + logits)))(fake)
-        discriminator_gradient = jax.tree.map(jnp.add, from_real, pull_logits(from_fake)[0])
-        (to_fake,) = pull_features(pull_logits(jnp.full_like(fake, -1 / fake.size))[1])
-
+        heads, to_tokens, judged = compete(judge, networks[DISCRIMINATOR], vectors, seen, (tokens, condition))
+        (to_fake,) = pull_features(to_tokens)
         gradient, factor = combine(student_pass, to_fake, weight * (step >= warmup))
-        generator_loss = -jnp.mean(fake)
-        metrics = {
-            "loss": student_pass.loss + factor * generator_loss,
-            "loss_regression": student_pass.loss,
-            "loss_generator": generator_loss,
-            "loss_discriminator": real_loss + fake_loss,
-            "adaptive_weight": factor,
-            "right_real": jnp.mean(real_logits > 0),
-            "right_fake": jnp.mean(fake < 0),
-            **student_pass.metrics,
-        }
-        return {STUDENT: gradient, DISCRIMINATOR: discriminator_gradient}, vectors, metrics
+        loss = student_pass.loss + factor * judged["loss_generator"]
+        regression = {"loss_regression": student_pass.loss, **student_pass.metrics}
+        metrics = {"loss": loss, "adaptive_weight": factor, **regression, **judged}
+        return {STUDENT: gradient, DISCRIMINATOR: heads}, vectors, metrics
 
     return Joint(gradients)
+
+
+def compete(
+    judge: Judge,
+    params: Any,
+    vectors: Any,
+    real: tuple[jax.Array, jax.Array],
+    fake: tuple[jax.Array, jax.Array],
+) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
+    """Both sides' gradients, from one forward pass of the heads over each of real and fake.
+
+    Args:
+        judge, params, vectors: the heads' parameters and spectral vectors.
+        real, fake: tokens and condition of `Judge.features`.
+
+    Returns:
+        The gradient of L_D at the heads' parameters, that of L_G at the fake tokens, and the metrics.
+    """
+
+    def logits_of_fake(params, tokens):
+        return judge.logits(params, vectors, tokens, fake[1])
+
+    def loss_on_real(params):
+        logits = judge.logits(params, vectors, *real)
+        return jnp.mean(jax.nn.relu(1 - logits)), logits
+
+    def loss_on_fake(logits):
+        return jnp.mean(jax.nn.relu(1 + logits))
+
+    (real_loss, real_logits), from_real = jax.value_and_grad(loss_on_real, has_aux=True)(params)
+    logits, pull = jax.vjp(logits_of_fake, params, fake[0])
+    fake_loss, to_logits = jax.value_and_grad(loss_on_fake)(logits)
+    from_fake, _ = pull(to_logits)
+    _, to_tokens = pull(jnp.full_like(logits, -1 / logits.size))
+    metrics = {
+        "loss_generator": -jnp.mean(logits),
+        "loss_discriminator": real_loss + fake_loss,
+        "right_real": jnp.mean(real_logits > 0),
+        "right_fake": jnp.mean(logits < 0),
+    }
+    return jax.tree.map(jnp.add, from_real, from_fake), to_tokens, metrics
 
 
 class StudentPass(NamedTuple):
