@@ -164,7 +164,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "warmup": 3000,  # first steps, in which the discriminator learns and the student only regresses
                 "weight": 10.0,  # of the adversarial gradient over the regression's, at the last head
                 "layers": (),  # blocks of the teacher that have a head, counted from 0; () for all
-                "feature_time": 0.0,  # that the teacher embeds images with, as a share of the way from data to noise
+                "feature_time": 0.0,  # share of the way from data to noise at which the teacher sees images, noised so
                 "spectral_rounds": 30,  # power iterations of the discriminator's kernels before the first step
                 "optimizer": optimizer_defaults(),
                 "discriminator_optimizer": network_optimizer_defaults(learning_rate=1e-3, clip=0.0),

@@ -8,6 +8,7 @@ import pytest
 from jaxprs import macs
 from quick import quick_jit
 
+from ard_jax.diffusion import FlowMatching, LinearVP
 from ard_jax.models import ARDStudent, DiT, init_from_teacher, parameter_shapes
 from ard_jax.models.discriminator import normalised, power_iteration, spectral_norms
 from ard_jax.objectives.adversarial import DISCRIMINATOR, adversarial_method, flipped, make_judge
@@ -24,7 +25,7 @@ FIELDS = dict(channels=1, patch_size=2, hidden_size=8, num_heads=2, num_classes=
 def given(request):
     """The networks, large random parameters of all, the spectral vectors, and a batch."""
     student = ARDStudent(**FIELDS, steps=2, history_layers=1, heads=request.param)
-    judge = make_judge(DiT(**FIELDS), (0, 2), time=1.5)
+    judge = make_judge(DiT(**FIELDS), (0, 2), LinearVP(), 0.0)
     teacher_shapes = parameter_shapes(judge.teacher, jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     rng = np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32)  # noqa: E731
@@ -34,7 +35,7 @@ def given(request):
     label = np.asarray(rng.integers(0, 3, (2, BATCH)), np.int32)
     trajectory = {"noise": rng.normal(size=(BATCH, *SHAPE)), "x0": rng.normal(size=(BATCH, 3, *SHAPE))}
     batch = {
-        "trajectory": jax.tree.map(jnp.float32, trajectory) | {"label": label[0]},
+        "trajectory": jax.tree.map(jnp.float32, trajectory) | {"label": label[0], "position": np.arange(BATCH)},
         "real": {
             "image": jnp.asarray(rng.normal(size=(BATCH, *SHAPE)), jnp.float32),
             "label": label[1],
@@ -76,9 +77,7 @@ def written_out(given):
     points = trajectory["x0"][:, jnp.asarray(COLUMNS)]
 
     def logits(heads, images, label):
-        tokens, condition = judge.teacher.apply(
-            {"params": teacher}, images, jnp.full(BATCH, 1.5), label, method="features"
-        )
+        tokens, condition = judge.teacher.apply({"params": teacher}, images, jnp.zeros(BATCH), label, method="features")
         chosen = tokens[jnp.asarray([0, 2])]
         return judge.heads.apply({"params": normalised(heads, vectors)}, chosen, condition)
 
@@ -197,3 +196,25 @@ def test_warm_vectors_begin(given):
     _, _, networks, memory, *_ = given
     for sigma in spectral_norms(networks[DISCRIMINATOR], memory).values():
         assert (sigma > 0.3).all()
+
+
+def test_at_a_later_time_the_teacher_sees_noised_images():
+    """The same network time and noise level as in its training; by key and position, whoever stands beside."""
+    seen = {}
+
+    class Probe(DiT):
+        def apply(self, variables, images, time, label, layers, method):
+            seen.update(images=images, time=time)
+
+    images = jnp.full((40, 8, 8, 1), 2.0)
+    for process, time in ((FlowMatching(10.0), 3.0), (FlowMatching(10.0, True), 7.0)):
+        judge = make_judge(Probe(**FIELDS), (), process, 0.3)
+        judge.features({}, images, None, KEY, jnp.arange(40))
+        noise = (seen["images"] - 0.7 * images) / 0.3
+        assert seen["time"][0] == pytest.approx(time) and abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+        before = seen["images"]
+        judge.features({}, images[:5], None, KEY, jnp.arange(10, 15))
+        np.testing.assert_array_equal(seen["images"], before[10:15])
+    make_judge(Probe(**FIELDS), (), FlowMatching(10.0, True), 0.0).features({}, images, None, KEY, jnp.arange(40))
+    np.testing.assert_array_equal(seen["images"], images)
+    assert seen["time"][0] == 10.0

@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 
 from ard_jax.data import (
     InMemory,
+    Joined,
     center_crop,
     class_names,
     image_source,
@@ -412,6 +413,25 @@ def test_stream_resumes_bit_for_bit(source):
         parts = [next(host) for host in hosts]
         assert_same(batch, {name: np.concatenate([part[name] for part in parts]) for name in batch})
     assert hosts[0].get_state() == hosts[2].get_state() == restored.get_state()
+
+
+def test_joined_streams_go_on_together(source):
+    def start():
+        return Joined({"one": stream(source, batch_size=6, seed=1), "other": stream(Counting(7), batch_size=6, seed=2)})
+
+    iterator = start()
+    assert iter(iterator) is iterator
+    alone = read(stream(Counting(7), batch_size=6, seed=2), 9)
+    batches = read(iterator, 5)
+    state = json.dumps(iterator.get_state())
+    rest = read(iterator, 4)
+    restored = start()
+    restored.set_state(json.loads(state))
+    for left, right in zip(rest, read(restored, 4), strict=True):
+        for name in ("one", "other"):
+            assert_same(left[name], right[name])
+    for left, right in zip([*batches, *rest], alone, strict=True):
+        assert_same(left["other"], right)
 
 
 def test_stream_of_fewer_records_than_a_batch():

@@ -25,7 +25,7 @@ from ard_jax.config import optimizer_defaults
 from ard_jax.data import InMemory, stream
 from ard_jax.errors import Preempted, UserError
 from ard_jax.files import tree_sha256
-from ard_jax.objectives import Method
+from ard_jax.objectives import Joint, Method
 from ard_jax.parallel import make_mesh
 from ard_jax.training import checkpoints, loop
 from ard_jax.training.loop import NotFinite, train
@@ -63,11 +63,11 @@ def settings(**changes):
     return ml_collections.ConfigDict(values | changes)
 
 
-def fit(directory, source=None, tensorboard=False, log_every=2, **changes):
+def fit(directory, source=None, tensorboard=False, log_every=2, method=None, **changes):
     """Trains the small model; returns what `train` does."""
     run = ml_collections.ConfigDict({"log_every": log_every, "keep_checkpoints": 2, "tensorboard": tensorboard})
     return train(
-        Method(objective, flops=24.0),
+        method or Method(objective, 24.0),
         {"w": jnp.zeros(3), "b": jnp.zeros(())},
         stream(source or data(), batch_size=BATCH, seed=3),
         settings=settings(**changes),
@@ -406,6 +406,76 @@ def test_gradients_are_clipped(monkeypatch):
         moved[clip] = math.sqrt(sum(float(((a - 1) ** 2).sum()) for a in jax.tree.leaves(state.params)))
         assert float(metrics["gradient_norm"]) > 1e4  # as it was before clipping
     assert moved[0.5] == pytest.approx(0.5, rel=1e-4) and moved[0.0] > 1e4
+
+
+# ---------------------------------------------------------------------------------------- several networks
+
+
+def joint_gradients(networks, memory, frozen, batch, key, step):
+    """A regression beside a copy of it that learns twice the answer; the memory counts the rows of both."""
+    (loss, metrics), student = jax.value_and_grad(objective, has_aux=True)(networks["student"], frozen, batch, key)
+    doubled = batch | {"y": 2 * batch["y"]}
+    (other, _), rival = jax.value_and_grad(objective, has_aux=True)(networks["rival"], frozen, doubled, key)
+    seen = {"rows": memory["rows"] + len(batch["y"]), "steps": jnp.asarray(step)}
+    return {"student": student, "rival": rival}, seen, {"loss": loss, "loss_rival": other, **metrics}
+
+
+def joint(**rival):
+    """The rival starts at ones, and has an optimiser of its own."""
+
+    def begin(params, frozen, key):
+        ones = jax.tree.map(jnp.ones_like, params)
+        return {"rival": ones}, {"rows": jnp.zeros((), jnp.int32), "steps": jnp.zeros((), jnp.int32)}
+
+    own = ml_collections.ConfigDict(optimizer_defaults() | {"name": "sgd", "learning_rate": 0.01, "clip": 0.0} | rival)
+    return Method(Joint(joint_gradients), 24.0, begin=begin, optimizers={"rival": own})
+
+
+@pytest.fixture(scope="module")
+def joint_run(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "peak_flops", lambda: 1e12)
+        directory = tmp_path_factory.mktemp("joint")
+        return directory, fit(directory, method=joint()).state
+
+
+def test_each_network_learns_by_its_own_optimiser(joint_run, uninterrupted):
+    """The student as if it were alone, its average too; the rival by plain gradient descent, written out."""
+    state, alone = joint_run[1], uninterrupted[1]
+    for ours, theirs in ((state.params, alone.params), (state.ema, alone.ema)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
+    batches, rival = stream(data(), batch_size=BATCH, seed=3), {"w": jnp.ones(3), "b": jnp.ones(())}
+    for _ in range(STEPS):
+        batch = next(batches)
+        doubled = batch | {"y": 2 * batch["y"]}
+        (_, _), gradient = jax.value_and_grad(objective, has_aux=True)(rival, None, doubled, jax.random.key(5))
+        rival = jax.tree.map(lambda p, g: p - 0.01 * g, rival, gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.others["rival"], rival)
+    assert state.memory == {"rows": STEPS * BATCH, "steps": STEPS - 1}
+    assert "loss_rival" in lines(joint_run[0])[0]
+
+
+def test_checkpoints_keep_other_networks_and_the_memory(joint_run, tmp_path, at_step):
+    at_step(5, terminate)
+    with pytest.raises(Preempted):
+        fit(tmp_path, method=joint())
+    at_step(5, lambda: pytest.fail("a step that was saved was done again"))
+    assert tree_sha256(fit(tmp_path, method=joint()).state) == tree_sha256(joint_run[1])
+
+
+def test_several_networks_learn_from_microbatches(joint_run, tmp_path):
+    """Means over rows do not care how they are split; the memory sees every microbatch."""
+    state = fit(tmp_path, method=joint(), accumulate=2).state
+    for ours, theirs in ((state.params, joint_run[1].params), (state.others, joint_run[1].others)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+    assert state.memory["rows"] == STEPS * BATCH
+
+
+def test_other_networks_clip_their_own_gradients(joint_run, tmp_path):
+    state = fit(tmp_path, method=joint(clip=0.01), steps=1).state
+    moved = jax.tree.map(lambda leaf: leaf - 1, state.others["rival"])
+    assert optax.tree.norm(moved) == pytest.approx(0.01 * 0.01, rel=1e-2)
+    assert optax.tree.norm(state.params) > 0.01
 
 
 # ------------------------------------------------------------------------------------------------ TensorBoard

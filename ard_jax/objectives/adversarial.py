@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ard_jax.diffusion import Process
 from ard_jax.models import ARDStudent, Discriminator, DiT
 from ard_jax.models.discriminator import normalised, power_iteration, random_vectors
 from ard_jax.models.flops import discriminator_macs, student_macs, teacher_macs
@@ -34,17 +35,26 @@ class Judge(NamedTuple):
         teacher: the frozen network.
         heads: the discriminator.
         layers: indices of the teacher's blocks that the heads stand on.
-        time: network time that the teacher is told.
+        process: the teacher's.
+        time: network time that the teacher is told. At the data's own it sees images as they are, at a later one noised
+            as it was trained on them (as in LADD, arXiv 2403.12015).
     """
 
     teacher: DiT
     heads: Discriminator
     layers: tuple[int, ...]
+    process: Process
     time: float
 
-    def features(self, params: Any, images: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """See `DiT.features`; `params` are the teacher's."""
+    def features(
+        self, params: Any, images: jax.Array, label: jax.Array, key: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `DiT.features`; `params` are the teacher's, and noise is drawn by the key and the position (batch,)."""
         time = jnp.full(len(images), self.time)
+        if self.time != self.process.data_time:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, position)
+            noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], images.dtype))(keys)
+            images = self.process.noised(images, noise, time)
         return self.teacher.apply({"params": params}, images, time, label, self.layers, method="features")
 
     def logits(self, params: Any, vectors: Any, tokens: jax.Array, condition: jax.Array) -> jax.Array:
@@ -52,10 +62,11 @@ class Judge(NamedTuple):
         return self.heads.apply({"params": normalised(params, vectors)}, tokens, condition)
 
 
-def make_judge(teacher: DiT, layers: tuple[int, ...], time: float) -> Judge:
-    """A judge with a head on each of the given blocks, () for all."""
+def make_judge(teacher: DiT, layers: tuple[int, ...], process: Process, share: float) -> Judge:
+    """A judge with a head on each of the given blocks, () for all, at a share of the way from data to noise."""
     layers = layers or tuple(range(teacher.depth))
-    return Judge(teacher, Discriminator(len(layers), dtype=teacher.dtype), layers, time)
+    time = process.data_time + share * (process.noise_time - process.data_time)
+    return Judge(teacher, Discriminator(len(layers), dtype=teacher.dtype), layers, process, time)
 
 
 def adversarial_method(
@@ -83,7 +94,8 @@ def adversarial_method(
 
     def begin(params, frozen, key):
         init_key, vector_key = jax.random.split(jax.random.fold_in(key, 2))
-        tokens, condition = judge.features(frozen, jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32))
+        one = jnp.zeros(1, jnp.int32)
+        tokens, condition = judge.features(frozen, jnp.zeros((1, *shape)), one, key, one)
         heads = judge.heads.init(init_key, tokens, condition)["params"]
         return {DISCRIMINATOR: heads}, power_iteration(heads, random_vectors(heads, vector_key), spectral_rounds)
 
@@ -119,48 +131,72 @@ def adversarial(
         warmup: steps in which only the discriminator and the regression learn.
 
     The batch holds "trajectory", as `objectives.ard` reads it, and "real": "image" (batch, height, width, channel),
-    "label" and "position" (batch,). The memory is the heads' spectral vectors; each step turns them once.
+    "label" (batch,), both with "position" (batch,). The memory is the heads' spectral vectors, turned once a step.
     """
 
     def gradients(networks, memory, frozen, batch, key, step):
         vectors = power_iteration(networks[DISCRIMINATOR], memory)
-        real, label = batch["real"]["image"], batch["trajectory"]["label"]
-        if horizontal_flip:
-            real = flipped(jax.random.fold_in(key, 3), batch["real"]["position"], real)
+        flip_key, real_key, fake_key = jax.random.split(jax.random.fold_in(key, 3), 3)
+        real, trajectory = batch["real"], batch["trajectory"]
+        images = flipped(flip_key, real["position"], real["image"]) if horizontal_flip else real["image"]
 
-        student_pass = forward(student, networks[STUDENT], batch["trajectory"], target, columns)
+        student_pass = forward(student, networks[STUDENT], trajectory, target, columns)
         tokens, pull_features, condition = jax.vjp(
-            lambda images: judge.features(frozen, images, label), student_pass.fake, has_aux=True
+            lambda fake: judge.features(frozen, fake, trajectory["label"], fake_key, trajectory["position"]),
+            student_pass.fake,
+            has_aux=True,
         )
-        fake, pull_logits = jax.vjp(
-            lambda heads, tokens: judge.logits(heads, vectors, tokens, condition), networks[DISCRIMINATOR], tokens
-        )
-        seen = judge.features(frozen, real, batch["real"]["label"])
-
-        def loss_on_real(heads):
-            logits = judge.logits(heads, vectors, *seen)
-            return jnp.mean(jax.nn.relu(1 - logits)), logits
-
-        (real_loss, real_logits), from_real = jax.value_and_grad(loss_on_real, has_aux=True)(networks[DISCRIMINATOR])
-        fake_loss, from_fake = jax.value_and_grad(lambda logits: jnp.mean(jax.nn.relu(1 + logits)))(fake)
-        discriminator_gradient = jax.tree.map(jnp.add, from_real, pull_logits(from_fake)[0])
-        (to_fake,) = pull_features(pull_logits(jnp.full_like(fake, -1 / fake.size))[1])
-
+        seen = judge.features(frozen, images, real["label"], real_key, real["position"])
+        heads, to_tokens, judged = compete(judge, networks[DISCRIMINATOR], vectors, seen, (tokens, condition))
+        (to_fake,) = pull_features(to_tokens)
         gradient, factor = combine(student_pass, to_fake, weight * (step >= warmup))
-        generator_loss = -jnp.mean(fake)
-        metrics = {
-            "loss": student_pass.loss + factor * generator_loss,
-            "loss_regression": student_pass.loss,
-            "loss_generator": generator_loss,
-            "loss_discriminator": real_loss + fake_loss,
-            "adaptive_weight": factor,
-            "right_real": jnp.mean(real_logits > 0),
-            "right_fake": jnp.mean(fake < 0),
-            **student_pass.metrics,
-        }
-        return {STUDENT: gradient, DISCRIMINATOR: discriminator_gradient}, vectors, metrics
+        loss = student_pass.loss + factor * judged["loss_generator"]
+        regression = {"loss_regression": student_pass.loss, **student_pass.metrics}
+        metrics = {"loss": loss, "adaptive_weight": factor, **regression, **judged}
+        return {STUDENT: gradient, DISCRIMINATOR: heads}, vectors, metrics
 
     return Joint(gradients)
+
+
+def compete(
+    judge: Judge,
+    params: Any,
+    vectors: Any,
+    real: tuple[jax.Array, jax.Array],
+    fake: tuple[jax.Array, jax.Array],
+) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
+    """Both sides' gradients, from one forward pass of the heads over each of real and fake.
+
+    Args:
+        judge, params, vectors: the heads' parameters and spectral vectors.
+        real, fake: tokens and condition of `Judge.features`.
+
+    Returns:
+        The gradient of L_D at the heads' parameters, that of L_G at the fake tokens, and the metrics.
+    """
+
+    def logits_of_fake(params, tokens):
+        return judge.logits(params, vectors, tokens, fake[1])
+
+    def loss_on_real(params):
+        logits = judge.logits(params, vectors, *real)
+        return jnp.mean(jax.nn.relu(1 - logits)), logits
+
+    def loss_on_fake(logits):
+        return jnp.mean(jax.nn.relu(1 + logits))
+
+    (real_loss, real_logits), from_real = jax.value_and_grad(loss_on_real, has_aux=True)(params)
+    logits, pull = jax.vjp(logits_of_fake, params, fake[0])
+    fake_loss, to_logits = jax.value_and_grad(loss_on_fake)(logits)
+    from_fake, _ = pull(to_logits)
+    _, to_tokens = pull(jnp.full_like(logits, -1 / logits.size))
+    metrics = {
+        "loss_generator": -jnp.mean(logits),
+        "loss_discriminator": real_loss + fake_loss,
+        "right_real": jnp.mean(real_logits > 0),
+        "right_fake": jnp.mean(logits < 0),
+    }
+    return jax.tree.map(jnp.add, from_real, from_fake), to_tokens, metrics
 
 
 class StudentPass(NamedTuple):
