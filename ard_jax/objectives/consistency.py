@@ -71,7 +71,7 @@ def consistency(given: Given) -> Joint:
         following = at_node(*teacher(x, node), grid, node + 1)
         aim = teacher_predictor(given.student, target, label, grid, process, NO_GUIDANCE)(following, node + 1).x0
         prediction = teacher_predictor(given.student, params, label, grid, process, NO_GUIDANCE)(x, node).x0
-        return jnp.mean(distance(prediction, jax.lax.stop_gradient(aim), options["huber"]))
+        return jnp.mean(distance(prediction, aim, options["huber"]))
 
     def gradients(networks, memory, frozen, batch, key, step):
         memory = follow(memory, networks[STUDENT], options["decay"], step)
