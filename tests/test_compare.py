@@ -448,6 +448,7 @@ def test_the_page_ranks_models_and_shows_the_spread(comparison, pictures):
     assert "It ranks the models of this page and nothing else" in page.text["top"]
     assert "not measured here" in page.text["top"] and "ARD with a discriminator 1.84" in page.text["top"]
     assert "ARD (4): 1,200 × 32" in page.text["made"] and '"data": "<digits>"' in page.text["made"]
+    assert "Teacher in 25 steps" in page.text["steps"] and "PSNR to the teacher" in page.text["steps"]
     assert [name for name in page.text if name != "top"] == ["measurements", "steps", "pictures", "made"]
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
     alts = [image["alt"] for image in page.images]

@@ -199,10 +199,8 @@ def _chart(comparison: Mapping, key: str, caption: str, ylabel: str, **options: 
     for method, colour in colours.items():
         own = [row for row in rows if row["method"] == method and words.finite(row["mean"].get(key))]
         if own and method == "teacher":
-            level = own[0]["mean"][key]
-            series.append(
-                Series(f"{own[0]['title']}, {own[0]['steps']} steps", colour, steps, [level] * len(steps), True)
-            )
+            level = [own[0]["mean"][key]] * len(steps)
+            series.append(Series(_titled(own[0]), colour, steps, level, dashed=True))
         elif own:
             series.append(Series(own[0]["title"], colour, [r["steps"] for r in own], [r["mean"][key] for r in own]))
     return pieces.chart(f"{key}-over-steps", caption, series, "steps", ylabel, markers=True, **options)
