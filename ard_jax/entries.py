@@ -134,6 +134,9 @@ def entries_of_method(
 ) -> Iterator[Entry]:
     """A method's entries; `before` holds those of the methods that came before it."""
     rounds = rounds_of(method, tuple(config.compare.steps))
+    unknown = set(method["settings_at"]) - {str(len(points)) for points in config.compare.points}
+    if unknown:
+        raise UserError(f"settings_at has {min(unknown)!r}, a number of steps that compare.points has no points of.")
     budget = flops(config, None) / (len(rounds) if method["chain"] else 1)
     previous = None
     for steps in rounds:

@@ -51,7 +51,8 @@ def get_config(argument: str = ""):
         config.compare.quick = {
             "teacher": {"steps": 700},
             "trajectories": {"count": 1088},
-            "distill": {"steps": 100},
+            "distill": {"steps": 200},
+            "finetune": {"steps": 60, "warmup": 10},
             "sample": {"count": 768},
             "evaluate": {"paired": 256, "feature_steps": 300},
         }

@@ -117,6 +117,20 @@ def test_every_setting_can_be_overridden():
     assert workdir == pathlib.Path("here")
 
 
+def test_a_flag_that_is_there_or_not():
+    names = command_line.FLAGS["compare"]
+    for given, expected in (([], False), (["--quick"], True), (["--quick=false"], False), (["--noquick"], False)):
+        _, workdir, quick = command_line.parse(["--config", SMOKE, "--workdir", "here", *given], names)
+        assert quick is expected and workdir == pathlib.Path("here")
+    assert command_line.usage(names) == "--workdir DIR [--quick]"
+    assert "did you mean --quick" in refused("compare", "--config", SMOKE, "--workdir", "here", "--quik")
+    assert "--workdir is missing: give --config FILE and --workdir DIR." in refused(
+        "compare", "--config", SMOKE, "--quick"
+    )
+    assert "compare.methods is empty" in refused("compare", "--config", SMOKE, "--workdir", "here")
+    assert "there is no flag --quick" in refused("teacher", "--config", SMOKE, "--workdir", "here", "--quick")
+
+
 # -------------------------------------------------------------------------------------------------- config files
 
 

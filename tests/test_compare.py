@@ -123,6 +123,7 @@ def test_a_method_starts_from_another_and_a_fine_tune_keeps_its_form():
         ({"ard": 3}, "compare.methods.ard is 3: give a dict of title, stage"),
         ({"teacher": {}}, "compare.methods has 'teacher', which cannot name a folder"),
         ({"ard": {"stage": "sample"}}, "compare.methods.ard.stage is 'sample': choose distill or finetune."),
+        ({"ard": {"settings_at": {"one": {}}}}, "compare.methods.ard: settings_at has 'one', a number of steps that"),
         ({"ard": {"steps": (4,)}}, "no method has any of the steps (1, 2, 3): change compare.steps."),
         (
             {"ard": {"settings": {"student": {"masc": "window"}}}},
@@ -447,6 +448,7 @@ def test_the_page_ranks_models_and_shows_the_spread(comparison, pictures):
     assert "It ranks the models of this page and nothing else" in page.text["top"]
     assert "not measured here" in page.text["top"] and "ARD with a discriminator 1.84" in page.text["top"]
     assert "ARD (4): 1,200 × 32" in page.text["made"] and '"data": "<digits>"' in page.text["made"]
+    assert "Teacher in 25 steps" in page.text["steps"] and "PSNR to the teacher" in page.text["steps"]
     assert [name for name in page.text if name != "top"] == ["measurements", "steps", "pictures", "made"]
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
     alts = [image["alt"] for image in page.images]
@@ -465,7 +467,10 @@ def test_the_page_says_what_a_quick_run_is(comparison, pictures):
 
 
 def test_the_table_is_markdown(comparison):
+    comparison["rows"][1]["title"] = "Step | by | step"
     lines = markdown(comparison).splitlines()
+    assert lines[5].startswith("| Step \\| by \\| step | 4 |")
+    lines[5] = lines[5].replace("\\|", "")
     assert lines[0].startswith("| Method | Steps | FD ↓ | Precision ↑ |") and lines[1].startswith("| --- | ---: |")
     assert lines[4] == (
         "| ARD | 4 | 8.58 (8.36–8.80) | 0.900 | 0.724 | 26.1 | 4 | 0.0291 | 38,400 | 6.70 | 1 min 20 s |"

@@ -2,16 +2,20 @@
 
 import functools
 import importlib
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from ard_jax.config import config_arguments, example_shape, make_student, make_teacher, validate
+from ard_jax.entries import entries_of
 from ard_jax.errors import UserError
 from ard_jax.models import count_parameters, init_from_teacher
 from ard_jax.objectives.ard import ard
 from ard_jax.parallel import make_mesh
+from ard_jax.stages.compare import quick_config
+from ard_jax.stages.distill import training_flops
 from ard_jax.stages.workdir import teacher_shapes
 from ard_jax.training.state import make_optimizer, make_step, start_state
 
@@ -51,6 +55,33 @@ def test_imagenet_has_the_numbers_of_the_paper(steps, batch_size, points):
     model = make_student(config)
     assert (model.depth, model.hidden_size, model.num_heads, model.patch_size) == (28, 1152, 16, 2)
     assert (model.steps, model.noise_time) == (steps, 999.0)
+
+
+RIVALS = ("progressive", "consistency", "distribution_matching")
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(f"ard_jax.objectives.{name}") for name in RIVALS), reason="needs the rivals"
+)
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_digits_methods_can_all_be_trained(quick):
+    """All that the stage compare checks before it makes anything; and what each method starts from."""
+    config = get_config("compare_digits")
+    validate(config)
+    entries = entries_of(quick_config(config) if quick else config, training_flops)
+    steps = {}
+    for entry in entries.values():
+        steps.setdefault(entry.method, []).append(entry.steps)
+    assert steps == {
+        "ard": [2, 4], "consistency": [1, 2, 4], "knowledge": [1], "matching": [1, 2, 4], "progressive": [8, 4, 2, 1],
+        "step": [2, 4], "adversarial": [4],
+    }  # fmt: skip
+    assert [name for name, entry in entries.items() if not entry.shown] == ["progressive_8"]
+    starts = {name: entry.start for name, entry in entries.items() if entry.start}
+    assert starts == {
+        "adversarial_4": "ard_4", "progressive_4": "progressive_8", "progressive_2": "progressive_4",
+        "progressive_1": "progressive_2",
+    }  # fmt: skip
 
 
 def test_imagenet_trains_at_full_size_in_shapes():

@@ -70,7 +70,8 @@ def build_comparison(title: str, comparison: Mapping, pictures: Mapping[str, np.
 
 def markdown(comparison: Mapping) -> str:
     """The table as Markdown, a row a line, then what is in it."""
-    lines = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *_cells(comparison, " ({})")]
+    cells = ([cell.replace("|", "\\|") for cell in row] for row in _cells(comparison, " ({})"))
+    lines = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *cells]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return "\n\n".join([table, *_notes(comparison), COST]) + "\n"
 
@@ -198,10 +199,8 @@ def _chart(comparison: Mapping, key: str, caption: str, ylabel: str, **options: 
     for method, colour in colours.items():
         own = [row for row in rows if row["method"] == method and words.finite(row["mean"].get(key))]
         if own and method == "teacher":
-            level = own[0]["mean"][key]
-            series.append(
-                Series(f"{own[0]['title']}, {own[0]['steps']} steps", colour, steps, [level] * len(steps), True)
-            )
+            level = [own[0]["mean"][key]] * len(steps)
+            series.append(Series(_titled(own[0]), colour, steps, level, dashed=True))
         elif own:
             series.append(Series(own[0]["title"], colour, [r["steps"] for r in own], [r["mean"][key] for r in own]))
     return pieces.chart(f"{key}-over-steps", caption, series, "steps", ylabel, markers=True, **options)
