@@ -298,10 +298,10 @@ def check_points(points: tuple[int, ...], steps: int, key: str) -> None:
         )
 
 
-# Keys that results.json has beside the models' names.
+# Keys that results.json, pictures.npz and edits.npz have beside the models' names.
 RESERVED = (
     "teacher", "config", "degradation_ratio", "degradation_ratios", "features", "paired", "real_images", "samples",
-    "seconds",
+    "seconds", "label", "noise", "source", "teacher_xt",
 )  # fmt: skip
 
 
