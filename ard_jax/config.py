@@ -357,10 +357,10 @@ def check_interval(interval: tuple[float, ...], key: str) -> None:
         raise UserError(f"{key} is {tuple(interval)}: give two rising numbers from 0 (data) to 1 (noise).")
 
 
-# Keys that results.json has beside the models' names.
+# Keys that results.json, pictures.npz and edits.npz have beside the models' names.
 RESERVED = (
     "teacher", "config", "degradation_ratio", "degradation_ratios", "features", "paired", "real_images", "samples",
-    "seconds",
+    "seconds", "label", "noise", "source", "teacher_xt",
 )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ def started(monkeypatch):
         ({"a": {"student.name": "b"}}, {}, "entry 'a' sets student.name, which the sweep itself sets"),
         ({"a": {}}, {"settings": {"sample.models": ("b",)}}, "entry 'a' sets sample.models, which the sweep itself"),
         ({"teacher": {}}, {}, "entry 'teacher' cannot name a student's folder"),
+        ({"source": {}}, {}, "entry 'source' cannot name a student's folder"),
         ({"a/b": {}}, {}, "entry 'a/b' cannot name a student's folder"),
         ({}, {}, "lacks config or entries"),
         ({"a": {}}, {"overrides": {}}, "has the key 'overrides': its keys are config, settings, entries, over, stages"),

@@ -185,11 +185,12 @@ def block_maps(name: str, mass: np.ndarray) -> str:
     The shares are written into their cells in percent; a block that is not seen has no cell.
     """
     layers, steps, _ = mass.shape
-    across = min(layers, 4)
+    across = 2  # always, so that a cell has one size on a page
     down = -(-layers // across)
     side = max(1.5, 0.5 * steps)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11}):
         figure = Figure(figsize=(across * (side + 0.65), down * (side + 0.65)), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.12)
         axes = figure.subplots(down, across, squeeze=False).reshape(-1)
         for layer, own in enumerate(axes):
             if layer < layers:

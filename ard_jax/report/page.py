@@ -92,19 +92,20 @@ def build_sweep(
         sections.append(pieces.section(f"Along {over}", "over", _along(entries, over)))
     for index, (workdir, drawn) in enumerate(pictures.items()):
         own = {name: entry for name, entry in entries.items() if entry["workdir"] == workdir}
-        models = {name: {**entry["results"], "title": name} for name, entry in own.items()}
-        models = {"teacher": next(iter(own.values()))["teacher"], **models}
-        finals = pieces.final_images(
-            "Final images", models, drawn, [name for name in models if name in own and name in drawn]
-        )
         heading = "Students" if len(pictures) == 1 else ", ".join(own)
-        prefix = f"workdir-{index}"
-        body = "\n".join([finals, _given(models, prefix), _attention(models, prefix)])
-        sections.append(pieces.section(heading, prefix, body))
+        sections.append(pieces.section(heading, f"workdir-{index}", _entries(own, drawn, f"workdir-{index}")))
     settings = {key: value for key, value in results.items() if key != "entries"}
     settings["entries"] = {name: entry["settings"] for name, entry in entries.items()}
-    sections.append(pieces.section("How it was made", "made", _made({"config": settings})))
+    sections.append(pieces.section("How it was made", "made", _folded("Sweep file and settings", settings)))
     return pieces.document(title, sections)
+
+
+def _entries(entries: Mapping[str, Mapping], pictures: Mapping[str, np.ndarray], prefix: str) -> str:
+    """What the students of one workdir make, how their errors accumulate, and where they look."""
+    models = {name: {**entry["results"], "title": name} for name, entry in entries.items()}
+    models = {"teacher": next(iter(entries.values()))["teacher"], **models}
+    finals = pieces.final_images("Final images", models, pictures, [name for name in entries if name in pictures])
+    return "\n".join([finals, _given(models, prefix), _attention(models, prefix)])
 
 
 def _along(entries: Mapping[str, Mapping], over: str) -> str:
@@ -516,5 +517,9 @@ def _share(value: Any, longest: float) -> float:
 def _made(results: Mapping) -> str:
     if results.get("config") is None:
         return pieces.paragraph("The config was not handed over with these results.", "absent")
-    config = json.dumps(results["config"], indent=2, default=str)
-    return f"<details><summary>Config, as it was resolved</summary><pre>{escape(config)}</pre></details>"
+    return _folded("Config, as it was resolved", results["config"])
+
+
+def _folded(heading: str, values: Any) -> str:
+    text = json.dumps(values, indent=2, default=str)
+    return f"<details><summary>{escape(heading)}</summary><pre>{escape(text)}</pre></details>"
