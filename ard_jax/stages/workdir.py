@@ -65,7 +65,10 @@ def compare(before: dict, now: dict, sections: tuple[str, ...], directory: pathl
     differing = [
         f"{key} {before.get(key)!r} there, {now.get(key)!r} here"
         for key in sorted(before.keys() | now.keys())
-        if key.split(".")[0] in sections and not key.startswith(FREE) and before.get(key) != now.get(key)
+        if key.split(".")[0] in sections
+        and not key.startswith(FREE)
+        and not of_another_objective(key, now.get("distill.objective", ""))
+        and before.get(key) != now.get(key)
     ]
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -73,6 +76,12 @@ def compare(before: dict, now: dict, sections: tuple[str, ...], directory: pathl
             f"{directory} belongs to another config ({'; '.join(differing[:3])}{more}): "
             f"use that config, or another --workdir, or delete the folder."
         )
+
+
+def of_another_objective(key: str, objective: str) -> bool:
+    """Whether a setting is an option of a method of distillation that is not the one that is trained."""
+    section, *inner = key.split(".")
+    return section == "distill" and len(inner) > 1 and inner[0] not in ("optimizer", objective.rpartition(".")[2])
 
 
 def write_done(directory: pathlib.Path, sha256: dict[str, str], seconds: float, **made: Any) -> None:
