@@ -288,8 +288,8 @@ def test_settings_of_latents_do_not_go_with_digits(workdir):
     ("stage", "there", "missing", "first"),
     [
         ("trajectories", (), "teacher", "teacher"),
-        ("distill", (), "trajectories", "trajectories"),
-        ("distill", ("trajectories",), "teacher", "teacher"),
+        ("distill", (), "teacher", "teacher"),
+        ("distill", ("teacher",), "trajectories", "trajectories"),
         ("sample", (), "teacher", "teacher"),
         ("sample", ("teacher",), "distill/ard", "distill"),
         ("evaluate", (), "sample", "sample"),

@@ -60,9 +60,6 @@ def test_imagenet_has_the_numbers_of_the_paper(steps, batch_size, points):
 RIVALS = ("progressive", "consistency", "distribution_matching")
 
 
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(f"ard_jax.objectives.{name}") for name in RIVALS), reason="needs the rivals"
-)
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_digits_methods_can_all_be_trained(quick):
     """All that the stage compare checks before it makes anything; and what each method starts from."""

@@ -50,11 +50,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     params, start = init_from_teacher(teacher_params, student), None
     if settings.start:
         params, inputs["start"], start = load_start(config, workdir, student, mesh)
-    source, columns = (
-        InMemory({"nothing": np.zeros(1, np.int32)}),
-        None,
-    )  # the stream's positions are all that is needed
-    if not settings.online:
+    if settings.online:  # the stream's positions are all that is needed
+        source, columns = InMemory({"nothing": np.zeros(1, np.int32)}), None
+    else:
         source, manifest = open_store(config, workdir, teacher_hash)
         columns = tuple(manifest["points"].index(point) for point in config.student.points)
         inputs["store"] = store_hash(manifest)
