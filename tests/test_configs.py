@@ -57,9 +57,6 @@ def test_imagenet_has_the_numbers_of_the_paper(steps, batch_size, points):
     assert (model.steps, model.noise_time) == (steps, 999.0)
 
 
-RIVALS = ("progressive", "consistency", "distribution_matching")
-
-
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_digits_methods_can_all_be_trained(quick):
     """All that the stage compare checks before it makes anything; and what each method starts from."""
