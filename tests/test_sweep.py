@@ -260,15 +260,15 @@ def test_the_script_passes_sigterm_on_and_goes_on_where_it_stopped(workdir, tmp_
     """From any folder; the student's training saves its state and stops, and no process is left behind."""
     entries = {"ard": {}, "long": {"distill.steps": 100_000, "distill.checkpoint_every": 100_000}}
     words = [ROOT / "launch" / "sweep.py", write_sweep(tmp_path, entries), "--workdir", workdir]
-    checkpoints = workdir / "distill" / "long" / "checkpoints"
+    student = workdir / "distill" / "long"
     running = subprocess.Popen([sys.executable, *words], cwd=tmp_path, text=True, stderr=subprocess.PIPE)
-    while not (workdir / "distill" / "long" / "metrics.jsonl").exists():  # the first is logged after five steps
+    while not ((student / "metrics.jsonl").exists() and (student / "metrics.jsonl").stat().st_size):
         assert running.poll() is None
         time.sleep(0.1)
     running.terminate()
     error = running.communicate()[1]
     assert running.returncode == 2 and "the stage 'distill' has not finished (status 0)" in error
-    saved = [int(path.name) for path in checkpoints.iterdir()]
+    saved = [int(path.name) for path in (student / "checkpoints").iterdir()]
     assert len(saved) == 1 and 5 <= saved[0] < 100_000
     assert not (workdir / "sweep").exists()
     again = subprocess.run([sys.executable, *words, "--only", "ard"], cwd=tmp_path, capture_output=True, text=True)
