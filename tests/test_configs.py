@@ -74,7 +74,8 @@ def test_the_digits_methods_can_all_be_trained(quick):
     starts = {name: entry.start for name, entry in entries.items() if entry.start}
     assert starts == {
         "adversarial_4": "ard_4", "progressive_4": "progressive_8", "progressive_2": "progressive_4",
-        "progressive_1": "progressive_2",
+        "progressive_1": "progressive_2", "matching_1": "consistency_1", "matching_2": "consistency_2",
+        "matching_4": "consistency_4",
     }  # fmt: skip
 
 
