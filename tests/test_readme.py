@@ -47,13 +47,13 @@ def test_the_stages_run_as_written(pipeline, tmp_path, monkeypatch):
     workdir = copy(pipeline, tmp_path / "smoke", "teacher", "trajectories", "distill")
     written = stage_commands("runs/smoke")
     assert [command[0] for command in written] == [
-        "teacher", "trajectories", "distill", "distill", "sample", "evaluate", "report"
+        "teacher", "trajectories", "distill", "distill", "finetune", "sample", "evaluate", "report"
     ]  # fmt: skip
     for stage, *flags in written:
         flags[flags.index("--workdir") + 1] = workdir
         outcome = run(stage, *flags)
         assert outcome.status == 0, outcome.err
-    assert set(done(workdir / "distill")["models"]) == {"ard", "step"}
+    assert set(done(workdir / "distill")["models"]) == {"ard", "step", "ard_adversarial"}
     assert read_json(workdir / "distill" / "step" / "config.json")["student"]["mask"] == "diagonal"
     assert {"teacher", "ard", "step", "degradation_ratio"} <= read_json(workdir / "report" / "results.json").keys()
 
@@ -123,6 +123,20 @@ def test_planning_as_written(tmp_path, monkeypatch):
     assert config.model.name == "DiT-XL/2" and (topology, file) == ("v5e:4x4", "plan.json")
     chip, shape = topology.split(":")
     assert shape in SHAPES[chip]
+
+
+def test_comparing_and_sweeping_as_written(monkeypatch):
+    """Both take minutes, so of the comparison the words alone, and of the sweep what it would run."""
+    monkeypatch.chdir(ROOT)
+    (words,) = [words[1:] for words in commands("python -m ard_jax ") if words[0] == "compare"]
+    config, workdir, quick = parse(words, FLAGS["compare"])
+    assert len(config.compare.methods) == 7 and (str(workdir), quick) == ("runs/compare", True)
+    (words,) = commands("python launch/sweep.py ")
+    words = words[: words.index("#")] + ["--print", "python"]
+    said = subprocess.run(
+        [sys.executable, "launch/sweep.py", *words], capture_output=True, text=True, check=True
+    ).stdout
+    assert [shlex.split(line)[3] for line in said.splitlines() if "distill" in line.split()] == ["distill"] * 4
 
 
 def test_the_maps_of_names_work_as_written(golden):
