@@ -105,8 +105,7 @@ def test_a_method_starts_from_another_and_a_fine_tune_keeps_its_form():
     tuned = {"stage": "finetune", "start": "wide", "steps": (2,), "settings": {"finetune": {"steps": 7}}}
     wide = {"steps": (2,), "settings": {"student": {"mask": "window"}}}
     config = config_with({"after": {"start": "wide", "steps": (2,)}, "tuned": tuned, "wide": wide})
-    with config.unlocked():
-        config.update({"finetune": {"name": "", "start": "", "steps": 9, "batch_size": 8}})
+    config.finetune.update(steps=9, batch_size=8)
     entries = entries_of(config, training_flops)
     assert list(entries) == ["wide_2", "after_2", "tuned_2"]
     assert entries["after_2"].config.distill.start == "wide_2" and entries["after_2"].config.student.mask == "causal"
