@@ -118,7 +118,6 @@ class Pod:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a terminal of its own, to interrupt it alone
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
         )
         self.running.append(running)
         return running
@@ -175,6 +174,14 @@ def until(condition, what: object) -> None:
 def end(running: subprocess.Popen) -> Outcome:
     out, err = running.communicate(timeout=240)
     return Outcome(running.returncode, out, err)
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """What is started in a shell's background ignores them, and so would all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

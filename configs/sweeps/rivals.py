@@ -3,7 +3,7 @@
 What was tried for configs/compare_digits.py, at equal steps: consistency distillation, progressive distillation round
 by round, and distribution matching from the teacher and from a consistency student.
 
-Twenty-five students of 600 steps: about half an hour on two CPU cores with the teacher and the store.
+Twenty-five students of 600 steps: about 30 minutes on two CPU cores with the teacher and the store.
 """
 
 EIGHT = (15, 13, 12, 10, 8, 5, 3, 0)
