@@ -30,11 +30,12 @@ trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' TERM INT
 
 highest=0
 for process in "${processes[@]}"; do
-  while :; do
-    status=0
-    wait "$process" || status=$?
-    kill -0 "$process" 2>/dev/null || break # a signal ends `wait` before the process has ended
+  wait "$process" || true
+  while kill -0 "$process" 2>/dev/null; do # a signal ends `wait` before the process has ended
+    wait "$process" || true
   done
+  status=0
+  wait "$process" || status=$? # its own: what a signal has ended returns that of the signal
   if ((status > highest)); then
     highest=$status
   fi

@@ -25,11 +25,12 @@ stage=$!
 ) &
 output=$!
 trap 'kill -TERM "$stage" 2>/dev/null || true' TERM # in a container, the signal comes to this shell alone
-while :; do
-  status=0
-  wait "$stage" || status=$?
-  kill -0 "$stage" 2>/dev/null || break # a signal ends `wait` before the stage has ended
+wait "$stage" || true
+while kill -0 "$stage" 2>/dev/null; do # a signal ends `wait` before the stage has ended
+  wait "$stage" || true
 done
+status=0
+wait "$stage" || status=$? # its own: what a signal has ended returns that of the signal
 wait "$output" || true
 if [[ $status == 0 ]] && grep -qF "$saved" "$log"; then
   status=42
