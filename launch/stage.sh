@@ -13,25 +13,42 @@ python=.venv/bin/python
 if [[ ! -x "$python" ]]; then
   python=python # a container's
 fi
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+scratch=$(mktemp -d)
+log=$scratch/log
+trap 'rm -rf "$scratch"' EXIT
 
+# bash loses the status of a child that ends as a signal comes, unless it is one that it runs in the foreground: so a
+# shell beside this one runs the stage and writes its status.
 # A file stands between the stage and its output, and no pipe: whatever a preemption kills first, the stage can write.
-"$python" -m ard_jax "$@" >"$log" 2>&1 </dev/null &
-stage=$!
+(
+  trap : TERM # the stage saves and ends, and this shell writes how
+  status=0
+  # shellcheck disable=SC2016 # for the inner shell to expand
+  bash -c 'echo "$$" >"$1"; exec "${@:2}"' stage "$scratch/pid" "$python" -m ard_jax "$@" >"$log" 2>&1 </dev/null ||
+    status=$?
+  echo "$status" >"$scratch/status"
+) &
+shell=$!
 (
   trap '' TERM # it ends when the stage has
-  exec tail --pid="$stage" --sleep-interval=0.2 -n +1 -f "$log"
+  exec tail --pid="$shell" --sleep-interval=0.2 -n +1 -F "$log" 2>/dev/null
 ) &
 output=$!
-trap 'kill -TERM "$stage" 2>/dev/null || true' TERM # in a container, the signal comes to this shell alone
-wait "$stage" || true
-while kill -0 "$stage" 2>/dev/null; do # a signal ends `wait` before the stage has ended
-  wait "$stage" || true
+
+# shellcheck disable=SC2317 # the trap calls it
+pass_on() { # in a container, the signal comes to this shell alone
+  until [[ -s "$scratch/pid" ]]; do
+    sleep 0.1
+  done
+  kill -TERM "$(cat "$scratch/pid")" 2>/dev/null || true
+}
+trap pass_on TERM
+wait "$shell" || true
+while kill -0 "$shell" 2>/dev/null; do # a signal ends `wait` before that has ended
+  wait "$shell" || true
 done
-status=0
-wait "$stage" || status=$? # its own: what a signal has ended returns that of the signal
 wait "$output" || true
+status=$(cat "$scratch/status")
 if [[ $status == 0 ]] && grep -qF "$saved" "$log"; then
   status=42
 fi
