@@ -16,6 +16,7 @@ from ard_jax.models.attention import attention, block_attention, choose
 from ard_jax.models.dit import DiT
 from ard_jax.models.masks import visible_blocks
 from ard_jax.models.splash import BlockMask
+from ard_jax.plan.topology import ENVIRONMENT
 
 TOKENS, HEADS, WIDTH = 128, 2, 8
 
@@ -189,4 +190,4 @@ assert memory < 4096 * 4096 * 8 * 2, memory  # one bfloat16 array (heads of a de
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_splash_compiles_for_tpus_and_holds_no_logits(topology, head_dim):
     program = f"import sys; sys.argv = ['', {topology!r}, '{head_dim}']\n{AHEAD}"
-    run_alone(program, TPU_SKIP_MDS_QUERY="1", XLA_FLAGS="")
+    run_alone(program, XLA_FLAGS="", **ENVIRONMENT)

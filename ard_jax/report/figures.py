@@ -205,7 +205,9 @@ def _block_map(axes, mass: np.ndarray, title: str) -> None:
     ink, soft, paper, fill = (PALETTE[name][0] for name in ("ink", "soft", "paper", "ard"))
     for query, key in zip(*np.nonzero(mass > 0), strict=True):
         share = float(mass[query, key])
-        axes.add_patch(Rectangle((key, query), 0.96, 0.96, facecolor=fill, alpha=0.08 + 0.92 * share, linewidth=0))
+        axes.add_patch(
+            Rectangle((key, query), 0.96, 0.96, facecolor=fill, alpha=min(0.08 + 0.92 * share, 1.0), linewidth=0)
+        )
         colour = paper if share > 0.5 else ink
         axes.text(key + 0.48, query + 0.48, f"{100 * share:.0f}", ha="center", va="center", size=10, color=colour)
     steps = len(mass)

@@ -46,7 +46,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     directory = workdir / "distill" / config.student.name
     check_batch(settings, mesh, "distill")
     teacher, teacher_params, teacher_hash = load_teacher(config, workdir, mesh)
-    inputs = {"teacher": teacher_hash}
+    inputs = {"teacher": teacher_hash, "store": ""}
     params, start = init_from_teacher(teacher_params, student), None
     if settings.start:
         params, inputs["start"], start = load_start(config, workdir, student, mesh)
