@@ -81,3 +81,14 @@ def fetch(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
+
+
+def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
+    """Arrays by name."""
+    atomic_write(path, lambda temporary: np.savez(temporary, **arrays))
+
+
+def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file by name."""
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)

@@ -29,12 +29,11 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-import numpy as np
 
 from ard_jax.command_line import known_keys, parse, parse_flags
 from ard_jax.config import RESERVED, flatten, names_folder, plain, validate
 from ard_jax.errors import UserError, first_line
-from ard_jax.files import atomic_write, read_json, write_json
+from ard_jax.files import atomic_write, read_json, read_npz, write_json
 from ard_jax.report.page import build_sweep
 from ard_jax.report.words import number
 from ard_jax.stages import distill, teacher, trajectories
@@ -348,8 +347,7 @@ def write_results(sweep: Sweep, entries: list[Entry], folder: pathlib.Path) -> N
     table = markdown(results)
     pictures = {}
     for entry in entries:
-        with np.load(pathlib.Path(entry.home.workdir) / "evaluate" / "pictures.npz", allow_pickle=False) as file:
-            pictures[entry.home.workdir] = dict(file)
+        pictures[entry.home.workdir] = read_npz(pathlib.Path(entry.home.workdir) / "evaluate" / "pictures.npz")
     page = build_sweep(sweep.about, (HEAD, list(table_rows(results))), results, pictures, sweep.over)
     write_json(folder / "results.json", results)
     atomic_write(folder / "table.md", lambda temporary: temporary.write_text(table, encoding="utf-8"))

@@ -53,3 +53,8 @@ def discriminator_macs(model: DiT, heads: int, shape: tuple[int, int, int]) -> i
     width = model.hidden_size
     per_token = (1 + WINDOW) * width**2 + width * LOGIT_WIDTH + LOGIT_WIDTH
     return heads * (image_tokens(model, shape) * per_token + width * LOGIT_WIDTH)
+
+
+def rollout_macs(model: DiT, steps: int, shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image of a student."""
+    return student_macs(model, shape) if isinstance(model, ARDStudent) else steps * teacher_macs(model, shape)

@@ -9,14 +9,13 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ard_jax.config import example_shape, make_rollout, make_student, make_teacher, solver_settings
-from ard_jax.models import init_from_teacher
-from ard_jax.models.flops import teacher_macs
+from ard_jax.models.flops import rollout_macs, teacher_macs
 from ard_jax.parallel import batch_sharding, batch_shards, local_mesh, make_mesh, placed
 from ard_jax.plan.topology import Slice
 from ard_jax.sampling import network_calls
-from ard_jax.stages.distill import make_method
-from ard_jax.stages.sample import make_drawing, rollout_macs, student_sampler
-from ard_jax.stages.workdir import teacher_shapes
+from ard_jax.stages.distill import columns_of, make_method
+from ard_jax.stages.sample import make_drawing, student_sampler
+from ard_jax.stages.workdir import student_shapes, teacher_shapes
 from ard_jax.training.state import make_step, optimizer_of, start_state
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import make_solver
@@ -58,7 +57,7 @@ def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     columns = None
     if not settings.online:
         points, dtype = tuple(config.trajectories.points), store.DTYPES[config.trajectories.dtype]
-        columns = tuple(points.index(point) for point in config.student.points)
+        columns = columns_of(points, config)
         record |= {"noise": rows_of(rows, shape, dtype), "x0": rows_of(rows, (len(points), *shape), dtype)}
         record |= {"xt": record["x0"]} if config.trajectories.keep_noisy else {}
     # of the methods, progressive distillation alone asks of how many steps its start is, and wants twice its own
@@ -91,12 +90,6 @@ def trajectory_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     arguments = placed(teacher_shapes(teacher), mesh), {"index": rows_of(rows, (), "int32", mesh)}
     macs = network_calls(solver_settings(config)) * teacher_macs(teacher, example_shape(config))
     return Work("trajectory step", make_solver(teacher, config, mesh), arguments, mesh, rows, 2 * macs * rows)
-
-
-def student_shapes(config: ml_collections.ConfigDict) -> Any:
-    """Shapes of the student's parameters."""
-    student = make_student(config)
-    return jax.eval_shape(lambda params: init_from_teacher(params, student), teacher_shapes(make_teacher(config)))
 
 
 def rows_of(rows: int, shape: tuple[int, ...], dtype: Any, mesh: Mesh | None = None) -> jax.ShapeDtypeStruct:

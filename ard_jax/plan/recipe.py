@@ -11,8 +11,7 @@ from ard_jax.config import example_shape, make_teacher
 from ard_jax.models import count_parameters
 from ard_jax.models.flops import teacher_macs
 from ard_jax.plan.cost import Cost
-from ard_jax.plan.programs import student_shapes
-from ard_jax.stages.workdir import teacher_shapes
+from ard_jax.stages.workdir import student_shapes, teacher_shapes
 from ard_jax.training.state import make_optimizer, start_state
 
 

@@ -1,6 +1,5 @@
 """The page and the Markdown table of `compare`: methods by steps, measured alike."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -236,6 +235,5 @@ def _how(comparison: Mapping) -> str:
         for row in ranked(comparison)
         if not words.is_teacher(row)
     )
-    config = escape(json.dumps(comparison["config"], indent=2, default=str))
-    details = f"<details><summary>Config, as it was resolved</summary><pre>{config}</pre></details>"
+    details = pieces.folded("Config, as it was resolved", comparison["config"])
     return pieces.paragraph(said) + pieces.paragraph(f"Training steps × batch: {trained}.", "note") + details

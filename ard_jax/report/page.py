@@ -1,6 +1,5 @@
 """One HTML page that shows a run: no file beside it, no request to anywhere."""
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -96,7 +95,7 @@ def build_sweep(
         sections.append(pieces.section(heading, f"workdir-{index}", _entries(own, drawn, f"workdir-{index}")))
     settings = {key: value for key, value in results.items() if key != "entries"}
     settings["entries"] = {name: entry["settings"] for name, entry in entries.items()}
-    sections.append(pieces.section("How it was made", "made", _folded("Sweep file and settings", settings)))
+    sections.append(pieces.section("How it was made", "made", pieces.folded("Sweep file and settings", settings)))
     return pieces.document(title, sections)
 
 
@@ -517,9 +516,4 @@ def _share(value: Any, longest: float) -> float:
 def _made(results: Mapping) -> str:
     if results.get("config") is None:
         return pieces.paragraph("The config was not handed over with these results.", "absent")
-    return _folded("Config, as it was resolved", results["config"])
-
-
-def _folded(heading: str, values: Any) -> str:
-    text = json.dumps(values, indent=2, default=str)
-    return f"<details><summary>{escape(heading)}</summary><pre>{escape(text)}</pre></details>"
+    return pieces.folded("Config, as it was resolved", results["config"])

@@ -1,8 +1,10 @@
 """Pieces of HTML that the pages are put together from; all text is escaped."""
 
 import base64
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +41,12 @@ def paragraph(text: str, kind: str = "") -> str:
 
 def _class(kind: str) -> str:
     return f' class="{kind}"' if kind else ""
+
+
+def folded(heading: str, values: Any) -> str:
+    """Values as JSON, unfolded by a click."""
+    text = json.dumps(values, indent=2, default=str)
+    return f"<details><summary>{escape(heading)}</summary><pre>{escape(text)}</pre></details>"
 
 
 def tiles(given: Sequence[tuple[str, str, str]]) -> str:

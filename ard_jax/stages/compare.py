@@ -20,7 +20,7 @@ import numpy as np
 from ard_jax.config import flatten, plain
 from ard_jax.entries import TEACHER, Entry, about, changed, entries_of
 from ard_jax.errors import UserError
-from ard_jax.files import atomic_write, file_sha256, read_json, write_json
+from ard_jax.files import atomic_write, file_sha256, read_json, read_npz, write_json
 from ard_jax.report import build_comparison, markdown
 from ard_jax.stages import distill, evaluate, sample, teacher, trajectories
 from ard_jax.stages.workdir import Stopwatch, compare, finished, read_done, teacher_folder, write_done
@@ -50,8 +50,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, quick: bool) -
         make(configs[seed], entries[seed], workdir / f"seed{seed}")
     folders = {seed: workdir / f"seed{seed}" for seed in seeds}
     comparison = compared(config, entries[seeds[0]], folders, quick)
-    with np.load(folders[seeds[0]] / "evaluate" / "pictures.npz", allow_pickle=False) as file:
-        pictures = dict(file)
+    pictures = read_npz(folders[seeds[0]] / "evaluate" / "pictures.npz")
     write(workdir / "compare", config, comparison, pictures, watch)
 
 

@@ -7,6 +7,7 @@ stopped. `distill.objective` names other methods, see ard_jax/objectives/.
 
 import hashlib
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -54,7 +55,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         source, columns = InMemory({"nothing": np.zeros(1, np.int32)}), None
     else:
         source, manifest = open_store(config, workdir, teacher_hash)
-        columns = tuple(manifest["points"].index(point) for point in config.student.points)
+        columns = columns_of(manifest["points"], config)
         inputs["store"] = store_hash(manifest)
     method = make_method(config, student, teacher, columns, start)
     # a store's own bounds are part of its hash
@@ -64,6 +65,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     write_done(directory, **made, teacher=teacher_hash)
     if is_first():
         merge_done(workdir / "distill", {config.student.name: made})
+
+
+def columns_of(stored: Sequence[int], config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    """Where the student's points stand among the stored ones."""
+    return tuple(stored.index(point) for point in config.student.points)
 
 
 def make_method(
@@ -105,8 +111,7 @@ def training_flops(config: ml_collections.ConfigDict, start: int | None = None) 
         UserError: the method cannot be built from this config.
     """
     settings = config.distill
-    stored = tuple(config.trajectories.points)
-    columns = None if settings.online else tuple(stored.index(point) for point in config.student.points)
+    columns = None if settings.online else columns_of(config.trajectories.points, config)
     method = make_method(config, make_student(config), make_teacher(config), columns, start)
     return method.flops * settings.batch_size * settings.steps
 

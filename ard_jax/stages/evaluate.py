@@ -35,7 +35,7 @@ from ard_jax.evaluation import (
     psnr,
     train_feature_net,
 )
-from ard_jax.files import file_sha256, write_json
+from ard_jax.files import file_sha256, write_json, write_npz
 from ard_jax.models import ARDStudent
 from ard_jax.objectives.ard import teacher_forcing
 from ard_jax.parallel import batch_shards, equal_batches, is_first, local_mesh, on_mesh, put_batch, run_batches
@@ -48,7 +48,7 @@ from ard_jax.sampling import (
     within_bounds,
 )
 from ard_jax.stages.encode import open_images
-from ard_jax.stages.sample import Decoder, find_vae, make_decoder, write_npz
+from ard_jax.stages.sample import Decoder, find_vae, make_decoder
 from ard_jax.stages.workdir import Stopwatch, finished, load_student, load_teacher, vae_folder, write_done
 
 # Real and generated images that precision and recall compare, at most: their cost is quadratic.

@@ -19,7 +19,7 @@ from ard_jax.models import DiT
 from ard_jax.objectives import Method
 from ard_jax.objectives.adversarial import adversarial_method, make_judge
 from ard_jax.parallel import check_batch, is_first, make_mesh
-from ard_jax.stages.distill import open_store, store_hash
+from ard_jax.stages.distill import columns_of, open_store, store_hash
 from ard_jax.stages.fit import Task, fit
 from ard_jax.stages.workdir import (
     Stopwatch,
@@ -58,7 +58,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     check_real(real, source, config)
     directory = workdir / "distill" / settings.name
     claim(directory, config, SECTIONS, teacher=teacher_hash, start=start_hash, store=store_hash(manifest))
-    method = make_method(config, teacher, tuple(manifest["points"].index(point) for point in config.student.points))
+    method = make_method(config, teacher, columns_of(manifest["points"], config))
     task = Task({"trajectory": source, "real": real}, method, teacher_params)
     made = fit(task, params, config, settings, directory, mesh, watch)
     write_done(directory, **made, teacher=teacher_hash)

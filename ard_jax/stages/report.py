@@ -9,9 +9,8 @@ import pathlib
 from typing import Any
 
 import ml_collections
-import numpy as np
 
-from ard_jax.files import atomic_write, file_sha256, read_json, write_json
+from ard_jax.files import atomic_write, file_sha256, read_json, read_npz, write_json
 from ard_jax.parallel import is_first
 from ard_jax.report import build_report, teaser
 from ard_jax.stages.workdir import Stopwatch, finished, read_done, teacher_folder, write_done
@@ -28,7 +27,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     watch, directory = Stopwatch(), workdir / "report"
     finished(workdir / "evaluate", "evaluate")
     results = read_json(workdir / "evaluate" / "results.json") | {"seconds": stage_seconds(workdir)}
-    pictures, edits = (read_arrays(workdir / "evaluate" / name) for name in ("pictures.npz", "edits.npz"))
+    paths = (workdir / "evaluate" / name for name in ("pictures.npz", "edits.npz"))
+    pictures, edits = (read_npz(path) if path.exists() else {} for path in paths)  # an earlier version made no edits
     curves = read_curves(config, workdir, results["models"])
     html = build_report(config.report.title, results, pictures, curves, edits)
     atomic_write(directory / "index.html", lambda temporary: temporary.write_text(html, encoding="utf-8"))
@@ -36,14 +36,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     write_json(directory / "results.json", summary(results))
     files = ("index.html", "teaser.png", "results.json")
     write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())
-
-
-def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file; none if it is not there, as where an earlier version has evaluated."""
-    if not path.exists():
-        return {}
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:

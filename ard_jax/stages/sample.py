@@ -21,9 +21,9 @@ from jax.sharding import Mesh
 from ard_jax.config import example_shape, make_rollout, plain, solver_settings
 from ard_jax.data import to_uint8
 from ard_jax.errors import UserError
-from ard_jax.files import atomic_write, fetch, file_sha256, write_json
-from ard_jax.models import ARDStudent, AutoencoderKL, DiT, count_parameters
-from ard_jax.models.flops import student_macs, teacher_macs
+from ard_jax.files import atomic_write, fetch, file_sha256, write_json, write_npz
+from ard_jax.models import AutoencoderKL, count_parameters
+from ard_jax.models.flops import rollout_macs, teacher_macs
 from ard_jax.models.vae import to_images
 from ard_jax.parallel import batch_shards, in_turns, is_first, make_mesh, on_mesh, put_batch, replicated
 from ard_jax.report import image_grid
@@ -136,11 +136,6 @@ def student_sampler(rollout: Rollout) -> Sampler:
     return sampler
 
 
-def rollout_macs(model: DiT, steps: int, shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image of a student."""
-    return student_macs(model, shape) if isinstance(model, ARDStudent) else steps * teacher_macs(model, shape)
-
-
 def make_drawing(
     sampler: Sampler, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]]:
@@ -211,7 +206,3 @@ def write(directory: pathlib.Path, images: np.ndarray, labels: np.ndarray, shown
     grid = image_grid(shown, columns=int(np.ceil(len(shown) ** 0.5)))
     atomic_write(directory / "grid.png", lambda temporary: grid.save(temporary))
     return ["samples.npz", "grid.png"]
-
-
-def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
-    atomic_write(path, lambda temporary: np.savez(temporary, **arrays))

@@ -188,10 +188,8 @@ def load_student(directory: pathlib.Path, mesh: Mesh) -> tuple[DiT, Any, str, ml
     """
     hashes = finished(directory, "distill")["sha256"]
     config = recorded_config(directory)
-    model = make_student(config)
-    shapes = jax.eval_shape(lambda params: init_from_teacher(params, model), teacher_shapes(make_teacher(config)))
-    params = load_weights(directory, placed(shapes, mesh), hashes["ema"])
-    return model, params, hashes["ema"], config
+    params = load_weights(directory, placed(student_shapes(config), mesh), hashes["ema"])
+    return make_student(config), params, hashes["ema"], config
 
 
 def load_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Any]:
@@ -229,3 +227,9 @@ def teacher_shapes(model: DiT) -> Any:
     image = jax.ShapeDtypeStruct((1, model.patch_size, model.patch_size, model.channels), "float32")
     time, label = jax.ShapeDtypeStruct((1,), "float32"), jax.ShapeDtypeStruct((1,), "int32")
     return parameter_shapes(model, image, time, label)
+
+
+def student_shapes(config: ml_collections.ConfigDict) -> Any:
+    """Shapes of the parameters of the student that a config describes."""
+    student = make_student(config)
+    return jax.eval_shape(lambda params: init_from_teacher(params, student), teacher_shapes(make_teacher(config)))
