@@ -3,13 +3,14 @@
 A sweep file has a docstring, which says what it is about and what it costs, and SWEEP, a dict:
     config    the config file that all entries start from, with its arguments
     settings  dotted keys and values for all entries (optional)
-    entries   name → dotted keys and values; the name is that of the entry's student
+    entries   name → dotted keys and values; the name is that of the entry's student, or of its fine-tune
     over      a key that the entries differ in, along which the page draws Fréchet distances (optional)
-    stages    which of the stages are run (optional, all)
+    stages    which of the stages are run (optional, all but finetune)
 
-Entries that differ in student.* and distill.* alone share a workdir: one teacher, one store, one evaluation. An entry
-that differs in anything else has a workdir of its own in that one, and still reads the teacher, and the store, if
-nothing differs that they depend on. A stage whose `dir` (teacher.dir, trajectories.dir) is set is not run.
+With finetune among the stages, the entries are fine-tunes of one student, that of the settings. Entries that differ in
+student.*, distill.* and finetune.* alone share a workdir: one teacher, one store, one evaluation. An entry that differs
+in anything else has a workdir of its own in that one, and still reads the teacher, and the store, if nothing differs
+that they depend on. A stage whose `dir` (teacher.dir, trajectories.dir) is set is not run.
 
 Each stage runs in a process of its own, by the very words that --print prints: what a person would type is what is run,
 no stage sees what another has left behind in JAX, and a stage that is killed takes nothing with it.
@@ -36,14 +37,13 @@ from ard_jax.errors import UserError, first_line
 from ard_jax.files import atomic_write, read_json, read_npz, write_json
 from ard_jax.report.page import build_sweep
 from ard_jax.report.words import number
-from ard_jax.stages import distill, teacher, trajectories
-from ard_jax.stages.workdir import FREE, compare, finished, network, store_folder, teacher_folder
-from ard_jax.trajectories.store import read_manifest
+from ard_jax.stages.made import is_made
+from ard_jax.stages.workdir import FREE, network
 
-STAGES = ("teacher", "trajectories", "distill", "sample", "evaluate")
+STAGES = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
 KEYS = ("config", "settings", "entries", "over", "stages")
-SET_BY_SWEEP = ("student.name", "sample.models")
-OF_STUDENTS = {"student", "distill"}  # sections in which students of one workdir may differ
+SET_BY_SWEEP = ("student.name", "finetune.name", "sample.models")
+OF_STUDENTS = {"student", "distill", "finetune"}  # sections in which students of one workdir may differ
 OF_TEACHERS = {"seed", "data", "model", "teacher"}  # sections that a teacher depends on
 HEAD = ("Entry", "Steps", "FD ↓", "Degradation ↓", "Precision ↑", "Recall ↑", "PSNR to teacher, dB ↑")
 
@@ -86,7 +86,12 @@ class Sweep(NamedTuple):
     settings: Mapping[str, Any]
     entries: Mapping[str, Mapping[str, Any]]
     over: str | None = None
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = tuple(stage for stage in STAGES if stage != "finetune")
+
+    @property
+    def trained(self) -> str:
+        """The stage whose settings the entries differ in."""
+        return "finetune" if "finetune" in self.stages else "distill"
 
 
 # ------------------------------------------------------------------------------------------------- reading and planning
@@ -119,7 +124,7 @@ def check_sweep(file: str, sweep: Mapping[str, Any]) -> None:
     for name in sweep["entries"]:
         if not names_folder(name) or name in (*RESERVED, "sweep", *STAGES):
             raise UserError(f"sweep entry {name!r} cannot name a student's folder: use letters, digits, '-' and '_'.")
-    stages = sweep.get("stages", STAGES)
+    stages = sweep.get("stages", ())
     if [stage for stage in STAGES if stage in stages] != list(stages):
         raise UserError(f"the stages of {file} are {stages}: give some of {', '.join(STAGES)}, in this order.")
     if sweep.get("over") is not None and sweep["over"] not in known_keys():
@@ -160,7 +165,7 @@ def plan(sweep: Sweep, workdir: str, only: list[str] | None = None) -> list[Entr
     if missing:
         raise UserError(f"{sweep.file} has no entry {missing[0]!r}: its entries are {', '.join(sweep.entries)}.")
     shared = Place(workdir, sweep.settings)
-    base = resolve(command("distill", sweep, shared))
+    base = resolve(command(sweep.trained, sweep, shared))
     return [
         plan_entry(sweep, name, settings, shared, base)
         for name, settings in sweep.entries.items()
@@ -175,9 +180,11 @@ def plan_entry(
     taken = [key for key in (*sweep.settings, *settings) if key in SET_BY_SWEEP]
     if taken:
         raise UserError(f"sweep entry {name!r} sets {taken[0]}, which the sweep itself sets: leave it out.")
-    settings = {**shared.settings, **settings, "student.name": name}
+    check_section(name, settings, sweep)
+    named = {"distill": "student.name", "finetune": "finetune.name"}[sweep.trained]
+    settings = {**shared.settings, **settings, named: name}
     try:
-        config = resolve(command("distill", sweep, Place(shared.workdir, settings)))
+        config = resolve(command(sweep.trained, sweep, Place(shared.workdir, settings)))
     except UserError as error:
         raise UserError(f"sweep entry {name!r}: {error}") from None
     differs = {key.split(".")[0] for key in differing(base, config)} - OF_STUDENTS
@@ -190,6 +197,19 @@ def plan_entry(
             settings[f"{key}.dir"] = f"{shared.workdir}/{key}"
     home = Place(f"{shared.workdir}/{name}", settings)
     return Entry(name, settings, config, home, shared if same_teacher else home, shared if same_store else home)
+
+
+def check_section(name: str, settings: Mapping[str, Any], sweep: Sweep) -> None:
+    """Raises UserError if an entry sets what its student is not trained by, or what all fine-tunes start from."""
+    section = {"distill": ("finetune",), "finetune": ("student", "distill")}[sweep.trained]
+    wrong = [key for key in settings if key.split(".")[0] in section]
+    if wrong and sweep.trained == "distill":
+        raise UserError(f"sweep entry {name!r} sets {wrong[0]}, but runs no fine-tune: put finetune among the stages.")
+    if wrong:
+        raise UserError(
+            f"sweep entry {name!r} sets {wrong[0]}, but all fine-tunes of a sweep start from one student: set it in "
+            f"settings, or leave finetune out of the stages."
+        )
 
 
 def differing(base: ml_collections.ConfigDict, config: ml_collections.ConfigDict) -> list[str]:
@@ -207,7 +227,10 @@ def commands(sweep: Sweep, entries: list[Entry]) -> list[Command]:
             found.append(command("teacher", sweep, entry.teacher))
         if not entry.config.trajectories.dir:
             found.append(command("trajectories", sweep, entry.store))
-        found.append(command("distill", sweep, Place(entry.home.workdir, entry.settings)))
+        own = Place(entry.home.workdir, entry.settings)
+        if sweep.trained == "finetune":
+            found.append(command("distill", sweep, entry.home))
+        found.append(command(sweep.trained, sweep, own))
         for name in ("teacher", entry.name):  # one by one, or what is drawn would be drawn again with what is not
             home = Place(entry.home.workdir, {**entry.home.settings, "sample.models": (name,)})
             found.append(command("sample", sweep, home))
@@ -218,57 +241,10 @@ def commands(sweep: Sweep, entries: list[Entry]) -> list[Command]:
 # -------------------------------------------------------------------------------------------------------------- running
 
 
-# What each stage's results depend on.
-SECTIONS = {
-    "teacher": teacher.SECTIONS,
-    "trajectories": trajectories.SECTIONS,
-    "distill": distill.SECTIONS,
-    "sample": ("data", "vae", "diffusion", "sample"),
-    "evaluate": ("data", "encode", "vae", "diffusion", "student", "sample", "evaluate"),
-}
-
-
 def is_finished(words: Command) -> bool:
-    """Whether what a command would make is there, made with these settings from the teacher and store as they are.
-
-    Where it was made with others, the stage is run, which says so.
-    """
-    stage, config, workdir = words[0], *parse(list(words[1:]))
-    name = {"distill": config.student.name, "sample": config.sample.models[0]}.get(stage, "")
-    folder = workdir / stage / name
-    try:
-        made = finished(workdir / stage if stage in ("sample", "evaluate") else folder, stage)
-        if stage == "sample" and name not in made["models"]:
-            return False
-        results = read_json(folder / "results.json") if stage == "evaluate" else {}
-        recorded = results.get("config") or read_json(folder / "config.json")
-        recorded["sample"]["models"] = list(config.sample.models)  # what else was drawn with it does not matter
-        compare(recorded, plain(config), SECTIONS[stage], folder)
-        if stage == "evaluate":
-            return hashes(results["models"]) == hashes(finished(workdir / "sample", "sample")["models"])
-        return inputs(stage, name, config, workdir).items() <= recorded["inputs"].items()
-    except UserError:
-        return False
-
-
-def hashes(models: Mapping[str, Mapping]) -> dict[str, str | None]:
-    return {name: model.get("ema_sha256") for name, model in models.items()}
-
-
-def inputs(stage: str, name: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, str]:
-    """Hashes of what a stage reads, by the names that it records them under; UserError if one is not there."""
-    if stage == "teacher":
-        return {}
-    weights = finished(teacher_folder(config, workdir), "teacher")["sha256"]["ema"]
-    if stage == "sample":
-        made = weights if name == "teacher" else finished(workdir / "distill" / name, "distill")["sha256"]["ema"]
-        return {"ema": made}
-    found = {"teacher": weights}
-    if stage == "distill" and not config.distill.online:
-        found["store"] = distill.store_hash(read_manifest(store_folder(config, workdir)))
-    if stage == "distill" and config.distill.start:
-        found["start"] = finished(workdir / "distill" / config.distill.start, "distill")["sha256"]["ema"]
-    return found
+    """Whether what a command would make is there, see `is_made`."""
+    config, workdir = parse(list(words[1:]))
+    return is_made(words[0], config, workdir)
 
 
 def run_command(words: Command) -> None:

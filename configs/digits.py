@@ -33,11 +33,10 @@ def get_config(argument: str = ""):
         config.distill.update(steps=1200, batch_size=32, checkpoint_every=500)
         config.distill.optimizer.update(learning_rate=1.5e-3, schedule="cosine", ema=0.995)
         # real digits have 17 grey levels, which would give them away: a little noise hides that
-        config.finetune.update(
-            steps=400, batch_size=32, checkpoint_every=200, warmup=100, weight=1.0, feature_time=0.03
-        )
-        config.finetune.optimizer.update(learning_rate=1e-4, schedule="cosine", ema=0.995)
-        config.finetune.discriminator_optimizer.learning_rate = 4e-3
+        config.finetune.update(steps=460, batch_size=32, checkpoint_every=200, warmup=20, weight=3.0, feature_time=0.03)
+        config.finetune.optimizer.update(learning_rate=1e-4, ema=0.98)
+        # without momentum, which would have it chase where the student was
+        config.finetune.discriminator_optimizer.update(name="rmsprop", learning_rate=2e-3)
         config.sample.update(models=("teacher", "ard"), count=3072, batch_size=128)
         config.report.title = "Handwritten digits, 8×8"
     return config

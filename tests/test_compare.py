@@ -400,6 +400,27 @@ def test_other_samples_are_drawn_and_measured_anew_and_no_student_is_trained_aga
     assert "distill/ard_3 belongs to another config (distill.optimizer.clip 1.0 there, 2.0 here)" in said
 
 
+@pytest.mark.slow
+def test_a_fine_tune_stands_on_its_student_and_is_not_made_twice(documented_run, tmp_path):
+    """Its training is counted with that of the student that it starts from."""
+    workdir = copy(documented_run, tmp_path / "run", "seed0")
+    tuned = {"stage": "finetune", "start": "ard", "steps": (3,), "settings": {"finetune": {"steps": 6}}}
+    file = write_config(tmp_path, {"ard": ARD, "tuned": tuned})
+    made = []
+    for _ in range(2):
+        outcome = compare(file, workdir)
+        assert outcome.status == 0, outcome.err
+        made.append(stamps(workdir)["seed0/distill/tuned_3/done.json"])
+        before, start = done(workdir / "seed0" / "distill" / "tuned_3"), done(workdir / "seed0" / "distill" / "ard_3")
+        rows = {row["name"]: row["mean"] for row in read_json(workdir / "compare" / "compare.json")["rows"]}
+        assert list(rows) == ["teacher", "ard_3", "tuned_3"]
+        assert rows["ard_3"]["training_flops"] == start["flops"]
+        for key in ("examples", "flops", "seconds"):
+            assert rows["tuned_3"][f"training_{key}"] == pytest.approx(start[key] + before[key])
+        assert before["step"] == 6 and before["sha256"] != start["sha256"]
+    assert made[0] == made[1]
+
+
 # ----------------------------------------------------------------------------------------------------------- page
 
 

@@ -18,6 +18,7 @@ from ard_jax.config import flatten
 from ard_jax.files import read_json, write_json
 from ard_jax.report import words
 
+TUNED = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
 FILES = sorted(path.name for path in (ROOT / "configs" / "sweeps").glob("*.py"))
 
 
@@ -63,8 +64,16 @@ def started(monkeypatch):
         (
             {"a": {}},
             {"stages": ("distill", "teacher")},
-            "give some of teacher, trajectories, distill, sample, evaluate",
+            "give some of teacher, trajectories, distill, finetune, sample, evaluate",
         ),
+        ({"a": {"finetune.weight": 1.0}}, {}, "entry 'a' sets finetune.weight, but runs no fine-tune"),
+        (
+            {"a": {"student.mask": "window"}},
+            {"stages": TUNED},
+            "entry 'a' sets student.mask, but all fine-tunes of a sweep start from one student",
+        ),
+        ({"a": {"finetune.layers": (2,)}}, {"stages": TUNED}, r"entry 'a': finetune.layers is \(2,\), but the teacher"),
+        ({"a": {"finetune.name": "b"}}, {"stages": TUNED}, "entry 'a' sets finetune.name, which the sweep itself"),
         ({"a": {}}, {"config": "configs/none.py"}, "the config file 'configs/none.py' is not there"),
     ],
 )
@@ -165,6 +174,21 @@ def test_a_store_is_shared_where_only_the_sampling_differs_and_made_elsewhere_is
     assert commands[1][1].trajectories.dir == "x/trajectories"
 
 
+def test_fine_tunes_start_from_one_student_that_is_trained_before_them(tmp_path, capsys):
+    entries = {"weak": {"finetune.weight": 0.5}, "first": {"finetune.layers": (0,)}}
+    file = write_sweep(tmp_path, entries, stages=TUNED, settings={"student.mask": "window"})
+    commands = [parsed(line[3:]) for line in printed(capsys, file, "--workdir", "x", "--print", "python")]
+    assert stages_of(commands) == [
+        *(("teacher", ""), ("trajectories", ""), ("distill", "ard")),
+        *(("finetune", "weak"), ("sample", "teacher"), ("sample", "weak")),
+        *(("finetune", "first"), ("sample", "first"), ("evaluate", "")),
+    ]
+    tuned = {config.finetune.name: config for stage, config, _ in commands if stage == "finetune"}
+    assert [(c.student.name, c.student.mask, c.finetune.start) for c in tuned.values()] == [("ard", "window", "")] * 2
+    assert (tuned["weak"].finetune.weight, tuple(tuned["first"].finetune.layers)) == (0.5, (0,))
+    assert {workdir for *_, workdir in commands} == {"x"}
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_every_sweep_of_the_repository_is_valid_and_says_what_it_costs(file):
     read = sweep.read_sweep(str(ROOT / "configs" / "sweeps" / file))
@@ -192,10 +216,17 @@ def workdir(pipeline, tmp_path):
 
 
 def stages(commands) -> list[tuple[str, str]]:
-    """Stage and model of each command."""
-    named = {"distill": lambda config: config.student.name, "sample": lambda config: config.sample.models[0]}
-    found = [parsed(list(words)) for words in commands]
-    return [(stage, named.get(stage, lambda config: "")(config)) for stage, config, _ in found]
+    return stages_of([parsed(list(words)) for words in commands])
+
+
+def stages_of(commands) -> list[tuple[str, str]]:
+    """Stage and model of each parsed command."""
+    named = {
+        "distill": lambda config: config.student.name,
+        "finetune": lambda config: config.finetune.name,
+        "sample": lambda config: config.sample.models[0],
+    }
+    return [(stage, named.get(stage, lambda config: "")(config)) for stage, config, _ in commands]
 
 
 def test_what_is_finished_is_not_run_again(workdir, tmp_path, capsys, started):
@@ -241,6 +272,19 @@ def test_what_was_made_from_another_teacher_or_without_its_end_is_not_taken_for_
     write_json(workdir / "teacher" / "done.json", done | {"sha256": done["sha256"] | {"ema": "0" * 64}})
     sweep.main([file, "--workdir", str(workdir)])
     assert ("trajectories", "") in stages(started) and ("sample", "teacher") in stages(started)
+
+
+def test_fine_tunes_are_finished_until_their_student_is_another(workdir, tmp_path):
+    """The config of a fine-tuned student is not the one that was given, but that of the student it started from."""
+    read = sweep.read_sweep(write_sweep(tmp_path, {"tuned": {}}, stages=TUNED))
+    todo = [words for words in sweep.commands(read, sweep.plan(read, str(workdir))) if not sweep.is_finished(words)]
+    assert stages(todo) == [("finetune", "tuned"), ("sample", "tuned")]
+    command = todo[0]
+    assert run(*command).status == 0 and sweep.is_finished(command)
+    assert not sweep.is_finished((*command, "--config.finetune.weight=2.0"))
+    done = read_json(workdir / "distill" / "ard" / "done.json")
+    write_json(workdir / "distill" / "ard" / "done.json", done | {"sha256": done["sha256"] | {"ema": "0" * 64}})
+    assert not sweep.is_finished(command)
 
 
 def test_a_stage_that_fails_ends_the_sweep_in_a_sentence(tmp_path, capfd):

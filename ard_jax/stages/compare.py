@@ -23,7 +23,8 @@ from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, file_sha256, read_json, read_npz, write_json
 from ard_jax.report import build_comparison, markdown
 from ard_jax.stages import distill, evaluate, sample, teacher, trajectories
-from ard_jax.stages.workdir import Stopwatch, compare, finished, read_done, teacher_folder, write_done
+from ard_jax.stages.made import is_made
+from ard_jax.stages.workdir import Stopwatch, finished, teacher_folder, write_done
 
 log = logging.getLogger("ard_jax")
 
@@ -72,77 +73,21 @@ def quick_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
 
 def make(config: ml_collections.ConfigDict, entries: Mapping[str, Entry], workdir: pathlib.Path) -> None:
     """Everything of one seed that is not there yet, ending with its measurements."""
-    if not config.teacher.dir and not is_made(workdir / "teacher", config, teacher.SECTIONS):
+    if not config.teacher.dir and not is_made("teacher", config, workdir):
         teacher.run(config, workdir)
-    inputs = {"teacher": weights(config, workdir, TEACHER)}
-    if not config.trajectories.dir and not is_made(workdir / "trajectories", config, trajectories.SECTIONS, **inputs):
+    if not config.trajectories.dir and not is_made("trajectories", config, workdir):
         trajectories.run(config, workdir)
     for place, entry in enumerate(entries.values(), start=1):
-        started = {"start": weights(config, workdir, entry.start)} if entry.start else {}
-        stage = importlib.import_module(f"ard_jax.stages.{entry.stage}")
-        if not is_made(workdir / "distill" / entry.name, entry.config, stage.SECTIONS, **inputs, **started):
+        if not is_made(entry.stage, entry.config, workdir):
             log.info("%s: student %d of %d, %s.", workdir.name, place, len(entries), entry.name)
-            stage.run(entry.config, workdir)
+            importlib.import_module(f"ard_jax.stages.{entry.stage}").run(entry.config, workdir)
     models = (TEACHER, *(entry.name for entry in entries.values() if entry.shown))
     for name in models:
-        if not is_sampled(config, workdir, name):
-            sample.run(changed(config, {"sample.models": (name,)}), workdir)
-    if not is_measured(config, workdir, models):
+        alone = changed(config, {"sample.models": (name,)})
+        if not is_made("sample", alone, workdir):
+            sample.run(alone, workdir)
+    if not is_made("evaluate", config, workdir, models):
         evaluate.run(config, workdir, models)
-
-
-def is_made(
-    directory: pathlib.Path, config: ml_collections.ConfigDict, sections: tuple[str, ...], **inputs: str
-) -> bool:
-    """Whether a stage has ended in a folder.
-
-    Args:
-        directory: the stage's folder.
-        config: that the stage would be given.
-        sections, inputs: as `workdir.claim` takes them.
-
-    Raises:
-        UserError: it has, with another config or other inputs.
-    """
-    if read_done(directory) is None:
-        return False
-    before = read_json(directory / "config.json")
-    before["inputs"] = {name: before.get("inputs", {}).get(name) for name in inputs}
-    compare(before, plain(config) | {"inputs": inputs}, (*sections, "inputs"), directory)
-    return True
-
-
-def weights(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> str:
-    """SHA-256 of a model's averaged parameters."""
-    directory = teacher_folder(config, workdir) if name == TEACHER else workdir / "distill" / name
-    return finished(directory, "teacher" if name == TEACHER else "distill")["sha256"]["ema"]
-
-
-def is_sampled(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> bool:
-    """Whether a model's samples are there, of its weights as they are now and of this config's number and seed."""
-    done = (read_done(workdir / "sample") or {"models": {}})["models"].get(name)
-    if done is None or done["ema_sha256"] != weights(config, workdir, name):
-        return False
-    return drawn(read_json(workdir / "sample" / name / "config.json")) == drawn(plain(config))
-
-
-def drawn(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What samples depend on beside the model."""
-    return {name: config["sample"][name] for name in ("count", "seed", "labels")}
-
-
-def is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: tuple[str, ...]) -> bool:
-    """Whether these models' samples have been measured, with this config."""
-    if read_done(workdir / "evaluate") is None:
-        return False
-    results = read_json(workdir / "evaluate" / "results.json")
-    measured = {name: model["ema_sha256"] for name, model in results["models"].items()}
-    before, now = results["config"], plain(config)
-    return (
-        all(measured.get(name) == weights(config, workdir, name) for name in models)
-        and drawn(before) == drawn(now)
-        and before["evaluate"] == now["evaluate"]
-    )
 
 
 # --- gathering --------------------------------------------------------------------------------------------------------

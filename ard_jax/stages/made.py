@@ -1,0 +1,107 @@
+"""Whether a stage has been run to its end, with these settings and from its inputs as they are now.
+
+For `compare` and the sweeps, which run many stages and only what is missing. Where something was made with other
+settings the stage is run, which says so and how they differ.
+"""
+
+import functools
+import pathlib
+from collections.abc import Collection
+from operator import getitem
+from typing import Any
+
+import ml_collections
+
+from ard_jax.config import plain
+from ard_jax.errors import UserError
+from ard_jax.files import read_json
+from ard_jax.stages import distill, finetune, teacher, trajectories
+from ard_jax.stages.workdir import compare, finished, recorded_config, store_folder, teacher_folder
+from ard_jax.trajectories.store import read_manifest
+
+SECTIONS = {stage.__name__.rpartition(".")[2]: stage.SECTIONS for stage in (teacher, trajectories, distill, finetune)}
+# Settings by which a model's samples, and the measurements of them, come out the same.
+SAMPLED = ("data", "vae", "diffusion", "sample.count", "sample.seed", "sample.labels")
+MEASURED = (*SAMPLED, "encode", "student", "evaluate")
+
+
+def is_made(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collection[str] = ()) -> bool:
+    """Whether what a stage makes is there.
+
+    Args:
+        stage: "teacher", "trajectories", "distill", "finetune", "sample" or "evaluate".
+        config, workdir: that the stage would be given.
+        models: that "evaluate" is to measure; () for all that have been sampled.
+    """
+    try:
+        if stage == "sample":
+            return all(is_sampled(config, workdir, name) for name in config.sample.models)
+        if stage == "evaluate":
+            return is_measured(config, workdir, models)
+        directory = folder(stage, config, workdir)
+        finished(directory, stage)
+        recorded, read = read_json(directory / "config.json"), inputs(stage, config, workdir)
+        if stage == "finetune":
+            config = finetune.continued(config, recorded_config(workdir / "distill" / start_of(stage, config)))
+        compare(recorded, plain(config), SECTIONS[stage], directory)
+        return read.items() <= recorded["inputs"].items()
+    except UserError:
+        return False
+
+
+def folder(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+    """Where a stage that trains or solves puts what it makes."""
+    student = {"distill": config.student.name, "finetune": config.finetune.name}
+    return workdir / "distill" / student[stage] if stage in student else workdir / stage
+
+
+def inputs(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, str]:
+    """Hashes of what such a stage reads, by the names that it records them under; UserError if one is not there."""
+    if stage == "teacher":
+        return {}
+    found = {"teacher": weights(config, workdir, "teacher")}
+    if stage == "finetune" or stage == "distill" and not config.distill.online:
+        found["store"] = distill.store_hash(read_manifest(store_folder(config, workdir)))
+    start = start_of(stage, config)
+    return found | ({"start": weights(config, workdir, start)} if start else {})
+
+
+def start_of(stage: str, config: ml_collections.ConfigDict) -> str:
+    """Name of the student that a stage's own starts from; "" for none."""
+    starts = {"distill": config.distill.start, "finetune": config.finetune.start or config.student.name}
+    return starts.get(stage, "")
+
+
+def weights(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> str:
+    """SHA-256 of a model's averaged parameters; UserError if it is not there."""
+    directory = teacher_folder(config, workdir) if name == "teacher" else workdir / "distill" / name
+    return finished(directory, "teacher" if name == "teacher" else "distill")["sha256"]["ema"]
+
+
+def is_sampled(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> bool:
+    """Whether a model's samples are there, drawn from its weights as they are now."""
+    sampled = finished(workdir / "sample", "sample")["models"].get(name)
+    if sampled is None or sampled["ema_sha256"] != weights(config, workdir, name):
+        return False
+    return agree(read_json(workdir / "sample" / name / "config.json"), config, SAMPLED)
+
+
+def is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collection[str]) -> bool:
+    """Whether the samples of these models, as they are now, have been measured."""
+    finished(workdir / "evaluate", "evaluate")
+    sampled = finished(workdir / "sample", "sample")["models"]
+    results = read_json(workdir / "evaluate" / "results.json")
+    return agree(results["config"], config, MEASURED) and all(
+        name in sampled and results["models"].get(name, {}).get("ema_sha256") == sampled[name]["ema_sha256"]
+        for name in models or sampled
+    )
+
+
+def agree(recorded: dict[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> bool:
+    """Whether two configs have the same values there."""
+
+    def value(config, key):
+        return functools.reduce(getitem, key.split("."), config)
+
+    now = plain(config)
+    return all(value(recorded, key) == value(now, key) for key in keys)
