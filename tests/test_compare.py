@@ -20,7 +20,7 @@ from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json
 from ard_jax.models import ARDStudent, parameter_shapes
 from ard_jax.objectives import Given
-from ard_jax.report import build_comparison, markdown
+from ard_jax.report import build_comparison, markdown, words
 from ard_jax.stages import workdir
 from ard_jax.stages.distill import training_flops
 from configs import smoke
@@ -495,6 +495,25 @@ def test_the_page_says_what_a_quick_run_is(comparison, pictures):
     )
     assert "a quick look." in page.text["top"] and "Nearest" not in page.text["top"]
     assert "One seed, 0" in page.text["top"]
+
+
+def test_the_page_names_students_that_are_worse_than_what_they_start_from(comparison, pictures):
+    """Of as many steps: a chain's students have fewer than those that they start from."""
+
+    def said():
+        return Page(build_comparison("Digits", comparison, pictures)).text["top"]
+
+    comparison["rows"] = [row | {"start": ""} for row in comparison["rows"]]
+    assert "Farther from the real images" not in said()
+    step, ard = (next(row for row in comparison["rows"] if row["name"] == name) for name in ("step_4", "ard_4"))
+    ard["start"] = "step_4"  # which is worse, so that it has become better
+    assert ard["mean"]["fd"] < step["mean"]["fd"] and "Farther from the real images" not in said()
+    ard["start"], step["start"] = "", "ard_4"
+    mean = words.number(step["mean"]["fd"])
+    assert f"Step distillation in 4 steps ({mean}, from 8.58 of ARD)." in said()
+    assert f"Step distillation in 4 steps ({mean}, from 8.58 of ARD)." in markdown(comparison)
+    ard["steps"] = 8
+    assert "Farther from the real images" not in said()
 
 
 def test_the_table_is_markdown(comparison):

@@ -109,11 +109,30 @@ def _notes(comparison: Mapping) -> list[str]:
         said = (
             f"Means over the seeds {', '.join(map(str, seeds))}, each with its own teacher; least–greatest with them."
         )
-    notes = [fd, said]
+    notes = [fd, said, *_worsened(comparison)]
     if comparison["quick"]:
         changes = ", ".join(f"{key} {value}" for key, value in comparison["quick"].items())
         notes.insert(0, f"A quick run, which trains and measures too little to rank methods by: {changes}.")
     return notes
+
+
+def _worsened(comparison: Mapping) -> list[str]:
+    """Says which students are farther from the data than the one of as many steps that they start from."""
+    rows = {row["name"]: row for row in ranked(comparison)}
+    said = []
+    for row in rows.values():
+        start = rows.get(row.get("start", ""))
+        if start is None or start["steps"] != row["steps"]:
+            continue
+        before, after = start["mean"]["fd"], row["mean"]["fd"]
+        if words.finite(before) and words.finite(after) and after > before:
+            said.append(f"{_titled(row)} ({number(after)}, from {number(before)} of {start['title']})")
+    if not said:
+        return []
+    return [
+        f"Farther from the real images than the students that they start from, which is not what their papers report: "
+        f"{'; '.join(said)}."
+    ]
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------

@@ -130,6 +130,7 @@ def described(name: str, entry: Entry | None, model: Mapping[str, Any]) -> dict[
         "method": entry.method,
         "title": entry.title,
         "steps": entry.steps,
+        "start": entry.start,
         "training_steps": settings.steps,
         "batch_size": settings.batch_size,
     }
