@@ -2,9 +2,9 @@
 
 What was tried for configs/digits.py around what is there now ("chosen"): weights, the discriminator with momentum and
 without, the noise that hides the 17 grey levels of real digits, heads on every other block. "weight_0" is the control:
-the regression alone, for as many steps.
+the regression alone, for as many steps. Their figures are in benchmarks/RESULTS.md.
 
-Nine fine-tunes: about 9 minutes on two CPU cores with the teacher, the store and the student that they start from.
+Nine fine-tunes: about 10 minutes on two CPU cores with the teacher, the store and the student that they start from.
 """
 
 ADAM = {"finetune.discriminator_optimizer.name": "adamw", "finetune.discriminator_optimizer.learning_rate": 4e-3}
