@@ -99,3 +99,26 @@ def test_a_vae_of_other_latents_is_refused(latent_run, tmp_path):
     workdir, overrides, *_ = latent_run
     said = sentence(smoke("sample", workdir, *overrides, "data.channels=3"), "sample")
     assert "has latents of 2 channels, but data.channels is 3: set vae.dir to the one that" in said
+
+
+@pytest.mark.slow
+def test_a_fine_tune_reads_latents_as_real_data(latent_run, tmp_path):
+    """Other latents of the same images change the student through the discriminator alone: at weight 0 they do not."""
+    workdir, overrides, *_ = latent_run
+    write_vae(tmp_path / "vae")
+    assert smoke("encode", tmp_path, *overrides, "seed=3").status == 0
+    student = {}
+    for weight in (0.0, 1.0):
+        for place, folder in (("here", workdir), ("there", tmp_path)):
+            name = f"tuned_{place}_{weight:.0f}"
+            settings = f"finetune.name={name}", f"finetune.weight={weight}", "finetune.steps=3", "finetune.warmup=0"
+            data = f"data.dir={folder / 'latents' / '1.0.0'}"
+            outcome = smoke("finetune", workdir, *overrides, data, *settings)
+            assert outcome.status == 0, outcome.err
+            student[place, weight] = done(workdir / "distill" / name)["sha256"]["params"]
+    assert student["here", 0.0] == student["there", 0.0] != done(workdir / "distill" / "ard")["sha256"]["params"]
+    assert student["here", 1.0] != student["there", 1.0]
+    assert student["here", 1.0] != student["here", 0.0]
+    assert smoke("sample", workdir, *overrides, "sample.models=('tuned_here_1',)").status == 0
+    with np.load(workdir / "sample" / "tuned_here_1" / "samples.npz", allow_pickle=False) as file:
+        assert file["arr_0"].shape == (72, 8, 8, 1)
