@@ -282,6 +282,13 @@ def test_fine_tunes_are_finished_until_their_student_is_another(workdir, tmp_pat
     command = todo[0]
     assert run(*command).status == 0 and sweep.is_finished(command)
     assert not sweep.is_finished((*command, "--config.finetune.weight=2.0"))
+    store = workdir / "trajectories" / "manifest.json"
+    manifest = read_json(store)
+    first, *others = manifest["shards"]
+    write_json(store, manifest | {"shards": [first | {"sha256": "0" * 64}, *others]})
+    assert not sweep.is_finished(command)
+    write_json(store, manifest)
+    assert sweep.is_finished(command)
     done = read_json(workdir / "distill" / "ard" / "done.json")
     write_json(workdir / "distill" / "ard" / "done.json", done | {"sha256": done["sha256"] | {"ema": "0" * 64}})
     assert not sweep.is_finished(command)
