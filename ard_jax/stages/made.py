@@ -4,15 +4,13 @@ For `compare` and the sweeps, which run many stages and only what is missing. Wh
 settings the stage is run, which says so and how they differ.
 """
 
-import functools
 import pathlib
 from collections.abc import Collection
-from operator import getitem
 from typing import Any
 
 import ml_collections
 
-from ard_jax.config import plain
+from ard_jax.config import flatten, plain
 from ard_jax.errors import UserError
 from ard_jax.files import read_json
 from ard_jax.stages import distill, finetune, teacher, trajectories
@@ -21,8 +19,8 @@ from ard_jax.trajectories.store import read_manifest
 
 SECTIONS = {stage.__name__.rpartition(".")[2]: stage.SECTIONS for stage in (teacher, trajectories, distill, finetune)}
 # Settings by which a model's samples, and the measurements of them, come out the same.
-SAMPLED = ("data", "vae", "diffusion", "sample.count", "sample.seed", "sample.labels")
-MEASURED = (*SAMPLED, "encode", "student", "evaluate")
+SAMPLED = ("data.", "vae.", "diffusion.", "sample.count", "sample.seed", "sample.labels")
+MEASURED = (*SAMPLED, "encode.", "student.", "evaluate.")
 
 
 def is_made(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collection[str] = ()) -> bool:
@@ -98,10 +96,9 @@ def is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, models
 
 
 def agree(recorded: dict[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> bool:
-    """Whether two configs have the same values there."""
-
-    def value(config, key):
-        return functools.reduce(getitem, key.split("."), config)
-
-    now = plain(config)
-    return all(value(recorded, key) == value(now, key) for key in keys)
+    """Whether two configs have the same values under keys that begin so."""
+    before, now = (
+        {key: value for key, value in flatten(tree).items() if key.startswith(keys)}
+        for tree in (recorded, plain(config))
+    )
+    return before == now
