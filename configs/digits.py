@@ -35,7 +35,7 @@ def get_config(argument: str = ""):
         # real digits have 17 grey levels, which would give them away: a little noise hides that
         config.finetune.update(steps=460, batch_size=32, checkpoint_every=200, warmup=20, weight=3.0, feature_time=0.03)
         config.finetune.optimizer.update(learning_rate=1e-4, ema=0.98)
-        # without momentum, which would have it chase where the student was
+        # with AdamW the two run away from the data, see configs/sweeps/adversarial.py
         config.finetune.discriminator_optimizer.update(name="rmsprop", learning_rate=2e-3)
         config.sample.update(models=("teacher", "ard"), count=3072, batch_size=128)
         config.report.title = "Handwritten digits, 8×8"
