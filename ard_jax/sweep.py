@@ -38,7 +38,7 @@ from ard_jax.files import atomic_write, read_json, read_npz, write_json
 from ard_jax.report.page import build_sweep
 from ard_jax.report.words import number
 from ard_jax.stages.made import is_made
-from ard_jax.stages.workdir import FREE, network
+from ard_jax.stages.workdir import FREE, differing, network
 
 STAGES = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
 KEYS = ("config", "settings", "entries", "over", "stages")
@@ -187,7 +187,7 @@ def plan_entry(
         config = resolve(command(sweep.trained, sweep, Place(shared.workdir, settings)))
     except UserError as error:
         raise UserError(f"sweep entry {name!r}: {error}") from None
-    differs = {key.split(".")[0] for key in differing(base, config)} - OF_STUDENTS
+    differs = {key.split(".")[0] for key in differing_settings(base, config)} - OF_STUDENTS
     if not differs:
         return Entry(name, settings, config, shared, shared, shared)
     same_teacher = not differs & OF_TEACHERS and network(base) == network(config)
@@ -212,11 +212,10 @@ def check_section(name: str, settings: Mapping[str, Any], sweep: Sweep) -> None:
         )
 
 
-def differing(base: ml_collections.ConfigDict, config: ml_collections.ConfigDict) -> list[str]:
+def differing_settings(base: ml_collections.ConfigDict, config: ml_collections.ConfigDict) -> list[str]:
     """Keys of two configs that differ, but for those that may differ between two starts of the same run."""
-    before, now = flatten(plain(base)), flatten(plain(config))
     free = tuple(key for key in FREE if not key.endswith(".dir"))  # what lies elsewhere may be something else
-    return [key for key in before if before[key] != now[key] and not key.startswith(free)]
+    return [key for key in differing(plain(base), plain(config)) if not key.startswith(free)]
 
 
 def commands(sweep: Sweep, entries: list[Entry]) -> list[Command]:
@@ -242,9 +241,12 @@ def commands(sweep: Sweep, entries: list[Entry]) -> list[Command]:
 
 
 def is_finished(words: Command) -> bool:
-    """Whether what a command would make is there, see `is_made`."""
+    """Whether what a command would make is there; what was made otherwise is not, as its stage will say."""
     config, workdir = parse(list(words[1:]))
-    return is_made(words[0], config, workdir)
+    try:
+        return is_made(words[0], config, workdir)
+    except UserError:
+        return False
 
 
 def run_command(words: Command) -> None:

@@ -1,7 +1,6 @@
 """Whether a stage has been run to its end, with these settings and from its inputs as they are now.
 
-For `compare` and the sweeps, which run many stages and only what is missing. Where something was made with other
-settings the stage is run, which says so and how they differ.
+For `compare` and the sweeps, which run many stages and only what is missing.
 """
 
 import pathlib
@@ -10,14 +9,26 @@ from typing import Any
 
 import ml_collections
 
-from ard_jax.config import flatten, plain
-from ard_jax.errors import UserError
+from ard_jax.config import plain
 from ard_jax.files import read_json
 from ard_jax.stages import distill, finetune, teacher, trajectories
-from ard_jax.stages.workdir import compare, finished, recorded_config, store_folder, teacher_folder
+from ard_jax.stages.workdir import (
+    compare,
+    differing,
+    finished,
+    read_done,
+    recorded_config,
+    store_folder,
+    teacher_folder,
+)
 from ard_jax.trajectories.store import read_manifest
 
-SECTIONS = {stage.__name__.rpartition(".")[2]: stage.SECTIONS for stage in (teacher, trajectories, distill, finetune)}
+SECTIONS = {
+    "teacher": teacher.SECTIONS,
+    "trajectories": trajectories.SECTIONS,
+    "distill": distill.SECTIONS,
+    "finetune": finetune.SECTIONS,
+}
 # Settings by which a model's samples, and the measurements of them, come out the same.
 SAMPLED = ("data.", "vae.", "diffusion.", "sample.count", "sample.seed", "sample.labels")
 MEASURED = (*SAMPLED, "encode.", "student.", "evaluate.")
@@ -30,21 +41,24 @@ def is_made(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path
         stage: "teacher", "trajectories", "distill", "finetune", "sample" or "evaluate".
         config, workdir: that the stage would be given.
         models: that "evaluate" is to measure; () for all that have been sampled.
+
+    Raises:
+        UserError: what a stage that trains or solves makes is there, but made with other settings or from other inputs;
+            or what it stands on is not there.
     """
-    try:
-        if stage == "sample":
-            return all(is_sampled(config, workdir, name) for name in config.sample.models)
-        if stage == "evaluate":
-            return is_measured(config, workdir, models)
-        directory = folder(stage, config, workdir)
-        finished(directory, stage)
-        recorded, read = read_json(directory / "config.json"), inputs(stage, config, workdir)
-        if stage == "finetune":
-            config = finetune.continued(config, recorded_config(workdir / "distill" / start_of(stage, config)))
-        compare(recorded, plain(config), SECTIONS[stage], directory)
-        return read.items() <= recorded["inputs"].items()
-    except UserError:
+    if stage == "sample":
+        return all(is_sampled(config, workdir, name) for name in config.sample.models)
+    if stage == "evaluate":
+        return is_measured(config, workdir, models)
+    directory = folder(stage, config, workdir)
+    if read_done(directory) is None:
         return False
+    recorded, read = read_json(directory / "config.json"), inputs(stage, config, workdir)
+    if stage == "finetune":
+        config = finetune.continued(config, recorded_config(workdir / "distill" / start_of(stage, config)))
+    recorded["inputs"] = {name: recorded.get("inputs", {}).get(name) for name in read}
+    compare(recorded, plain(config) | {"inputs": read}, (*SECTIONS[stage], "inputs"), directory)
+    return True
 
 
 def folder(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
@@ -78,7 +92,7 @@ def weights(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str)
 
 def is_sampled(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> bool:
     """Whether a model's samples are there, drawn from its weights as they are now."""
-    sampled = finished(workdir / "sample", "sample")["models"].get(name)
+    sampled = (read_done(workdir / "sample") or {"models": {}})["models"].get(name)
     if sampled is None or sampled["ema_sha256"] != weights(config, workdir, name):
         return False
     return agree(read_json(workdir / "sample" / name / "config.json"), config, SAMPLED)
@@ -86,7 +100,8 @@ def is_sampled(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: s
 
 def is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collection[str]) -> bool:
     """Whether the samples of these models, as they are now, have been measured."""
-    finished(workdir / "evaluate", "evaluate")
+    if read_done(workdir / "evaluate") is None:
+        return False
     sampled = finished(workdir / "sample", "sample")["models"]
     results = read_json(workdir / "evaluate" / "results.json")
     return agree(results["config"], config, MEASURED) and all(
@@ -97,8 +112,4 @@ def is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, models
 
 def agree(recorded: dict[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> bool:
     """Whether two configs have the same values under keys that begin so."""
-    before, now = (
-        {key: value for key, value in flatten(tree).items() if key.startswith(keys)}
-        for tree in (recorded, plain(config))
-    )
-    return before == now
+    return not any(key.startswith(keys) for key in differing(recorded, plain(config)))

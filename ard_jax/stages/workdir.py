@@ -61,21 +61,25 @@ def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, sections: 
 
 def compare(before: dict, now: dict, sections: tuple[str, ...], directory: pathlib.Path) -> None:
     """Raises UserError if two configs differ in some sections, naming the first keys that do."""
-    before, now = flatten(before), flatten(now)
-    differing = [
-        f"{key} {before.get(key)!r} there, {now.get(key)!r} here"
-        for key in sorted(before.keys() | now.keys())
-        if key.split(".")[0] in sections
-        and not key.startswith(FREE)
-        and not of_another_objective(key, now.get("distill.objective", ""))
-        and before.get(key) != now.get(key)
+    objective = flatten(now).get("distill.objective", "")
+    found = [
+        f"{key} {there!r} there, {here!r} here"
+        for key, (there, here) in differing(before, now).items()
+        if key.split(".")[0] in sections and not key.startswith(FREE) and not of_another_objective(key, objective)
     ]
-    if differing:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise UserError(
-            f"{directory} belongs to another config ({'; '.join(differing[:3])}{more}): "
+            f"{directory} belongs to another config ({'; '.join(found[:3])}{more}): "
             f"use that config, or another --workdir, or delete the folder."
         )
+
+
+def differing(before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
+    """Keys of two configs whose values differ, sorted: both values, None for a key that one has not."""
+    before, now = flatten(before), flatten(now)
+    every = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    return {key: values for key, values in every.items() if values[0] != values[1]}
 
 
 def of_another_objective(key: str, objective: str) -> bool:
