@@ -6,12 +6,15 @@ import json
 import os
 import pathlib
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from ard_jax.errors import UserError, first_line
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[pathlib.Path], None]) -> None:
@@ -89,6 +92,16 @@ def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
 
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz file by name."""
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+    """All arrays of an npz file by name.
+
+    Raises:
+        UserError: it is not there, is cut short or altered, or holds objects, which would have to be unpickled.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (FileNotFoundError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}), since it was altered or lost: run the stage that wrote it "
+            f"again, with its folder deleted."
+        ) from None

@@ -11,8 +11,9 @@ from pipeline_fixtures import STAGES, copy, done, files, sentence, smoke
 
 from ard_jax.config import make_student, make_teacher, solver_settings
 from ard_jax.data import image_source, labels_and_images, stream, to_uint8
+from ard_jax.errors import UserError
 from ard_jax.evaluation import feature_statistics, frechet_distance, precision_recall, train_feature_net
-from ard_jax.files import file_sha256, read_json, tree_sha256
+from ard_jax.files import file_sha256, read_json, read_npz, tree_sha256, write_npz
 from ard_jax.models import init_from_teacher
 from ard_jax.objectives.ard import ard, online_ard, teacher_forcing
 from ard_jax.parallel import make_mesh
@@ -177,6 +178,23 @@ def test_labels_are_drawn_in_turn_where_they_are_given(pipeline, tmp_path):
         assert file["labels"].tolist() == [3, 1, 4, 3, 1, 4, 3]
         assert file["arr_0"].shape == (7, 8, 8, 1)
     assert Image.open(workdir / "sample" / "teacher" / "grid.png").size == (3 * 64 + 2 * 2, 3 * 64 + 2 * 2)
+
+
+@pytest.mark.parametrize("broken", ["absent", "cut", "empty", "text", "objects"])
+def test_arrays_that_cannot_be_read_are_named_in_a_sentence(tmp_path, broken):
+    path = tmp_path / "samples.npz"
+    write_npz(path, arr_0=np.arange(1000))
+    assert read_npz(path)["arr_0"].tolist() == list(range(1000))
+    if broken == "objects":
+        np.savez(path, arr_0=np.array([{}], dtype=object))
+    else:
+        path.write_bytes({"cut": path.read_bytes()[:600], "text": b"no arrays"}.get(broken, b""))
+    if broken == "absent":
+        path.unlink()
+    with pytest.raises(
+        UserError, match=r"samples.npz cannot be read \(.+\), since it was altered or lost: run the stage"
+    ):
+        read_npz(path)
 
 
 # ------------------------------------------------------------------------------------------ evaluation and report

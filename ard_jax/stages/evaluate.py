@@ -35,7 +35,7 @@ from ard_jax.evaluation import (
     psnr,
     train_feature_net,
 )
-from ard_jax.files import file_sha256, write_json, write_npz
+from ard_jax.files import file_sha256, read_npz, write_json, write_npz
 from ard_jax.models import ARDStudent
 from ard_jax.objectives.ard import teacher_forcing
 from ard_jax.parallel import batch_shards, equal_batches, is_first, local_mesh, on_mesh, put_batch, run_batches
@@ -131,10 +131,10 @@ def read_samples(
     """
     if facts["ema_sha256"] != sha256:
         raise UserError(f"the samples in {directory} are of older weights: run 'sample' again.")
-    with np.load(directory / "samples.npz", allow_pickle=False) as file:
-        if "arr_0" not in file:
-            raise UserError(f"{directory} holds latents, drawn without a VAE: run 'sample' again, now with one.")
-        images = file["arr_0"]
+    arrays = read_npz(directory / "samples.npz")
+    if "arr_0" not in arrays:
+        raise UserError(f"{directory} holds latents, drawn without a VAE: run 'sample' again, now with one.")
+    images = arrays["arr_0"]
     if len(images) != config.sample.count:  # a Fréchet distance depends on how many images it is taken from
         raise UserError(
             f"{directory} holds {len(images)} images, but sample.count is {config.sample.count}: "
