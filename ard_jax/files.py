@@ -71,12 +71,23 @@ def tree_sha256(tree: Any) -> str:
     several processes, all of them have to ask.
     """
     digest = hashlib.sha256()
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    for name in sorted(leaves):
-        array = fetch(leaves[name])
-        digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # no copy: stacks have gigabytes
+    for name, leaf in named_leaves(tree):
+        hash_leaf(digest, name, fetch(leaf))
     return digest.hexdigest()
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a pytree with their names, in the order of the names."""
+    return sorted(
+        ((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)),
+        key=lambda named: named[0],
+    )
+
+
+def hash_leaf(digest: Any, name: str, array: np.ndarray) -> None:
+    """Adds the next of `named_leaves` to the hash that `tree_sha256` makes."""
+    digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # no copy: stacks have gigabytes
 
 
 def fetch(array: Any) -> np.ndarray:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from ard_jax.convert.tensors import dtypes_of, shapes_of
+from ard_jax.convert.tensors import Stored, dtypes_of, shapes_of
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT
 from ard_jax.models.layers import position_table
@@ -196,40 +197,61 @@ def to_theirs(keys: tuple[str, ...], array: np.ndarray, model: DiT) -> np.ndarra
     return array.T if keys[-1] == "kernel" else array
 
 
+def stored_parameters(state_dict: Mapping[str, np.ndarray], model: DiT) -> Any:
+    """`parameters` before they are read: each leaf is a `Stored`, so that they can be had one at a time.
+
+    Raises:
+        UserError: as `parameters`.
+    """
+    check_names(shapes_of(state_dict), expected_shapes(model), "the config describes")
+    return stored_tree(state_dict, model)
+
+
 def read_tree(
     state_dict: Mapping[str, np.ndarray], model: DiT, array: Callable[[np.ndarray], Any] = jnp.asarray
 ) -> Any:
-    """The parameters, once the names and shapes are known to be right.
+    """The parameters, once the names and shapes are known to be right."""
+    return jax.tree.map(lambda leaf: array(leaf.read()), stored_tree(state_dict, model))
 
-    Each array is read once and copied once, into its slice of a stack, so that memory holds little more than the tree.
+
+def stored_tree(state_dict: Mapping[str, np.ndarray], model: DiT) -> Any:
+    """The parameters as `Stored`, once the names and shapes are known to be right."""
+    check_position_table(np.asarray(state_dict["pos_embed"]), model)
+    tree: dict[str, Any] = {}
+    for keys, names in places(model).items():
+        branch = tree
+        for key in keys[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[keys[-1]] = stored_leaf(state_dict, keys, names)
+    return tree
+
+
+def stored_leaf(state_dict: Mapping[str, np.ndarray], keys: tuple[str, ...], names: str | list[str]) -> Stored:
+    """One leaf; each of its arrays will be read once and copied once, into its slice of a stack.
+
     Most of the time is the kernel's, which finds memory for it, so several threads share the slices.
     """
-    dtypes = dtypes_of(state_dict)
-    check_position_table(np.asarray(state_dict["pos_embed"]), model)
+    shapes, dtypes = shapes_of(state_dict), dtypes_of(state_dict)
 
-    def read(keys, name):
+    def read(name):
         return to_ours(keys, np.asarray(state_dict[name]))
 
-    def stacked(keys, names, threads):
-        first = read(keys, names[0])
-        leaf = np.empty((len(names), *first.shape), np.result_type(*(dtypes[name] for name in names)))
-        fill(leaf[0], first)
-        for _ in threads.map(lambda layer: fill(leaf[layer], read(keys, names[layer])), range(1, len(names))):
-            pass  # an error of a thread comes out here
+    def shape(name):
+        return to_ours(keys, np.broadcast_to(np.empty(()), shapes[name])).shape
+
+    if isinstance(names, str):
+        return Stored(shape(names), dtypes[names], lambda: np.ascontiguousarray(read(names)))
+    stack = (len(names), *shape(names[0]))
+    dtype = np.result_type(*(dtypes[name] for name in names))
+
+    def stacked():
+        leaf = np.empty(stack, dtype)
+        with ThreadPoolExecutor(THREADS) as threads:
+            for _ in threads.map(lambda layer: fill(leaf[layer], read(names[layer])), range(len(names))):
+                pass  # an error of a thread comes out here
         return leaf
 
-    tree: dict[str, Any] = {}
-    with ThreadPoolExecutor(THREADS) as threads:
-        for keys, names in places(model).items():
-            if isinstance(names, str):
-                leaf = np.ascontiguousarray(read(keys, names))
-            else:
-                leaf = stacked(keys, names, threads)
-            branch = tree
-            for key in keys[:-1]:
-                branch = branch.setdefault(key, {})
-            branch[keys[-1]] = array(leaf)
-    return tree
+    return Stored(stack, dtype, stacked)
 
 
 def fill(target: np.ndarray, array: np.ndarray, strip: int = 128) -> None:

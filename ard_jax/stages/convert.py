@@ -17,6 +17,7 @@ time's sinusoids that the published weights were trained with.
 """
 
 import argparse
+import asyncio
 import concurrent.futures
 import contextlib
 import hashlib
@@ -29,17 +30,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from ard_jax.config import plain, validate
-from ard_jax.convert.published import parameters
+from ard_jax.convert.published import stored_parameters
 from ard_jax.convert.sources import Source, Told, open_source, part_files, read_description
-from ard_jax.convert.tensors import fetch, open_tensors, to_float32, write_tensors
+from ard_jax.convert.tensors import Stored, fetch, open_tensors, to_float32, write_tensors
 from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
 from ard_jax.errors import UserError
-from ard_jax.files import atomic_write, file_sha256, read_json, tree_sha256, write_json
+from ard_jax.files import atomic_write, file_sha256, hash_leaf, named_leaves, read_json, write_json
 from ard_jax.models import MASKS, ARDStudent
 from ard_jax.stages.workdir import Stopwatch, compare, merge_done, network, read_done, recorded_config
 
@@ -222,51 +222,76 @@ def partial_folder(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_model(folder: pathlib.Path, source: Source, name: str, watch: Stopwatch) -> None:
-    """A teacher's or student's folder, `done.json` last.
-
-    The second thread hashes the source while this one reads it, and the parameters while this one writes them.
-    """
+    """A teacher's or student's folder, `done.json` last. A second thread hashes the source meanwhile."""
     folder.mkdir()
     with concurrent.futures.ThreadPoolExecutor(1) as beside:
         source_hash = beside.submit(files_sha256, source.files)
-        params = parameters(source.tensors, source.model, np.asarray)
-        params_hash = beside.submit(tree_sha256, params)
-        source_hash.result()
-        leave_page_cache(source.files)
-        save_parameters(folder / "checkpoints", params)
+        params_hash = save_parameters(folder / "checkpoints", stored_parameters(source.tensors, source.model))
         write_json(folder / "config.json", plain(source.config) | {"inputs": {"source": source_hash.result()}})
         write_source(folder, name, source_hash.result(), source.license)
         if source.labels:
             write_json(folder / "labels.json", source.labels)
-        made = {"sha256": {"ema": params_hash.result()}, "seconds": round(watch(), 2)}
-    write_json(folder / "done.json", made)
+    write_json(folder / "done.json", {"sha256": {"ema": params_hash}, "seconds": round(watch(), 2)})
 
 
-def leave_page_cache(files: tuple[pathlib.Path, ...]) -> None:
-    """Gives back the memory in which the system caches the source, which is not read again.
+def save_parameters(directory: pathlib.Path, params: Any) -> str:
+    """A checkpoint of just the part "ema", at step 0.
+
+    Args:
+        directory: of the checkpoints.
+        params: a pytree of `Stored`. They are read one at a time, so that memory holds two, however many there are.
+
+    Returns:
+        The parameters' `tree_sha256`.
+    """
+    writer = StoredHandler(params)
+    kinds = ocp.type_handlers.create_type_handler_registry(
+        (Stored, writer), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    # Weights do not get smaller by being compressed.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=kinds)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(directory.absolute(), options=options, item_handlers={"ema": handler}) as manager:
+        manager.save(0, args=ocp.args.Composite(ema=ocp.args.PyTreeSave(params)))
+    return writer.digest.hexdigest()
+
+
+class StoredHandler(ocp.type_handlers.NumpyHandler):
+    """Has Orbax write arrays that are not read yet: while one is written and hashed, the next is read."""
+
+    def __init__(self, params: Any):
+        super().__init__(deepcopy_host_arrays=False)  # nobody changes what is read here
+        self.leaves = named_leaves(params)
+        self.digest = hashlib.sha256()
+
+    async def serialize(self, values, infos, args=None):
+        """Orbax's hook; all is on disk when it returns, so there are no futures to wait for."""
+        asked = {id(value): place for place, value in enumerate(values)}
+        with concurrent.futures.ThreadPoolExecutor(1) as reader, concurrent.futures.ThreadPoolExecutor(1) as hasher:
+            reading = reader.submit(self.leaves[0][1].read)
+            for (name, leaf), (_, after) in zip(self.leaves, [*self.leaves[1:], (None, None)], strict=True):
+                array = await asyncio.wrap_future(reading)
+                reading = after and reader.submit(after.read)
+                hashing = hasher.submit(hash_leaf, self.digest, name, array)
+                place = asked[id(leaf)]
+                info, arg = infos[place], args[place] if args else ocp.SaveArgs()
+                for written in await super().serialize([array], [info], [arg]):
+                    await asyncio.to_thread(written.result)
+                await asyncio.wrap_future(hashing)
+                leave_page_cache(pathlib.Path(info.parent_dir))
+        return []
+
+
+def leave_page_cache(folder: pathlib.Path) -> None:
+    """Gives back the memory in which the system caches the files of a folder, once they are on disk.
 
     What is written next takes as much of it, and on virtual machines memory that was just in use is several times
     faster to get than fresh memory.
     """
     if hasattr(os, "posix_fadvise"):
-        for path in files:
+        for path in filter(pathlib.Path.is_file, folder.rglob("*")):
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def save_parameters(directory: pathlib.Path, params: Any) -> None:
-    """A checkpoint of just the part "ema", at step 0, written from where the arrays lie.
-
-    Orbax would copy them first, in case that they change meanwhile, and compress them, which weights do not.
-    """
-    kinds = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),
-    )
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=kinds)
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    with ocp.CheckpointManager(directory.absolute(), options=options, item_handlers={"ema": handler}) as manager:
-        manager.save(0, args=ocp.args.Composite(ema=ocp.args.PyTreeSave(params)))
 
 
 def write_vae(folder: pathlib.Path, source: Source, name: str) -> None:
