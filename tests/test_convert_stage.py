@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 
 import jax
 import numpy as np
@@ -21,12 +22,13 @@ from convert_fixtures import (
 from pipeline_fixtures import done, files, run, sentence
 
 from ard_jax.convert import from_torch, vae_from_diffusers
-from ard_jax.convert.tensors import read_tensors, write_tensors
+from ard_jax.convert.tensors import Stored, read_tensors, write_tensors
 from ard_jax.files import file_sha256, tree_sha256
 from ard_jax.models import ARDStudent, DiT
 from ard_jax.parallel import make_mesh
 from ard_jax.stages import convert
 from ard_jax.stages.workdir import load_student, load_teacher, recorded_config
+from ard_jax.training.checkpoints import load_parameters
 
 TEACHER = ("--num-heads", "2", "--objective", "noise")
 STUDENT = ("--num-heads", "2", "--history-layers", "1")
@@ -227,7 +229,7 @@ def test_somebody_elses_config_is_not_replaced(teacher_file, workdir):
     assert files(workdir) == ["config.py"]
 
 
-@pytest.mark.parametrize("moment", ["save_parameters", "write_vae", "tree_sha256", "finish"])
+@pytest.mark.parametrize("moment", ["save_parameters", "write_vae", "hash_leaf", "finish"])
 def test_a_failure_leaves_nothing_half_written(tmp_path, workdir, monkeypatch, moment):
     """Whatever fails, the run can be started again, and ends as if nothing had happened."""
     source = write_dit_pipeline(tmp_path / "pipeline")
@@ -244,6 +246,29 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, workdir, monkeypatch, m
         assert not workdir.parent.exists()
     converted(source, workdir)
     assert sorted({name.split("/")[0] for name in files(workdir)}) == ["config.py", "teacher", "vae"]
+
+
+def test_memory_holds_the_array_that_is_written_and_the_next(tmp_path):
+    """Of twelve; a thread may yet have to let go of the one before them."""
+    arrays = {name: {"kernel": np.random.default_rng(place).random((3, 4))} for place, name in enumerate("lfbkdaicjehg")}
+    alive, most = [], []
+
+    def stored(array):
+        def read():
+            copy = array.copy()
+            alive.append(weakref.ref(copy))
+            most.append(sum(reference() is not None for reference in alive))
+            return copy
+
+        return Stored(array.shape, array.dtype, read)
+
+    sha256 = convert.save_parameters(tmp_path / "checkpoints", jax.tree.map(stored, arrays))
+    assert len(most) == 12
+    assert max(most) <= 3
+    assert sha256 == tree_sha256(arrays)
+    like = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arrays)
+    with jax.enable_x64(True):
+        assert_equal_trees(load_parameters(tmp_path / "checkpoints", "ema", like), arrays)
 
 
 def test_what_a_killed_run_left_is_cleared(teacher_file, workdir):

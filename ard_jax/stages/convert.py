@@ -26,7 +26,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -226,6 +226,7 @@ def write_model(folder: pathlib.Path, source: Source, name: str, watch: Stopwatc
     folder.mkdir()
     with concurrent.futures.ThreadPoolExecutor(1) as beside:
         source_hash = beside.submit(files_sha256, source.files)
+        source_hash.add_done_callback(lambda _: leave_page_cache(source.files))
         params_hash = save_parameters(folder / "checkpoints", stored_parameters(source.tensors, source.model))
         write_json(folder / "config.json", plain(source.config) | {"inputs": {"source": source_hash.result()}})
         write_source(folder, name, source_hash.result(), source.license)
@@ -278,18 +279,18 @@ class StoredHandler(ocp.type_handlers.NumpyHandler):
                 for written in await super().serialize([array], [info], [arg]):
                     await asyncio.to_thread(written.result)
                 await asyncio.wrap_future(hashing)
-                leave_page_cache(pathlib.Path(info.parent_dir))
+                leave_page_cache(pathlib.Path(info.parent_dir).rglob("*"))
         return []
 
 
-def leave_page_cache(folder: pathlib.Path) -> None:
-    """Gives back the memory in which the system caches the files of a folder, once they are on disk.
+def leave_page_cache(paths: Iterable[pathlib.Path]) -> None:
+    """Gives back the memory in which the system caches files that have been read, or are on disk.
 
     What is written next takes as much of it, and on virtual machines memory that was just in use is several times
     faster to get than fresh memory.
     """
     if hasattr(os, "posix_fadvise"):
-        for path in filter(pathlib.Path.is_file, folder.rglob("*")):
+        for path in filter(pathlib.Path.is_file, paths):
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
