@@ -1,4 +1,4 @@
-"""Time and memory of converting a full-size teacher: python -m benchmarks.convert [--folder DIR] [--repeats N]
+"""Time and memory of converting a full-size teacher: python -m benchmarks.convert [--folder DIR] [--repeats N] [--pause S]
 
 Makes a random XL/2 checkpoint with the published names (2.7 GB) in DIR, as .safetensors and as .pt, converts each in a
 process of its own and removes everything again: DIR needs 6 GB. Prints, as a Markdown table, each file's seconds of
@@ -8,8 +8,10 @@ reading arrays    what a program does that wants the weights: safetensors' or to
 converting        `python -m ard_jax convert` after its imports: read, transposed, stacked, written, hashed twice
 memory            peak of that process beyond what it has after its imports, over the size of the file
 
-"cold" drops the file from the page cache first (posix_fadvise), "warm" leaves it there. Each column is the least of the
-repeats.
+"cold" drops the file from the page cache first (posix_fadvise), "warm" leaves it there. Memory is the greatest of the
+repeats; the others are their medians, ratios those of each round's two timings (least–greatest). Every timing starts
+after the same pause, in which the system takes back the memory that the one before it has left: on virtual machines
+fresh memory is slow, and whoever comes next would have it easier.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import os
 import pathlib
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -106,13 +109,14 @@ def in_process(what: str, path: pathlib.Path) -> dict[str, float]:
     return json.loads(ended.stdout)
 
 
-def measure(path: pathlib.Path, cold: bool) -> dict[str, float]:
+def measure(path: pathlib.Path, cold: bool, pause: float) -> dict[str, float]:
     """One repeat of a row."""
 
     def prepare():
         shutil.rmtree(path.parent / "run", ignore_errors=True)
         os.sync()  # what earlier repeats wrote is not to be written while this one is timed
         forget(path) if cold else read_plain(path)
+        time.sleep(pause)
 
     prepare()
     plain = read_plain(path)
@@ -123,26 +127,36 @@ def measure(path: pathlib.Path, cold: bool) -> dict[str, float]:
     return {"plain": plain, "arrays": arrays, "convert": converted["seconds"], "bytes": converted["bytes"]}
 
 
-def table(paths: list[pathlib.Path], repeats: int) -> str:
+def table(paths: list[pathlib.Path], repeats: int, pause: float) -> str:
     lines = [
         "| file | cache | reading plain | reading arrays | converting | ÷ plain | ÷ arrays | memory ÷ file |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for path in paths:
         for cold in (True, False):
-            rows = [measure(path, cold) for _ in range(repeats)]
-            plain, arrays, seconds, size = (min(row[key] for row in rows) for key in rows[0])
+            rows = [measure(path, cold, pause) for _ in range(repeats)]
+            plain, arrays, seconds = (
+                statistics.median(row[key] for row in rows) for key in ("plain", "arrays", CONVERT)
+            )
             lines.append(
                 f"| {path.suffix} | {'cold' if cold else 'warm'} | {plain:.2f} s | {arrays:.2f} s | {seconds:.2f} s "
-                f"| {seconds / plain:.1f} | {seconds / arrays:.1f} | {size / path.stat().st_size:.2f} |"
+                f"| {ratio(rows, 'plain')} | {ratio(rows, 'arrays')} "
+                f"| {max(row['bytes'] for row in rows) / path.stat().st_size:.2f} |"
             )
     return "\n".join(lines)
+
+
+def ratio(rows: list[dict[str, float]], key: str) -> str:
+    """Of converting to reading: median (least–greatest)."""
+    ratios = sorted(row[CONVERT] / row[key] for row in rows)
+    return f"{statistics.median(ratios):.1f} ({ratios[0]:.1f}–{ratios[-1]:.1f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("/tmp/ard_jax-benchmark"))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pause", type=float, default=3.0, help="seconds before each timing")
     parser.add_argument("--only", choices=(CONVERT, READ), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
@@ -150,7 +164,7 @@ def main() -> None:
         return
     args.folder.mkdir(parents=True)
     try:
-        print(table(make(args.folder), args.repeats))
+        print(table(make(args.folder), args.repeats, args.pause))
     finally:
         shutil.rmtree(args.folder)
 
