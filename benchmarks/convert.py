@@ -1,4 +1,4 @@
-"""Time and memory of converting a full-size teacher: python -m benchmarks.convert [--folder DIR] [--repeats N] [--pause S]
+"""Time and memory of converting a full-size teacher: python -m benchmarks.convert [--folder DIR] [--repeats N]
 
 Makes a random XL/2 checkpoint with the published names (2.7 GB) in DIR, as .safetensors and as .pt, converts each in a
 process of its own and removes everything again: DIR needs 6 GB. Prints, as a Markdown table, each file's seconds of

@@ -250,7 +250,9 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, workdir, monkeypatch, m
 
 def test_memory_holds_the_array_that_is_written_and_the_next(tmp_path):
     """Of twelve; a thread may yet have to let go of the one before them."""
-    arrays = {name: {"kernel": np.random.default_rng(place).random((3, 4))} for place, name in enumerate("lfbkdaicjehg")}
+    arrays = {
+        name: {"kernel": np.random.default_rng(place).random((3, 4))} for place, name in enumerate("lfbkdaicjehg")
+    }
     alive, most = [], []
 
     def stored(array):
