@@ -95,8 +95,10 @@ def test_images_are_measured_and_shown(latent_run):
 
 
 @pytest.mark.slow
-def test_a_vae_of_other_latents_is_refused(latent_run, tmp_path):
+def test_a_vae_of_other_latents_is_refused_and_one_that_was_asked_for_is_not_done_without(latent_run, tmp_path):
     workdir, overrides, *_ = latent_run
+    said = sentence(smoke("sample", workdir, *overrides, "vae.dir=nowhere"), "sample")
+    assert "there is no autoencoder in nowhere (no config.json)" in said
     said = sentence(smoke("sample", workdir, *overrides, "data.channels=3"), "sample")
     assert "has latents of 2 channels, but data.channels is 3: set vae.dir to the one that" in said
 

@@ -104,15 +104,10 @@ def dit_to_diffusers(model: DiT, params: Any) -> tuple[dict[str, np.ndarray], di
             128 - model.frequency_shift,
         )
     published = to_torch(model, params)
-    found = {f"{ours}.{kind}": published[f"{name}.{kind}"] for name, ours in OUTSIDE.items() for kind in KINDS}
-    for layer in range(model.depth):
-        block = f"transformer_blocks.{layer}"
-        found |= {f"{block}.norm1.emb.{ours}": published[name] for name, ours in EMBEDDERS.items()}
-        for kind in KINDS:
-            for name, ours in BLOCK.items():
-                found[f"{block}.{ours}.{kind}"] = published[f"blocks.{layer}.{name}.{kind}"]
-            thirds = np.split(published[f"blocks.{layer}.attn.qkv.{kind}"], 3)
-            found |= {f"{block}.{ours}.{kind}": third for ours, third in zip(QKV, thirds, strict=True)}
+    found = {}
+    for name, theirs in diffusers_names(model).items():
+        arrays = np.split(published[name], 3) if is_qkv(name) else [published[name]] * len(theirs)
+        found |= zip(theirs, arrays, strict=True)
     return found, {
         "_class_name": CLASSES[0],
         **ONLY,
@@ -188,43 +183,44 @@ def published_names(state_dict: Mapping[str, np.ndarray], model: DiT) -> Tensors
     optional = {TABLE: None} if TABLE in found else {}
     check_names(found, expected | optional, "its config describes", "the names and shapes of diffusers' DiT")
 
-    def take(name):
-        return Stored(found[name], dtypes[name], lambda: np.asarray(state_dict[name]))
-
-    def shared(theirs):
-        names = [f"transformer_blocks.{layer}.norm1.emb.{theirs}" for layer in range(model.depth)]
-        return Stored(found[names[0]], dtypes[names[0]], lambda: the_one(state_dict, names))
-
-    def stacked(names):
+    def joined(names):
         shape = (sum(found[name][0] for name in names), *found[names[0]][1:])
         dtype = np.result_type(*(dtypes[name] for name in names))
         return Stored(shape, dtype, lambda: np.concatenate([state_dict[name] for name in names]))
 
-    stored = {f"{name}.{kind}": take(f"{theirs}.{kind}") for name, theirs in OUTSIDE.items() for kind in KINDS}
-    stored |= {name: shared(theirs) for name, theirs in EMBEDDERS.items()}
-    for layer in range(model.depth):
-        block = f"transformer_blocks.{layer}"
-        for kind in KINDS:
-            stored |= {
-                f"blocks.{layer}.{name}.{kind}": take(f"{block}.{theirs}.{kind}") for name, theirs in BLOCK.items()
-            }
-            stored[f"blocks.{layer}.attn.qkv.{kind}"] = stacked([f"{block}.{theirs}.{kind}" for theirs in QKV])
-    stored["pos_embed"] = take(TABLE) if optional else fixed_table(model)
+    def shared(names):
+        return Stored(found[names[0]], dtypes[names[0]], lambda: the_one(state_dict, names))
+
+    stored = {name: (joined if is_qkv(name) else shared)(theirs) for name, theirs in diffusers_names(model).items()}
+    stored["pos_embed"] = shared([TABLE]) if optional else fixed_table(model)
     return Tensors(stored)
+
+
+def diffusers_names(model: DiT) -> dict[str, list[str]]:
+    """Published names, the position table aside: diffusers' names of the same array.
+
+    They are one, or a copy in each block, or the q, k and v that make up the published array if `is_qkv` of its name.
+    """
+    names = {f"{name}.{kind}": [f"{theirs}.{kind}"] for name, theirs in OUTSIDE.items() for kind in KINDS}
+    blocks = [f"transformer_blocks.{layer}" for layer in range(model.depth)]
+    names |= {name: [f"{block}.norm1.emb.{theirs}" for block in blocks] for name, theirs in EMBEDDERS.items()}
+    for layer, block in enumerate(blocks):
+        for kind in KINDS:
+            names |= {f"blocks.{layer}.{name}.{kind}": [f"{block}.{theirs}.{kind}"] for name, theirs in BLOCK.items()}
+            names[f"blocks.{layer}.attn.qkv.{kind}"] = [f"{block}.{theirs}.{kind}" for theirs in QKV]
+    return names
+
+
+def is_qkv(published_name: str) -> bool:
+    return ".attn.qkv." in published_name
 
 
 def diffusers_shapes(model: DiT) -> dict[str, tuple[int, ...] | None]:
     """diffusers' names and shapes of a model."""
-    published = expected_shapes(model)
-    shapes = {f"{theirs}.{kind}": published[f"{name}.{kind}"] for name, theirs in OUTSIDE.items() for kind in KINDS}
-    for layer in range(model.depth):
-        block = f"transformer_blocks.{layer}"
-        shapes |= {f"{block}.norm1.emb.{theirs}": published[name] for name, theirs in EMBEDDERS.items()}
-        for kind in KINDS:
-            for name, theirs in BLOCK.items():
-                shapes[f"{block}.{theirs}.{kind}"] = published[f"blocks.{layer}.{name}.{kind}"]
-            rows, *rest = published[f"blocks.{layer}.attn.qkv.{kind}"]
-            shapes |= {f"{block}.{theirs}.{kind}": (rows // 3, *rest) for theirs in QKV}
+    published, shapes = expected_shapes(model), {}
+    for name, theirs in diffusers_names(model).items():
+        rows, *rest = published[name]
+        shapes |= dict.fromkeys(theirs, (rows // 3 if is_qkv(name) else rows, *rest))
     return shapes
 
 

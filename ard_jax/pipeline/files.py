@@ -30,13 +30,12 @@ from ard_jax.files import read_json, whole_folder, write_json
 from ard_jax.models import ARDStudent, AutoencoderKL, DiT
 from ard_jax.parallel import make_mesh
 from ard_jax.stages.workdir import (
+    find_vae,
     load_student,
     load_teacher,
-    load_vae,
     read_done,
     recorded_config,
     teacher_folder,
-    vae_folder,
 )
 
 PARTS = {"student": "ARDStudent", "teacher": "DiT"}
@@ -164,7 +163,7 @@ def open_workdir(folder: pathlib.Path) -> Opened:
     else:
         config.teacher.dir = os.fspath(folder)
         _, params, _ = load_teacher(config, workdir, mesh)
-    vae, vae_params = vae_beside(config, workdir)
+    vae, vae_params = find_vae(config, workdir) or (None, None)  # latents can be made without one
     return {
         "params": params,
         "config": sections(config, is_student),
@@ -172,12 +171,6 @@ def open_workdir(folder: pathlib.Path) -> Opened:
         "vae_params": vae_params,
         "id2label": read_names(folder / "labels.json") or read_names(teacher_folder(config, workdir) / "labels.json"),
     }
-
-
-def vae_beside(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL | None, Any]:
-    """The autoencoder of a run of latents, or (None, None): latents can be made without one."""
-    wanted = config.data.space == "latent" and (config.vae.dir or vae_folder(config, workdir).is_dir())
-    return load_vae(config, workdir) if wanted else (None, None)
 
 
 def read_names(path: pathlib.Path) -> dict[int, str]:

@@ -48,8 +48,16 @@ from ard_jax.sampling import (
     within_bounds,
 )
 from ard_jax.stages.encode import open_images
-from ard_jax.stages.sample import Decoder, find_vae, make_decoder
-from ard_jax.stages.workdir import Stopwatch, finished, load_student, load_teacher, vae_folder, write_done
+from ard_jax.stages.sample import Decoder, make_decoder
+from ard_jax.stages.workdir import (
+    Stopwatch,
+    find_vae,
+    finished,
+    load_student,
+    load_teacher,
+    vae_folder,
+    write_done,
+)
 
 # Real and generated images that precision and recall compare, at most: their cost is quadratic.
 NEIGHBOUR_LIMIT = 10_000

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 
 from ard_jax.config import example_shape, make_rollout, plain, solver_settings
 from ard_jax.data import to_uint8
-from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, fetch, file_sha256, write_json, write_npz
 from ard_jax.models import AutoencoderKL, count_parameters
 from ard_jax.models.flops import rollout_macs, teacher_macs
@@ -30,9 +29,9 @@ from ard_jax.report import image_grid
 from ard_jax.sampling import Rollout, draw_noise_and_labels, network_calls, sample_teacher, sampling_key
 from ard_jax.stages.workdir import (
     Stopwatch,
+    find_vae,
     load_student,
     load_teacher,
-    load_vae,
     merge_done,
     vae_folder,
 )
@@ -70,23 +69,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         hashes = {file: file_sha256(directory / file) for file in files}
         made = {"sha256": hashes, "seconds": round(watch(), 2), "seconds_per_image": seconds_per_image, **facts}
         merge_done(workdir / "sample", {name: made})
-
-
-def find_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Any] | None:
-    """The autoencoder of latents and its parameters; None for pixels, and where there is none.
-
-    Raises:
-        UserError: there is one that cannot be used, or whose latents are not the networks'.
-    """
-    if config.data.space != "latent" or not vae_folder(config, workdir).exists():
-        return None
-    vae, params = load_vae(config, workdir)
-    if vae.latent_channels != config.data.channels:
-        raise UserError(
-            f"the VAE in {vae_folder(config, workdir)} has latents of {vae.latent_channels} channels, but "
-            f"data.channels is {config.data.channels}: set vae.dir to the one that the teacher was trained with."
-        )
-    return vae, params
 
 
 def make_decoder(

@@ -211,6 +211,23 @@ def load_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[
     return open_vae(directory)
 
 
+def find_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Any] | None:
+    """`load_vae` for networks of latents; None for those of pixels, and where there is none and none is asked for.
+
+    Raises:
+        UserError: `vae.dir` has none, there is one that cannot be used, or its latents are not the networks'.
+    """
+    if config.data.space != "latent" or not (config.vae.dir or vae_folder(config, workdir).exists()):
+        return None
+    vae, params = load_vae(config, workdir)
+    if vae.latent_channels != config.data.channels:
+        raise UserError(
+            f"the VAE in {vae_folder(config, workdir)} has latents of {vae.latent_channels} channels, but "
+            f"data.channels is {config.data.channels}: set vae.dir to the one that the teacher was trained with."
+        )
+    return vae, params
+
+
 def load_weights(directory: pathlib.Path, like: Any, sha256: str, part: str = "ema") -> Any:
     """A finished training's averaged parameters, or the last step's (part "params"), laid out as `like` says.
 
