@@ -34,7 +34,10 @@ TRAINING = ("teacher", "distill", "finetune")
 # Flags beside --config, and what stands for their values; those in brackets may be left out, and those without a value
 # are there or not.
 WORKDIR = {"workdir": "DIR"}
-FLAGS = {"plan": {"topology": "NAME", "json": "[FILE]"}, "compare": {**WORKDIR, "quick": ""}}  # where they are others
+FLAGS = {  # where they are others
+    "plan": {"topology": "NAME", "json": "[FILE]", "finetune": ""},
+    "compare": {**WORKDIR, "quick": ""},
+}
 
 
 def run_stage(stage: str, arguments: list[str]) -> int:

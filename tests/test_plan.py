@@ -13,11 +13,14 @@ from pipeline_fixtures import ROOT, SMOKE, run, sentence
 
 from ard_jax.chips import CHIPS, GIB, chip_of
 from ard_jax.config import example_shape, make_student, make_teacher
+from ard_jax.errors import UserError
+from ard_jax.models import count_parameters
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.plan import hlo, jaxprs, ladder, recipe
 from ard_jax.plan.cost import Cost, Memory, measure, too_large
-from ard_jax.plan.programs import for_platform, sampler, training_step, trajectory_step
+from ard_jax.plan.programs import finetune_step, for_platform, sampler, training_step, trajectory_step
 from ard_jax.plan.topology import SHAPES, Slice, find_slice
+from ard_jax.stages import finetune
 from configs import imagenet256, smoke
 
 IMAGENET = str(ROOT / "configs" / "imagenet256.py")
@@ -191,6 +194,25 @@ def test_a_solve_costs_what_the_formula_says():
     assert 2 * counted(draw) == pytest.approx(draw.flops, rel=0.05)  # a block's time is embedded once for all rows
 
 
+def test_a_fine_tune_s_step_has_the_teacher_and_the_discriminator():
+    config = small(remat="none")
+    work = finetune_step(config, here())
+    assert (
+        work.flops
+        == config.finetune.batch_size
+        * finetune.make_method(finetune.continued(config, config), make_teacher(config), (0, 1)).flops
+    )
+    # spectral norms are the batch's, and W's two gradients are taken apart
+    assert 2 * counted(work) == pytest.approx(work.flops, rel=0.1)
+    config.finetune.layers = (0,)
+    assert counted(finetune_step(config, here())) < 0.8 * counted(work)
+    config.student.kind = "deterministic"
+    with pytest.raises(
+        UserError, match="is of the kind 'deterministic', but the fine-tune trains students of the kind"
+    ):
+        finetune_step(config, here())
+
+
 def test_the_paper_s_step_counts_no_more_than_three_forwards():
     """3.1 × 480 GMAC × batch without remat; counted in a trace of the whole step."""
     config = for_platform(imagenet256.get_config(), "tpu")
@@ -251,10 +273,13 @@ def test_the_cheapest_that_fits():
 
 def test_the_recipe_s_storage():
     config = imagenet256.get_config()
-    disk = recipe.storage(config)
+    disk = recipe.storage(config, {"distill": training_step(config, here()), "finetune": finetune_step(config, here())})
     assert disk["trajectories"] == 2_560_000 * (5 * 32 * 32 * 4 * 2 + 16)
     parameters = recipe.parameters(config)
     assert disk["distill"] == pytest.approx(2 * 16 * parameters, rel=1e-6)  # four trees in float32, two checkpoints
+    state = finetune_step(config, here()).arguments[0]
+    heads = count_parameters(state.others)  # with Adam's two averages and one vector a kernel
+    assert heads > 28 * 1152**2 and 16 * parameters + 12 * heads < disk["finetune"] / 2 < 16 * parameters + 13 * heads
 
 
 # ------------------------------------------------------------------------------------------------- the command line
@@ -263,17 +288,22 @@ def test_the_recipe_s_storage():
 @pytest.mark.slow
 def test_a_plan_for_this_machine(tmp_path):
     file = tmp_path / "plan.json"
-    outcome = run("plan", "--config", SMOKE, "--topology", "cpu", "--json", file)
+    outcome = run("plan", "--config", SMOKE, "--topology", "cpu", "--json", file, "--finetune")
     assert outcome.status == 0, outcome.err
     assert "training step, 8 rows on 1 devices: fits" in outcome.out and "chip-hours" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 120
     assert "compiling the training step" in outcome.err
     found = json.loads(file.read_text())
-    assert found["fits_as_given"] and set(found["chip_hours"]) == {"teacher", "trajectories", "distill", "sample"}
+    stages = ["teacher", "trajectories", "distill", "finetune", "sample"]
+    assert found["fits_as_given"] and list(found["chip_hours"]) == stages
+    assert set(found["storage"]) == {*stages} - {"sample"}
+    tune, steps = found["programs"]["fine-tune step"], small().finetune.steps
+    assert found["chip_hours"]["finetune"] == pytest.approx(steps * tune["bound"] / 3600)
+    assert tune["needed"] > found["programs"]["training step"]["needed"]
     step = found["programs"]["training step"]
     assert step["model_flops"] == 6 * 8 * student_macs(make_student(small()), example_shape(small()))
     assert step["needed"] == sum(step["memory"].values()) < step["available"]
-    state = recipe.checkpoint_bytes(recipe.student_shapes(small()), small().distill)
+    state = recipe.state_bytes(training_step(small(), here()).arguments[0])
     assert state <= step["memory"]["arguments"] <= state + 8 * 50_000
     assert step["bound"] == max(step["seconds"].values()) and not step["collectives"]
     assert found["storage"]["trajectories"] == recipe.store_bytes(small())

@@ -10,10 +10,11 @@ from jax.sharding import Mesh
 
 from ard_jax.config import example_shape, make_rollout, make_student, make_teacher, solver_settings
 from ard_jax.models.flops import rollout_macs, teacher_macs
+from ard_jax.objectives import Method
 from ard_jax.parallel import batch_sharding, batch_shards, local_mesh, make_mesh, placed
 from ard_jax.plan.topology import Slice
 from ard_jax.sampling import network_calls
-from ard_jax.stages.distill import columns_of, make_method
+from ard_jax.stages import distill, finetune
 from ard_jax.stages.sample import make_drawing, student_sampler
 from ard_jax.stages.workdir import student_shapes, teacher_shapes
 from ard_jax.training.state import make_step, optimizer_of, start_state
@@ -51,25 +52,60 @@ def for_platform(config: ml_collections.ConfigDict, platform: str) -> ml_collect
 
 def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """The step of the stage `distill`; from a store, or with the teacher inside (`distill.online`)."""
-    settings, shape, mesh = config.distill, example_shape(config), make_mesh(config.mesh, where.devices)
-    student, teacher, rows = make_student(config), make_teacher(config), settings.batch_size
-    record = {"label": rows_of(rows, (), "int32"), "position": rows_of(rows, (), "int32")}
-    columns = None
-    if not settings.online:
-        points, dtype = tuple(config.trajectories.points), store.DTYPES[config.trajectories.dtype]
-        columns = columns_of(points, config)
-        record |= {"noise": rows_of(rows, shape, dtype), "x0": rows_of(rows, (len(points), *shape), dtype)}
-        record |= {"xt": record["x0"]} if config.trajectories.keep_noisy else {}
+    settings, teacher, params = config.distill, make_teacher(config), student_shapes(config)
+    record, columns = stored_record(config, settings.batch_size)
+    if settings.online:
+        record, columns = {name: record[name] for name in ("label", "position")}, None
     # of the methods, progressive distillation alone asks of how many steps its start is, and wants twice its own
     start_steps = 2 * len(config.student.points) if settings.start else None
-    method = make_method(config, student, teacher, columns, start_steps)
-    params = student_shapes(config)
+    method = distill.make_method(config, make_student(config), teacher, columns, start_steps)
     frozen = {"": None, "teacher": teacher_shapes(teacher), "start": params}[method.reads]
-    optimizer = optimizer_of(method, settings)
+    return step_of("training step", method, config, settings, frozen, record, where)
+
+
+def finetune_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
+    """The step of the stage `finetune`.
+
+    Raises:
+        UserError: the config's student is none that it could start from.
+    """
+    settings, teacher = config.finetune, make_teacher(config)
+    trajectory, columns = stored_record(config, settings.batch_size)
+    method = finetune.make_method(finetune.continued(config, config), teacher, columns)
+    labels = {name: trajectory[name] for name in ("label", "position")}
+    real = {"image": rows_of(settings.batch_size, example_shape(config), "float32"), **labels}
+    batch = {"trajectory": trajectory, "real": real}
+    return step_of("fine-tune step", method, config, settings, teacher_shapes(teacher), batch, where)
+
+
+def stored_record(config: ml_collections.ConfigDict, rows: int) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """A batch from the trajectory store, and where the student's points stand in it."""
+    points, dtype, shape = (
+        tuple(config.trajectories.points),
+        store.DTYPES[config.trajectories.dtype],
+        example_shape(config),
+    )
+    record = {"label": rows_of(rows, (), "int32"), "position": rows_of(rows, (), "int32")}
+    record |= {"noise": rows_of(rows, shape, dtype), "x0": rows_of(rows, (len(points), *shape), dtype)}
+    record |= {"xt": record["x0"]} if config.trajectories.keep_noisy else {}
+    return record, distill.columns_of(points, config)
+
+
+def step_of(
+    name: str,
+    method: Method,
+    config: ml_collections.ConfigDict,
+    settings: ml_collections.ConfigDict,
+    frozen: Any,
+    batch: dict[str, Any],
+    where: Slice,
+) -> Work:
+    """A training stage's step; its first argument is the state."""
+    mesh, optimizer = make_mesh(config.mesh, where.devices), optimizer_of(method, settings)
     start = functools.partial(start_state, optimizer=optimizer, seed=config.seed, begin=method.begin)
-    state = jax.eval_shape(lambda params, frozen: start(params, frozen=frozen), params, frozen)
+    state = jax.eval_shape(lambda params, frozen: start(params, frozen=frozen), student_shapes(config), frozen)
     step = make_step(method.objective, optimizer, settings.optimizer.ema, mesh, state, frozen, settings.accumulate)
-    return Work("training step", step, (state, frozen, record), mesh, rows, method.flops * rows)
+    return Work(name, step, (state, frozen, batch), mesh, settings.batch_size, method.flops * settings.batch_size)
 
 
 def sampler(config: ml_collections.ConfigDict, where: Slice) -> Work:

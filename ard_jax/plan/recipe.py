@@ -1,6 +1,7 @@
 """What a whole run takes: places on disk, and hours of chips."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from ard_jax.config import example_shape, make_teacher
 from ard_jax.models import count_parameters
 from ard_jax.models.flops import teacher_macs
 from ard_jax.plan.cost import Cost
+from ard_jax.plan.programs import Work
 from ard_jax.stages.workdir import student_shapes, teacher_shapes
 from ard_jax.training.state import make_optimizer, start_state
 
@@ -24,21 +26,24 @@ def store_bytes(config: ml_collections.ConfigDict) -> int:
     return settings.count * (states * math.prod(example_shape(config)) * width + label_and_index)
 
 
-def checkpoint_bytes(params: Any, settings: ml_collections.ConfigDict) -> int:
-    """Bytes of one checkpoint: parameters, their average and the optimiser's state."""
-    optimizer = make_optimizer(settings.optimizer, settings.steps)
-    state = jax.eval_shape(lambda params: start_state(params, optimizer, 0), params)
+def state_bytes(state: Any) -> int:
+    """Bytes of one checkpoint of a training's state: every network, their averages, the optimisers' state."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def storage(config: ml_collections.ConfigDict) -> dict[str, int]:
-    """Bytes on disk at the end of a run, by folder."""
-    kept, teacher = config.run.keep_checkpoints, teacher_shapes(make_teacher(config))
-    return {
-        "trajectories": store_bytes(config),
-        "teacher": kept * checkpoint_bytes(teacher, config.teacher),
-        "distill": kept * checkpoint_bytes(student_shapes(config), config.distill),
-    }
+def storage(config: ml_collections.ConfigDict, steps: Mapping[str, Work]) -> dict[str, int]:
+    """Bytes on disk at the end of a run, by stage.
+
+    Args:
+        config: the run's.
+        steps: of the stages that train a student, by name.
+    """
+    kept, settings = config.run.keep_checkpoints, config.teacher
+    optimizer = make_optimizer(settings.optimizer, settings.steps)
+    shapes = teacher_shapes(make_teacher(config))
+    teacher = jax.eval_shape(lambda params: start_state(params, optimizer, 0), shapes)
+    trained = {"teacher": teacher} | {stage: work.arguments[0] for stage, work in steps.items()}
+    return {"trajectories": store_bytes(config)} | {name: kept * state_bytes(state) for name, state in trained.items()}
 
 
 def parameters(config: ml_collections.ConfigDict) -> int:
@@ -46,18 +51,26 @@ def parameters(config: ml_collections.ConfigDict) -> int:
     return count_parameters(student_shapes(config))
 
 
-def chip_hours(config: ml_collections.ConfigDict, step: Cost, sampler: Cost, trajectory: Cost) -> dict[str, float]:
+def chip_hours(
+    config: ml_collections.ConfigDict, steps: Mapping[str, Cost], sampler: Cost, trajectory: Cost
+) -> dict[str, float]:
     """Hours of chips of each stage at the bounds of its programs.
 
     The teacher's training is not compiled: it is given the utilisation of the distillation step.
+
+    Args:
+        config: the run's.
+        steps: of the stages that train a student, "distill" among them, by name.
+        sampler, trajectory: the other programs.
     """
     teacher_flops = 6 * teacher_macs(make_teacher(config), example_shape(config)) * config.teacher.batch_size
+    distill = steps["distill"]
     seconds = {
-        "teacher": config.teacher.steps * teacher_flops / (step.chip.flops * step.utilisation),
+        "teacher": config.teacher.steps * teacher_flops / (distill.chip.flops * distill.utilisation),
         "trajectories": runs(config.trajectories.count, trajectory) * of_all_chips(trajectory),
-        "distill": config.distill.steps * of_all_chips(step),
-        "sample": runs(config.sample.count, sampler) * of_all_chips(sampler),
     }
+    seconds |= {stage: config[stage].steps * of_all_chips(step) for stage, step in steps.items()}
+    seconds["sample"] = runs(config.sample.count, sampler) * of_all_chips(sampler)
     return {stage: spent / 3600 for stage, spent in seconds.items()}
 
 

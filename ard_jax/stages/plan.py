@@ -11,6 +11,7 @@ with other settings of model.remat, mesh.fsdp and distill.accumulate. XL/2 takes
 cores.
 
 --json FILE          writes the figures as one line of JSON, too
+--finetune           plans the adversarial fine-tune as well
 """
 
 import json
@@ -23,36 +24,43 @@ from ard_jax.files import atomic_write
 from ard_jax.parallel import check_batch
 from ard_jax.plan import ladder, recipe
 from ard_jax.plan.cost import Cost, measure
-from ard_jax.plan.programs import for_platform, sampler, training_step, trajectory_step
+from ard_jax.plan.programs import finetune_step, for_platform, sampler, training_step, trajectory_step
 from ard_jax.plan.topology import Slice, find_slice
 
 
-def run(config: ml_collections.ConfigDict, topology: str, json_file: str | None) -> None:
+def run(config: ml_collections.ConfigDict, topology: str, json_file: str | None, finetune: bool) -> None:
     """Prints the plan.
 
     Raises:
-        UserError: the topology is not known, libtpu is missing, or mesh and batch do not fit it.
+        UserError: the topology is not known, libtpu is missing, mesh and batch do not fit it, or the student is none
+            that can be fine-tuned.
     """
     where = find_slice(topology)
     config = for_platform(config, where.platform)
-    work = training_step(config, where)
-    check_batch(config.distill, work.mesh, "distill")
+    makers = {"distill": training_step} | ({"finetune": finetune_step} if finetune else {})
+    works = {stage: make(config, where) for stage, make in makers.items()}
+    for stage, work in works.items():
+        check_batch(config[stage], work.mesh, stage)
     print("\n".join(heading(config, where)), flush=True)
-    costs = [measure(work, where.chip)]
-    print("\n".join(program_lines(costs[0])), flush=True)
+    first = measure(works["distill"], where.chip)
+    print("\n".join(program_lines(first)), flush=True)
     advice = None
-    if not costs[0].fits:
-        advice = ladder.cheapest(config, where, costs[0])
+    if not first.fits:
+        advice = ladder.cheapest(config, where, first)
         print("\n".join(advice_lines(advice)), flush=True)
         if advice is None:
             return
-        config, costs = advice[0].apply(config), [advice[1]]
+        config, first = advice[0].apply(config), advice[1]
+    steps, others = {"distill": first}, []
+    if finetune:
+        steps["finetune"] = measure(finetune_step(config, where), where.chip)
+        print("\n".join(program_lines(steps["finetune"])), flush=True)
     for program in (sampler, trajectory_step):
-        costs.append(measure(program(config, where), where.chip))
-        print("\n".join(program_lines(costs[-1])), flush=True)
-    print("\n".join(recipe_lines(config, where, costs)), flush=True)
+        others.append(measure(program(config, where), where.chip))
+        print("\n".join(program_lines(others[-1])), flush=True)
+    print("\n".join(recipe_lines(config, where, steps, others)), flush=True)
     if json_file:
-        line = json.dumps(figures(config, topology, advice, costs)) + "\n"
+        line = json.dumps(figures(config, topology, advice, steps, others)) + "\n"
         atomic_write(json_file, lambda temporary: pathlib.Path(temporary).write_text(line))
 
 
@@ -106,13 +114,16 @@ def advice_lines(advice: tuple[ladder.Rung, Cost] | None) -> list[str]:
     return ["", f"What fits: {advice[0].flags}", *program_lines(advice[1])]
 
 
-def recipe_lines(config: ml_collections.ConfigDict, where: Slice, costs: list[Cost]) -> list[str]:
+def recipe_lines(
+    config: ml_collections.ConfigDict, where: Slice, steps: dict[str, Cost], others: list[Cost]
+) -> list[str]:
     """The whole recipe's part of the report."""
-    hours = recipe.chip_hours(config, *costs)
+    hours = recipe.chip_hours(config, steps, *others)
     amounts = {
         "teacher": f"{config.teacher.steps} steps of {config.teacher.batch_size}, at the distillation's utilisation",
         "trajectories": f"{config.trajectories.count} trajectories",
         "distill": f"{config.distill.steps} steps of {config.distill.batch_size}",
+        "finetune": f"{config.finetune.steps} steps of {config.finetune.batch_size}",
         "sample": f"{config.sample.count} images a student",
     }
     lines = ["", "the whole recipe, at least"]
@@ -122,13 +133,17 @@ def recipe_lines(config: ml_collections.ConfigDict, where: Slice, costs: list[Co
         )
     lines.append("on disk")
     kept = f"{config.run.keep_checkpoints} checkpoints"
-    for folder, size in recipe.storage(config).items():
+    for folder, size in storage(config, steps).items():
         lines.append(f"  {folder:<16} {gb(size):>13}   {'the store' if folder == 'trajectories' else kept}")
     return lines
 
 
 def figures(
-    config: ml_collections.ConfigDict, topology: str, advice: tuple[ladder.Rung, Cost] | None, costs: list[Cost]
+    config: ml_collections.ConfigDict,
+    topology: str,
+    advice: tuple[ladder.Rung, Cost] | None,
+    steps: dict[str, Cost],
+    others: list[Cost],
 ) -> dict[str, Any]:
     """The report as plain values: bytes, FLOPs, seconds and hours."""
     programs = {
@@ -148,16 +163,20 @@ def figures(
             "utilisation": cost.utilisation,
             "compile_seconds": cost.compile_seconds,
         }
-        for cost in costs
+        for cost in (*steps.values(), *others)
     }
     return {
         "topology": topology,
         "fits_as_given": advice is None,
         "advice": advice[0]._asdict() if advice else None,
         "programs": programs,
-        "chip_hours": recipe.chip_hours(config, *costs),
-        "storage": recipe.storage(config),
+        "chip_hours": recipe.chip_hours(config, steps, *others),
+        "storage": storage(config, steps),
     }
+
+
+def storage(config: ml_collections.ConfigDict, steps: dict[str, Cost]) -> dict[str, int]:
+    return recipe.storage(config, {stage: cost.work for stage, cost in steps.items()})
 
 
 def gb(amount: float) -> str:
