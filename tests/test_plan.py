@@ -336,7 +336,7 @@ def test_flags_of_plan():
     assert "mesh data=-1, fsdp=3, tensor=1 does not fit 1 devices" in refused("--topology=cpu", "--config.mesh.fsdp=3")
     shown = run("plan", "--help").out
     assert shown.startswith(
-        "python -m ard_jax plan --config FILE[:key=value,…] --topology NAME [--json FILE] [--config"
+        "python -m ard_jax plan --config FILE[:key=value,…] --topology NAME [--json FILE] [--finetune] [--config"
     )
 
 
