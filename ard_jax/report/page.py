@@ -121,7 +121,8 @@ def _along(entries: Mapping[str, Mapping], over: str) -> str:
     ]
     teachers = sorted((entry["over"], entry["teacher"]["fd"]) for entry in entries.values())
     series.append(Series("teacher", "teacher", *zip(*teachers, strict=True), dashed=True))
-    chart = pieces.chart("over", f"Fréchet distance along {over}", series, over, "Fréchet distance", markers=True)
+    name = "Fréchet distance"
+    chart = pieces.chart("over", f"{name} along {over}", series, over, name, log=True, markers=True)
     return pieces.charts([chart], "The entries have no Fréchet distances, so there is no plot.")
 
 
