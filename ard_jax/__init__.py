@@ -2,8 +2,9 @@
 
 from typing import Any
 
-__version__ = "0.1.0"
-__all__ = ["ARDPipeline"]
+from ard_jax.version import __version__
+
+__all__ = ["ARDPipeline", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

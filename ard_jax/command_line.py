@@ -21,7 +21,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from ard_jax import hosts
-from ard_jax.config import default_config, flatten, plain, validate
+from ard_jax.checks import validate
+from ard_jax.config import default_config, flatten, plain
 from ard_jax.errors import Preempted, UserError
 from ard_jax.parallel import is_first, set_up_libtpu
 

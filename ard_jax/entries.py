@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from ard_jax.config import flatten, method_defaults, names_folder, validate
+from ard_jax.checks import names_folder, validate
+from ard_jax.config import flatten, method_defaults
 from ard_jax.errors import UserError
 
 TEACHER = "teacher"
@@ -59,7 +60,7 @@ def entries_of(config: ml_collections.ConfigDict, flops: Flops) -> dict[str, Ent
 
     Args:
         config: the config; the training of its own student is the budget of every method.
-        flops: of a whole training, such as `stages.distill.training_flops`.
+        flops: of a whole training, such as `methods.training_flops`.
 
     Raises:
         UserError: a method is described wrongly or cannot be trained; the sentence names it.

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ard_jax import __version__
 from ard_jax.errors import UserError, first_line
+from ard_jax.version import __version__
 
 log = logging.getLogger("ard_jax")
 

@@ -18,7 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ard_jax.errors import UserError
-from ard_jax.models.layers import divided, logical_axes
+from ard_jax.models.partition import divided, logical_axes
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")

@@ -30,7 +30,7 @@ import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from ard_jax.files import atomic_write, file_sha256, read_json, write_json
-from ard_jax.training.metrics import progress_bar
+from ard_jax.progress import progress_bar
 
 log = logging.getLogger("ard_jax")
 

@@ -31,14 +31,15 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
+from ard_jax.checks import RESERVED, names_folder, validate
 from ard_jax.command_line import known_keys, parse, parse_flags
-from ard_jax.config import RESERVED, flatten, names_folder, plain, validate
+from ard_jax.completion import is_complete
+from ard_jax.config import flatten, plain
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import atomic_write, read_json, read_npz, write_json
 from ard_jax.report.page import build_sweep
 from ard_jax.report.words import number
-from ard_jax.stages.made import is_made
-from ard_jax.stages.workdir import FREE, differing, network
+from ard_jax.workdir import FREE, differing, network
 
 STAGES = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
 KEYS = ("config", "settings", "entries", "over", "stages")
@@ -244,7 +245,7 @@ def is_finished(words: Command) -> bool:
     """Whether what a command would make is there; what was made otherwise is not, as its stage will say."""
     config, workdir = parse(list(words[1:]))
     try:
-        return is_made(words[0], config, workdir)
+        return is_complete(words[0], config, workdir)
     except UserError:
         return False
 

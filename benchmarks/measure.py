@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ard_jax.training.flops import measured_matmul_rate
+from ard_jax.chips import measured_matmul_rate
 
 LEAST_TURNS = 2
 

@@ -36,16 +36,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from ard_jax.build import compute_dtype, example_shape, make_student, make_teacher, model_fields, solver_settings
+from ard_jax.chips import measured_matmul_rate
 from ard_jax.command_line import parse_flags, set_up_logging
-from ard_jax.config import (
-    compute_dtype,
-    default_config,
-    example_shape,
-    make_student,
-    make_teacher,
-    model_fields,
-    solver_settings,
-)
+from ard_jax.config import default_config
 from ard_jax.data import stream
 from ard_jax.errors import UserError
 from ard_jax.models import DiT, init_from_teacher
@@ -55,13 +49,12 @@ from ard_jax.objectives import Method, Objective
 from ard_jax.objectives.ard import ard
 from ard_jax.parallel import make_mesh, put_batch
 from ard_jax.sampling import network_calls, sample_student, sample_teacher
-from ard_jax.stages.fit import Task, fit
 from ard_jax.stages.teacher import init_parameters
-from ard_jax.stages.workdir import Stopwatch
-from ard_jax.training.flops import measured_matmul_rate
+from ard_jax.training.fit import Task, fit
 from ard_jax.training.state import init_state, make_optimizer, make_step
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import features_of, make_store
+from ard_jax.workdir import Stopwatch
 from benchmarks import dense
 from benchmarks.measure import in_turns, spread, table
 from configs import digits

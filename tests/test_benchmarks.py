@@ -10,7 +10,7 @@ from jaxprs import macs
 from quick import quick_jit
 from test_models import SMALL, random_params, student_inputs
 
-from ard_jax.config import make_student, make_teacher
+from ard_jax.build import make_student, make_teacher
 from ard_jax.models import ARDStudent, parameter_shapes, size_fields
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.objectives.ard import ard

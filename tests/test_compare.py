@@ -14,15 +14,15 @@ import pytest
 from pipeline_fixtures import ROOT, copy, done, files, run, sentence
 from test_report import Page
 
+from ard_jax import workdir
 from ard_jax.config import flatten
 from ard_jax.entries import changed, entries_of
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json
+from ard_jax.methods import training_flops
 from ard_jax.models import ARDStudent, parameter_shapes
 from ard_jax.objectives import Given
 from ard_jax.report import build_comparison, markdown, words
-from ard_jax.stages import workdir
-from ard_jax.stages.distill import training_flops
 from configs import smoke
 
 STEP = {"title": "Step distillation", "steps": (2,), "settings": {"student": {"mask": "diagonal"}}}

@@ -8,16 +8,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ard_jax.config import config_arguments, example_shape, make_student, make_teacher, validate
+from ard_jax.build import example_shape, make_student, make_teacher
+from ard_jax.checks import validate
+from ard_jax.config import config_arguments
 from ard_jax.entries import entries_of
 from ard_jax.errors import UserError
+from ard_jax.methods import training_flops
 from ard_jax.models import count_parameters, init_from_teacher
 from ard_jax.objectives.ard import ard
 from ard_jax.parallel import make_mesh
 from ard_jax.stages.compare import quick_config
-from ard_jax.stages.distill import training_flops
-from ard_jax.stages.workdir import teacher_shapes
 from ard_jax.training.state import make_optimizer, make_step, start_state
+from ard_jax.workdir import teacher_shapes
 
 
 def get_config(name, argument=""):

@@ -22,7 +22,8 @@ from convert_fixtures import (
 )
 from safetensors.numpy import save_file
 
-from ard_jax.config import make_process, make_student, make_teacher, validate
+from ard_jax.build import make_process, make_student, make_teacher
+from ard_jax.checks import validate
 from ard_jax.convert import from_torch, to_torch
 from ard_jax.convert.published import parameters
 from ard_jax.convert.sources import Told, folder_license, open_source

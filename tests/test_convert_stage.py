@@ -27,8 +27,8 @@ from ard_jax.files import file_sha256, tree_sha256
 from ard_jax.models import ARDStudent, DiT
 from ard_jax.parallel import make_mesh
 from ard_jax.stages import convert
-from ard_jax.stages.workdir import load_student, load_teacher, recorded_config
 from ard_jax.training.checkpoints import load_parameters
+from ard_jax.workdir import load_student, load_teacher, recorded_config
 
 TEACHER = ("--num-heads", "2", "--objective", "noise")
 STUDENT = ("--num-heads", "2", "--history-layers", "1")

@@ -16,7 +16,7 @@ from ard_jax.models.discriminator import (
     random_vectors,
     spectral_norms,
 )
-from ard_jax.models.layers import logical_axes
+from ard_jax.models.partition import logical_axes
 
 PUBLISHED = {
     "pointwise": "main.0.0",

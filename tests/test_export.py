@@ -18,7 +18,8 @@ from PIL import Image
 from pipeline_fixtures import copy, done, files, run, sentence
 
 from ard_jax import ARDPipeline
-from ard_jax.config import default_config, make_student, make_teacher, plain
+from ard_jax.build import make_student, make_teacher
+from ard_jax.config import default_config, plain
 from ard_jax.convert import standalone, vae_to_diffusers
 from ard_jax.convert.card import choose_license
 from ard_jax.convert.published import parameters
@@ -26,8 +27,8 @@ from ard_jax.convert.tensors import open_tensors, read_tensors, write_tensors
 from ard_jax.convert.vae import vae_shapes
 from ard_jax.files import file_sha256, read_json, tree_sha256, write_json
 from ard_jax.models import AutoencoderKL, init_from_teacher
-from ard_jax.stages.workdir import network, recorded_config, teacher_shapes
 from ard_jax.training.checkpoints import make_manager
+from ard_jax.workdir import network, recorded_config, teacher_shapes
 
 
 def export(workdir, model="ard", form="pipeline", *arguments):

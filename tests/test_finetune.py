@@ -11,8 +11,8 @@ from pipeline_fixtures import copy, done, finish, process, sentence, smoke
 from ard_jax.files import read_json
 from ard_jax.parallel import make_mesh
 from ard_jax.stages import finetune
-from ard_jax.stages.workdir import load_student
 from ard_jax.training import checkpoints, loop
+from ard_jax.workdir import load_student
 from configs import smoke as smoke_config
 
 INPUTS = ("teacher", "trajectories", "distill")

@@ -3,12 +3,12 @@ import jax.numpy as jnp
 import pytest
 from jaxprs import macs
 
+from ard_jax.chips import measured_matmul_rate, peak_flops
 from ard_jax.diffusion import Guidance, LinearVP, guided_output
 from ard_jax.models import MASKS, ARDStudent, DiT, parameter_shapes, size_fields
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.sampling import sample_student
 from ard_jax.training import flops
-from ard_jax.training.flops import measured_matmul_rate, peak_flops
 
 SMALL = dict(channels=3, patch_size=2, hidden_size=24, depth=2, num_heads=2, num_classes=5)
 LATENT = (32, 32, 4)

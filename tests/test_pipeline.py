@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pipeline_fixtures import STAGES, copy, done, files, sentence, smoke
 
-from ard_jax.config import make_student, make_teacher, solver_settings
+from ard_jax.build import make_student, make_teacher, solver_settings
 from ard_jax.data import image_source, labels_and_images, stream, to_uint8
 from ard_jax.errors import UserError
 from ard_jax.evaluation import feature_statistics, frechet_distance, precision_recall, train_feature_net
@@ -18,9 +18,9 @@ from ard_jax.models import init_from_teacher
 from ard_jax.objectives.ard import ard, online_ard, teacher_forcing
 from ard_jax.parallel import make_mesh
 from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
-from ard_jax.stages.workdir import load_student, load_teacher
 from ard_jax.training.checkpoints import load_parameters
 from ard_jax.trajectories import store
+from ard_jax.workdir import load_student, load_teacher
 from configs import smoke as smoke_config
 
 CONFIG = smoke_config.get_config()

@@ -17,7 +17,7 @@ from pipeline_fixtures import ROOT, copy, files
 
 import ard_jax.pipeline.files
 from ard_jax import ARDPipeline
-from ard_jax.config import make_process, make_student, make_teacher, solver_settings
+from ard_jax.build import make_process, make_student, make_teacher, solver_settings
 from ard_jax.convert import vae_to_diffusers
 from ard_jax.convert.tensors import write_tensors
 from ard_jax.data import center_crop
@@ -27,7 +27,7 @@ from ard_jax.models import AutoencoderKL, init_from_teacher, parameter_shapes
 from ard_jax.models.vae import to_images, to_latents
 from ard_jax.pipeline.inputs import resolve_labels
 from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
-from ard_jax.stages.workdir import teacher_shapes
+from ard_jax.workdir import teacher_shapes
 from configs import smoke as smoke_config
 
 LABELS = [3, 1, 4, 1]  # as many in nearly every test, since another number would have to be compiled

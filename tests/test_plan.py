@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import pytest
 from pipeline_fixtures import ROOT, SMOKE, run, sentence
 
+from ard_jax.build import example_shape, make_student, make_teacher
 from ard_jax.chips import CHIPS, GIB, chip_of
-from ard_jax.config import example_shape, make_student, make_teacher
 from ard_jax.errors import UserError
+from ard_jax.methods import continued, make_finetune_method
 from ard_jax.models import count_parameters
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.plan import hlo, jaxprs, ladder, recipe
 from ard_jax.plan.cost import Cost, Memory, measure, too_large
 from ard_jax.plan.programs import finetune_step, for_platform, sampler, training_step, trajectory_step
 from ard_jax.plan.topology import SHAPES, Slice, find_slice
-from ard_jax.stages import finetune
 from configs import imagenet256, smoke
 
 IMAGENET = str(ROOT / "configs" / "imagenet256.py")
@@ -200,7 +200,7 @@ def test_a_fine_tune_s_step_has_the_teacher_and_the_discriminator():
     assert (
         work.flops
         == config.finetune.batch_size
-        * finetune.make_method(finetune.continued(config, config), make_teacher(config), (0, 1)).flops
+        * make_finetune_method(continued(config, config), make_teacher(config), (0, 1)).flops
     )
     # spectral norms are the batch's, and W's two gradients are taken apart
     assert 2 * counted(work) == pytest.approx(work.flops, rel=0.1)

@@ -12,7 +12,8 @@ from jaxprs import macs
 from pipeline_fixtures import copy, done, sentence, smoke
 from quick import quick_jit
 
-from ard_jax.config import default_config, optimizer_defaults, validate
+from ard_jax.checks import validate
+from ard_jax.config import default_config, optimizer_defaults
 from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, few_step_process, guided_output
 from ard_jax.errors import UserError
 from ard_jax.models import DiT, parameter_shapes

@@ -16,14 +16,14 @@ import pytest
 import tensorflow_datasets as tfds
 from pipeline_fixtures import ROOT, copy, done, files, sentence, smoke
 
-from ard_jax.config import solver_settings
+from ard_jax.build import solver_settings
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, write_json
 from ard_jax.parallel import make_mesh
 from ard_jax.sampling import draw_noise_and_labels, sample_teacher, trajectory_key
-from ard_jax.stages.workdir import load_teacher
 from ard_jax.trajectories import generate, store
 from ard_jax.trajectories.generate import make_store
+from ard_jax.workdir import load_teacher
 from configs import smoke as smoke_config
 
 
@@ -224,7 +224,7 @@ def test_the_store_is_the_same_on_any_number_of_devices(pipeline, tmp_path, opti
         import pathlib, sys
         import jax
         from ard_jax.parallel import make_mesh
-        from ard_jax.stages.workdir import load_teacher
+        from ard_jax.workdir import load_teacher
         from ard_jax.trajectories.generate import make_store
         from configs import smoke
         workdir, target = map(pathlib.Path, sys.argv[1:])

@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from ard_jax.config import model_fields, solver_settings
+from ard_jax.build import model_fields, solver_settings
 from ard_jax.errors import UserError
 from ard_jax.sampling import network_calls
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ard_jax.config import default_config, make_student, make_teacher
+from ard_jax.build import make_student, make_teacher
+from ard_jax.config import default_config
 from ard_jax.convert import diffusers, pickles
 from ard_jax.convert.published import check_names, expected_shapes, make_model
 from ard_jax.convert.tensors import KINDS, PICKLES, Tensors, open_tensors, to_float32

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from ard_jax.errors import UserError
-from ard_jax.models.masks import visible_blocks
+from ard_jax.models.masks import TILES, visible_blocks
 
 BACKENDS = ("auto", "xla", "cudnn", "splash", "splash_interpreted")
-TILES = (512, 256, 128)  # tokens that the TPU kernel works on at a time: the first that divides a block
 LONG = 1024  # tokens from which "auto" takes the TPU kernel
 
 

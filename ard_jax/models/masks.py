@@ -28,3 +28,6 @@ def visible_blocks(mask: str, block: int) -> tuple[int, ...]:
     if mask == "causal":
         return tuple(range(block + 1))
     raise UserError(f"mask is {mask!r}, which does not exist: choose one of {', '.join(MASKS)}.")
+
+
+TILES = (512, 256, 128)  # tokens that the TPU kernel works on at a time: the first that divides a block

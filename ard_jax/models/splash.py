@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import Mask, MultiHeadMask
 
-from ard_jax.models.attention import TILES
-from ard_jax.models.layers import divided
+from ard_jax.models.masks import TILES
+from ard_jax.models.partition import divided
 
 
 @dataclasses.dataclass(frozen=True)

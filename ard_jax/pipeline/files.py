@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ard_jax import __version__
-from ard_jax.config import make_student, make_teacher, plain
+from ard_jax.build import make_student, make_teacher
+from ard_jax.config import plain
 from ard_jax.convert import to_torch, vae_to_diffusers
 from ard_jax.convert.published import parameters
 from ard_jax.convert.sources import open_source, read_description
@@ -29,14 +29,8 @@ from ard_jax.errors import UserError
 from ard_jax.files import read_json, whole_folder, write_json
 from ard_jax.models import ARDStudent, AutoencoderKL, DiT
 from ard_jax.parallel import make_mesh
-from ard_jax.stages.workdir import (
-    find_vae,
-    load_student,
-    load_teacher,
-    read_done,
-    recorded_config,
-    teacher_folder,
-)
+from ard_jax.version import __version__
+from ard_jax.workdir import find_vae, load_student, load_teacher, read_done, recorded_config, teacher_folder
 
 PARTS = {"student": "ARDStudent", "teacher": "DiT"}
 OURS = {"model_index.json", "README.md", "vae", *PARTS}

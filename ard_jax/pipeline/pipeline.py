@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from ard_jax.config import example_shape, make_process, make_student, make_teacher, solver_settings
+from ard_jax.build import example_shape, make_process, make_student, make_teacher, solver_settings
 from ard_jax.data import to_uint8
 from ard_jax.diffusion import find_solver
 from ard_jax.errors import UserError
@@ -24,8 +24,8 @@ from ard_jax.models.vae import to_images, to_latents
 from ard_jax.parallel import equal_batches, make_mesh, put_batch, replicated, run_batches
 from ard_jax.pipeline.files import open_pipeline, write_pipeline
 from ard_jax.pipeline.inputs import read_image, resolve_labels
+from ard_jax.progress import progress_bar
 from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
-from ard_jax.training.metrics import progress_bar
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 

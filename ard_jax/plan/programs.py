@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.config import example_shape, make_rollout, make_student, make_teacher, solver_settings
+from ard_jax.build import example_shape, make_rollout, make_student, make_teacher, solver_settings
+from ard_jax.drawing import make_drawing, student_sampler
+from ard_jax.methods import columns_of, continued, make_finetune_method, make_method
 from ard_jax.models.flops import rollout_macs, teacher_macs
 from ard_jax.objectives import Method
 from ard_jax.parallel import batch_sharding, batch_shards, local_mesh, make_mesh, placed
 from ard_jax.plan.topology import Slice
 from ard_jax.sampling import network_calls
-from ard_jax.stages import distill, finetune
-from ard_jax.stages.sample import make_drawing, student_sampler
-from ard_jax.stages.workdir import student_shapes, teacher_shapes
 from ard_jax.training.state import make_step, optimizer_of, start_state
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import make_solver
+from ard_jax.workdir import student_shapes, teacher_shapes
 
 
 class Work(NamedTuple):
@@ -58,7 +58,7 @@ def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
         record, columns = {name: record[name] for name in ("label", "position")}, None
     # of the methods, progressive distillation alone asks of how many steps its start is, and wants twice its own
     start_steps = 2 * len(config.student.points) if settings.start else None
-    method = distill.make_method(config, make_student(config), teacher, columns, start_steps)
+    method = make_method(config, make_student(config), teacher, columns, start_steps)
     frozen = {"": None, "teacher": teacher_shapes(teacher), "start": params}[method.reads]
     return step_of("training step", method, config, settings, frozen, record, where)
 
@@ -71,7 +71,7 @@ def finetune_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """
     settings, teacher = config.finetune, make_teacher(config)
     trajectory, columns = stored_record(config, settings.batch_size)
-    method = finetune.make_method(finetune.continued(config, config), teacher, columns)
+    method = make_finetune_method(continued(config, config), teacher, columns)
     labels = {name: trajectory[name] for name in ("label", "position")}
     real = {"image": rows_of(settings.batch_size, example_shape(config), "float32"), **labels}
     batch = {"trajectory": trajectory, "real": real}
@@ -88,7 +88,7 @@ def stored_record(config: ml_collections.ConfigDict, rows: int) -> tuple[dict[st
     record = {"label": rows_of(rows, (), "int32"), "position": rows_of(rows, (), "int32")}
     record |= {"noise": rows_of(rows, shape, dtype), "x0": rows_of(rows, (len(points), *shape), dtype)}
     record |= {"xt": record["x0"]} if config.trajectories.keep_noisy else {}
-    return record, distill.columns_of(points, config)
+    return record, columns_of(points, config)
 
 
 def step_of(

@@ -8,13 +8,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from ard_jax.config import example_shape, make_teacher
+from ard_jax.build import example_shape, make_teacher
 from ard_jax.models import count_parameters
 from ard_jax.models.flops import teacher_macs
 from ard_jax.plan.cost import Cost
 from ard_jax.plan.programs import Work
-from ard_jax.stages.workdir import student_shapes, teacher_shapes
 from ard_jax.training.state import make_optimizer, start_state
+from ard_jax.workdir import student_shapes, teacher_shapes
 
 
 def store_bytes(config: ml_collections.ConfigDict) -> int:

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from ard_jax.chips import CHIPS, Chip
+from ard_jax.chips import CHIPS, Chip, measured_copy_rate, measured_matmul_rate
 from ard_jax.errors import UserError, first_line
 from ard_jax.parallel import set_up_libtpu
-from ard_jax.training.flops import measured_copy_rate, measured_matmul_rate
 
 # Shapes that Google Cloud offers; libtpu knows more.
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

@@ -17,14 +17,14 @@ import jax
 import ml_collections
 import numpy as np
 
+from ard_jax.completion import is_complete
 from ard_jax.config import flatten, plain
 from ard_jax.entries import TEACHER, Entry, about, changed, entries_of
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, file_sha256, read_json, read_npz, write_json
+from ard_jax.methods import training_flops
 from ard_jax.report import build_comparison, markdown
-from ard_jax.stages import distill, evaluate, sample, teacher, trajectories
-from ard_jax.stages.made import is_made
-from ard_jax.stages.workdir import Stopwatch, finished, teacher_folder, write_done
+from ard_jax.workdir import Stopwatch, finished, teacher_folder, write_done
 
 log = logging.getLogger("ard_jax")
 
@@ -46,7 +46,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, quick: bool) -
         workdir, seeds = workdir / "quick", seeds[:1]
         config = quick_config(config)
     configs = {seed: changed(config, {"seed": seed}) for seed in seeds}
-    entries = {seed: entries_of(config, distill.training_flops) for seed, config in configs.items()}
+    entries = {seed: entries_of(config, training_flops) for seed, config in configs.items()}
     for seed in seeds:
         make(configs[seed], entries[seed], workdir / f"seed{seed}")
     folders = {seed: workdir / f"seed{seed}" for seed in seeds}
@@ -73,21 +73,26 @@ def quick_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
 
 def make(config: ml_collections.ConfigDict, entries: Mapping[str, Entry], workdir: pathlib.Path) -> None:
     """Everything of one seed that is not there yet, ending with its measurements."""
-    if not config.teacher.dir and not is_made("teacher", config, workdir):
-        teacher.run(config, workdir)
-    if not config.trajectories.dir and not is_made("trajectories", config, workdir):
-        trajectories.run(config, workdir)
+    if not config.teacher.dir and not is_complete("teacher", config, workdir):
+        run_stage("teacher", config, workdir)
+    if not config.trajectories.dir and not is_complete("trajectories", config, workdir):
+        run_stage("trajectories", config, workdir)
     for place, entry in enumerate(entries.values(), start=1):
-        if not is_made(entry.stage, entry.config, workdir):
+        if not is_complete(entry.stage, entry.config, workdir):
             log.info("%s: student %d of %d, %s.", workdir.name, place, len(entries), entry.name)
-            importlib.import_module(f"ard_jax.stages.{entry.stage}").run(entry.config, workdir)
+            run_stage(entry.stage, entry.config, workdir)
     models = (TEACHER, *(entry.name for entry in entries.values() if entry.shown))
     for name in models:
         alone = changed(config, {"sample.models": (name,)})
-        if not is_made("sample", alone, workdir):
-            sample.run(alone, workdir)
-    if not is_made("evaluate", config, workdir, models):
-        evaluate.run(config, workdir, models)
+        if not is_complete("sample", alone, workdir):
+            run_stage("sample", alone, workdir)
+    if not is_complete("evaluate", config, workdir, models):
+        run_stage("evaluate", config, workdir, models)
+
+
+def run_stage(stage: str, *arguments: Any) -> None:
+    """Runs a stage, which is imported when it is its turn, as the command line does."""
+    importlib.import_module(f"ard_jax.stages.{stage}").run(*arguments)
 
 
 # --- gathering --------------------------------------------------------------------------------------------------------
@@ -113,7 +118,7 @@ def compared(
         "features": [result["features"] for result in results.values()],
         "samples": first["samples"],
         "real_images": first["real_images"],
-        "budget": distill.training_flops(config),
+        "budget": training_flops(config),
         "rows": rows,
         "config": plain(config),
     }

@@ -33,7 +33,8 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from ard_jax.config import plain, validate
+from ard_jax.checks import validate
+from ard_jax.config import plain
 from ard_jax.convert.published import stored_parameters
 from ard_jax.convert.sources import Source, Told, open_source, part_files, read_description
 from ard_jax.convert.tensors import Stored, fetch, open_tensors, to_float32, write_tensors
@@ -41,7 +42,7 @@ from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, file_sha256, hash_leaf, named_leaves, read_json, write_json
 from ard_jax.models import MASKS, ARDStudent
-from ard_jax.stages.workdir import Stopwatch, compare, merge_done, network, read_done, recorded_config
+from ard_jax.workdir import Stopwatch, compare, merge_done, network, read_done, recorded_config
 
 log = logging.getLogger("ard_jax")
 

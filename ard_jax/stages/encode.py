@@ -10,7 +10,6 @@ hosts, it makes just the shards that are missing, truncated or altered.
 import collections
 import logging
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -23,21 +22,22 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jax.experimental import multihost_utils
 
-from ard_jax import __version__
-from ard_jax.config import example_shape, plain
+from ard_jax.build import example_shape
+from ard_jax.config import plain
 from ard_jax.convert.vae import diffusers_config
-from ard_jax.data import MODES, class_names, image_source
+from ard_jax.data import MODES, class_names
+from ard_jax.drawing import open_images
 from ard_jax.errors import UserError
 from ard_jax.files import tree_sha256
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_latents
 from ard_jax.parallel import equal_batches, is_first, make_mesh, put_batch, replicated, run_batches
 from ard_jax.sharded import DTYPES, Layout, data_folder, describe, number_of_shards, tensor
-from ard_jax.stages.workdir import Stopwatch, claim, load_vae, vae_folder, write_done
+from ard_jax.version import __version__
+from ard_jax.workdir import Stopwatch, claim, load_vae, vae_folder, write_done
 
 log = logging.getLogger("ard_jax")
 
-SECTIONS = ("seed", "encode")
 LAYOUT = Layout("latents", "Latents of labelled images, to train a diffusion model on.")
 AHEAD = 2  # batches whose images are read while another is encoded
 
@@ -56,7 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     check(config, model, vae_folder(config, workdir))
     source = open_images(config, model)
     vae_hash = tree_sha256({"params": params, "config": diffusers_config(model)})
-    claim(directory, config, SECTIONS, vae=vae_hash, images=str(len(source)))
+    claim(directory, config, "encode", vae=vae_hash, images=str(len(source)))
     count = len(source) * views(config)
     make_latents(model, params, source, config, directory)
     if jax.process_count() > 1:
@@ -104,21 +104,6 @@ def check(config: ml_collections.ConfigDict, model: AutoencoderKL, folder: pathl
             f"{folder}, but data.image_size is {data.image_size} and data.channels is {data.channels}: "
             f"set them to {side} and {channels}, or change encode.image_size."
         )
-
-
-def open_images(config: ml_collections.ConfigDict, model: AutoencoderKL) -> grain.sources.RandomAccessDataSource:
-    """The images that `encode` names, as `image_source` gives them.
-
-    Raises:
-        UserError: what `image_source` raises, in terms of `encode`.
-    """
-    images = config.encode.copy_and_resolve_references()
-    with images.unlocked():
-        images.update(channels=model.in_channels, num_classes=config.data.num_classes, space="pixel")
-    try:
-        return image_source(images)
-    except UserError as error:
-        raise UserError(re.sub(r"\bdata\.(?=(source|name|dir|split|image_size)\b)", "encode.", str(error))) from None
 
 
 def features_of(config: ml_collections.ConfigDict) -> tfds.features.FeaturesDict:

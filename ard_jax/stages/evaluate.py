@@ -22,8 +22,10 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.config import example_shape, make_rollout, plain, solver_settings
+from ard_jax.build import example_shape, make_rollout, solver_settings
+from ard_jax.config import plain
 from ard_jax.data import image_source, labels_and_images, to_uint8
+from ard_jax.drawing import Decoder, make_decoder, open_images
 from ard_jax.errors import UserError
 from ard_jax.evaluation import (
     FeatureExtractor,
@@ -47,17 +49,7 @@ from ard_jax.sampling import (
     take_points,
     within_bounds,
 )
-from ard_jax.stages.encode import open_images
-from ard_jax.stages.sample import Decoder, make_decoder
-from ard_jax.stages.workdir import (
-    Stopwatch,
-    find_vae,
-    finished,
-    load_student,
-    load_teacher,
-    vae_folder,
-    write_done,
-)
+from ard_jax.workdir import Stopwatch, find_vae, finished, load_student, load_teacher, vae_folder, write_done
 
 # Real and generated images that precision and recall compare, at most: their cost is quadratic.
 NEIGHBOUR_LIMIT = 10_000

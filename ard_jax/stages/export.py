@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 
-from ard_jax.config import example_shape, plain
+from ard_jax.build import example_shape
+from ard_jax.config import plain
 from ard_jax.convert.card import Facts, choose_license, model_card
 from ard_jax.convert.diffusers import dit_to_diffusers
 from ard_jax.convert.published import to_torch
@@ -29,7 +30,7 @@ from ard_jax.files import file_sha256, read_json, whole_folder, write_json
 from ard_jax.models import count_parameters
 from ard_jax.pipeline import ARDPipeline
 from ard_jax.pipeline.files import WEIGHTS, in_dtype, open_workdir
-from ard_jax.stages.workdir import load_weights, read_done, recorded_config, teacher_folder, vae_folder
+from ard_jax.workdir import load_weights, read_done, recorded_config, teacher_folder, vae_folder
 
 log = logging.getLogger("ard_jax")
 

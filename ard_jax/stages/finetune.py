@@ -12,29 +12,16 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from ard_jax.config import example_shape, make_process, make_student
 from ard_jax.data import image_source
 from ard_jax.errors import UserError
-from ard_jax.models import DiT
-from ard_jax.objectives import Method
-from ard_jax.objectives.adversarial import adversarial_method, make_judge
+from ard_jax.methods import columns_of, continued, make_method
 from ard_jax.parallel import check_batch, is_first, make_mesh
-from ard_jax.stages.distill import columns_of, open_store, store_hash
-from ard_jax.stages.fit import Task, fit
-from ard_jax.stages.workdir import (
-    Stopwatch,
-    claim,
-    compare,
-    load_student,
-    load_teacher,
-    merge_done,
-    network,
-    write_done,
-)
+from ard_jax.training.fit import Task, fit
+from ard_jax.trajectories.store import open_store, store_hash
+from ard_jax.workdir import Stopwatch, claim, compare, load_student, load_teacher, merge_done, network, write_done
 
 log = logging.getLogger("ard_jax")
 
-SECTIONS = ("seed", "data", "model", "diffusion", "student", "finetune")
 LOOKED_AT = 64  # records of the real and the trajectory data that are compared before the training
 FACTOR = 3.0  # by which their scales may differ
 
@@ -57,52 +44,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     real = image_source(config.data)
     check_real(real, source, config)
     directory = workdir / "distill" / settings.name
-    claim(directory, config, SECTIONS, teacher=teacher_hash, start=start_hash, store=store_hash(manifest))
+    claim(directory, config, "finetune", teacher=teacher_hash, start=start_hash, store=store_hash(manifest))
     method = make_method(config, teacher, columns_of(manifest["points"], config))
     task = Task({"trajectory": source, "real": real}, method, teacher_params)
     made = fit(task, params, config, settings, directory, mesh, watch)
     write_done(directory, **made, teacher=teacher_hash)
     if is_first():
         merge_done(workdir / "distill", {settings.name: made})
-
-
-def continued(config: ml_collections.ConfigDict, before: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config of the fine-tuned student: its form is that of the student it starts from, whatever is asked now.
-
-    Args:
-        config: the stage's.
-        before: what that student was trained with.
-
-    Raises:
-        UserError: that student has no history, so that there is no teacher forcing.
-    """
-    name, kind = before.student.name, before.student.kind
-    if kind != "history":
-        raise UserError(
-            f"the student {name!r} is of the kind {kind!r}, but the fine-tune trains students of the kind 'history': "
-            f"set finetune.start to one."
-        )
-    config = ml_collections.ConfigDict(config.to_dict())
-    config.student.update(before.student.to_dict() | {"name": config.finetune.name})
-    config.distill.objective = "adversarial"
-    return config
-
-
-def make_method(config: ml_collections.ConfigDict, teacher: DiT, columns: tuple[int, ...]) -> Method:
-    """The method of a `continued` config; `columns` as in `objectives.Given`."""
-    settings = config.finetune
-    return adversarial_method(
-        make_student(config),
-        make_judge(teacher, tuple(settings.layers), make_process(config), settings.feature_time),
-        shape=example_shape(config),
-        target=config.student.target,
-        columns=columns,
-        horizontal_flip=config.data.horizontal_flip,
-        weight=settings.weight,
-        warmup=settings.warmup,
-        spectral_rounds=settings.spectral_rounds,
-        optimizer=settings.discriminator_optimizer,
-    )
 
 
 def check_real(real: Any, trajectories: Any, config: ml_collections.ConfigDict) -> None:

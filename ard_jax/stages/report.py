@@ -13,7 +13,7 @@ import ml_collections
 from ard_jax.files import atomic_write, file_sha256, read_json, read_npz, write_json
 from ard_jax.parallel import is_first
 from ard_jax.report import build_report, teaser
-from ard_jax.stages.workdir import Stopwatch, finished, read_done, teacher_folder, write_done
+from ard_jax.workdir import Stopwatch, finished, read_done, teacher_folder, write_done
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

@@ -6,11 +6,9 @@ evaluator wants them, and `labels`) and `grid.png`. Models of latents decode the
 for every model.
 """
 
-import functools
 import logging
 import pathlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,32 +16,20 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.config import example_shape, make_rollout, plain, solver_settings
+from ard_jax.build import example_shape, make_rollout, solver_settings
+from ard_jax.config import plain
 from ard_jax.data import to_uint8
+from ard_jax.drawing import Decoder, Sampler, make_decoder, make_drawing, student_sampler
 from ard_jax.files import atomic_write, fetch, file_sha256, write_json, write_npz
-from ard_jax.models import AutoencoderKL, count_parameters
+from ard_jax.models import count_parameters
 from ard_jax.models.flops import rollout_macs, teacher_macs
-from ard_jax.models.vae import to_images
-from ard_jax.parallel import batch_shards, in_turns, is_first, make_mesh, on_mesh, put_batch, replicated
+from ard_jax.parallel import batch_shards, is_first, make_mesh, put_batch
+from ard_jax.progress import progress_bar
 from ard_jax.report import image_grid
-from ard_jax.sampling import Rollout, draw_noise_and_labels, network_calls, sample_teacher, sampling_key
-from ard_jax.stages.workdir import (
-    Stopwatch,
-    find_vae,
-    load_student,
-    load_teacher,
-    merge_done,
-    vae_folder,
-)
-from ard_jax.training.metrics import progress_bar
+from ard_jax.sampling import network_calls, sample_teacher
+from ard_jax.workdir import Stopwatch, find_vae, load_student, load_teacher, merge_done, vae_folder
 
 log = logging.getLogger("ard_jax")
-
-# (params, noise, labels) → images or latents (batch, height, width, channel)
-Sampler = Callable[[Any, jax.Array, jax.Array], jax.Array]
-
-# latents (batch, height, width, channel), split over the mesh → images in [-1, 1]
-Decoder = Callable[[jax.Array], jax.Array]
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -71,21 +57,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         merge_done(workdir / "sample", {name: made})
 
 
-def make_decoder(
-    vae: tuple[AutoencoderKL, Any] | None, config: ml_collections.ConfigDict, mesh: Mesh
-) -> Decoder | None:
-    """The decoder of `find_vae`'s result, jitted; every device decodes `vae.batch_size` images at a time."""
-    if vae is None:
-        return None
-    model, params = vae
-
-    @jax.jit
-    def decode(params, latents):
-        return in_turns(functools.partial(to_images, model, params), latents, mesh, config.vae.batch_size)
-
-    return functools.partial(decode, jax.device_put(params, replicated(mesh)))
-
-
 def load_sampler(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, mesh: Mesh
 ) -> tuple[Sampler, Any, dict[str, Any]]:
@@ -109,32 +80,6 @@ def load_sampler(
         sampler = student_sampler(make_rollout(trained, model))
     facts |= {"ema_sha256": sha, "parameters": count_parameters(params), "gmac_per_image": macs / 1e9}
     return sampler, params, facts
-
-
-def student_sampler(rollout: Rollout) -> Sampler:
-    def sampler(params, noise, y):
-        return rollout(params, noise, y)[:, -1]
-
-    return sampler
-
-
-def make_drawing(
-    sampler: Sampler, config: ml_collections.ConfigDict, mesh: Mesh
-) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]]:
-    """The jitted function (params, {"index", "label": (batch,)}) → images or latents, labels and indices.
-
-    The labels of the batch count only where `sample.labels` chooses them.
-    """
-    key, shape = sampling_key(config.sample.seed), example_shape(config)
-
-    @jax.jit
-    @on_mesh(mesh)
-    def drawn(params, batch):
-        noise, label = draw_noise_and_labels(key, batch["index"], shape, config.data.num_classes)
-        label = batch["label"] if len(config.sample.labels) else label
-        return sampler(params, noise, label), label, batch["index"]
-
-    return drawn
 
 
 def draw(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.config import example_shape, make_process, make_teacher
+from ard_jax.build import example_shape, make_process, make_teacher
 from ard_jax.data import class_names, image_source
 from ard_jax.files import write_json
 from ard_jax.models import DiT
@@ -21,10 +21,8 @@ from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import Method
 from ard_jax.objectives.denoising import denoising
 from ard_jax.parallel import check_batch, is_first, make_mesh, sharding_of
-from ard_jax.stages.fit import Task, fit
-from ard_jax.stages.workdir import Stopwatch, claim, write_done
-
-SECTIONS = ("seed", "data", "model", "diffusion", "teacher")
+from ard_jax.training.fit import Task, fit
+from ard_jax.workdir import Stopwatch, claim, write_done
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -37,7 +35,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     settings, data = config.teacher, config.data
     check_batch(settings, mesh, "teacher")
     source = image_source(data)
-    claim(directory, config, SECTIONS)
+    claim(directory, config, "teacher")
     if is_first() and (names := class_names(data)):
         write_json(directory / "labels.json", names)
     model, shape = make_teacher(config), example_shape(config)

@@ -15,13 +15,12 @@ from ard_jax.config import plain
 from ard_jax.errors import UserError
 from ard_jax.parallel import is_first, local_mesh
 from ard_jax.sharded import number_of_shards
-from ard_jax.stages.workdir import Stopwatch, claim, load_teacher, write_done
 from ard_jax.trajectories import store
-from ard_jax.trajectories.generate import features_of, make_store, manifest, stored_settings
+from ard_jax.trajectories.generate import features_of, make_store, manifest
+from ard_jax.trajectories.store import stored_settings
+from ard_jax.workdir import Stopwatch, claim, load_teacher, write_done
 
 log = logging.getLogger("ard_jax")
-
-SECTIONS = ("seed", "data", "model", "diffusion", "trajectories")
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -33,7 +32,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     watch, directory = Stopwatch(), workdir / "trajectories"
     mesh = local_mesh(config.mesh)
     model, params, teacher_hash = load_teacher(config, workdir, mesh)
-    claim(directory, config, SECTIONS, teacher=teacher_hash)
+    claim(directory, config, "trajectories", teacher=teacher_hash)
     make_store(
         model,
         params,

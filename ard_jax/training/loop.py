@@ -15,11 +15,11 @@ from clu import parameter_overview
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from ard_jax.chips import peak_flops
 from ard_jax.errors import Preempted, UserError
 from ard_jax.objectives import Method
 from ard_jax.parallel import is_first, put_batch
 from ard_jax.training import checkpoints
-from ard_jax.training.flops import peak_flops
 from ard_jax.training.metrics import MetricLog
 from ard_jax.training.state import TrainState, init_state, make_step, optimizer_of
 

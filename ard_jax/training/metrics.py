@@ -6,13 +6,11 @@ import json
 import logging
 import os
 import pathlib
-import sys
 from typing import Any
-
-import tqdm
 
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write
+from ard_jax.progress import progress_bar
 
 log = logging.getLogger("ard_jax")
 
@@ -87,8 +85,3 @@ def make_writer(directory: pathlib.Path) -> Any:
     from clu import metric_writers
 
     return metric_writers.SummaryWriter(str(directory))
-
-
-def progress_bar(total: int, unit: str, initial: int = 0) -> tqdm.tqdm:
-    """A bar with rate and remaining time on a terminal, a disabled one elsewhere (log lines serve there)."""
-    return tqdm.tqdm(total=total, unit=unit, initial=initial, disable=not sys.stderr.isatty(), dynamic_ncols=True)

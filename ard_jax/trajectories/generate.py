@@ -14,13 +14,13 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax import __version__
-from ard_jax.config import example_shape, solver_settings
+from ard_jax.build import example_shape, solver_settings
 from ard_jax.models import DiT
 from ard_jax.parallel import batch_shards, equal_batches, on_mesh, put_batch, run_batches
 from ard_jax.sampling import draw_noise_and_labels, sample_teacher, take_points, trajectory_key, within_bounds
 from ard_jax.sharded import Record
 from ard_jax.trajectories import store
+from ard_jax.version import __version__
 
 
 def make_solver(
@@ -46,13 +46,6 @@ def make_solver(
         return record, within_bounds(x0, min(trajectories.max_abs or jnp.inf, float(jnp.finfo(dtype).max)))
 
     return solve
-
-
-def stored_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What a store must share with whoever trains on it, by dotted key; takes and gives plain JSON values."""
-    keys = [("data", key) for key in ("image_size", "channels", "num_classes")]
-    keys += [("diffusion", key) for key in config["diffusion"]]
-    return {f"{section}.{key}": config[section][key] for section, key in keys}
 
 
 def make_store(

@@ -1,17 +1,21 @@
 """The trajectory store: one record a trajectory; sharded.py says how it lies on disk and how anybody opens it."""
 
+import hashlib
 import os
 import pathlib
 from typing import Any
 
+import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ard_jax.config import plain
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json
 from ard_jax.sharded import DTYPES as DTYPES
 from ard_jax.sharded import SPLIT, Layout, data_folder, tensor
 from ard_jax.sharded import describe as describe
+from ard_jax.workdir import store_folder
 
 LAYOUT = Layout("trajectories", "ODE trajectories of a diffusion teacher, for distillation.")
 write_shard, whole_shards, finish = LAYOUT.write_shard, LAYOUT.whole_shards, LAYOUT.finish
@@ -93,3 +97,64 @@ class Store:
         except RuntimeError as error:
             path = self.paths[np.searchsorted(self.ends, index, side="right")]
             raise broken_shard(path, f"cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def open_store(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, teacher_hash: str
+) -> tuple[Store, dict[str, Any]]:
+    """The trajectory store and its manifest.
+
+    Raises:
+        UserError: there is none, it does not fit the config, or a shard is broken.
+    """
+    folder = store_folder(config, workdir)
+    manifest = read_manifest(folder)
+    check_store(manifest, config, teacher_hash)
+    check_shards(folder, manifest, checksums=total_bytes(manifest) <= config.run.in_memory)
+    return Store(folder, manifest), manifest
+
+
+def store_hash(manifest: dict[str, Any]) -> str:
+    """One hash for all shards of a store."""
+    return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
+
+
+def total_bytes(manifest: dict[str, Any]) -> int:
+    return sum(shard["bytes"] for shard in manifest["shards"])
+
+
+def check_store(manifest: dict[str, Any], config: ml_collections.ConfigDict, teacher_hash: str) -> None:
+    """Compares a store with the config that wants to train on it.
+
+    Raises:
+        UserError: it was made by another teacher or with other settings, or lacks a point.
+    """
+    remedy = "make a store with this config, or use the config that the store was made with"
+    if manifest["teacher_sha256"] != teacher_hash:
+        raise UserError(
+            f"the trajectory store was made by another teacher (weights {manifest['teacher_sha256'][:12]}…, "
+            f"the teacher here has {teacher_hash[:12]}…): {remedy}."
+        )
+    here = stored_settings(plain(config))
+    differing = [
+        f"{key} {value!r} there, {here.get(key)!r} here"
+        for key, value in manifest["settings"].items()
+        if here.get(key) != value
+    ]
+    if differing:
+        raise UserError(f"the trajectory store does not fit this config ({'; '.join(differing[:3])}): {remedy}.")
+    missing = [point for point in config.student.points if point not in manifest["points"]]
+    if missing:
+        raise UserError(
+            f"student.points has {missing}, but the trajectory store keeps {manifest['points']}: "
+            f"choose points out of the store's, or {remedy}."
+        )
+    if config.student.target == "xt" and not manifest["keep_noisy"]:
+        raise UserError(f"student.target is 'xt', but the trajectory store keeps no noisy points: {remedy}.")
+
+
+def stored_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What a store must share with whoever trains on it, by dotted key; takes and gives plain JSON values."""
+    keys = [("data", key) for key in ("image_size", "channels", "num_classes")]
+    keys += [("diffusion", key) for key in config["diffusion"]]
+    return {f"{section}.{key}": config[section][key] for section, key in keys}

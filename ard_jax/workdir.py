@@ -20,7 +20,8 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.config import default_config, flatten, make_process, make_student, make_teacher, model_fields, plain
+from ard_jax.build import make_process, make_student, make_teacher, model_fields
+from ard_jax.config import default_config, flatten, plain
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, tree_sha256, write_json
@@ -30,6 +31,15 @@ from ard_jax.training.checkpoints import load_parameters
 
 log = logging.getLogger("ard_jax")
 
+# The keys on top of a config that what a stage makes depends on.
+SECTIONS = {
+    "encode": ("seed", "encode"),
+    "teacher": ("seed", "data", "model", "diffusion", "teacher"),
+    "trajectories": ("seed", "data", "model", "diffusion", "trajectories"),
+    "distill": ("seed", "data", "model", "diffusion", "student", "distill"),
+    "finetune": ("seed", "data", "model", "diffusion", "student", "finetune"),
+}
+
 # Settings that may differ between two starts of the same run: where things lie, how they are shown, and by which
 # devices, in which order, the same numbers are computed.
 FREE = (
@@ -38,13 +48,13 @@ FREE = (
 )  # fmt: skip
 
 
-def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, sections: tuple[str, ...], **inputs: str) -> None:
+def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, stage: str, **inputs: str) -> None:
     """Writes the resolved config into a stage's folder, or compares it with the one that is there.
 
     Args:
         directory: the stage's folder.
         config: the config.
-        sections: the keys on top that this stage's results depend on.
+        stage: whose folder it is, a key of `SECTIONS`.
         inputs: hashes of what else they depend on, such as the teacher's.
 
     Raises:
@@ -53,7 +63,7 @@ def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, sections: 
     path = directory / "config.json"
     now = plain(config) | {"inputs": inputs}
     if path.exists():
-        compare(read_json(path), now, (*sections, "inputs"), directory)
+        compare(read_json(path), now, (*SECTIONS[stage], "inputs"), directory)
     elif is_first():
         write_json(path, now)
         log.info("config:\n%s", config)

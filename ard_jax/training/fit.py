@@ -1,7 +1,7 @@
 """What the stages that train have in common: they stream a source into the loop and hash what comes out."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from ard_jax.data import Joined, in_memory, stream
 from ard_jax.files import tree_sha256
 from ard_jax.objectives import Method
-from ard_jax.stages.workdir import Stopwatch
 from ard_jax.training.loop import train
 
 
@@ -36,7 +35,7 @@ def fit(
     settings: ml_collections.ConfigDict,
     directory: pathlib.Path,
     mesh: Mesh,
-    watch: Stopwatch,
+    watch: Callable[[], float],
 ) -> dict[str, Any]:
     """Trains to the last step, from the newest checkpoint in `directory` if there is one.
 
@@ -47,7 +46,7 @@ def fit(
         settings: the stage's section: steps, batch_size, accumulate, checkpoint_every, optimizer.
         directory: of the run.
         mesh: of devices.
-        watch: started with the stage.
+        watch: seconds since the stage started.
 
     Returns:
         What `write_done` takes: "sha256" of the parameters and their average, "seconds", "step", and what the training

@@ -11,8 +11,10 @@ import ml_collections
 
 from ard_jax.config import plain
 from ard_jax.files import read_json
-from ard_jax.stages import distill, finetune, teacher, trajectories
-from ard_jax.stages.workdir import (
+from ard_jax.methods import continued
+from ard_jax.trajectories.store import read_manifest, store_hash
+from ard_jax.workdir import (
+    SECTIONS,
     compare,
     differing,
     finished,
@@ -21,20 +23,15 @@ from ard_jax.stages.workdir import (
     store_folder,
     teacher_folder,
 )
-from ard_jax.trajectories.store import read_manifest
 
-SECTIONS = {
-    "teacher": teacher.SECTIONS,
-    "trajectories": trajectories.SECTIONS,
-    "distill": distill.SECTIONS,
-    "finetune": finetune.SECTIONS,
-}
 # Settings by which a model's samples, and the measurements of them, come out the same.
 SAMPLED = ("data.", "vae.", "diffusion.", "sample.count", "sample.seed", "sample.labels")
 MEASURED = (*SAMPLED, "encode.", "student.", "evaluate.")
 
 
-def is_made(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collection[str] = ()) -> bool:
+def is_complete(
+    stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collection[str] = ()
+) -> bool:
     """Whether what a stage makes is there.
 
     Args:
@@ -47,69 +44,69 @@ def is_made(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path
             or what it stands on is not there.
     """
     if stage == "sample":
-        return all(is_sampled(config, workdir, name) for name in config.sample.models)
+        return all(_is_sampled(config, workdir, name) for name in config.sample.models)
     if stage == "evaluate":
-        return is_measured(config, workdir, models)
-    directory = folder(stage, config, workdir)
+        return _is_measured(config, workdir, models)
+    directory = _folder(stage, config, workdir)
     if read_done(directory) is None:
         return False
-    recorded, read = read_json(directory / "config.json"), inputs(stage, config, workdir)
+    recorded, read = read_json(directory / "config.json"), _inputs(stage, config, workdir)
     if stage == "finetune":
-        config = finetune.continued(config, recorded_config(workdir / "distill" / start_of(stage, config)))
+        config = continued(config, recorded_config(workdir / "distill" / _start_of(stage, config)))
     recorded["inputs"] = {name: recorded.get("inputs", {}).get(name) for name in read}
     compare(recorded, plain(config) | {"inputs": read}, (*SECTIONS[stage], "inputs"), directory)
     return True
 
 
-def folder(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+def _folder(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
     """Where a stage that trains or solves puts what it makes."""
     student = {"distill": config.student.name, "finetune": config.finetune.name}
     return workdir / "distill" / student[stage] if stage in student else workdir / stage
 
 
-def inputs(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, str]:
+def _inputs(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, str]:
     """Hashes of what such a stage reads, by the names that it records them under; UserError if one is not there."""
     if stage == "teacher":
         return {}
-    found = {"teacher": weights(config, workdir, "teacher")}
+    found = {"teacher": _weights(config, workdir, "teacher")}
     if stage == "finetune" or stage == "distill" and not config.distill.online:
-        found["store"] = distill.store_hash(read_manifest(store_folder(config, workdir)))
-    start = start_of(stage, config)
-    return found | ({"start": weights(config, workdir, start)} if start else {})
+        found["store"] = store_hash(read_manifest(store_folder(config, workdir)))
+    start = _start_of(stage, config)
+    return found | ({"start": _weights(config, workdir, start)} if start else {})
 
 
-def start_of(stage: str, config: ml_collections.ConfigDict) -> str:
+def _start_of(stage: str, config: ml_collections.ConfigDict) -> str:
     """Name of the student that a stage's own starts from; "" for none."""
     starts = {"distill": config.distill.start, "finetune": config.finetune.start or config.student.name}
     return starts.get(stage, "")
 
 
-def weights(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> str:
+def _weights(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> str:
     """SHA-256 of a model's averaged parameters; UserError if it is not there."""
     directory = teacher_folder(config, workdir) if name == "teacher" else workdir / "distill" / name
     return finished(directory, "teacher" if name == "teacher" else "distill")["sha256"]["ema"]
 
 
-def is_sampled(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> bool:
+def _is_sampled(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> bool:
     """Whether a model's samples are there, drawn from its weights as they are now."""
     sampled = (read_done(workdir / "sample") or {"models": {}})["models"].get(name)
-    if sampled is None or sampled["ema_sha256"] != weights(config, workdir, name):
+    if sampled is None or sampled["ema_sha256"] != _weights(config, workdir, name):
         return False
-    return agree(read_json(workdir / "sample" / name / "config.json"), config, SAMPLED)
+    return _same_settings(read_json(workdir / "sample" / name / "config.json"), config, SAMPLED)
 
 
-def is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collection[str]) -> bool:
+def _is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collection[str]) -> bool:
     """Whether the samples of these models, as they are now, have been measured."""
     if read_done(workdir / "evaluate") is None:
         return False
     sampled = finished(workdir / "sample", "sample")["models"]
     results = read_json(workdir / "evaluate" / "results.json")
-    return agree(results["config"], config, MEASURED) and all(
+    return _same_settings(results["config"], config, MEASURED) and all(
         name in sampled and results["models"].get(name, {}).get("ema_sha256") == sampled[name]["ema_sha256"]
         for name in models or sampled
     )
 
 
-def agree(recorded: dict[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> bool:
+def _same_settings(recorded: dict[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> bool:
     """Whether two configs have the same values under keys that begin so."""
     return not any(key.startswith(keys) for key in differing(recorded, plain(config)))

@@ -1,0 +1,99 @@
+"""Networks, processes and samplers from a config."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from ard_jax.diffusion import FlowMatching, LinearVP, Process
+from ard_jax.errors import UserError
+from ard_jax.models import ARDStudent, DiT, size_fields
+from ard_jax.sampling import Rollout, student_rollout
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The networks' compute type: "auto" is bfloat16 on accelerators and float32 on CPU; UserError for another."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in ("bfloat16", "float32"):
+        raise UserError(f"model.dtype is {name!r}: choose auto, bfloat16 or float32.")
+    return jnp.dtype(name)
+
+
+def model_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    model = config.model
+    fields = {key: model[key] for key in ("patch_size", "hidden_size", "depth", "num_heads")}
+    return {
+        **(size_fields(model.name) if model.name else fields),
+        "channels": config.data.channels,
+        "num_classes": config.data.num_classes,
+        "mlp_ratio": model.mlp_ratio,
+        "learn_sigma": model.learn_sigma,
+        "label_init_std": model.label_init_std,
+        "time_init_std": model.time_init_std,
+        "frequency_shift": model.frequency_shift,
+        "mlp_norm_eps": model.mlp_norm_eps,
+        "image_size": config.data.image_size,
+        "dtype": compute_dtype(model.dtype),
+        "remat": model.remat,
+        "attention": model.attention,
+    }
+
+
+def make_teacher(config: ml_collections.ConfigDict) -> DiT:
+    """The teacher that `config.model` describes."""
+    return DiT(**model_fields(config))
+
+
+def make_student(config: ml_collections.ConfigDict) -> DiT:
+    """The student that `config.student` describes, of the teacher's sizes; S is the number of its points.
+
+    An `ARDStudent`, or for the other kinds a `DiT` like the teacher.
+    """
+    student, process = config.student, make_process(config)
+    if student.kind != "history":
+        return make_teacher(config)
+    return ARDStudent(
+        **model_fields(config),
+        steps=len(student.points),
+        history_layers=student.history_layers,
+        mask=student.mask,
+        heads=student.heads,
+        block_times=tuple(student.block_times),
+        noise_time=process.noise_time,
+        data_time=process.data_time,
+    )
+
+
+def make_rollout(config: ml_collections.ConfigDict, student: DiT) -> Rollout:
+    """How the student that `config.student` describes is sampled."""
+    return student_rollout(config.student.kind, student, len(config.student.points), make_process(config))
+
+
+def make_process(config: ml_collections.ConfigDict) -> Process:
+    """The forward process of `config.diffusion`."""
+    diffusion = config.diffusion
+    if diffusion.process == "vp":
+        return LinearVP(diffusion.train_steps, diffusion.beta_start, diffusion.beta_end, diffusion.spacing)
+    if diffusion.process == "flow":
+        return FlowMatching(diffusion.time_scale, diffusion.reversed)
+    raise UserError(f"diffusion.process is {diffusion.process!r}, which does not exist: choose vp or flow.")
+
+
+def solver_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The keyword arguments of `sample_teacher`."""
+    diffusion = config.diffusion
+    return {
+        "steps": diffusion.steps,
+        "guidance_scale": diffusion.guidance_scale,
+        "guided_channels": diffusion.guided_channels,
+        "guidance_interval": tuple(diffusion.guidance_interval),
+        "solver": diffusion.solver,
+        "process": make_process(config),
+    }
+
+
+def example_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
+    """(height, width, channel) of what the networks see."""
+    return config.data.image_size, config.data.image_size, config.data.channels

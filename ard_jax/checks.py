@@ -1,0 +1,222 @@
+"""What a config must satisfy before anything is compiled: ranges, and what several settings must satisfy together."""
+
+import functools
+import math
+from operator import getitem
+from typing import Any
+
+import ml_collections
+
+from ard_jax.build import make_process, make_rollout, make_student, make_teacher, model_fields
+from ard_jax.diffusion import Guidance, find_solver
+from ard_jax.errors import UserError
+from ard_jax.models.attention import choose, target_platform
+from ard_jax.objectives import find_method
+from ard_jax.training.state import make_optimizer
+
+
+def check_points(points: tuple[int, ...], steps: int, key: str) -> None:
+    """Points are respaced indices, strictly falling and ending at 0 (docs/METHOD.md section 3)."""
+    whole = all(isinstance(point, int) for point in points)
+    if not points or not whole or list(points) != sorted(set(points), reverse=True) or points[-1] or points[0] >= steps:
+        raise UserError(
+            f"{key} is {tuple(points)}: give strictly falling indices below the teacher's {steps} steps, "
+            f"the last one 0, such as (15, 10, 5, 0) for 4 of 25 steps."
+        )
+
+
+def check_interval(interval: tuple[float, ...], key: str) -> None:
+    """Raises UserError for anything but two rising numbers from 0 (data) to 1 (noise)."""
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise UserError(f"{key} is {tuple(interval)}: give two rising numbers from 0 (data) to 1 (noise).")
+
+
+# Keys that results.json, pictures.npz and edits.npz have beside the models' names.
+RESERVED = (
+    "teacher", "config", "degradation_ratio", "degradation_ratios", "features", "paired", "real_images", "samples",
+    "seconds", "label", "noise", "source", "teacher_xt",
+)  # fmt: skip
+
+
+def names_folder(name: Any) -> bool:
+    """Whether a model's name can be that of its folder."""
+    return isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
+
+
+def is_student(name: Any) -> bool:
+    """Whether a student may have that name."""
+    return names_folder(name) and name not in RESERVED
+
+
+POSITIVE = {
+    "data": ("image_size", "channels", "num_classes"),
+    "model": ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio"),
+    "diffusion": ("train_steps", "steps", "time_scale"),
+    "vae": ("batch_size",),
+    "encode": ("image_size", "batch_size", "shard_size"),
+    "teacher": ("steps", "batch_size", "accumulate", "checkpoint_every"),
+    "trajectories": ("count", "batch_size", "shard_size"),
+    "distill": ("steps", "batch_size", "accumulate", "checkpoint_every"),
+    "finetune": ("steps", "batch_size", "accumulate", "checkpoint_every", "spectral_rounds"),
+    "sample": ("count", "batch_size", "grid"),
+    "evaluate": ("paired", "pictures", "feature_steps", "neighbours"),
+    "run": ("log_every", "keep_checkpoints", "join_timeout", "workers"),
+}
+
+
+OPTIMIZERS = (
+    "teacher.optimizer", "distill.optimizer", "distill.distribution_matching.optimizer", "finetune.optimizer",
+    "finetune.discriminator_optimizer",
+)  # fmt: skip
+
+
+# key: the least and the greatest value that it may have
+RANGES = {
+    "seed": (0, 2**31 - 1),
+    "sample.seed": (0, 2**31 - 1),
+    "model.label_init_std": (0, math.inf),
+    "model.time_init_std": (0, math.inf),
+    "model.frequency_shift": (0, 127),
+    "model.mlp_norm_eps": (0, 1),
+    "diffusion.beta_start": (0, 1),
+    "diffusion.beta_end": (0, 1),
+    "diffusion.guidance_scale": (0, 1000),
+    "teacher.label_dropout": (0, 1),
+    "trajectories.max_abs": (0, math.inf),
+    "finetune.warmup": (0, math.inf),
+    "finetune.weight": (0, math.inf),
+    "finetune.feature_time": (0, 1),
+    **{f"{optimizer}.learning_rate": (0, 1000) for optimizer in OPTIMIZERS},
+    **{f"{optimizer}.weight_decay": (0, 1000) for optimizer in OPTIMIZERS},
+    **{f"{stage}.optimizer.ema": (0, 1) for stage in ("teacher", "distill", "finetune")},
+    "distill.consistency.grid": (0, math.inf),
+    "distill.consistency.decay": (0, 1),
+    "distill.consistency.huber": (0, math.inf),
+    "distill.distribution_matching.ratio": (1, math.inf),
+    "distill.distribution_matching.grid": (1, math.inf),
+    "run.in_memory": (0, math.inf),
+}
+
+
+def check_numbers(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for the first number that is out of range, NaN included."""
+    for section, names in POSITIVE.items():
+        for name in names:
+            value = config[section][name]
+            if not 0 < value < math.inf:
+                asked = "of at least 1" if isinstance(value, int) else "above 0"
+                raise UserError(f"{section}.{name} is {value}: give a number {asked}.")
+    for key, (low, high) in RANGES.items():
+        value = functools.reduce(getitem, key.split("."), config)
+        if not low <= value <= high:
+            asked = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise UserError(f"{key} is {value}: give a number {asked}.")
+
+
+def check_mesh(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for sizes of `config.mesh` that fit no number of devices."""
+    for axis, size in config.mesh.items():
+        if size < 1 and size != -1:
+            raise UserError(f"mesh.{axis} is {size}: give a number of devices, or -1 for what the other axes leave.")
+    if list(config.mesh.values()).count(-1) > 1:
+        raise UserError("mesh has -1 more than once: only one axis can take what the others leave.")
+
+
+def check_finetune(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for a fine-tune that cannot be."""
+    settings, depth = config.finetune, model_fields(config)["depth"]
+    make_optimizer(settings.discriminator_optimizer, settings.steps)
+    if settings.accumulate != 1:
+        raise UserError(
+            f"finetune.accumulate is {settings.accumulate}, but the discriminator's batch norm and the adaptive weight "
+            f"are of the whole batch: set it to 1, and model.remat to full or mesh.fsdp higher to save memory."
+        )
+    layers = tuple(settings.layers)
+    if len(set(layers)) < len(layers) or any(layer not in range(depth) for layer in layers):
+        raise UserError(
+            f"finetune.layers is {layers}, but the teacher has {depth} blocks: give different numbers from 0 to "
+            f"{depth - 1}, or () for all."
+        )
+    if not is_student(settings.name) or settings.name == (settings.start or config.student.name):
+        raise UserError(
+            f"finetune.name is {settings.name!r}, which must name a student's folder and its place in results.json: "
+            f"use letters, digits, '-' and '_', another name than that of the student that it starts from, and none of "
+            f"{', '.join(RESERVED)}."
+        )
+
+
+def check_compare(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for seeds or numbers of steps that cannot be compared; entries.py checks the methods."""
+    seeds, steps = tuple(config.compare.seeds), tuple(config.compare.steps)
+    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise UserError(f"compare.seeds is {seeds}: give different whole numbers of at least 0, such as (0, 1, 2).")
+    if not steps or not all(isinstance(number, int) and number > 0 for number in steps):
+        raise UserError(f"compare.steps is {steps}: give numbers of steps, such as (1, 2, 4).")
+
+
+def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> None:
+    """Checks what can be checked without data or devices, in milliseconds.
+
+    Args:
+        config: the config.
+        platform: that it shall run on, if not this machine's.
+
+    Raises:
+        UserError: the first thing that is wrong, in one sentence.
+    """
+    diffusion, trajectories, student = config.diffusion, config.trajectories, config.student
+    check_numbers(config)
+    check_mesh(config)
+    check_compare(config)
+    for section in (config.teacher, config.distill, config.finetune):
+        make_optimizer(section.optimizer, section.steps)
+    make_optimizer(config.distill.distribution_matching.optimizer, config.distill.steps)
+    check_interval(config.distill.distribution_matching.interval, "distill.distribution_matching.interval")
+    check_points(tuple(trajectories.points), diffusion.steps, "trajectories.points")
+    check_points(tuple(student.points), diffusion.steps, "student.points")
+    make_teacher(config)
+    make_rollout(config, make_student(config))
+    find_method(config.distill.objective)
+    make_process(config).grid(diffusion.steps)
+    find_solver(diffusion.solver)
+    if len(diffusion.guidance_interval) != 2:
+        raise UserError(f"diffusion.guidance_interval is {tuple(diffusion.guidance_interval)}: give two numbers.")
+    Guidance(diffusion.guidance_scale, diffusion.guided_channels, tuple(diffusion.guidance_interval))
+    patch_size, size = model_fields(config)["patch_size"], config.data.image_size
+    if size % patch_size:
+        raise UserError(
+            f"data.image_size {size} is not a multiple of the patch size {patch_size}: choose a size that is."
+        )
+    fields = model_fields(config)
+    head_dim = fields["hidden_size"] // fields["num_heads"]
+    choose(fields["attention"], platform or target_platform(), fields["dtype"], (size // patch_size) ** 2, head_dim)
+    missing = sorted(set(student.points) - set(trajectories.points), reverse=True)
+    if missing and not config.distill.online:
+        raise UserError(
+            f"student.points has {missing}, which the store does not keep (trajectories.points is "
+            f"{tuple(trajectories.points)}): choose points out of the store's, or make a store that has them."
+        )
+    if student.target not in ("x0", "xt"):
+        raise UserError(f"student.target is {student.target!r}: choose x0 (predicted x0) or xt (noisy points).")
+    if student.target == "xt" and not trajectories.keep_noisy and not config.distill.online:
+        raise UserError(
+            "student.target is 'xt', but the store keeps no noisy points: set trajectories.keep_noisy=True."
+        )
+    check_finetune(config)
+    if not is_student(student.name):
+        raise UserError(
+            f"student.name is {student.name!r}, which cannot name a student's folder and its place in results.json: "
+            f"use letters, digits, '-' and '_', and none of {', '.join(RESERVED)}."
+        )
+    if not config.sample.models or not all(names_folder(name) for name in config.sample.models):
+        raise UserError(f"sample.models is {tuple(config.sample.models)}: name the teacher, or students, or both.")
+    for name in ("trajectories", "encode"):
+        if config[name].dtype not in ("float16", "bfloat16", "float32"):
+            raise UserError(f"{name}.dtype is {config[name].dtype!r}: choose float16, bfloat16 or float32.")
+    classes = range(config.data.num_classes)
+    outside = [label for label in config.sample.labels if label not in classes]
+    if outside:
+        raise UserError(
+            f"sample.labels has {outside[0]!r}, but there are {config.data.num_classes} classes: "
+            f"give labels from 0 to {config.data.num_classes - 1}."
+        )

@@ -1,0 +1,89 @@
+"""Who may import whom: docs/ARCHITECTURE.md's rooms, held against the imports that the code has."""
+
+import ast
+import pathlib
+
+from pipeline_fixtures import ROOT
+
+# From the ground up: a room may import those on lines before its own, and what stands on one line knows each other not.
+FLOORS = (
+    ("errors", "version"),
+    ("config", "progress", "chips"),
+    ("files",),
+    ("models", "diffusion", "data", "hosts", "evaluation", "report"),
+    ("parallel", "sharded"),
+    ("sampling",),
+    ("objectives",),
+    ("training",),
+    ("build",),
+    ("checks", "convert"),
+    ("methods", "workdir"),
+    ("drawing", "trajectories", "entries"),
+    ("completion", "plan", "pipeline"),
+    ("stages",),
+    ("command_line",),
+    ("sweep",),
+    ("__main__", "__init__"),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def modules() -> dict[str, pathlib.Path]:
+    """Every module of the package by its dotted name below ard_jax; a package by its own."""
+    paths = sorted((ROOT / "ard_jax").rglob("*.py"))
+    names = {path: ".".join(path.relative_to(ROOT / "ard_jax").with_suffix("").parts) for path in paths}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+def imports(path: pathlib.Path, known: set[str]) -> set[str]:
+    """Modules of ours that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ard_jax":
+            inner = node.module.removeprefix("ard_jax").lstrip(".")
+            for alias in node.names:
+                one = f"{inner}.{alias.name}".lstrip(".")
+                found.add(one if one in known else inner or "__init__")
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("ard_jax.") for alias in node.names if alias.name.startswith("ard_jax.")}
+    return found
+
+
+def arrows() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imports(path, set(known)) - {name} for name, path in known.items()}
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_every_room_has_its_floor():
+    assert {room(module) for module in modules()} == set(FLOOR)
+
+
+def test_no_arrow_goes_up():
+    upward = [
+        f"{module} imports {other}"
+        for module, others in arrows().items()
+        for other in others
+        if room(module) != room(other) and FLOOR[room(other)] >= FLOOR[room(module)]
+    ]
+    assert not upward
+
+
+def test_there_is_no_circle():
+    graph = arrows()
+    while free := [module for module, others in graph.items() if not others & graph.keys()]:
+        for module in free:
+            del graph[module]
+    # a package and its modules: the package gathers them, and they never read it
+    assert not graph
+
+
+def test_nobody_imports_a_stage():
+    assert not [module for module, others in arrows().items() if any(room(other) == "stages" for other in others)]
+
+
+def test_config_stands_alone():
+    assert imports(ROOT / "ard_jax" / "config.py", set(modules())) == {"errors"}
