@@ -1,14 +1,16 @@
 """Networks, processes and samplers from a config."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
+from ard_jax.conditions import Conditions, Labels
 from ard_jax.diffusion import FlowMatching, LinearVP, Process
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, DiT, size_fields
+from ard_jax.models import ARDStudent, Backbone, DiT, size_fields
 from ard_jax.sampling import Rollout, student_rollout
 
 
@@ -41,21 +43,21 @@ def model_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
-def make_teacher(config: ml_collections.ConfigDict) -> DiT:
+def make_teacher(config: ml_collections.ConfigDict) -> Backbone:
     """The teacher that `config.model` describes."""
     return DiT(**model_fields(config))
 
 
-def make_student(config: ml_collections.ConfigDict) -> DiT:
+def make_student(config: ml_collections.ConfigDict) -> Backbone | ARDStudent:
     """The student that `config.student` describes, of the teacher's sizes; S is the number of its points.
 
-    An `ARDStudent`, or for the other kinds a `DiT` like the teacher.
+    An `ARDStudent`, or for the other kinds a backbone like the teacher's.
     """
     student, process = config.student, make_process(config)
     if student.kind != "history":
         return make_teacher(config)
     return ARDStudent(
-        **model_fields(config),
+        make_teacher(config),
         steps=len(student.points),
         history_layers=student.history_layers,
         mask=student.mask,
@@ -66,7 +68,12 @@ def make_student(config: ml_collections.ConfigDict) -> DiT:
     )
 
 
-def make_rollout(config: ml_collections.ConfigDict, student: DiT) -> Rollout:
+def make_conditions(config: ml_collections.ConfigDict, names: Sequence[str] = ()) -> Conditions:
+    """What there is to draw, and what a network is told of it; `names` of the classes where they are known."""
+    return Labels(config.data.num_classes, tuple(names))
+
+
+def make_rollout(config: ml_collections.ConfigDict, student: Backbone | ARDStudent) -> Rollout:
     """How the student that `config.student` describes is sampled."""
     return student_rollout(config.student.kind, student, len(config.student.points), make_process(config))
 

@@ -13,13 +13,15 @@ from jax.sharding import Mesh
 from ard_jax.build import example_shape
 from ard_jax.data import image_source
 from ard_jax.errors import UserError
-from ard_jax.models import AutoencoderKL
+from ard_jax.models import ARDStudent, AutoencoderKL, Condition
+from ard_jax.models.backbone import Backbone
+from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.models.vae import to_images
 from ard_jax.parallel import in_turns, on_mesh, replicated
-from ard_jax.sampling import Rollout, draw_noise_and_labels, sampling_key
+from ard_jax.sampling import Rollout, draw_noise, sampling_key
 
-# (params, noise, labels) → images or latents (batch, height, width, channel)
-Sampler = Callable[[Any, jax.Array, jax.Array], jax.Array]
+# (params, noise, condition) → images or latents (batch, height, width, channel)
+Sampler = Callable[[Any, jax.Array, Condition], jax.Array]
 
 
 # latents (batch, height, width, channel), split over the mesh → images in [-1, 1]
@@ -42,8 +44,8 @@ def make_decoder(
 
 
 def student_sampler(rollout: Rollout) -> Sampler:
-    def sampler(params, noise, y):
-        return rollout(params, noise, y)[:, -1]
+    def sampler(params, noise, condition):
+        return rollout(params, noise, condition)[:, -1]
 
     return sampler
 
@@ -51,18 +53,14 @@ def student_sampler(rollout: Rollout) -> Sampler:
 def make_drawing(
     sampler: Sampler, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]]:
-    """The jitted function (params, {"index", "label": (batch,)}) → images or latents, labels and indices.
-
-    The labels of the batch count only where `sample.labels` chooses them.
-    """
+    """The jitted function (params, {"index", "label": (batch,), "condition"}) → images or latents, labels, indices."""
     key, shape = sampling_key(config.sample.seed), example_shape(config)
 
     @jax.jit
     @on_mesh(mesh)
     def drawn(params, batch):
-        noise, label = draw_noise_and_labels(key, batch["index"], shape, config.data.num_classes)
-        label = batch["label"] if len(config.sample.labels) else label
-        return sampler(params, noise, label), label, batch["index"]
+        noise = draw_noise(key, batch["index"], shape)
+        return sampler(params, noise, batch["condition"]), batch["label"], batch["index"]
 
     return drawn
 
@@ -80,3 +78,9 @@ def open_images(config: ml_collections.ConfigDict, model: AutoencoderKL) -> grai
         return image_source(images)
     except UserError as error:
         raise UserError(re.sub(r"\bdata\.(?=(source|name|dir|split|image_size)\b)", "encode.", str(error))) from None
+
+
+def rollout_macs(config: ml_collections.ConfigDict, student: Backbone | ARDStudent) -> int:
+    """Multiply-accumulates of one image of the student that a config describes."""
+    shape, steps = example_shape(config), len(config.student.points)
+    return student_macs(student, shape) if config.student.kind == "history" else steps * teacher_macs(student, shape)

@@ -6,7 +6,7 @@ import ml_collections
 
 from ard_jax.build import example_shape, make_process, make_student, make_teacher, solver_settings
 from ard_jax.errors import UserError
-from ard_jax.models import DiT
+from ard_jax.models import ARDStudent, Backbone
 from ard_jax.objectives import Given, Method, find_method
 from ard_jax.objectives.adversarial import adversarial_method, make_judge
 
@@ -18,8 +18,8 @@ def columns_of(stored: Sequence[int], config: ml_collections.ConfigDict) -> tupl
 
 def make_method(
     config: ml_collections.ConfigDict,
-    student: DiT,
-    teacher: DiT,
+    student: Backbone | ARDStudent,
+    teacher: Backbone,
     columns: tuple[int, ...] | None,
     start: int | None = None,
 ) -> Method:
@@ -82,7 +82,7 @@ def continued(config: ml_collections.ConfigDict, before: ml_collections.ConfigDi
     return config
 
 
-def make_finetune_method(config: ml_collections.ConfigDict, teacher: DiT, columns: tuple[int, ...]) -> Method:
+def make_finetune_method(config: ml_collections.ConfigDict, teacher: Backbone, columns: tuple[int, ...]) -> Method:
     """The method of a `continued` config; `columns` as in `objectives.Given`."""
     settings = config.finetune
     return adversarial_method(

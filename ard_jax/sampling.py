@@ -21,27 +21,29 @@ from ard_jax.diffusion import (
 )
 from ard_jax.diffusion.solvers import Predict
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, DiT
+from ard_jax.models import ARDStudent, Backbone, Condition
 
 NO_GUIDANCE = Guidance(scale=1.0)
 
 
-def teacher_predictor(model: DiT, params, y: jax.Array, grid: Grid, process: Process, guidance: Guidance) -> Predict:
+def teacher_predictor(
+    model: Backbone, params, condition: Condition, grid: Grid, process: Process, guidance: Guidance
+) -> Predict:
     """A guided teacher as what a solver calls; its node may also be one a row, (batch,)."""
     times, alpha, sigma = (jnp.asarray(values) for values in grid)
 
     def predict(x, node):
-        output = guided_output(model, params, x, times[node].astype(x.dtype), y, guidance, process)
+        output = guided_output(model, params, x, times[node].astype(x.dtype), condition, guidance, process)
         return process.predict(output, x, *(per_row(values[node].astype(x.dtype), x) for values in (alpha, sigma)))
 
     return predict
 
 
 def sample_teacher(
-    model: DiT,
+    model: Backbone,
     params,
     noise: jax.Array,
-    y: jax.Array,
+    condition: Condition,
     *,
     steps: int = 25,
     guidance_scale: float = 1.5,
@@ -53,9 +55,9 @@ def sample_teacher(
     """Solves the teacher's probability-flow ODE.
 
     Args:
-        model, params: a `DiT` and its parameters.
+        model, params: a backbone and its parameters.
         noise: x_T, (batch, height, width, channel).
-        y: labels, (batch,).
+        condition: what the network is told, leaves (batch, …).
         steps: steps of the solver on the respaced grid.
         guidance_scale, guided_channels, guidance_interval: see `Guidance`; 0 channels guides all.
         solver: "ddim", "heun" or "dpm++2m".
@@ -71,7 +73,7 @@ def sample_teacher(
     process = process or LinearVP()
     guidance = Guidance(guidance_scale, guided_channels, tuple(guidance_interval))
     grid = process.grid(steps)
-    return solve(solver, teacher_predictor(model, params, y, grid, process, guidance), grid, noise)
+    return solve(solver, teacher_predictor(model, params, condition, grid, process, guidance), grid, noise)
 
 
 def network_calls(settings: dict[str, Any]) -> int:
@@ -87,33 +89,30 @@ def network_calls(settings: dict[str, Any]) -> int:
 
 
 def trajectory_key(seed: int) -> jax.Array:
-    """Key of the noises and labels that students are trained on."""
+    """Key of the noises and conditions that students are trained on."""
     return jax.random.fold_in(jax.random.key(seed), 0)
 
 
 def sampling_key(seed: int) -> jax.Array:
-    """Key of the noises and labels that are sampled from: never those of training, even at the same seed."""
+    """Key of the noises and conditions that are sampled from: never those of training, even at the same seed."""
     return jax.random.fold_in(jax.random.key(seed), 1)
 
 
-def draw_noise_and_labels(
-    key: jax.Array, indices: jax.Array, shape: tuple[int, int, int], num_classes: int
-) -> tuple[jax.Array, jax.Array]:
-    """Noise and label number i, functions of (key, i) alone.
+def draw_noise(key: jax.Array, indices: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Noise number i, a function of (key, i) alone; `conditions.draw_numbers` draws the condition's number beside it.
 
     Args:
         key: `trajectory_key` or `sampling_key`.
         indices: (batch,), unsigned integers.
         shape: (height, width, channel).
-        num_classes: labels are uniform over them.
 
     Returns:
-        Noise (batch, height, width, channel), float32, and labels (batch,), int32.
+        (batch, height, width, channel), float32.
     """
 
     def draw(index):
-        noise_key, label_key = jax.random.split(jax.random.fold_in(key, index))
-        return jax.random.normal(noise_key, shape), jax.random.randint(label_key, (), 0, num_classes)
+        noise_key, _ = jax.random.split(jax.random.fold_in(key, index))
+        return jax.random.normal(noise_key, shape)
 
     return jax.vmap(draw)(indices)
 
@@ -143,14 +142,14 @@ def within_bounds(points: jax.Array, max_abs: float) -> jax.Array:
 
 
 def sample_student(
-    model: ARDStudent, params, noise: jax.Array, y: jax.Array, given: Mapping[int, jax.Array] | None = None
+    model: ARDStudent, params, noise: jax.Array, condition: Condition, given: Mapping[int, jax.Array] | None = None
 ) -> jax.Array:
     """The student's steps from noise, each prediction the next block's input; history keys and values are cached.
 
     Args:
         model, params: an `ARDStudent` and its parameters.
         noise: x_T, (batch, height, width, channel).
-        y: labels, (batch,).
+        condition: what the network is told, leaves (batch, …).
         given: points that take the place of the student's own, by their step, 1 … S: what image editing
             (docs/METHOD.md section 4) and error accumulation need.
 
@@ -158,16 +157,16 @@ def sample_student(
         (batch, steps, height, width, channel); the last step is the sample.
     """
     given = given or {}
-    return walk(model, params, noise, y, lambda step, prediction: given.get(step, prediction))
+    return walk(model, params, noise, condition, lambda step, prediction: given.get(step, prediction))
 
 
 def sample_student_among(
-    model: ARDStudent, params, is_given: jax.Array, noise: jax.Array, y: jax.Array, points: jax.Array
+    model: ARDStudent, params, is_given: jax.Array, noise: jax.Array, condition: Condition, points: jax.Array
 ) -> jax.Array:
     """`sample_student` where one compiled program serves whichever steps' points are given.
 
     Args:
-        model, params, noise, y: as there.
+        model, params, noise, condition: as there.
         is_given: (step,), which of the student's own points are replaced.
         points: by which, (batch, step, height, width, channel).
     """
@@ -175,18 +174,18 @@ def sample_student_among(
         model,
         params,
         noise,
-        y,
+        condition,
         lambda step, prediction: jnp.where(is_given[step - 1], points[:, step - 1], prediction),
     )
 
 
 def walk(
-    model: ARDStudent, params, noise: jax.Array, y: jax.Array, choose: Callable[[int, jax.Array], jax.Array]
+    model: ARDStudent, params, noise: jax.Array, condition: Condition, choose: Callable[[int, jax.Array], jax.Array]
 ) -> jax.Array:
     """The sampler's loop; `choose` makes the next point of the step, 1 … S, and its prediction."""
     cache, points, x = (), [], noise
     for step in range(1, model.steps + 1):
-        prediction, cache = model.apply({"params": params}, x, y, cache, method="step")
+        prediction, cache = model.apply({"params": params}, x, condition, cache, method="step")
         x = choose(step, prediction).astype(noise.dtype)
         points.append(x)
     return jnp.stack(points, axis=1)
@@ -196,16 +195,16 @@ def walk(
 # DDIM, or with fresh noise after each step.
 KINDS = ("history", "deterministic", "stochastic")
 
-# (params, noise, labels) → the prediction of each step, (batch, steps, height, width, channel); the last is the sample
-Rollout = Callable[[Any, jax.Array, jax.Array], jax.Array]
+# (params, noise, condition) → the predictions, (batch, steps, height, width, channel); the last is the sample
+Rollout = Callable[[Any, jax.Array, Condition], jax.Array]
 
 
-def student_rollout(kind: str, model: DiT, steps: int, process: Process) -> Rollout:
+def student_rollout(kind: str, model: Backbone | ARDStudent, steps: int, process: Process) -> Rollout:
     """How a kind of student is sampled.
 
     Args:
         kind: one of `KINDS`.
-        model: an `ARDStudent` for "history", else a `DiT` whose output is as `few_step_process` says.
+        model: an `ARDStudent` for "history", else a backbone whose output is as `few_step_process` says.
         steps: S.
         process: the teacher's.
 
@@ -220,13 +219,15 @@ def student_rollout(kind: str, model: DiT, steps: int, process: Process) -> Roll
     grid = process.grid(steps)
     if kind == "deterministic":
 
-        def rollout(params, noise, y):
-            return solve("ddim", teacher_predictor(model, params, y, grid, process, NO_GUIDANCE), grid, noise).x0
+        def rollout(params, noise, condition):
+            return solve(
+                "ddim", teacher_predictor(model, params, condition, grid, process, NO_GUIDANCE), grid, noise
+            ).x0
 
         return rollout
 
-    def rollout(params, noise, y):
-        predict = teacher_predictor(model, params, y, grid, process, NO_GUIDANCE)
+    def rollout(params, noise, condition):
+        predict = teacher_predictor(model, params, condition, grid, process, NO_GUIDANCE)
         x, points = noise, []
         for node in range(steps):
             points.append(predict(x, node).x0)
@@ -240,7 +241,7 @@ def student_rollout(kind: str, model: DiT, steps: int, process: Process) -> Roll
 def fresh_noise(noise: jax.Array, step: int) -> jax.Array:
     """More noise of the shape of `noise` (batch, …), each row's drawn from its first number's bits and the step.
 
-    So a sample is a function of its own noise and label alone, in whichever batch it is drawn.
+    So a sample is a function of its own noise and condition alone, in whichever batch it is drawn.
     """
     first = noise.reshape(len(noise), -1)[:, 0].astype(jnp.float32)
     key = jax.random.fold_in(jax.random.key(0), step)

@@ -25,7 +25,7 @@ from ard_jax.config import default_config, flatten, plain
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, tree_sha256, write_json
-from ard_jax.models import AutoencoderKL, DiT, init_from_teacher, parameter_shapes
+from ard_jax.models import ARDStudent, AutoencoderKL, Backbone, init_from_teacher, inputs_like, parameter_shapes
 from ard_jax.parallel import is_first, placed
 from ard_jax.training.checkpoints import load_parameters
 
@@ -156,7 +156,7 @@ def finished(directory: pathlib.Path, stage: str) -> dict[str, Any]:
     return done
 
 
-def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[DiT, Any, str]:
+def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[Backbone, Any, str]:
     """The trained teacher's model, averaged parameters and their SHA-256.
 
     Raises:
@@ -194,7 +194,9 @@ def network(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
-def load_student(directory: pathlib.Path, mesh: Mesh) -> tuple[DiT, Any, str, ml_collections.ConfigDict]:
+def load_student(
+    directory: pathlib.Path, mesh: Mesh
+) -> tuple[Backbone | ARDStudent, Any, str, ml_collections.ConfigDict]:
     """A trained student's model, averaged parameters, their SHA-256, and the config that it was trained with.
 
     Raises:
@@ -253,11 +255,9 @@ def load_weights(directory: pathlib.Path, like: Any, sha256: str, part: str = "e
     return params
 
 
-def teacher_shapes(model: DiT) -> Any:
+def teacher_shapes(model: Backbone) -> Any:
     """Shapes of a teacher's parameters, which do not depend on the size of its images."""
-    image = jax.ShapeDtypeStruct((1, model.patch_size, model.patch_size, model.channels), "float32")
-    time, label = jax.ShapeDtypeStruct((1,), "float32"), jax.ShapeDtypeStruct((1,), "int32")
-    return parameter_shapes(model, image, time, label)
+    return parameter_shapes(model, *inputs_like(model))
 
 
 def student_shapes(config: ml_collections.ConfigDict) -> Any:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ard_jax.models import ARDStudent, default_block_times, visible_blocks
-from ard_jax.models.dit import take
-from ard_jax.models.flops import attention_macs, image_tokens, student_macs
+from ard_jax.models.backbone import take
+from ard_jax.models.flops import student_macs
 from ard_jax.models.layers import layer_norm, patchify, position_table, sinusoids, unpatchify
 
 
@@ -36,7 +36,7 @@ def modulations(params: Any, condition: jax.Array, count: int) -> list[jax.Array
 def conditions(student: ARDStudent, params: Any, y: jax.Array, tokens: int) -> jax.Array:
     """SiLU(time of the block + label) of every token, (batch, block, token, width)."""
     times = student.block_times or default_block_times(student.steps, student.noise_time, student.data_time)
-    features = sinusoids(jnp.asarray(times, jnp.float32), frequency_shift=student.frequency_shift)
+    features = sinusoids(jnp.asarray(times, jnp.float32), frequency_shift=student.backbone.frequency_shift)
     time = dense(params["time_embed"]["mlp_out"], nn.silu(dense(params["time_embed"]["mlp_in"], features)))
     both = nn.silu(time[None] + params["label_embed"]["embedding"][y][:, None])
     return jnp.repeat(both[:, :, None], tokens, axis=2)
@@ -44,9 +44,9 @@ def conditions(student: ARDStudent, params: Any, y: jax.Array, tokens: int) -> j
 
 def embed(student: ARDStudent, params: Any, images: jax.Array) -> jax.Array:
     """(rows, height, width, channel) → tokens (rows, token, width) with their positions."""
-    grid = images.shape[1] // student.patch_size, images.shape[2] // student.patch_size
-    tokens = dense(params["patch_embed"], patchify(images, student.patch_size))
-    return tokens + position_table(*grid, student.hidden_size)
+    grid = images.shape[1] // student.backbone.patch_size, images.shape[2] // student.backbone.patch_size
+    tokens = dense(params["patch_embed"], patchify(images, student.backbone.patch_size))
+    return tokens + position_table(*grid, student.backbone.hidden_size)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -60,10 +60,10 @@ def block(student: ARDStudent, params: Any, x: jax.Array, condition: jax.Array, 
     """A layer: x and condition (batch, token, width); attend(q, k, v) → output and what is to be kept."""
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulations(params, condition, 6)
     h = layer_norm(x, None) * (1 + scale_a) + shift_a
-    qkv = dense(params["qkv"], h).reshape(*x.shape[:2], 3, student.num_heads, -1)
+    qkv = dense(params["qkv"], h).reshape(*x.shape[:2], 3, student.backbone.num_heads, -1)
     h, kept = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
     x = x + gate_a * dense(params["attention_out"], h.reshape(x.shape))
-    h = layer_norm(x, None, student.mlp_norm_eps) * (1 + scale_m) + shift_m
+    h = layer_norm(x, None, student.backbone.mlp_norm_eps) * (1 + scale_m) + shift_m
     return x + gate_m * dense(params["mlp_out"], nn.gelu(dense(params["mlp_in"], h), approximate=True)), kept
 
 
@@ -72,7 +72,7 @@ def predict(student: ARDStudent, params: Any, h: jax.Array, condition: jax.Array
     head = take(params["final_layer"], step)
     shift, scale = modulations(head, condition, 2)
     tokens = dense(head["linear"], layer_norm(h, None) * (1 + scale) + shift)
-    return unpatchify(tokens, student.patch_size, *shape[:2])[..., : student.channels]
+    return unpatchify(tokens, student.backbone.patch_size, *shape[:2])[..., : student.backbone.channels]
 
 
 def masks(student: ARDStudent, tokens: int) -> np.ndarray:
@@ -91,7 +91,7 @@ def forward(student: ARDStudent, params: Any, points: jax.Array, y: jax.Array) -
     tokens = h.shape[1]
     condition = conditions(student, params, y, tokens)
     flat = condition.reshape(batch, steps * tokens, -1)
-    both, with_history = masks(student, tokens), np.arange(student.depth) < student.layers_with_history
+    both, with_history = masks(student, tokens), np.arange(student.backbone.depth) < student.layers_with_history
 
     def layer(x, inputs):
         own, history = inputs
@@ -145,11 +145,11 @@ class DenseStudent:
 
 def dense_macs(student: ARDStudent, shape: tuple[int, int, int], training: bool) -> int:
     """Multiply-accumulates of one trajectory here, as `student_macs` counts the student's."""
-    tokens, width = image_tokens(student, shape), student.hidden_size
-    modulation = (6 * student.depth + 2) * width**2 * student.steps * (tokens - 1)
+    network = student.backbone
+    tokens, width = (shape[0] // network.patch_size) * (shape[1] // network.patch_size), network.hidden_size
+    modulation = (6 * network.depth + 2) * width**2 * student.steps * (tokens - 1)
     if not training:
         return student_macs(student, shape) + modulation
-    every = student.steps * tokens
     within = student.clone(history_layers=0)
-    attention = attention_macs(student, every, every) - student.steps * attention_macs(student, tokens, tokens)
-    return student_macs(within, shape) + modulation + student.depth * attention
+    attention = 2 * width * ((student.steps * tokens) ** 2 - student.steps * tokens**2)
+    return student_macs(within, shape) + modulation + network.depth * attention

@@ -36,7 +36,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ard_jax.build import compute_dtype, example_shape, make_student, make_teacher, model_fields, solver_settings
+from ard_jax.build import (
+    compute_dtype,
+    example_shape,
+    make_conditions,
+    make_student,
+    make_teacher,
+    model_fields,
+    solver_settings,
+)
 from ard_jax.chips import measured_matmul_rate
 from ard_jax.command_line import parse_flags, set_up_logging
 from ard_jax.config import default_config
@@ -79,10 +87,10 @@ def teacher_params(model: DiT, shape: tuple[int, int, int]) -> Any:
 
 
 def inputs(config: ml_collections.ConfigDict, batch: int) -> dict[str, np.ndarray]:
-    """A batch of a trajectory store: "noise", "x0" and "label"."""
+    """A training batch: "noise", "x0" and "condition"."""
     rng, points = np.random.default_rng(0), len(config.student.points)
     states = rng.standard_normal((batch, points + 1, *example_shape(config)), np.float32).astype(np.float16)
-    return {"noise": states[:, 0], "x0": states[:, 1:], "label": rng.integers(0, config.data.num_classes, batch)}
+    return {"noise": states[:, 0], "x0": states[:, 1:], "condition": rng.integers(0, config.data.num_classes, batch)}
 
 
 def fits(compiled: jax.stages.Compiled) -> bool:
@@ -127,7 +135,7 @@ def sampling(config: ml_collections.ConfigDict, batch: int, seconds: float) -> s
     heads = init_from_teacher(params, student)
     names = (
         f"teacher, {solver['steps']} steps with guidance",
-        f"student, {student.steps} steps, N = {student.history_layers} of {student.depth}",
+        f"student, {student.steps} steps, N = {student.history_layers} of {student.backbone.depth}",
         f"student, {student.steps} steps, N = 0",
     )
     macs = (
@@ -141,7 +149,7 @@ def sampling(config: ml_collections.ConfigDict, batch: int, seconds: float) -> s
 
     def programs(rows):
         given = inputs(config, rows)
-        noise, y = jnp.asarray(given["noise"], jnp.float32), jnp.asarray(given["label"], jnp.int32)
+        noise, y = jnp.asarray(given["noise"], jnp.float32), jnp.asarray(given["condition"], jnp.int32)
         return (
             compiled(solve, params, noise, y),
             compiled(lambda *args: sample_student(student, *args)[:, -1], heads, noise, y),
@@ -172,7 +180,7 @@ def blocks(config: ml_collections.ConfigDict, batch: int, seconds: float) -> str
     student, shape = make_student(config), example_shape(config)
     params = init_from_teacher(teacher_params(make_teacher(config), shape), student)
     given = inputs(config, batch)
-    noise, y = jnp.asarray(given["noise"], jnp.float32), jnp.asarray(given["label"], jnp.int32)
+    noise, y = jnp.asarray(given["noise"], jnp.float32), jnp.asarray(given["condition"], jnp.int32)
     points = jnp.concatenate([noise[:, None], jnp.asarray(given["x0"][:, :-1], jnp.float32)], axis=1)
     columns = tuple(range(student.steps))
 
@@ -205,7 +213,8 @@ def blocks(config: ml_collections.ConfigDict, batch: int, seconds: float) -> str
             )
         )
     header = ("what", "GMAC, blocks", "GMAC, dense", "ms, blocks", "ms, dense", "dense ÷ blocks, FLOPs", "and time")
-    about = f"Width {student.hidden_size}, depth {student.depth}, S = {student.steps}, N = {student.history_layers}"
+    network = student.backbone
+    about = f"Width {network.hidden_size}, depth {network.depth}, S = {student.steps}, N = {student.history_layers}"
     return f"{about}, batch {batch}, float32; a trajectory:\n\n" + table(header, rows)
 
 
@@ -218,7 +227,7 @@ def training(config: ml_collections.ConfigDict, batch: int, seconds: float) -> s
         step = Step(ard(student, target="x0", columns=tuple(range(student.steps))), params, config, given)
         if fits(step.program):
             steps[remat] = step
-    turns = in_turns(steps, student.dtype, seconds)
+    turns = in_turns(steps, student.backbone.dtype, seconds)
     flops = 6 * student_macs(student, shape) * batch
     rows = [
         (
@@ -234,8 +243,8 @@ def training(config: ml_collections.ConfigDict, batch: int, seconds: float) -> s
     header = ("rematerialisation", "GMAC a trajectory", "seconds a step", "trajectories/s", "utilisation")
     best = min(steps, key=turns.median)
     return (
-        f"Batch {batch}, S = {student.steps}, N = {student.history_layers} of {student.depth}; fastest: {best}.\n\n"
-        + table(header, rows)
+        f"Batch {batch}, S = {student.steps}, N = {student.history_layers} of {student.backbone.depth}; fastest: "
+        f"{best}.\n\n" + table(header, rows)
     )
 
 
@@ -246,7 +255,7 @@ def trajectories(config: ml_collections.ConfigDict, batch: int, seconds: float) 
     dtype = compute_dtype(config.model.dtype)
     with tempfile.TemporaryDirectory() as folder:
         rates = [measured_matmul_rate(dtype)]
-        make_store(teacher, params, config, pathlib.Path(folder), make_mesh())
+        make_store(teacher, params, make_conditions(config), config, pathlib.Path(folder), make_mesh())
         rates.append(measured_matmul_rate(dtype))
         paths = [store.LAYOUT.shard_path(pathlib.Path(folder), shard, shards) for shard in range(shards)]
         finished = np.array([path.stat().st_mtime for path in paths])
@@ -308,7 +317,15 @@ def loop(config: ml_collections.ConfigDict, batch: int, seconds: float) -> str:
         source = random_store(config, pathlib.Path(folder) / "store", config.trajectories.count)
         directory = pathlib.Path(folder) / "run"
         directory.mkdir()
-        fit(Task(source, method), params, config, config.distill, directory, make_mesh(), Stopwatch())
+        fit(
+            Task(source, method, make_conditions(config)),
+            params,
+            config,
+            config.distill,
+            directory,
+            make_mesh(),
+            Stopwatch(),
+        )
         lines = read_lines(directory / "metrics.jsonl")
     # the windows between two checkpoints, one row a checkpoint; the first row compiles and has no checkpoint before it
     windows = [line for line in lines if line["step"] > every]

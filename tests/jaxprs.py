@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from ard_jax.plan import jaxprs
+from ard_jax.models import jaxprs
 
 
 def traced(function: Any, *args: Any) -> Any:

@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 from jaxprs import macs
+from networks import ard_student
 from quick import quick_jit
 
 from ard_jax.diffusion import FlowMatching, LinearVP
-from ard_jax.models import ARDStudent, DiT, init_from_teacher, parameter_shapes
+from ard_jax.models import DiT, init_from_teacher, parameter_shapes
 from ard_jax.models.discriminator import normalised, power_iteration, spectral_norms
 from ard_jax.objectives.adversarial import DISCRIMINATOR, adversarial_method, flipped, make_judge
 from ard_jax.objectives.ard import ard
@@ -24,7 +25,7 @@ FIELDS = dict(channels=1, patch_size=2, hidden_size=8, num_heads=2, num_classes=
 @pytest.fixture(scope="module", params=["separate", pytest.param("shared", marks=pytest.mark.slow)])
 def given(request):
     """The networks, large random parameters of all, the spectral vectors, and a batch."""
-    student = ARDStudent(**FIELDS, steps=2, history_layers=1, heads=request.param)
+    student = ard_student(**FIELDS, steps=2, history_layers=1, heads=request.param)
     judge = make_judge(DiT(**FIELDS), (0, 2), LinearVP(), 0.0)
     teacher_shapes = parameter_shapes(judge.teacher, jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     rng = np.random.default_rng(0)
@@ -35,10 +36,10 @@ def given(request):
     label = np.asarray(rng.integers(0, 3, (2, BATCH)), np.int32)
     trajectory = {"noise": rng.normal(size=(BATCH, *SHAPE)), "x0": rng.normal(size=(BATCH, 3, *SHAPE))}
     batch = {
-        "trajectory": jax.tree.map(jnp.float32, trajectory) | {"label": label[0], "position": np.arange(BATCH)},
+        "trajectory": jax.tree.map(jnp.float32, trajectory) | {"condition": label[0], "position": np.arange(BATCH)},
         "real": {
             "image": jnp.asarray(rng.normal(size=(BATCH, *SHAPE)), jnp.float32),
-            "label": label[1],
+            "condition": label[1],
             "position": np.arange(10, 10 + BATCH),
         },
     }
@@ -83,16 +84,19 @@ def written_out(given):
 
     def fake(params):
         inputs = jnp.stack([trajectory["noise"], points[:, 0]], axis=1)
-        return student.apply({"params": params}, inputs, trajectory["label"])[:, -1]
+        return student.apply({"params": params}, inputs, trajectory["condition"])[:, -1]
 
     def regression(params):
         return ard(student, target="x0", columns=COLUMNS)(params, None, trajectory, KEY)[0]
 
     def generator(params, heads):
-        return -jnp.mean(logits(heads, fake(params), trajectory["label"]))
+        return -jnp.mean(logits(heads, fake(params), trajectory["condition"]))
 
     def discriminator(heads, params):
-        on_real, on_fake = logits(heads, real["image"], real["label"]), logits(heads, fake(params), trajectory["label"])
+        on_real, on_fake = (
+            logits(heads, real["image"], real["condition"]),
+            logits(heads, fake(params), trajectory["condition"]),
+        )
         loss = jnp.mean(jnp.maximum(0, 1 - on_real)) + jnp.mean(jnp.maximum(0, 1 + on_fake))
         return loss, (jnp.mean(on_real > 0), jnp.mean(on_fake < 0))
 

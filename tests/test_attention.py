@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import ard_student
 
 from ard_jax.errors import UserError
-from ard_jax.models import MASKS, ARDStudent, init_from_teacher
+from ard_jax.models import MASKS, init_from_teacher
 from ard_jax.models.attention import attention, block_attention, choose
 from ard_jax.models.dit import DiT
 from ard_jax.models.masks import visible_blocks
@@ -83,7 +84,7 @@ def test_a_student_and_its_sampler_are_the_same_by_splash(remat):
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, "float32"), shapes)
 
     def run(backend):
-        model = ARDStudent(**FIELDS, steps=2, history_layers=1, remat=remat, attention=backend)
+        model = ard_student(**FIELDS, steps=2, history_layers=1, remat=remat, attention=backend)
         start = init_from_teacher(params, model)
 
         def loss(params):

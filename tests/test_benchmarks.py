@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxprs import macs
+from networks import ard_student
 from quick import quick_jit
 from test_models import SMALL, random_params, student_inputs
 
 from ard_jax.build import make_student, make_teacher
-from ard_jax.models import ARDStudent, parameter_shapes, size_fields
+from ard_jax.models import parameter_shapes, size_fields
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.objectives.ard import ard
 from ard_jax.sampling import sample_student
@@ -26,7 +27,7 @@ LATENT = (32, 32, 4)
 
 def pair(**changes):
     """A small student, parameters that all matter, points with the data at their end, labels; float32."""
-    student = ARDStudent(**SMALL, steps=3, **changes)
+    student = ard_student(**SMALL, steps=3, **changes)
     points, y = student_inputs(3, dtype=np.float32)
     return student, random_params(student, dtype=np.float32), points, y
 
@@ -50,7 +51,7 @@ def test_the_dense_reference_is_the_student(changes):
 
 def test_its_gradient_is_the_student_s():
     student, params, points, y = pair(history_layers=1)
-    batch = jax.tree.map(jnp.asarray, {"noise": points[:, 0], "x0": points[:, 1:], "label": y})
+    batch = jax.tree.map(jnp.asarray, {"noise": points[:, 0], "x0": points[:, 1:], "condition": y})
 
     def gradient(student):
         loss = ard(student, target="x0", columns=(0, 1, 2))
@@ -61,7 +62,7 @@ def test_its_gradient_is_the_student_s():
 
 def test_it_costs_what_the_published_code_does():
     """docs/METHOD.md section 5; its formula counts every product of its trace."""
-    student = ARDStudent(**size_fields("DiT-XL/2"), steps=4, history_layers=6)
+    student = ard_student(**size_fields("DiT-XL/2"), steps=4, history_layers=6)
     assert round(dense.dense_macs(student, LATENT, training=True) / 1e9, 1) == 755.3
     assert round(dense.dense_macs(student, LATENT, training=False) / 1e9, 1) == 710.0
     points, label = jax.ShapeDtypeStruct((1, 4, *LATENT), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -229,7 +230,8 @@ def test_sizes_of_the_items():
     every = speed.configs("DiT-XL/2")
     assert [made.student.history_layers for made in every.values()] == [6, 3, 6, 6, 6, 2]
     student = make_student(every["blocks"])
-    assert (student.hidden_size, student.depth, student.num_heads, student.dtype) == (384, 12, 6, jnp.float32)
+    backbone = student.backbone
+    assert (backbone.hidden_size, backbone.depth, backbone.num_heads, backbone.dtype) == (384, 12, 6, jnp.float32)
     assert every["loop"].distill.checkpoint_every == 100
 
 

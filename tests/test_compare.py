@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import ard_student
 from pipeline_fixtures import ROOT, copy, done, files, run, sentence
 from test_report import Page
 
@@ -20,7 +21,7 @@ from ard_jax.entries import changed, entries_of
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json
 from ard_jax.methods import training_flops
-from ard_jax.models import ARDStudent, parameter_shapes
+from ard_jax.models import parameter_shapes
 from ard_jax.objectives import Given
 from ard_jax.report import build_comparison, markdown, words
 from configs import smoke
@@ -250,14 +251,14 @@ def commands():
 def test_the_documented_loss_is_what_the_page_says(documented):
     import huber
 
-    student = ARDStudent(
+    student = ard_student(
         channels=1, patch_size=2, hidden_size=8, num_heads=2, num_classes=3, depth=1, steps=2, history_layers=1
     )
     rng = np.random.default_rng(0)
     batch = {
         "noise": rng.normal(size=(5, 4, 4, 1)).astype(np.float32),
         "x0": rng.normal(size=(5, 3, 4, 4, 1)).astype(np.float32),
-        "label": rng.integers(0, 3, 5),
+        "condition": rng.integers(0, 3, 5),
     }
     shapes = parameter_shapes(student, jnp.zeros((1, 2, 4, 4, 1)), jnp.zeros(1, jnp.int32))
     params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
@@ -266,7 +267,7 @@ def test_the_documented_loss_is_what_the_page_says(documented):
     loss, metrics = method.objective(params, None, batch, None)
     points = batch["x0"][:, [0, 2]]
     inputs = np.stack([batch["noise"], points[:, 0]], axis=1)
-    errors = np.asarray(student.apply({"params": params}, inputs, batch["label"]), np.float64) - points
+    errors = np.asarray(student.apply({"params": params}, inputs, batch["condition"]), np.float64) - points
     expected = (np.sqrt((errors**2).mean(axis=(2, 3, 4)) + 0.03**2) - 0.03).mean(axis=0)
     np.testing.assert_allclose([metrics["loss_step_1"], metrics["loss_step_2"]], expected, rtol=1e-5)
     np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)

@@ -55,7 +55,8 @@ def test_imagenet_has_the_numbers_of_the_paper(steps, batch_size, points):
     assert (config.diffusion.steps, config.diffusion.solver, config.diffusion.guidance_scale) == (25, "ddim", 1.5)
     assert (config.diffusion.guided_channels, config.trajectories.count) == (3, 2_560_000)
     model = make_student(config)
-    assert (model.depth, model.hidden_size, model.num_heads, model.patch_size) == (28, 1152, 16, 2)
+    network = model.backbone
+    assert (network.depth, network.hidden_size, network.num_heads, network.patch_size) == (28, 1152, 16, 2)
     assert (model.steps, model.noise_time) == (steps, 999.0)
 
 
@@ -94,7 +95,7 @@ def test_imagenet_trains_at_full_size_in_shapes():
     batch = {
         "noise": jax.ShapeDtypeStruct((64, *shape), jnp.float16),
         "x0": jax.ShapeDtypeStruct((64, 4, *shape), jnp.float16),
-        "label": jax.ShapeDtypeStruct((64,), jnp.int32),
+        "condition": jax.ShapeDtypeStruct((64,), jnp.int32),
     }
     after, metrics = jax.eval_shape(step, state, None, batch)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
@@ -120,7 +121,7 @@ def test_what_is_compiled_does_not_grow_with_depth():
         batch = {
             "noise": points.update(shape=(4, *shape)),
             "x0": points,
-            "label": jax.ShapeDtypeStruct((4,), jnp.int32),
+            "condition": jax.ShapeDtypeStruct((4,), jnp.int32),
         }
         return len(step.lower(state, None, batch).as_text().splitlines())
 

@@ -25,7 +25,8 @@ def test_sizes_come_from_the_shapes():
         state_dict(heads=1, out=1, channels=1, patch=4, depth=3, hidden=61, width=28, dtype=np.float16), num_heads=2
     )
     assert type(model) is DiT
-    assert [getattr(model, name) for name in fields[:-2]] == [1, 4, 28, 3, 2, 5] and not model.learn_sigma
+    network = model.backbone
+    assert [getattr(network, name) for name in fields[:-2]] == [1, 4, 28, 3, 2, 5] and not network.learn_sigma
     expected = parameter_shapes(model, *(np.zeros(s, np.float32) for s in ((1, 8, 8, 1), 1)), np.zeros(1, np.int32))
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, expected)  # int(28 · (61/28)) is 60
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float16"}
@@ -54,7 +55,7 @@ def test_published_to_ours_to_published(tmp_path, sizes, dtype):
     given = state_dict(**sizes, dtype=dtype)
     given["pos_embed"] = given["pos_embed"].astype(dtype)
     model, params = from_torch(given, num_heads=2, history_layers=1)
-    assert model.image_size == 3 * model.patch_size
+    assert model.backbone.image_size == 3 * model.backbone.patch_size
     write_tensors(tmp_path / "x.safetensors", to_torch(model, params))
     assert_same(read_tensors(tmp_path / "x.safetensors"), given)
     again = parameters(open_tensors(tmp_path / "x.safetensors"), model)
@@ -75,7 +76,7 @@ def test_what_is_written_is_contiguous():
 def test_a_model_that_does_not_know_its_images():
     model, params = from_torch(state_dict(), num_heads=2, history_layers=1)
     with pytest.raises(UserError, match="image_size is None, but the published position table needs it: clone the mod"):
-        to_torch(model.clone(image_size=None), params)
+        to_torch(model.with_backbone(image_size=None), params)
 
 
 def test_students_with_one_final_layer():
@@ -100,9 +101,9 @@ def test_parameters_of_a_known_model():
     jax.tree.map(np.testing.assert_array_equal, host, params)
     assert {type(leaf) for leaf in jax.tree.leaves(host)} == {np.ndarray}
     with pytest.raises(UserError, match=r"that the config describes \(missing: blocks.2.adaLN_modulation.1.weight, "):
-        parameters(given, model.clone(depth=3))
+        parameters(given, model.with_backbone(depth=3))
     with pytest.raises(UserError, match=r"pos_embed \(1, 9, 8\) is not the fixed .* of a square grid \(4×4 here\)"):
-        parameters(given, model.clone(image_size=8))
+        parameters(given, model.with_backbone(image_size=8))
 
 
 def test_layers_of_different_types_are_stacked_in_the_wider_one():

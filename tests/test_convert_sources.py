@@ -45,7 +45,7 @@ def opened(path, **told):
     if source.model is not None:
         validate(source.config)
         make = make_student if isinstance(source.model, ARDStudent) else make_teacher
-        assert make(source.config).clone(dtype=None) == source.model.clone(dtype=None)
+        assert make(source.config).with_backbone(dtype=None) == source.model.with_backbone(dtype=None)
     return source
 
 
@@ -64,7 +64,7 @@ def test_a_published_state_dict(tmp_path):
     given = teacher()
     source = opened(write(tmp_path / "DiT-tiny.safetensors", given), **HEADS)
     assert source.what == "DiT teacher, a state dict with the published names"
-    assert type(source.model) is DiT and source.model.num_heads == 2 and source.model.image_size == 4
+    assert type(source.model) is DiT and source.model.backbone.num_heads == 2 and source.model.backbone.image_size == 4
     assert_same(source.tensors, given)
     config = source.config
     data, diffusion = config.data, config.diffusion
@@ -278,7 +278,11 @@ def test_a_dit_pipeline(tmp_path):
     (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\ntags:\n- dit\n---\n# A model\n")
     source = opened(folder)
     assert source.what == "a DiTPipeline of diffusers" and type(source.model) is DiT
-    assert (source.model.num_heads, source.model.frequency_shift, source.model.mlp_norm_eps) == (2, 1.0, 1e-5)
+    assert (
+        source.model.backbone.num_heads,
+        source.model.backbone.frequency_shift,
+        source.model.backbone.mlp_norm_eps,
+    ) == (2, 1.0, 1e-5)
     diffusion = source.config.diffusion
     assert (diffusion.process, diffusion.spacing, diffusion.guided_channels) == ("vp", "leading", 0)
     assert source.vae == folder / "vae" and source.license == "cc-by-nc-4.0"
@@ -286,7 +290,7 @@ def test_a_dit_pipeline(tmp_path):
     assert_same(source.tensors, teacher())
     model, params = from_torch(teacher(), num_heads=2)
     assert_equal_trees(parameters(source.tensors, source.model), params)
-    assert opened(folder, frequency_shift=0.0).model.frequency_shift == 0.0
+    assert opened(folder, frequency_shift=0.0).model.backbone.frequency_shift == 0.0
 
 
 def test_a_scheduler_of_its_own(tmp_path, caplog):
@@ -391,7 +395,7 @@ def test_what_ard_jax_exported(tmp_path, is_student):
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: my-licence\n---\n")
     for path in (file, folder, folder / name):
         source = opened(path)
-        assert source.model.clone(dtype=None) == first.model
+        assert source.model.with_backbone(dtype=None) == first.model
         for section in ("data", "model", "diffusion", "student", "trajectories", "sample"):
             assert source.config[section].to_dict() == first.config[section].to_dict()
         assert_same(source.tensors, given)

@@ -19,6 +19,7 @@ from convert_fixtures import (
     write_dit_pipeline,
     write_vae,
 )
+from networks import ard_student
 from pipeline_fixtures import done, files, run, sentence
 
 from ard_jax.convert import from_torch, vae_from_diffusers
@@ -85,7 +86,7 @@ def test_a_teacher(teacher_file, workdir):
     assert f"done: {workdir}/teacher: python -m ard_jax sample --config {workdir}/config.py --workdir {workdir}" in out
     model, params, sha256 = loaded_teacher(workdir)
     expected = from_torch(teacher(), num_heads=2)
-    assert model.clone(dtype=None) == expected[0]
+    assert model.with_backbone(dtype=None) == expected[0]
     assert_equal_trees(params, expected[1])
     assert sha256 == done(workdir / "teacher")["sha256"]["ema"] == tree_sha256(expected[1])
     said = json.loads((workdir / "teacher" / "source.json").read_text())
@@ -106,7 +107,7 @@ def test_a_student_and_its_teacher(teacher_file, student_file, workdir):
     converted(student_file, workdir, *STUDENT, "--mask", "window", "--name", "mine")
     model, params, _, config = load_student(workdir / "distill" / "mine", make_mesh())
     expected, given = from_torch(read_tensors(student_file), num_heads=2, history_layers=1, mask="window")
-    assert model.clone(dtype=None) == expected and isinstance(model, ARDStudent)
+    assert model.with_backbone(dtype=None) == expected and isinstance(model, ARDStudent)
     assert_equal_trees(params, given)
     assert config.student.points == (10, 0) or list(config.student.points) == [10, 0]
     assert list(done(workdir / "distill")["models"]) == ["mine"]
@@ -130,7 +131,7 @@ def test_a_dit_pipeline(tmp_path, workdir):
     out = converted(folder, workdir)
     assert "a DiTPipeline of diffusers" in out
     model, params, _ = loaded_teacher(workdir)
-    assert (model.frequency_shift, model.mlp_norm_eps, model.image_size) == (1.0, 1e-5, 4)
+    assert (model.backbone.frequency_shift, model.backbone.mlp_norm_eps, model.backbone.image_size) == (1.0, 1e-5, 4)
     half = {name: array.astype(np.float16).astype(np.float32) for name, array in teacher().items()}
     assert_equal_trees(params, from_torch(half | {"pos_embed": teacher()["pos_embed"]}, num_heads=2)[1])
     names = json.loads((workdir / "teacher" / "labels.json").read_text())
@@ -205,7 +206,7 @@ def test_another_source_is_refused(tmp_path, teacher_file, workdir):
     said = f"{workdir}/teacher was converted from another source ({teacher_file}): choose another --workdir, or delete"
     assert said in refused(other, workdir, *TEACHER)
     said = refused(teacher_file, workdir, *TEACHER, "--frequency-shift", "1")
-    assert "belongs to another config (model.frequency_shift 0.0 there, 1.0 here)" in said
+    assert "belongs to another config (model.backbone.frequency_shift 0.0 there, 1.0 here)" in said
     assert everything(workdir) == before
 
 
@@ -218,7 +219,7 @@ def test_a_student_of_another_teacher_is_refused(tmp_path, teacher_file, workdir
     converted(teacher_file, workdir, *TEACHER)
     before = everything(workdir)
     write_tensors(tmp_path / "wide.safetensors", state_dict(width=16, channels=4, out=8, hidden=64, side=2))
-    assert "model.hidden_size 8 there, 16 here" in refused(tmp_path / "wide.safetensors", workdir, *STUDENT)
+    assert "model.backbone.hidden_size 8 there, 16 here" in refused(tmp_path / "wide.safetensors", workdir, *STUDENT)
     assert everything(workdir) == before
 
 
@@ -369,7 +370,7 @@ XL = DiT(image_size=32)
 SIZES = [
     ("DiT-XL-2-256x256", XL, "675,129,632 with the position table of 256 tokens"),
     ("DiT-XL-2-512x512", XL.clone(image_size=64), "676,014,368 with the position table of 1024 tokens"),
-    ("ARD-XL-2", ARDStudent(image_size=32, steps=4), "683,209,856 with the position table of 256 tokens"),
+    ("ARD-XL-2", ard_student(image_size=32, steps=4), "683,209,856 with the position table of 256 tokens"),
 ]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from jaxprs import macs, products, shapes
+from networks import ard_student
 from quick import quick_jit
 
 from ard_jax.convert import from_torch
@@ -16,6 +17,7 @@ from ard_jax.errors import UserError
 from ard_jax.models import (
     MASKS,
     ARDStudent,
+    Context,
     DiT,
     count_parameters,
     default_block_times,
@@ -24,7 +26,6 @@ from ard_jax.models import (
     size_fields,
     visible_blocks,
 )
-from ard_jax.models.attention import attend_within_rows
 from ard_jax.models.layers import layer_norm, position_table
 from ard_jax.objectives.ard import ard
 from ard_jax.parallel import make_mesh
@@ -45,7 +46,7 @@ def student_inputs(steps, side=4, channels=2, batch=2, seed=0, dtype=np.float64)
 
 def random_params(model, seed=0, scale=0.3, dtype=np.float64):
     """Parameters that are all large enough to matter, unlike those of adaLN-Zero's start."""
-    points, y = student_inputs(getattr(model, "steps", 1), channels=model.channels, dtype=np.float32)
+    points, y = student_inputs(getattr(model, "steps", 1), channels=model.backbone.channels, dtype=np.float32)
     inputs = (points[:, :-1], y) if isinstance(model, ARDStudent) else (points[:, 0], np.ones(len(y), np.float32), y)
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), dtype), shapes_of(model, *inputs))
@@ -82,15 +83,16 @@ def test_dit_equals_the_published_implementation_layer_by_layer_in_float64(golde
         assert_close(actual, arrays[f"inter_f64/{name}"], 1e-10)
 
     h = bound.embed(x)
-    check(h - position_table(4, 4, model.hidden_size), "x_emb_no_pos")
+    check(h - position_table(4, 4, model.backbone.hidden_size), "x_emb_no_pos")
     time, label = bound.time_embed(t), bound.label_embed(arrays["y"])
     check(time, "t_emb")
     check(label, "y_emb")
-    condition = jax.nn.silu(time + label)
-    for layer in range(model.depth):
-        h, _ = model.apply({"params": params}, h, condition, attend_within_rows, layer, layer + 1, method="run_blocks")
+    context = Context(jax.nn.silu(time + label))
+    within = model.attend_within_rows()
+    for layer in range(model.backbone.depth):
+        h, _ = model.apply({"params": params}, h, context, within, layer, layer + 1, method="run_blocks")
         check(h, f"block{layer}")
-    check(bound.final_layer(h, condition), "final")
+    check(bound.head(h, context), "final")
     out = quick_jit(model.apply)({"params": params}, x, t, arrays["y"])
     assert_close(out, np.moveaxis(arrays["out_f64"], 1, -1), 1e-10)
 
@@ -102,7 +104,7 @@ def test_guidance_equals_the_published_implementation(golden, x64, kind):
     x, times, y = arrays.images("cfg_x").astype(np.float64), arrays["cfg_t"].astype(np.float64), arrays["cfg_y"]
     run = quick_jit(guided_output, static_argnums=(0, 5, 6))
     for number, scale in enumerate(arrays["cfg_scales"]):
-        expected = arrays.images(f"cfg_out_{number}_f64")[..., : model.channels]
+        expected = arrays.images(f"cfg_out_{number}_f64")[..., : model.backbone.channels]
         guidance = Guidance(float(scale), 3)
         for row in range(2):  # the conditional rows; the other two are their unconditional halves
             one = slice(row, row + 1)
@@ -131,7 +133,7 @@ def forward_and_rollout(model, params, points, y):
 def test_student_and_cached_sampler_equal_the_published_implementation(golden, history_layers):
     for kind, tolerance in FLOAT32_TOLERANCE.items():
         arrays, model, params, points = load_student(golden, kind, history_layers)
-        assert isinstance(model, ARDStudent) and (model.steps, model.depth, model.mask) == (4, 3, "causal")
+        assert isinstance(model, ARDStudent) and (model.steps, model.backbone.depth, model.mask) == (4, 3, "causal")
         forced, rollout = forward_and_rollout(model, params, points, arrays["y"])
         assert_close(forced, expected_points(arrays, f"forward/n{history_layers}"), tolerance)
         assert_close(rollout, expected_points(arrays, f"infer/n{history_layers}"), tolerance)
@@ -194,7 +196,9 @@ def dense_student(model, params, points, y, masses=None):
     """
     params = jax.tree.map(np.asarray, params)
     batch, steps, side = points.shape[:3]
-    grid, patch, width, heads = side // model.patch_size, model.patch_size, model.hidden_size, model.num_heads
+    network = model.backbone
+    patch, width, heads = network.patch_size, network.hidden_size, network.num_heads
+    grid = side // patch
 
     def dense(x, weights):
         return x @ weights["kernel"] + weights["bias"]
@@ -214,7 +218,7 @@ def dense_student(model, params, points, y, masses=None):
     block_of = np.repeat(np.arange(steps), grid**2)
     start, end = model.noise_time, model.data_time
     times = np.array(model.block_times or [start + (end - start) * b / steps for b in range(steps)])[block_of]
-    angles = times[:, None] * 10_000.0 ** (-np.arange(128) / (128 - model.frequency_shift))
+    angles = times[:, None] * 10_000.0 ** (-np.arange(128) / (128 - model.backbone.frequency_shift))
     time = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     time = dense(silu(dense(time, params["time_embed"]["mlp_in"])), params["time_embed"]["mlp_out"])
     condition = silu(time + params["label_embed"]["embedding"][y][:, None])
@@ -225,7 +229,7 @@ def dense_student(model, params, points, y, masses=None):
         "noise_and_own": lambda q, k: (k == q) | (k == 0),
         "causal": lambda q, k: k <= q,
     }
-    for layer in range(model.depth):
+    for layer in range(model.backbone.depth):
         weights = jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"])
         mask = sees[model.mask if layer < model.history_layers else "diagonal"](block_of[:, None], block_of[None])
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = np.split(dense(condition, weights["modulation"]), 6, -1)
@@ -238,7 +242,7 @@ def dense_student(model, params, points, y, masses=None):
             masses.append(attention)
         attention = attention @ v
         x = x + gate_a * dense(attention.transpose(0, 2, 1, 3).reshape(x.shape), weights["attention_out"])
-        h = gelu(dense(norm(x, model.mlp_norm_eps) * (1 + scale_m) + shift_m, weights["mlp_in"]))
+        h = gelu(dense(norm(x, model.backbone.mlp_norm_eps) * (1 + scale_m) + shift_m, weights["mlp_in"]))
         x = x + gate_m * dense(h, weights["mlp_out"])
     out = []
     for block in range(steps):
@@ -248,7 +252,7 @@ def dense_student(model, params, points, y, masses=None):
         shift, scale = np.split(dense(condition[:, own], head["modulation"]), 2, -1)
         tokens = dense(norm(x[:, own]) * (1 + scale) + shift, head["linear"])
         image = tokens.reshape(batch, grid, grid, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
-        out.append(image.reshape(batch, side, side, -1)[..., : model.channels])
+        out.append(image.reshape(batch, side, side, -1)[..., : model.backbone.channels])
     return np.stack(out, axis=1)
 
 
@@ -263,7 +267,7 @@ def test_masks_equal_a_dense_masked_reference(x64, mask):
     points, y = student_inputs(4, batch=15)
     predictions = []
     for history_layers in range(3):
-        model = ARDStudent(**SMALL, steps=4, history_layers=history_layers, mask=mask)
+        model = ard_student(**SMALL, steps=4, history_layers=history_layers, mask=mask)
         params = random_params(model)
         predictions.append(forward(model, params, points[:, :-1], y))
         assert_close(predictions[-1], dense_student(model, params, points[:, :-1], y), 1e-12)
@@ -279,7 +283,7 @@ def test_masks_equal_a_dense_masked_reference(x64, mask):
 def test_attention_mass_equals_a_dense_reference(x64, mask):
     steps, batch = 4, 3
     points, y = student_inputs(steps, batch=batch)
-    model = ARDStudent(**SMALL | {"depth": 3}, steps=steps, history_layers=2, mask=mask)
+    model = ard_student(**SMALL | {"depth": 3}, steps=steps, history_layers=2, mask=mask)
     params, dense = random_params(model), []
     with jax.disable_jit():
         mass = np.asarray(model.apply({"params": params}, points[:, :-1], y, method="attention_mass"))
@@ -299,7 +303,7 @@ def test_attention_mass_equals_a_dense_reference(x64, mask):
 def test_a_student_without_history_has_no_attention_mass():
     points, y = student_inputs(3)
     for fields in ({"mask": "diagonal"}, {"history_layers": 0}):
-        model = ARDStudent(**SMALL | {"steps": 3, "history_layers": 2} | fields)
+        model = ard_student(**SMALL | {"steps": 3, "history_layers": 2} | fields)
         with pytest.raises(UserError, match="without history layers pays no attention to earlier blocks"):
             params = random_params(model, dtype=np.float32)
             model.apply({"params": params}, points[:, :-1], y, method="attention_mass")
@@ -309,7 +313,7 @@ def test_given_points_take_the_place_of_the_students_own(x64):
     """From the plain rollout, where none are given, to the teacher-forced last step, where all before it are."""
     steps = 3
     points, y = student_inputs(steps, batch=4)
-    model = ARDStudent(**SMALL, steps=steps, history_layers=1)
+    model = ard_student(**SMALL, steps=steps, history_layers=1)
     params = random_params(model)
     with jax.disable_jit():
         rollout = sample_student(model, params, points[:, 0], y)
@@ -341,10 +345,10 @@ def test_block_times_heads_and_width_of_the_mlp(x64):
     points, y = student_inputs(3)
     assert default_block_times(4, 999.0) == (999.0, 749.25, 499.5, 249.75)
     assert default_block_times(4, 0.0, 1.0) == (0.0, 0.25, 0.5, 0.75)  # a network that counts time from the noise
-    default = ARDStudent(**SMALL, steps=3, history_layers=1)
+    default = ard_student(**SMALL, steps=3, history_layers=1)
     params = random_params(default)
     base = forward(default, params, points[:, :-1], y)
-    same = ARDStudent(**SMALL, steps=3, history_layers=1, block_times=(999.0, 666.0, 333.0))
+    same = ard_student(**SMALL, steps=3, history_layers=1, block_times=(999.0, 666.0, 333.0))
     np.testing.assert_array_equal(base, forward(same, params, points[:, :-1], y))
     for fields in (
         {"block_times": (999.0, 624.0, 208.0)},
@@ -355,7 +359,7 @@ def test_block_times_heads_and_width_of_the_mlp(x64):
         {"heads": "shared"},
         {"mlp_ratio": 2.6, "learn_sigma": False},
     ):
-        model = ARDStudent(**SMALL, steps=3, history_layers=1, **fields)
+        model = ard_student(**SMALL, steps=3, history_layers=1, **fields)
         params = random_params(model)
         predictions = forward(model, params, points[:, :-1], y)
         assert_close(predictions, dense_student(model, params, points[:, :-1], y), 1e-12)
@@ -369,7 +373,7 @@ def test_cached_sampler_equals_the_training_forward_on_its_own_predictions(x64, 
     points, y = student_inputs(steps, batch=rows)
     rollouts = []
     for mask, history_layers in itertools.product(MASKS, range(3)):
-        model = ARDStudent(**SMALL, steps=steps, history_layers=history_layers, mask=mask)
+        model = ard_student(**SMALL, steps=steps, history_layers=history_layers, mask=mask)
         if not model.layers_with_history and (mask, history_layers) != (MASKS[0], 0):
             continue  # nothing but step distillation again
         params = random_params(model, seed=steps)
@@ -389,7 +393,7 @@ def test_cached_sampler_equals_the_training_forward_on_its_own_predictions(x64, 
 @pytest.mark.parametrize("mask", MASKS)
 def test_no_mask_over_all_tokens_and_no_modulation_per_token(mask):
     batch, steps, tokens, width = 2, 4, 64, 16
-    model = ARDStudent(
+    model = ard_student(
         channels=3, patch_size=2, hidden_size=width, depth=3, num_heads=2, num_classes=5, history_layers=2, mask=mask
     )
     points, y = student_inputs(steps, side=16, channels=3, dtype=np.float32)
@@ -417,7 +421,7 @@ def test_remat_and_unroll_change_no_number():
     def loss_of(model, *inputs):
         return lambda params: jnp.mean((model.apply({"params": params}, *inputs)[..., :2] - 1) ** 2)
 
-    students = [ARDStudent(**SMALL, steps=2, history_layers=1, remat=policy) for policy in policies]
+    students = [ard_student(**SMALL, steps=2, history_layers=1, remat=policy) for policy in policies]
     params = random_params(students[0], dtype=np.float32)
     done = [macs(jax.grad(loss_of(student, points[:, :-1], y)), params) for student in students]
     assert done[0] < done[1] < done[2]  # the more is forgotten, the more is done again
@@ -437,11 +441,11 @@ def test_remat_and_unroll_change_no_number():
 def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters():
     points, y = student_inputs(3, dtype=np.float32)
     fields = SMALL | {"steps": 3, "history_layers": 1}
-    init = parameter_shapes(ARDStudent(**fields, dtype=jnp.bfloat16), jnp.asarray(points[:, :-1]), jnp.asarray(y))
+    init = parameter_shapes(ard_student(**fields, dtype=jnp.bfloat16), jnp.asarray(points[:, :-1]), jnp.asarray(y))
     assert {leaf.dtype for leaf in jax.tree.leaves(init)} == {jnp.dtype(jnp.float32)}
-    params = random_params(ARDStudent(**fields), scale=0.2, dtype=np.float32)
-    exact, _ = forward_and_rollout(ARDStudent(**fields), params, points[:, :-1], y)
-    rounded, _ = forward_and_rollout(ARDStudent(**fields, dtype=jnp.bfloat16), params, points[:, :-1], y)
+    params = random_params(ard_student(**fields), scale=0.2, dtype=np.float32)
+    exact, _ = forward_and_rollout(ard_student(**fields), params, points[:, :-1], y)
+    rounded, _ = forward_and_rollout(ard_student(**fields, dtype=jnp.bfloat16), params, points[:, :-1], y)
     assert (exact.dtype, rounded.dtype) == (jnp.float32, jnp.bfloat16)
     error = np.abs(np.asarray(rounded, np.float32) - exact).max() / np.abs(exact).max()
     assert 1e-4 < error < 3e-2
@@ -458,7 +462,7 @@ def test_published_sizes():
     position_table_size = 256 * 1152
     fields = size_fields("DiT-XL/2")
     assert count_parameters(parameter_shapes(DiT(**fields), image, time, y)) == 675_129_632 - position_table_size
-    student = ARDStudent(**fields, steps=4, history_layers=6)
+    student = ard_student(**fields, steps=4, history_layers=6)
     assert count_parameters(parameter_shapes(student, points, y)) == 683_209_856 - position_table_size
     assert size_fields("DiT-S/8") == {"patch_size": 8, "hidden_size": 384, "depth": 12, "num_heads": 6}
     with pytest.raises(UserError, match=r"'DiT-H/2' is not a published size: choose one of DiT-S/2, .*DiT-XL/8"):
@@ -481,7 +485,7 @@ def test_a_student_starts_as_its_teacher(x64):
         for b, time in enumerate(default_block_times(3, 999.0))
     ]
     for heads in ("separate", "shared"):
-        student = ARDStudent(**SMALL, steps=3, history_layers=2, mask="diagonal", heads=heads)
+        student = ard_student(**SMALL, steps=3, history_layers=2, mask="diagonal", heads=heads)
         params = init_from_teacher(teacher_params, student)
         assert jax.tree.map(jnp.shape, params) == jax.tree.map(
             lambda leaf: leaf.shape, shapes_of(student, points[:, :-1], y)
@@ -492,14 +496,14 @@ def test_a_student_starts_as_its_teacher(x64):
 
 def test_every_parameter_moves_in_training_and_the_teacher_stays():
     teacher_params = teacher_at_the_start()
-    student = ARDStudent(**SMALL, steps=4, history_layers=1)
+    student = ard_student(**SMALL, steps=4, history_layers=1)
     start = init_from_teacher(teacher_params, student)
     before, teacher_before = jax.tree.map(np.array, start), jax.tree.map(np.array, teacher_params)
     mesh, optimizer = make_mesh(devices=jax.devices()[:1]), optax.adamw(1e-2, weight_decay=0.0)
     state = init_state(start, optimizer, seed=0, mesh=mesh)
     step = make_step(ard(student, target="x0", columns=(0, 1, 2, 3)), optimizer, 0.9, mesh, state)
     points, y = student_inputs(4, dtype=np.float32)
-    batch = {"noise": points[:, 0], "x0": points[:, 1:], "label": y}
+    batch = {"noise": points[:, 0], "x0": points[:, 1:], "condition": y}
     for _ in range(4):  # adaLN-Zero lets the gradient through to the inside only after a few
         state, metrics = step(state, None, batch)
     assert int(state.step) == 4 and np.isfinite(metrics["loss"])
@@ -531,11 +535,11 @@ def test_every_parameter_moves_in_training_and_the_teacher_stays():
 )
 def test_bad_fields(fields, sentence):
     with pytest.raises(UserError, match=sentence):
-        ARDStudent(**({"steps": 3, "history_layers": 1} | SMALL | fields))
+        ard_student(**({"steps": 3, "history_layers": 1} | SMALL | fields))
 
 
 def test_bad_inputs():
-    student = ARDStudent(**SMALL, steps=3, history_layers=1)
+    student = ard_student(**SMALL, steps=3, history_layers=1)
     params = random_params(student, dtype=np.float32)
     y = jnp.zeros(1, jnp.int32)
     for shape, sentence in {

@@ -4,16 +4,18 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from networks import ard_student, draw_noise_and_labels
 from quick import quick_jit
 
+from ard_jax.conditions import draw_numbers
 from ard_jax.config import optimizer_defaults
 from ard_jax.convert import from_torch
 from ard_jax.diffusion import FlowMatching, LinearVP
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, DiT, parameter_shapes
+from ard_jax.models import DiT, parameter_shapes
 from ard_jax.objectives.ard import ard, online_ard
 from ard_jax.objectives.denoising import denoising
-from ard_jax.sampling import draw_noise_and_labels, sample_teacher, take_points, trajectory_key, within_bounds
+from ard_jax.sampling import sample_teacher, take_points, trajectory_key, within_bounds
 from ard_jax.training.state import learning_rate, make_optimizer
 
 KEY = jax.random.key(0)
@@ -31,7 +33,7 @@ def test_ard_loss_equals_the_published_implementation(golden):
         points = [arrays.images(name) for name in ("z15", "z10", "z5", "z0")]
         unused = np.full_like(points[0], 1e6)  # points of the store that this student does not have
         record = np.stack([unused, points[0], unused, *points[1:]], axis=1)
-        batch = {"noise": arrays.images("zT"), "x0": record, "label": arrays["y"]}
+        batch = {"noise": arrays.images("zT"), "x0": record, "condition": arrays["y"]}
         loss, metrics = run(objective, params, None, batch, KEY)
         np.testing.assert_allclose(loss, arrays["loss/n2"].mean(), rtol=2e-6)
         np.testing.assert_allclose(loss, arrays["loss_f64_mean"], rtol=2e-6)
@@ -53,7 +55,7 @@ SOLVER = {"steps": STEPS, "guidance_scale": 1.5, "guided_channels": 0}
 def networks():
     """A teacher, a student, and parameters of both that are large enough to matter."""
     fields = dict(channels=2, patch_size=2, hidden_size=8, num_heads=2, num_classes=3)
-    teacher, student = DiT(**fields, depth=1), ARDStudent(**fields, depth=1, steps=3, history_layers=1)
+    teacher, student = DiT(**fields, depth=1), ard_student(**fields, depth=1, steps=3, history_layers=1)
     label, time = jnp.zeros(1, jnp.int32), jnp.zeros(1)
     shapes = (
         parameter_shapes(teacher, jnp.zeros((1, *SHAPE)), time, label),
@@ -73,15 +75,21 @@ def assert_same(left, right):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), left, right)
 
 
+def positions(rows, seed=5):
+    """What the online objective is given: positions in the stream, and what is drawn for them."""
+    return {"position": rows, "condition": draw_numbers(trajectory_key(seed), rows, 3)}
+
+
 def stored(teacher, params, seed):
     """What the trajectory job would store at `POSITIONS`: the noise, the label and all points, indices falling."""
 
+    noise, label = draw_noise_and_labels(trajectory_key(seed), POSITIONS, SHAPE, teacher.num_classes)
+
     @quick_jit
     def job(params):
-        noise, label = draw_noise_and_labels(trajectory_key(seed), POSITIONS, SHAPE, teacher.num_classes)
         solution = sample_teacher(teacher, params, noise, label, **SOLVER)
         points = {name: take_points(getattr(solution, name), (3, 2, 1, 0), STEPS) for name in ("x0", "xt")}
-        return {"noise": noise, "label": label} | points
+        return {"noise": noise, "condition": label} | points
 
     return job(params)
 
@@ -95,7 +103,7 @@ def test_online_distillation_equals_that_from_the_store(networks, target):
     from_store = ard(student, target=target, columns=columns)
     online = online_ard(student, teacher, target=target, max_abs=0.0, **settings)
     expected = evaluate(from_store, params, None, records)
-    assert_same(evaluate(online, params, teacher_params, {"position": POSITIONS}), expected)
+    assert_same(evaluate(online, params, teacher_params, positions(POSITIONS)), expected)
     assert expected[0] > 1e-2
 
     # dropped trajectories count neither in the sum nor in the number
@@ -106,7 +114,7 @@ def test_online_distillation_equals_that_from_the_store(networks, target):
     rest = jax.tree.map(lambda array: array[kept], records)
     online = online_ard(student, teacher, target=target, max_abs=max_abs, **settings)
     assert_same(
-        evaluate(online, params, teacher_params, {"position": POSITIONS}), evaluate(from_store, params, None, rest)
+        evaluate(online, params, teacher_params, positions(POSITIONS)), evaluate(from_store, params, None, rest)
     )
 
 
@@ -115,16 +123,16 @@ def test_trajectories_that_blow_up_do_no_harm_online(networks):
     teacher, student, teacher_params, params = networks
     table = teacher_params["label_embed"]["embedding"]
     broken = teacher_params | {"label_embed": {"embedding": table.at[1].set(jnp.nan)}}
-    labels = np.asarray(stored(teacher, teacher_params, seed=5)["label"])
+    labels = np.asarray(stored(teacher, teacher_params, seed=5)["condition"])
     sound = POSITIONS[np.flatnonzero(labels != 1)]
     assert 0 < len(sound) < len(POSITIONS)
     objective = online_ard(student, teacher, target="x0", points=POINTS, shape=SHAPE, seed=5, max_abs=0.0, **SOLVER)
     with_gradient = quick_jit(jax.value_and_grad(objective, has_aux=True))
-    value, gradient = with_gradient(params, broken, {"position": POSITIONS}, KEY)
-    assert_same(value, evaluate(objective, params, broken, {"position": sound}))
+    value, gradient = with_gradient(params, broken, positions(POSITIONS), KEY)
+    assert_same(value, evaluate(objective, params, broken, positions(sound)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)) and optax.tree.norm(gradient) > 0.1
     everything = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), teacher_params)
-    (loss, _), gradient = with_gradient(params, everything, {"position": POSITIONS}, KEY)
+    (loss, _), gradient = with_gradient(params, everything, positions(POSITIONS), KEY)
     assert loss == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
@@ -135,6 +143,10 @@ class Probe:
     """Stands in for a network: remembers what it was called with, and puts out zeros (and a variance, far off)."""
 
     num_classes = 10
+
+    def unconditional(self, condition):
+        return jnp.full_like(condition, self.num_classes)
+
     channels = 3
 
     def __init__(self, learn_sigma=False):
@@ -149,7 +161,7 @@ def images(count):
     rng = np.random.default_rng(1)
     return {
         "image": jnp.asarray(rng.uniform(-1, 1, (count, 2, 4, 3)), jnp.float32),
-        "label": jnp.asarray(rng.integers(0, 10, count), jnp.int32),
+        "condition": jnp.asarray(rng.integers(0, 10, count), jnp.int32),
         "position": jnp.asarray(rng.choice(10_000, count, replace=False), jnp.int32),
     }
 
@@ -180,7 +192,7 @@ def test_denoising_draws_what_it_should(process):
     assert 0.4 < flipped[sure].mean() < 0.6
     dropped = y == Probe.num_classes
     assert 0.14 < dropped.mean() < 0.26  # three standard deviations
-    np.testing.assert_array_equal(y[~dropped], np.asarray(batch["label"])[~dropped])
+    np.testing.assert_array_equal(y[~dropped], np.asarray(batch["condition"])[~dropped])
     assert 0.45 < t.mean() / process.noise_time < 0.55 and len(np.unique(t)) > 300
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     for one, other in ((flipped, dropped), (flipped, t > np.median(t)), (dropped, t > np.median(t))):
@@ -208,7 +220,7 @@ def test_denoising_without_augmentation_and_with_a_learned_variance():
     batch = images(24)
     image, *_, y, loss = drawn(batch, label_dropout=0.0, horizontal_flip=False)
     np.testing.assert_allclose(image, batch["image"], rtol=0, atol=1e-4)
-    np.testing.assert_array_equal(y, batch["label"])
+    np.testing.assert_array_equal(y, batch["condition"])
     *_, y, _ = drawn(batch, label_dropout=1.0)
     np.testing.assert_array_equal(y, np.full(24, Probe.num_classes))
     assert drawn(batch, label_dropout=0.0, horizontal_flip=False, learn_sigma=True)[-1] == loss

@@ -54,19 +54,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ard_jax.models import ARDStudent
+from ard_jax.models import ARDStudent, DiT
 from ard_jax.objectives.ard import ard
 from ard_jax.parallel import AXES, make_mesh, put_batch
 from ard_jax.training.state import init_state, make_step
 
-student = ARDStudent(
-    channels=2, hidden_size=32, depth=3, num_heads=4, num_classes=10, steps=2, history_layers=1, remat="full"
-)
+teacher = DiT(channels=2, hidden_size=32, depth=3, num_heads=4, num_classes=10, remat="full")
+student = ARDStudent(teacher, steps=2, history_layers=1)
 rng = np.random.default_rng(0)
 batch = {
     "noise": rng.standard_normal((16, 8, 8, 2), np.float32),
     "x0": rng.standard_normal((16, 2, 8, 8, 2), np.float32),
-    "label": np.arange(16) % 10,
+    "condition": np.arange(16) % 10,
 }
 params = student.init(jax.random.key(0), batch["x0"][:1], jnp.zeros(1, jnp.int32))["params"]
 leaves, tree = jax.tree.flatten(params)

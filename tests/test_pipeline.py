@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import draw_noise_and_labels
 from PIL import Image
 from pipeline_fixtures import STAGES, copy, done, files, sentence, smoke
 
@@ -17,7 +18,7 @@ from ard_jax.files import file_sha256, read_json, read_npz, tree_sha256, write_n
 from ard_jax.models import init_from_teacher
 from ard_jax.objectives.ard import ard, online_ard, teacher_forcing
 from ard_jax.parallel import make_mesh
-from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
+from ard_jax.sampling import sample_student, sample_teacher, sampling_key
 from ard_jax.training.checkpoints import load_parameters
 from ard_jax.trajectories import store
 from ard_jax.workdir import load_student, load_teacher
@@ -361,8 +362,9 @@ def test_online_distillation_sees_the_trajectories_that_the_job_stores(teacher, 
     stored = ard(model, target="x0", columns=(0, 2, 3))
     key = jax.random.key(0)
     rows = np.array([3, 17, 4, 0])
-    batch = {name: jnp.asarray(trajectories[name][rows]) for name in ("noise", "x0", "label")}
-    ours, own = jax.jit(lambda: online(params, teacher[1], {"position": jnp.asarray(rows)}, key))()
+    batch = {name: jnp.asarray(trajectories[name][rows]) for name in ("noise", "x0")}
+    batch["condition"] = label = jnp.asarray(trajectories["label"][rows], jnp.int32)
+    ours, own = jax.jit(lambda: online(params, teacher[1], {"position": jnp.asarray(rows), "condition": label}, key))()
     theirs, other = jax.jit(lambda: stored(params, None, batch, key))()
     assert float(ours) == pytest.approx(float(theirs), rel=2e-3)  # the store is float16
     for name in other:

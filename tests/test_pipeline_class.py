@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from networks import draw_noise_and_labels
 from PIL import Image
 from pipeline_fixtures import ROOT, copy, files
 
@@ -26,7 +27,7 @@ from ard_jax.files import read_json, write_json
 from ard_jax.models import AutoencoderKL, init_from_teacher, parameter_shapes
 from ard_jax.models.vae import to_images, to_latents
 from ard_jax.pipeline.inputs import resolve_labels
-from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
+from ard_jax.sampling import sample_student, sample_teacher, sampling_key
 from ard_jax.workdir import teacher_shapes
 from configs import smoke as smoke_config
 
@@ -493,7 +494,7 @@ def test_bfloat16_is_half_the_memory(latent_student, tmp_path):
     half = ARDPipeline.from_pretrained(tmp_path / "saved", dtype="bfloat16")
     leaves = jax.tree.leaves((half.params, half.vae_params))
     assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
-    assert half.model.dtype == half.vae.dtype == jnp.bfloat16 and half.config.model.dtype == "bfloat16"
+    assert half.model.backbone.dtype == half.vae.dtype == jnp.bfloat16 and half.config.model.dtype == "bfloat16"
     latents, expected = (pipe(LABELS, output_type="latent").images for pipe in (half, latent_student))
     assert latents.dtype == np.float32 and 0 < np.abs(latents - expected).mean() < 0.05 * np.abs(expected).mean()
     half.save_pretrained(tmp_path / "half")
@@ -501,7 +502,7 @@ def test_bfloat16_is_half_the_memory(latent_student, tmp_path):
     assert same(again.params, half.params) and same(again.vae_params, half.vae_params)
     wide = ARDPipeline.from_pretrained(tmp_path / "half", dtype="float32")
     assert {leaf.dtype.name for leaf in jax.tree.leaves((wide.params, wide.vae_params))} == {"float32"}
-    assert wide.model.dtype == jnp.float32
+    assert wide.model.backbone.dtype == jnp.float32
     assert "dtype is 'float16': choose float32 or bfloat16" in refused(
         ARDPipeline.from_pretrained, tmp_path / "saved", dtype="float16"
     )
@@ -644,7 +645,7 @@ def test_settings_that_came_later_have_their_defaults(student, tmp_path):
     described = read_json(path)
     del described["config"]["model"]["mlp_norm_eps"]
     write_json(path, described)
-    assert ARDPipeline.from_pretrained(tmp_path / "saved").model.mlp_norm_eps == 1e-6
+    assert ARDPipeline.from_pretrained(tmp_path / "saved").model.backbone.mlp_norm_eps == 1e-6
 
 
 def test_a_folder_that_is_no_pipeline(pipeline, tmp_path):

@@ -15,9 +15,9 @@ from ard_jax.build import example_shape, make_student, make_teacher
 from ard_jax.chips import CHIPS, GIB, chip_of
 from ard_jax.errors import UserError
 from ard_jax.methods import continued, make_finetune_method
-from ard_jax.models import count_parameters
+from ard_jax.models import count_parameters, jaxprs
 from ard_jax.models.flops import student_macs, teacher_macs
-from ard_jax.plan import hlo, jaxprs, ladder, recipe
+from ard_jax.plan import hlo, ladder, recipe
 from ard_jax.plan.cost import Cost, Memory, measure, too_large
 from ard_jax.plan.programs import finetune_step, for_platform, sampler, training_step, trajectory_step
 from ard_jax.plan.topology import SHAPES, Slice, find_slice

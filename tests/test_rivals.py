@@ -38,6 +38,9 @@ class Toy:
 
     num_classes, channels, learn_sigma = CLASSES, 1, False
 
+    def unconditional(self, condition):
+        return jnp.full_like(condition, self.num_classes)
+
     def apply(self, variables, x, t, y):
         return toy_output(variables["params"], x, t, y, jnp)
 
@@ -55,6 +58,9 @@ class Exact:
     """A network that knows that every image of a class is one number: its prediction of x_0, whatever it is shown."""
 
     num_classes, channels, learn_sigma = CLASSES, 1, False
+
+    def unconditional(self, condition):
+        return jnp.full_like(condition, self.num_classes)
 
     def __init__(self, process, velocity):
         self.process, self.velocity = process, velocity
@@ -90,7 +96,7 @@ def batch():
     return {
         "noise": rng.normal(size=(ROWS, *SHAPE)).astype(np.float32),
         "x0": rng.uniform(-1, 1, (ROWS, 3, *SHAPE)).astype(np.float16),
-        "label": rng.integers(0, CLASSES, ROWS).astype(np.int32),
+        "condition": rng.integers(0, CLASSES, ROWS).astype(np.int32),
         "position": rng.choice(1000, ROWS, replace=False).astype(np.int32),
     }
 
@@ -165,7 +171,7 @@ def test_states_are_drawn_by_seed_and_position_alone(batch):
 def test_guidance_with_a_time_a_row(process, batch):
     guidance = Guidance(3.0, 0, (0.3, 0.7))
     times = np.linspace(0, 999, ROWS).astype(np.float32)
-    x, y = batch["noise"], batch["label"]
+    x, y = batch["noise"], batch["condition"]
     guided = guided_output(Toy(), TEACHER, x, jnp.asarray(times), y, guidance, process)
     scalar = jax.jit(lambda x, time, y: guided_output(Toy(), TEACHER, x, time, y, guidance, process))
     each = [scalar(x[i : i + 1], times[i], y[i : i + 1])[0] for i in range(ROWS)]
@@ -185,7 +191,7 @@ def test_progressive_distillation_is_two_ddim_steps_in_one(process, start, batch
     objective = progressive.progressive(given(process, (3, 2, 1, 0)[-steps:], start=start, kind="deterministic"))
     loss, metrics = objective(PARAMS, TEACHER, batch, KEY)
     node, noise = drawn(KEY, batch, range(steps))
-    y, x0 = batch["label"], batch["x0"][:, 2].astype(np.float64)
+    y, x0 = batch["condition"], batch["x0"][:, 2].astype(np.float64)
     x = noised(process, steps, x0, noise, node)
     how = {"velocity": start is not None, "scale": 1.0 if start else SCALE}
     middle = noised(process, 2 * steps, *at(process, 2 * steps, TEACHER, x, y, 2 * node, **how), 2 * node + 1)
@@ -232,7 +238,7 @@ def test_the_consistency_loss_and_its_gradient(process, huber, batch):
     memory = {"target": TARGET, "step": jnp.int32(7)}
     gradient, after, metrics = method.gradients({STUDENT: PARAMS}, memory, TEACHER, batch, KEY, jnp.int32(7))
     node, noise = drawn(KEY, batch, range(8))
-    y, x0 = batch["label"], batch["x0"][:, 2].astype(np.float64)
+    y, x0 = batch["condition"], batch["x0"][:, 2].astype(np.float64)
     x = noised(process, 8, x0, noise, node)
     following = noised(process, 8, *at(process, 8, TEACHER, x, y, node, velocity=False, scale=SCALE), node + 1)
     aim = at(process, 8, TARGET, following, y, node + 1, velocity=True)[0]
@@ -260,7 +266,9 @@ def test_a_student_that_is_constant_along_trajectories_has_no_consistency_loss(b
     method = consistency.consistency(given(process, (1, 0), scale=1.0, options=OPTIONS | {"huber": 0.0}, **networks))
     images = {"c": jnp.array([0.5, -0.2, 0.9, 0.0])}
     # of the same trajectories: rows whose store says what the teacher says
-    exact = batch | {"x0": np.broadcast_to(images["c"][batch["label"]][:, None, None, None, None], (ROWS, 3, *SHAPE))}
+    exact = batch | {
+        "x0": np.broadcast_to(images["c"][batch["condition"]][:, None, None, None, None], (ROWS, 3, *SHAPE))
+    }
 
     def loss(params, target):
         memory = {"target": target, "step": jnp.int32(0)}
@@ -298,7 +306,7 @@ def test_the_consistency_target_follows_the_student_once_a_step(batch):
 def test_at_the_data_every_student_gives_back_what_it_sees(process, batch):
     grid = consistency.fine_grid(given(process, (1, 0), options=OPTIONS))
     wild = jax.tree.map(lambda leaf: 100 * leaf, PARAMS)
-    see = teacher_predictor(Toy(), wild, batch["label"], grid, few_step_process(process), NO_GUIDANCE)
+    see = teacher_predictor(Toy(), wild, batch["condition"], grid, few_step_process(process), NO_GUIDANCE)
     x = jnp.asarray(batch["noise"])
     np.testing.assert_array_equal(see(x, jnp.full(ROWS, 6)).x0, x)
     assert np.abs(see(x, jnp.full(ROWS, 5)).x0 - x).min() > 1e-3
@@ -329,7 +337,7 @@ def test_the_gradients_of_distribution_matching(process, batch):
     input_key, score_key, fake_key = jax.random.split(KEY, 3)
     # the student, from the teacher's noised samples
     node, noise = drawn(input_key, batch, range(2))
-    y, x0 = batch["label"], batch["x0"][:, 2].astype(np.float64)
+    y, x0 = batch["condition"], batch["x0"][:, 2].astype(np.float64)
     x = noised(process, 2, x0, noise, node)
     alpha, sigma, times = nodes_of(process, 2)
     images = at(process, 2, PARAMS, x, y, node, velocity=True)[0]
@@ -353,7 +361,7 @@ def test_the_gradients_of_distribution_matching(process, batch):
     for name, value in expected.items():
         np.testing.assert_allclose(gradient[STUDENT][name], value, rtol=1e-3, atol=1e-5)
     # the fake score learns to denoise those very images
-    rows = {"image": jnp.asarray(images, jnp.float32), "label": y, "position": batch["position"]}
+    rows = {"image": jnp.asarray(images, jnp.float32), "condition": y, "position": batch["position"]}
     learn = denoising(Toy(), process, label_dropout=0.0, horizontal_flip=False)
     (loss, _), fake_gradient = jax.value_and_grad(learn, has_aux=True)(FAKE, None, rows, fake_key)
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-4) and memory is None
@@ -431,7 +439,7 @@ def test_scores_need_a_time(interval, grid):
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 def test_few_steps_of_sampling_in_numpy(process, batch):
-    noise, y = batch["noise"], batch["label"]
+    noise, y = batch["noise"], batch["condition"]
     for kind in ("deterministic", "stochastic"):
         points = student_rollout(kind, Toy(), 4, process)(PARAMS, jnp.asarray(noise), y)
         x = noise.astype(np.float64)
@@ -488,7 +496,7 @@ def records():
     rng = np.random.default_rng(1)
     return {
         "x0": rng.uniform(-1, 1, (8, 3, 4, 4, 1)).astype(np.float32),
-        "label": rng.integers(0, CLASSES, 8).astype(np.int32),
+        "condition": rng.integers(0, CLASSES, 8).astype(np.int32),
         "position": np.arange(8, dtype=np.int32),
     }
 
@@ -537,7 +545,7 @@ def test_the_methods_flops_are_those_of_their_steps(name, networks, records):
         def step(params):
             return jax.grad(method.objective, has_aux=True)(params, jax.lax.stop_gradient(params), records, KEY)
 
-    counted = 2 * macs(step, params) / len(records["label"])
+    counted = 2 * macs(step, params) / len(records["condition"])
     # no gradient goes to the images and to the time's sinusoids, which is some of so small a network
     assert 0.9 * method.flops < counted <= method.flops
     if name == "distribution_matching":

@@ -14,13 +14,14 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from networks import draw_noise_and_labels
 from pipeline_fixtures import ROOT, copy, done, files, sentence, smoke
 
-from ard_jax.build import solver_settings
+from ard_jax.build import make_conditions, solver_settings
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, write_json
 from ard_jax.parallel import make_mesh
-from ard_jax.sampling import draw_noise_and_labels, sample_teacher, trajectory_key
+from ard_jax.sampling import sample_teacher, trajectory_key
 from ard_jax.trajectories import generate, store
 from ard_jax.trajectories.generate import make_store
 from ard_jax.workdir import load_teacher
@@ -166,7 +167,15 @@ def job(teacher):
         config = smoke_config.get_config()
         config.trajectories.update(settings)
         for process in range(processes):
-            make_store(*teacher, config, directory, make_mesh(), process_index=process, process_count=processes)
+            make_store(
+                *teacher,
+                make_conditions(config),
+                config,
+                directory,
+                make_mesh(),
+                process_index=process,
+                process_count=processes,
+            )
         shards = store.describe(directory, -(-config.trajectories.count // config.trajectories.shard_size))
         store.finish(directory, store.record_features((8, 8, 1), 4, "float16", True), shards, {"shards": shards})
         return read(directory)
@@ -204,7 +213,15 @@ def test_a_record_is_the_same_in_every_layout(job, reference, tmp_path, layout):
 
 def test_processes_share_the_shards_out(teacher, tmp_path):
     for process, shards in ((1, {1}), (0, {0, 1, 2})):
-        make_store(*teacher, smoke_config.get_config(), tmp_path, make_mesh(), process_index=process, process_count=2)
+        make_store(
+            *teacher,
+            make_conditions(smoke_config.get_config()),
+            smoke_config.get_config(),
+            tmp_path,
+            make_mesh(),
+            process_index=process,
+            process_count=2,
+        )
         assert store.whole_shards(tmp_path, 3, range(3)) == shards
 
 
@@ -224,6 +241,7 @@ def test_the_store_is_the_same_on_any_number_of_devices(pipeline, tmp_path, opti
         import pathlib, sys
         import jax
         from ard_jax.parallel import make_mesh
+        from ard_jax.build import make_conditions
         from ard_jax.workdir import load_teacher
         from ard_jax.trajectories.generate import make_store
         from configs import smoke
@@ -232,7 +250,8 @@ def test_the_store_is_the_same_on_any_number_of_devices(pipeline, tmp_path, opti
             mesh = make_mesh(devices=jax.devices()[:count])
             assert mesh.size == count
             model, params, _ = load_teacher(smoke.get_config(), workdir, mesh)
-            make_store(model, params, smoke.get_config(), target / str(count), mesh)
+            config = smoke.get_config()
+            make_store(model, params, make_conditions(config), config, target / str(count), mesh)
     """
     flags = "--xla_force_host_platform_device_count=4 " + ("" if optimised else os.environ["XLA_FLAGS"])
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}

@@ -15,7 +15,7 @@ import numpy as np
 from ard_jax.convert.published import check_names, expected_shapes, parameters, to_torch
 from ard_jax.convert.tensors import Stored, Tensors, dtypes_of, shapes_of
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, DiT
+from ard_jax.models import DiT
 from ard_jax.models.layers import position_table
 
 log = logging.getLogger("ard_jax")
@@ -94,7 +94,7 @@ def dit_to_diffusers(model: DiT, params: Any) -> tuple[dict[str, np.ndarray], di
     Raises:
         UserError: it is a student, its MLP is not four times as wide as its tokens, or its `image_size` is None.
     """
-    if isinstance(model, ARDStudent):
+    if model.backbone is not model:
         raise UserError("diffusers has no ARD students: export a student as a pipeline or as safetensors instead.")
     if model.mlp_ratio != 4:
         raise UserError(f"model.mlp_ratio is {model.mlp_ratio}, but diffusers' DiT has 4: export safetensors instead.")

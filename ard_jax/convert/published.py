@@ -32,6 +32,7 @@ NEEDED = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "
 FINAL_NAMES = {"modulation": "adaLN_modulation.1", "linear": "linear"}
 
 THREADS = 4
+STUDENT_FIELDS = ("mask", "heads", "block_times", "noise_time", "data_time")  # that no shape tells
 
 # A leaf of ours by its keys: the published name, or the names of the slices that are stacked in it.
 Places = dict[tuple[str, ...], str | list[str]]
@@ -62,7 +63,7 @@ def from_torch(
 
 
 def parameters(
-    state_dict: Mapping[str, np.ndarray], model: DiT, array: Callable[[np.ndarray], Any] = jnp.asarray
+    state_dict: Mapping[str, np.ndarray], model: DiT | ARDStudent, array: Callable[[np.ndarray], Any] = jnp.asarray
 ) -> Any:
     """A known model's parameters out of a published state dict.
 
@@ -78,7 +79,7 @@ def parameters(
     return read_tree(state_dict, model, array)
 
 
-def to_torch(model: DiT, params: Any) -> dict[str, np.ndarray]:
+def to_torch(model: DiT | ARDStudent, params: Any) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: published names to arrays in PyTorch's layout, types kept.
 
     Args:
@@ -88,13 +89,14 @@ def to_torch(model: DiT, params: Any) -> dict[str, np.ndarray]:
     Raises:
         UserError: the model's `image_size` is None.
     """
-    if model.image_size is None:
+    network = model.backbone
+    if network.image_size is None:
         raise UserError(
             "the model's image_size is None, but the published position table needs it: "
-            "clone the model with the side of its images, such as model.clone(image_size=32)."
+            "clone the model with the side of its images, such as model.with_backbone(image_size=32)."
         )
-    side = model.image_size // model.patch_size
-    table = position_table(side, side, model.hidden_size)[None]
+    side = network.image_size // network.patch_size
+    table = position_table(side, side, network.hidden_size)[None]
     state_dict = {"pos_embed": table.astype(params["label_embed"]["embedding"].dtype)}
     for keys, names in places(model).items():
         leaf = params
@@ -102,7 +104,7 @@ def to_torch(model: DiT, params: Any) -> dict[str, np.ndarray]:
             leaf = leaf[key]
         slices = [leaf] if isinstance(names, str) else np.asarray(leaf)
         for name, array in zip([names] if isinstance(names, str) else names, slices, strict=True):
-            state_dict[name] = np.ascontiguousarray(to_theirs(keys, np.asarray(array), model))
+            state_dict[name] = np.ascontiguousarray(to_theirs(keys, np.asarray(array), network))
     return state_dict
 
 
@@ -146,9 +148,10 @@ def make_model(
         return DiT(**fields)
     if heads > 1 and steps not in (None, heads):
         raise UserError(f"the state dict has {heads} final layers, so its student makes {heads} steps, not {steps}.")
+    own = {name: fields.pop(name) for name in STUDENT_FIELDS if name in fields}
     if heads == 1 and steps > 1:
-        fields["heads"] = "shared"
-    return ARDStudent(steps=steps or heads, history_layers=history_layers, **fields)
+        own["heads"] = "shared"
+    return ARDStudent(DiT(**fields), steps=steps or heads, history_layers=history_layers, **own)
 
 
 def highest(names: Iterable[str], pattern: str, none: int) -> int:
@@ -156,7 +159,7 @@ def highest(names: Iterable[str], pattern: str, none: int) -> int:
     return max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=none)
 
 
-def places(model: DiT) -> Places:
+def places(model: DiT | ARDStudent) -> Places:
     """Where each of our leaves lies in a published state dict."""
     found: Places = {
         ("patch_embed", "kernel"): "x_embedder.proj.weight",
@@ -167,20 +170,15 @@ def places(model: DiT) -> Places:
         for ours, theirs in (("mlp_in", "0"), ("mlp_out", "2")):
             found["time_embed", ours, leaf] = f"t_embedder.mlp.{theirs}.{kind}"
         for ours, theirs in BLOCK_NAMES.items():
-            found["blocks", ours, leaf] = [f"blocks.{layer}.{theirs}.{kind}" for layer in range(model.depth)]
+            found["blocks", ours, leaf] = [f"blocks.{layer}.{theirs}.{kind}" for layer in range(model.backbone.depth)]
         for ours, theirs in FINAL_NAMES.items():
             names = [f"{head}.{theirs}.{kind}" for head in head_names(model)]
-            found["final_layer", ours, leaf] = names if has_own_heads(model) else names[0]
+            found["final_layer", ours, leaf] = names if model.stacked_heads else names[0]
     return found
 
 
-def has_own_heads(model: DiT) -> bool:
-    """Whether its final layer has a leading block axis."""
-    return isinstance(model, ARDStudent) and model.heads == "separate"
-
-
-def head_names(model: DiT) -> list[str]:
-    return ["final_layer"] + [f"final_layer{b}" for b in range(2, 1 + (model.steps if has_own_heads(model) else 1))]
+def head_names(model: DiT | ARDStudent) -> list[str]:
+    return ["final_layer"] + [f"final_layer{block}" for block in range(2, model.stacked_heads + 1)]
 
 
 def to_ours(keys: tuple[str, ...], array: np.ndarray) -> np.ndarray:
@@ -190,14 +188,14 @@ def to_ours(keys: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     return array.T if keys[-1] == "kernel" else array
 
 
-def to_theirs(keys: tuple[str, ...], array: np.ndarray, model: DiT) -> np.ndarray:
+def to_theirs(keys: tuple[str, ...], array: np.ndarray, network: DiT) -> np.ndarray:
     """The inverse of `to_ours`."""
     if keys == ("patch_embed", "kernel"):
-        return array.reshape(model.patch_size, model.patch_size, model.channels, -1).transpose(3, 2, 0, 1)
+        return array.reshape(network.patch_size, network.patch_size, network.channels, -1).transpose(3, 2, 0, 1)
     return array.T if keys[-1] == "kernel" else array
 
 
-def stored_parameters(state_dict: Mapping[str, np.ndarray], model: DiT) -> Any:
+def stored_parameters(state_dict: Mapping[str, np.ndarray], model: DiT | ARDStudent) -> Any:
     """`parameters` before they are read: each leaf is a `Stored`, so that they can be had one at a time.
 
     Raises:
@@ -208,13 +206,13 @@ def stored_parameters(state_dict: Mapping[str, np.ndarray], model: DiT) -> Any:
 
 
 def read_tree(
-    state_dict: Mapping[str, np.ndarray], model: DiT, array: Callable[[np.ndarray], Any] = jnp.asarray
+    state_dict: Mapping[str, np.ndarray], model: DiT | ARDStudent, array: Callable[[np.ndarray], Any] = jnp.asarray
 ) -> Any:
     """The parameters, once the names and shapes are known to be right."""
     return jax.tree.map(lambda leaf: array(leaf.read()), stored_tree(state_dict, model))
 
 
-def stored_tree(state_dict: Mapping[str, np.ndarray], model: DiT) -> Any:
+def stored_tree(state_dict: Mapping[str, np.ndarray], model: DiT | ARDStudent) -> Any:
     """The parameters as `Stored`, once the names and shapes are known to be right."""
     check_position_table(np.asarray(state_dict["pos_embed"]), model)
     tree: dict[str, Any] = {}
@@ -260,12 +258,13 @@ def fill(target: np.ndarray, array: np.ndarray, strip: int = 128) -> None:
         target[..., first : first + strip] = array[..., first : first + strip]
 
 
-def expected_shapes(model: DiT) -> dict[str, tuple[int, ...] | None]:
+def expected_shapes(model: DiT | ARDStudent) -> dict[str, tuple[int, ...] | None]:
     """Published names and shapes of a model; None where any shape will do (the position table's length)."""
-    width, hidden = model.hidden_size, round(model.hidden_size * model.mlp_ratio)
-    out = model.patch_size**2 * model.channels * (2 if model.learn_sigma else 1)
+    network = model.backbone
+    width, hidden = network.hidden_size, round(network.hidden_size * network.mlp_ratio)
+    out = network.patch_size**2 * network.channels * (2 if network.learn_sigma else 1)
     dense = {"t_embedder.mlp.0": (width, 256), "t_embedder.mlp.2": (width, width)}
-    for layer in range(model.depth):
+    for layer in range(network.depth):
         sizes = {
             "modulation": (6 * width, width),
             "qkv": (3 * width, width),
@@ -278,9 +277,9 @@ def expected_shapes(model: DiT) -> dict[str, tuple[int, ...] | None]:
         dense |= {f"{head}.adaLN_modulation.1": (2 * width, width), f"{head}.linear": (out, width)}
     shapes: dict[str, tuple[int, ...] | None] = {
         "pos_embed": None,
-        "x_embedder.proj.weight": (width, model.channels, model.patch_size, model.patch_size),
+        "x_embedder.proj.weight": (width, network.channels, network.patch_size, network.patch_size),
         "x_embedder.proj.bias": (width,),
-        "y_embedder.embedding_table.weight": (model.num_classes + 1, width),
+        "y_embedder.embedding_table.weight": (network.num_classes + 1, width),
     }
     for name, shape in dense.items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
@@ -312,10 +311,11 @@ def check_names(
         )
 
 
-def check_position_table(table: np.ndarray, model: DiT) -> None:
+def check_position_table(table: np.ndarray, model: DiT | ARDStudent) -> None:
     """Raises UserError unless it is the fixed table of the model's image size, in whichever precision it was kept."""
-    side = model.image_size // model.patch_size if model.image_size else math.isqrt(math.prod(table.shape[:-1]))
-    fixed = position_table(side, side, model.hidden_size)
+    network = model.backbone
+    side = network.image_size // network.patch_size if network.image_size else math.isqrt(math.prod(table.shape[:-1]))
+    fixed = position_table(side, side, network.hidden_size)
     kept = [fixed.astype(dtype).astype(np.float32) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16)]
     given = np.asarray(table, np.float32)
     if table.shape != (1, *fixed.shape) or not any(np.allclose(given[0], known, rtol=0, atol=1e-6) for known in kept):

@@ -143,7 +143,7 @@ def open_file(path: pathlib.Path, told: Told) -> Source:
     if "config" in tensors.metadata:
         source = open_described(path, (path,), tensors, parse_config(tensors.metadata["config"], path), told)
         names = json.loads(tensors.metadata.get("id2label", "{}"))
-        return dataclasses.replace(source, labels=class_names(names, source.model.num_classes, path))
+        return dataclasses.replace(source, labels=class_names(names, source.model.backbone.num_classes, path))
     model = make_model(
         tensors.shapes,
         num_heads=1,  # until it is known how wide and deep the model is
@@ -207,11 +207,12 @@ def find_heads(model: DiT, recorded: Mapping[str, Any], told: Told) -> int:
     Raises:
         UserError: nothing tells them.
     """
-    known = [heads for width, depth, heads in SIZES.values() if (width, depth) == (model.hidden_size, model.depth)]
+    size = model.backbone.hidden_size, model.backbone.depth
+    known = [heads for width, depth, heads in SIZES.values() if (width, depth) == size]
     heads = first_known(told.num_heads, recorded.get("num_heads"), *known, 0)
     if not heads:
         raise UserError(
-            f"nothing tells the attention heads of this model of width {model.hidden_size} and depth {model.depth}, "
+            f"nothing tells the attention heads of this model of width {size[0]} and depth {size[1]}, "
             f"which is no published size: give --num-heads."
         )
     return heads
@@ -247,13 +248,13 @@ def describe(model: DiT, told: Told, latent: bool = False) -> ConfigDict:
     """
     config = default_config()
     config.data.update(
-        image_size=model.image_size,
-        channels=model.channels,
-        num_classes=model.num_classes,
-        space="latent" if latent or model.channels not in (1, 3) else "pixel",
+        image_size=model.backbone.image_size,
+        channels=model.backbone.channels,
+        num_classes=model.backbone.num_classes,
+        space="latent" if latent or model.backbone.channels not in (1, 3) else "pixel",
     )
     fields = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "learn_sigma", "frequency_shift")
-    config.model.update({name: getattr(model, name) for name in (*fields, "mlp_norm_eps")})
+    config.model.update({name: getattr(model.backbone, name) for name in (*fields, "mlp_norm_eps")})
     config.sample.models = ("teacher",)
     if isinstance(model, ARDStudent):
         points = told.points or POINTS.get(model.steps)
@@ -331,7 +332,7 @@ def open_dit_pipeline(folder: pathlib.Path, index: Mapping[str, Any], told: Told
         what="a DiTPipeline of diffusers",
         files=(folder / "model_index.json", scheduler, *source.files),
         vae=vae,
-        labels=class_names(index.get("id2label"), source.model.num_classes, folder / "model_index.json"),
+        labels=class_names(index.get("id2label"), source.model.backbone.num_classes, folder / "model_index.json"),
         license=told.license or folder_license(folder),
     )
 
@@ -341,7 +342,7 @@ def open_transformer(folder: pathlib.Path, told: Told) -> Source:
     model = diffusers.dit_model(
         read_description(folder / "config.json"), frequency_shift=first_known(told.frequency_shift, 1.0)
     )
-    agree(told, folder, num_heads=model.num_heads, objective="noise")
+    agree(told, folder, num_heads=model.backbone.num_heads, objective="noise")
     needless(told, f"{folder} holds a teacher of diffusers", "weights", *OF_STUDENTS)
     config = describe(model, told)
     config.diffusion.guided_channels = 0  # diffusers guides them all
@@ -413,7 +414,7 @@ def open_ard_pipeline(folder: pathlib.Path, index: Mapping[str, Any], told: Told
         what=f"the {name} of an ARDPipeline",
         files=(folder / "model_index.json", *source.files),
         vae=folder / "vae" if "vae" in index else None,
-        labels=class_names(index.get("id2label"), source.model.num_classes, folder / "model_index.json"),
+        labels=class_names(index.get("id2label"), source.model.backbone.num_classes, folder / "model_index.json"),
         license=source.license or folder_license(folder),
     )
 
@@ -433,7 +434,13 @@ def open_described(
     model = make_student(config) if is_student else make_teacher(config)
     check_names(tensors.shapes, expected_shapes(model), "its config describes")
     objective = "velocity" if config.diffusion.process == "flow" else "noise"
-    agree(told, path, num_heads=model.num_heads, frequency_shift=model.frequency_shift, objective=objective)
+    agree(
+        told,
+        path,
+        num_heads=model.backbone.num_heads,
+        frequency_shift=model.backbone.frequency_shift,
+        objective=objective,
+    )
     needless(told, f"{path} is no training checkpoint with ema and model in it", "weights")
     if is_student:
         config.student.name = told.name or config.student.name

@@ -17,7 +17,7 @@ from jax import export
 from ard_jax.convert import standalone
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, write_json
-from ard_jax.sampling import draw_noise_and_labels, sampling_key
+from ard_jax.sampling import draw_noise, sampling_key
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 ANY = "any"  # the batch size of a module that takes every one
@@ -97,7 +97,7 @@ def export_noise(shape: tuple[int, int, int], platforms: Sequence[str]) -> expor
     """(seed, image numbers (batch,)) → noise (batch, height, width, channel), as the pipeline draws it."""
 
     def draw(seed, index):
-        return draw_noise_and_labels(sampling_key(seed), index, shape, 1)[0]
+        return draw_noise(sampling_key(seed), index, shape)
 
     number = jax.ShapeDtypeStruct((), jnp.int32)
     index = jax.ShapeDtypeStruct(export.symbolic_shape("batch"), jnp.int32)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance of a class-conditional network."""
+"""Classifier-free guidance of a conditional network."""
 
 import dataclasses
 
@@ -41,14 +41,14 @@ class Guidance:
         return (low <= time) & (time <= high)
 
 
-def guided_output(model, params, x, time, y, guidance: Guidance, process: Process) -> jax.Array:
+def guided_output(model, params, x, time, condition, guidance: Guidance, process: Process) -> jax.Array:
     """The network's guided output, its variance half dropped.
 
     Args:
-        model, params: a `DiT` and its parameters.
+        model, params: a backbone and its parameters.
         x: states, (batch, height, width, channel).
         time: network time, a scalar, or one a state, (batch,).
-        y: labels, (batch,).
+        condition: leaves (batch, …), as the model takes it.
         guidance, process: as configured.
 
     Returns:
@@ -57,13 +57,16 @@ def guided_output(model, params, x, time, y, guidance: Guidance, process: Proces
     channels = x.shape[-1]
     times = jnp.broadcast_to(jnp.asarray(time, x.dtype), x.shape[:1])
 
-    def call(x, times, y):
-        return model.apply({"params": params}, x, times, y)[..., :channels].astype(x.dtype)
+    def call(x, times, condition):
+        return model.apply({"params": params}, x, times, condition)[..., :channels].astype(x.dtype)
+
+    def beside(left, right):
+        return jnp.stack([left, right], axis=1).reshape(-1, *left.shape[1:])
 
     def guided(acts=True):
         # the two calls of an image lie side by side, so that they stay on its device where the batch is split
-        labels = jnp.stack([y, jnp.full_like(y, model.num_classes)], axis=1)
-        both = call(jnp.repeat(x, 2, axis=0), jnp.repeat(times, 2), labels.reshape(-1)).reshape(-1, 2, *x.shape[1:])
+        told = jax.tree.map(beside, condition, model.unconditional(condition))
+        both = call(jnp.repeat(x, 2, axis=0), jnp.repeat(times, 2), told).reshape(-1, 2, *x.shape[1:])
         conditional, unconditional = both[:, 0], both[:, 1]
         moved = unconditional + guidance.scale * (conditional - unconditional)
         kept = guidance.channels or channels
@@ -71,9 +74,9 @@ def guided_output(model, params, x, time, y, guidance: Guidance, process: Proces
         return moved if acts is True else jnp.where(per_row(acts, x), moved, conditional)
 
     if guidance.scale == 1.0:
-        return call(x, times, y)
+        return call(x, times, condition)
     if tuple(guidance.interval) == (0.0, 1.0):
         return guided()
     if jnp.ndim(time):
         return guided(guidance.acts_at(times, process))
-    return jax.lax.cond(guidance.acts_at(time, process), guided, lambda: call(x, times, y))
+    return jax.lax.cond(guidance.acts_at(time, process), guided, lambda: call(x, times, condition))

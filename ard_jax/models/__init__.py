@@ -1,7 +1,8 @@
 """Pure Flax modules: nothing here trains, reads or writes."""
 
+from ard_jax.models.backbone import Backbone, Condition, Context, count_parameters, inputs_like, parameter_shapes
 from ard_jax.models.discriminator import Discriminator
-from ard_jax.models.dit import DiT, count_parameters, parameter_shapes, size_fields
+from ard_jax.models.dit import DiT, size_fields
 from ard_jax.models.masks import MASKS, visible_blocks
 from ard_jax.models.student import ARDStudent, default_block_times, init_from_teacher
 from ard_jax.models.vae import AutoencoderKL
@@ -10,11 +11,15 @@ __all__ = [
     "MASKS",
     "ARDStudent",
     "AutoencoderKL",
+    "Backbone",
+    "Condition",
+    "Context",
     "Discriminator",
     "DiT",
     "count_parameters",
     "default_block_times",
     "init_from_teacher",
+    "inputs_like",
     "parameter_shapes",
     "size_fields",
     "visible_blocks",

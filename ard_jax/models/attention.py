@@ -198,10 +198,3 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     logits = jnp.einsum("rhqd,rhkd->rhqk", q, k, preferred_element_type=at_least_float32)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("rhqk,rhkd->rhqd", weights, v).swapaxes(1, 2)
-
-
-def attend_within_rows(
-    q: jax.Array, k: jax.Array, v: jax.Array, memory: None = None, *, backend: str = "xla"
-) -> tuple[jax.Array, None]:
-    """Every token sees the tokens of its own row: the teacher, and the student's per-block layers."""
-    return attention(q, k, v, backend), memory

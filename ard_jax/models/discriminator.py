@@ -116,7 +116,7 @@ class Discriminator(nn.Module):
         """Judges.
 
         Args:
-            tokens: of the teacher's blocks, (head, rows, token, width), see `DiT.features`.
+            tokens: of the teacher's blocks, (head, rows, token, width), see `Backbone.features`.
             condition: time and label embedding, (rows, condition width).
 
         Returns:

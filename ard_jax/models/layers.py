@@ -133,12 +133,12 @@ class DiTBlock(nn.Module):
     mlp_norm_eps: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array, memory: Any, attend: Attend) -> tuple[jax.Array, Any]:
-        """x (rows, token, width) and SiLU of the condition (rows, width) → x of the same shape, and the memory."""
+    def __call__(self, x: jax.Array, context: Any, memory: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        """x (rows, token, width), of the context its `rows` (rows, width) → x of the same shape, and the memory."""
         width = x.shape[-1]
         zeros = nn.initializers.zeros
         dense = functools.partial(Dense, dtype=self.dtype, kernel_init=xavier)
-        modulation = dense(6 * width, kernel_init=zeros, name="modulation")(condition)
+        modulation = dense(6 * width, kernel_init=zeros, name="modulation")(context.rows)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
 
         h = modulate(layer_norm(x, self.dtype), shift_a, scale_a)
@@ -155,15 +155,15 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN, then a linear map to patches: (rows, token, width) → (rows, token, features)."""
+    """adaLN by the context's `rows`, then a linear map to patches: (rows, token, width) → (rows, token, features)."""
 
     features: int
     dtype: Dtype | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Any) -> jax.Array:
         zeros = nn.initializers.zeros
-        modulation = Dense(2 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="modulation")(condition)
+        modulation = Dense(2 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="modulation")(context.rows)
         shift, scale = jnp.split(modulation, 2, axis=-1)
         h = modulate(layer_norm(x, self.dtype), shift, scale)
         return Dense(self.features, kernel_init=zeros, dtype=self.dtype, name="linear")(h)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from ard_jax.errors import UserError
-from ard_jax.models import layers
 from ard_jax.models.attention import KeysAndValues, block_attention, block_mass, cached_attention
-from ard_jax.models.dit import DiT, take
+from ard_jax.models.backbone import Backbone, Condition, Context, take
+from ard_jax.models.layers import Attend
 from ard_jax.models.masks import MASKS, visible_blocks
+from ard_jax.models.partition import constrain
 
 HEADS = ("separate", "shared")
 
@@ -27,10 +28,11 @@ def default_block_times(steps: int, noise_time: float, data_time: float = 0.0) -
     return tuple((noise_time * (steps - block) + data_time * block) / steps for block in range(steps))
 
 
-class ARDStudent(DiT):
+class ARDStudent(nn.Module):
     """Predicts the next point of a trajectory from all points before it.
 
-    Attributes (beside those of `DiT`):
+    Attributes:
+        backbone: the network that it is made of, the teacher's; the student's parameters carry its names.
         steps: S, the number of blocks and of predictions.
         history_layers: N, how many of the lowest layers see earlier blocks.
         mask: which of them ("diagonal", "window", "noise_and_own", "causal").
@@ -40,6 +42,7 @@ class ARDStudent(DiT):
         data_time: the network time of data.
     """
 
+    backbone: Backbone
     steps: int = 4
     history_layers: int = 6
     mask: str = "causal"
@@ -49,12 +52,13 @@ class ARDStudent(DiT):
     data_time: float = 0.0
 
     def __post_init__(self):
+        depth = self.backbone.depth
         if self.steps < 1:
             raise UserError(f"student.steps is {self.steps}: a student makes at least 1 step.")
-        if not 0 <= self.history_layers <= self.depth:
+        if not 0 <= self.history_layers <= depth:
             raise UserError(
-                f"history_layers is {self.history_layers}, but the model has {self.depth} layers: "
-                f"choose a number from 0 to {self.depth}."
+                f"history_layers is {self.history_layers}, but the model has {depth} layers: "
+                f"choose a number from 0 to {depth}."
             )
         if self.mask not in MASKS:
             raise UserError(f"mask is {self.mask!r}, which does not exist: choose one of {', '.join(MASKS)}.")
@@ -66,88 +70,103 @@ class ARDStudent(DiT):
             )
         super().__post_init__()
 
+    def setup(self):
+        nn.share_scope(self, self.backbone)
+
     @property
     def layers_with_history(self) -> int:
         """How many layers cross blocks: none if the mask is diagonal or there is but one block."""
         return 0 if self.mask == "diagonal" or self.steps == 1 else self.history_layers
 
-    def conditions(self, y: jax.Array, dtype: Any, blocks: slice = slice(None)) -> jax.Array:
-        """SiLU(time of the block + label) of the given blocks: labels (batch,) → (batch, block, width)."""
+    @property
+    def stacked_heads(self) -> int:
+        """How many final layers lie on a leading block axis; 0 for one that all steps share."""
+        return self.steps if self.heads == "separate" else 0
+
+    def with_backbone(self, **fields: Any) -> "ARDStudent":
+        """A copy with some of the backbone's fields changed."""
+        return self.clone(backbone=self.backbone.clone(**fields))
+
+    def context(self, condition: Condition, dtype: Any, blocks: slice = slice(None)) -> Context:
+        """What the given blocks of every example read; condition leaves (batch, …) → batch · block rows."""
         times = (self.block_times or default_block_times(self.steps, self.noise_time, self.data_time))[blocks]
-        time = self.time_embed(jnp.asarray(times, jnp.promote_types(dtype, jnp.float32)))
-        return nn.silu(time[None] + self.label_embed(y)[:, None])
+        return self.backbone.context(jnp.asarray(times, jnp.promote_types(dtype, jnp.float32))[None], condition)
 
-    def head(self, h: jax.Array, condition: jax.Array, block: int) -> jax.Array:
-        """Head `block`: h (batch, token, width), condition (batch, width) → tokens (batch, token, features)."""
+    def head(self, h: jax.Array, context: Context, block: int) -> jax.Array:
+        """Head `block`: h (batch, token, width) and that block's context → tokens (batch, token, features)."""
 
-        def run(final_layer, h, condition):
-            return final_layer(h, layers.constrain(condition, "batch", None))
+        def run(final_layer, h, context):
+            rows = jax.tree.map(lambda leaf: constrain(leaf, "batch", *[None] * (leaf.ndim - 1)), context.rows)
+            return final_layer(h, context._replace(rows=rows))
 
         if self.heads == "separate" and self.is_initializing():  # makes all of them, stacked on a block axis
             stack = nn.vmap(run, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,
                             axis_size=self.steps)  # fmt: skip
-            return stack(self.final_layer, h, condition)[block]
+            return stack(self.backbone.final_layer, h, context)[block]
         if self.heads == "separate":
             run = nn.map_variables(run, "params", trans_in_fn=lambda stack: take(stack, block))
-        return run(self.final_layer, h, condition)
+        return run(self.backbone.final_layer, h, context)
 
-    def predict(self, h: jax.Array, condition: jax.Array, block: int, images: jax.Array) -> jax.Array:
+    def predict(self, h: jax.Array, context: Context, block: int, images: jax.Array) -> jax.Array:
         """The next point after `block`, (batch, height, width, channel); the learned variance is dropped."""
-        return self.to_image(self.head(h, condition, block), images)[..., : self.channels]
+        return self.backbone.to_image(self.head(h, context, block), images)[..., : self.backbone.channels]
 
-    def __call__(self, points: jax.Array, y: jax.Array) -> jax.Array:
+    def __call__(self, points: jax.Array, condition: Condition) -> jax.Array:
         """Teacher forcing: predicts every next point from the given ones.
 
         Args:
             points: x_T, x_{τS−1}, …, x_{τ1}: (batch, block, height, width, channel), block 0 the noise.
-            y: labels, (batch,).
+            condition: of the examples, leaves (batch, …).
 
         Returns:
             Predictions of x_{τS−1}, …, x_{τ0}, of the shape of `points`.
 
         Raises:
-            UserError: the number of blocks is not `steps`, or what `DiT` raises.
+            UserError: the number of blocks is not `steps`, or what the backbone raises.
         """
-        h, conditions = self.trunk(points, y)
-        return self.read_out(h, conditions, points)
+        return self.read_out(*self.trunk(points, condition), points)
 
-    def trunk(self, points: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def trunk(self, points: jax.Array, condition: Condition) -> tuple[jax.Array, Context]:
         """All that comes before the heads, so that a gradient can be taken at the heads alone; arguments of `__call__`.
 
         Returns:
-            Tokens (batch, block, token, width) and the conditions of `conditions`, for `read_out`.
+            Tokens (batch, block, token, width) and the context of all rows, for `read_out`.
         """
         batch, steps = points.shape[:2]
-        h, conditions = self.embed_blocks(points, y)
-        per_row = conditions.reshape(batch * steps, -1)
+        h, context = self.embed_blocks(points, condition)
+        within = self.backbone.attend_within_rows()
         if self.is_initializing():  # the parameters do not depend on which layers have a history
-            h, _ = self.run_blocks(h, per_row, self.attend_within_rows, 0, self.depth)
+            h, _ = self.backbone.run_blocks(h, context, within, 0, self.backbone.depth)
         else:
             history = self.layers_with_history
-            h, _ = self.run_blocks(h, per_row, self.attend_to_history, 0, history)
-            h, _ = self.run_blocks(h, per_row, self.attend_within_rows, history, self.depth)
-        return h.reshape(batch, steps, *h.shape[1:]), conditions
+            h, _ = self.backbone.run_blocks(h, context, self.attend_to_history(), 0, history)
+            h, _ = self.backbone.run_blocks(h, context, within, history, self.backbone.depth)
+        return h.reshape(batch, steps, *h.shape[1:]), context
 
-    def read_out(self, h: jax.Array, conditions: jax.Array, points: jax.Array) -> jax.Array:
+    def read_out(self, h: jax.Array, context: Context, points: jax.Array) -> jax.Array:
         """The heads' predictions from what `trunk` puts out, of the shape of `points`."""
-        predictions = [self.predict(h[:, b], conditions[:, b], b, points[:, b]) for b in range(self.steps)]
+        predictions = [
+            self.predict(h[:, block], context.of_block(block, self.steps), block, points[:, block])
+            for block in range(self.steps)
+        ]
         return jnp.stack(predictions, axis=1)
 
-    def embed_blocks(self, points: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Tokens (batch · block, token, width) and conditions (batch, block, width); arguments as in a call."""
+    def embed_blocks(self, points: jax.Array, condition: Condition) -> tuple[jax.Array, Context]:
+        """Tokens (batch · block, token, width) and their context; arguments as in a call."""
         batch, steps = points.shape[:2]
         if steps != self.steps:
             raise UserError(
                 f"a student of {self.steps} steps was given {steps} points: its input is the noise and the "
                 f"{self.steps - 1} points after it."
             )
-        return self.embed(points.reshape(batch * steps, *points.shape[2:])), self.conditions(y, points.dtype)
+        h = self.backbone.embed(points.reshape(batch * steps, *points.shape[2:]))
+        return h, self.context(condition, points.dtype)._replace(summary=None)
 
-    def attention_mass(self, points: jax.Array, y: jax.Array) -> jax.Array:
+    def attention_mass(self, points: jax.Array, condition: Condition) -> jax.Array:
         """How much of its attention each block pays to each block that it sees, layer by layer.
 
         Args:
-            points, y: as in a call.
+            points, condition: as in a call.
 
         Returns:
             Means over queries and heads, (batch, layer, query block, key block), of the layers that look across blocks;
@@ -158,57 +177,59 @@ class ARDStudent(DiT):
         """
         if not self.layers_with_history:
             raise UserError("a student without history layers pays no attention to earlier blocks: ask one with some.")
-        h, conditions = self.embed_blocks(points, y)
+        h, context = self.embed_blocks(points, condition)
+        attend, mask, steps = self.attend_to_history(), self.mask, self.steps
 
-        def attend(q, k, v, memory):
-            output, _ = self.attend_to_history(q, k, v)
-            return output, block_mass(q, k, self.mask, self.steps)
+        def attend_and_weigh(q, k, v, memory):
+            output, _ = attend(q, k, v, memory)
+            return output, block_mass(q, k, mask, steps)
 
-        per_row = conditions.reshape(len(h), -1)
-        _, mass = self.run_blocks(h, per_row, attend, 0, self.layers_with_history, differentiable=False)
+        _, mass = self.backbone.run_blocks(
+            h, context, attend_and_weigh, 0, self.layers_with_history, differentiable=False
+        )
         return mass.swapaxes(0, 1)
 
-    def attend_to_history(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, memory: None = None
-    ) -> tuple[jax.Array, None]:
+    def attend_to_history(self) -> Attend:
         """Each block's queries meet the keys of just the blocks that it sees; no mask over S·T tokens is formed."""
-        return block_attention(q, k, v, self.mask, self.steps, self.attention), memory
+        mask, steps, backend = self.mask, self.steps, self.backbone.attention
+        return lambda q, k, v, memory: (block_attention(q, k, v, mask, steps, backend), memory)
 
     def step(
-        self, point: jax.Array, y: jax.Array, cache: tuple[KeysAndValues, ...] = ()
+        self, point: jax.Array, condition: Condition, cache: tuple[KeysAndValues, ...] = ()
     ) -> tuple[jax.Array, tuple[KeysAndValues, ...]]:
         """One step of the cached sampler: the block index is the number of blocks in the cache.
 
         Args:
             point: the newest point (the noise at first), (batch, height, width, channel).
-            y: labels, (batch,).
+            condition: of the examples, leaves (batch, …).
             cache: what the earlier steps returned, () at first: of each block the keys and values of all history
                 layers, which are a leading axis.
 
         Returns:
             The prediction of the next point, and the cache with this block's keys and values in it.
         """
-        block, history = len(cache), self.layers_with_history
-        condition = self.conditions(y, point.dtype, slice(block, block + 1))[:, 0]
+        block, history, backend = len(cache), self.layers_with_history, self.backbone.attention
+        context = self.context(condition, point.dtype, slice(block, block + 1))
         seen = tuple(cache[b] for b in visible_blocks(self.mask, block)[:-1]) if history else ()
 
         def attend(q, k, v, earlier):
-            return cached_attention(q, k, v, earlier, self.attention)
+            return cached_attention(q, k, v, earlier, backend)
 
-        h, own = self.run_blocks(self.embed(point), condition, attend, 0, history, seen, differentiable=False)
-        h, _ = self.run_blocks(h, condition, self.attend_within_rows, history, self.depth, differentiable=False)
-        return self.predict(h, condition, block, point), (*cache, own)
+        run, within = self.backbone.run_blocks, self.backbone.attend_within_rows()
+        h, own = run(self.backbone.embed(point), context, attend, 0, history, seen, differentiable=False)
+        h, _ = run(h, context, within, history, self.backbone.depth, differentiable=False)
+        return self.predict(h, context._replace(summary=None), block, point), (*cache, own)
 
 
-def init_from_teacher(teacher_params: Any, student: DiT) -> Any:
+def init_from_teacher(teacher_params: Any, student: Backbone | ARDStudent) -> Any:
     """The student's parameters at the start: the teacher's, with a copy of its final layer for every head.
 
     The stack of layers is shared with the teacher's tree, not copied.
     """
-    if not isinstance(student, ARDStudent) or student.heads == "shared":
+    if not student.stacked_heads:
         return dict(teacher_params)
 
     def repeat(leaf):
-        return jnp.broadcast_to(leaf, (student.steps, *leaf.shape))
+        return jnp.broadcast_to(leaf, (student.stacked_heads, *leaf.shape))
 
     return {**teacher_params, "final_layer": jax.tree.map(repeat, teacher_params["final_layer"])}

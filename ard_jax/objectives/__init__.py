@@ -20,7 +20,7 @@ import jax
 
 from ard_jax.diffusion import Process
 from ard_jax.errors import UserError, first_line
-from ard_jax.models import DiT
+from ard_jax.models import ARDStudent, Backbone
 
 Metrics = dict[str, jax.Array]
 Objective = Callable[[Any, Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, Metrics]]
@@ -46,7 +46,7 @@ class Given(NamedTuple):
     """What a distillation method is built from.
 
     Attributes:
-        student: the network that learns; see `config.make_student`.
+        student: the network that learns; see `build.make_student`.
         kind: of the student, `config.student.kind`.
         teacher: the teacher's network.
         process: the teacher's forward process.
@@ -62,9 +62,9 @@ class Given(NamedTuple):
         options: the method's own settings, `config.distill.<objective>`; empty if it has none.
     """
 
-    student: DiT
+    student: Backbone | ARDStudent
     kind: str
-    teacher: DiT
+    teacher: Backbone
     process: Process
     solver: dict[str, Any]
     shape: tuple[int, int, int]

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from ard_jax.diffusion import Process
-from ard_jax.models import ARDStudent, Discriminator, DiT
+from ard_jax.models import ARDStudent, Backbone, Condition, Discriminator
+from ard_jax.models.backbone import condition_like
 from ard_jax.models.discriminator import normalised, power_iteration, random_vectors
 from ard_jax.models.flops import discriminator_macs, student_macs, teacher_macs
 from ard_jax.objectives import STUDENT, Joint, Method
@@ -40,29 +41,29 @@ class Judge(NamedTuple):
             as it was trained on them (as in LADD, arXiv 2403.12015).
     """
 
-    teacher: DiT
+    teacher: Backbone
     heads: Discriminator
     layers: tuple[int, ...]
     process: Process
     time: float
 
     def features(
-        self, params: Any, images: jax.Array, label: jax.Array, key: jax.Array, position: jax.Array
+        self, params: Any, images: jax.Array, condition: Condition, key: jax.Array, position: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """See `DiT.features`; `params` are the teacher's, and noise is drawn by the key and the position (batch,)."""
+        """See `Backbone.features`; `params` are the teacher's; noise is drawn by the key and the position (batch,)."""
         time = jnp.full(len(images), self.time)
         if self.time != self.process.data_time:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, position)
             noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], images.dtype))(keys)
             images = self.process.noised(images, noise, time)
-        return self.teacher.apply({"params": params}, images, time, label, self.layers, method="features")
+        return self.teacher.apply({"params": params}, images, time, condition, self.layers, method="features")
 
-    def logits(self, params: Any, vectors: Any, tokens: jax.Array, condition: jax.Array) -> jax.Array:
+    def logits(self, params: Any, vectors: Any, tokens: jax.Array, summary: jax.Array) -> jax.Array:
         """(head, batch, token); `params` are the heads'."""
-        return self.heads.apply({"params": normalised(params, vectors)}, tokens, condition)
+        return self.heads.apply({"params": normalised(params, vectors)}, tokens, summary)
 
 
-def make_judge(teacher: DiT, layers: tuple[int, ...], process: Process, share: float) -> Judge:
+def make_judge(teacher: Backbone, layers: tuple[int, ...], process: Process, share: float) -> Judge:
     """A judge with a head on each of the given blocks, () for all, at a share of the way from data to noise."""
     layers = layers or tuple(range(teacher.depth))
     time = process.data_time + share * (process.noise_time - process.data_time)
@@ -94,9 +95,9 @@ def adversarial_method(
 
     def begin(params, frozen, key):
         init_key, vector_key = jax.random.split(jax.random.fold_in(key, 2))
-        one = jnp.zeros(1, jnp.int32)
-        tokens, condition = judge.features(frozen, jnp.zeros((1, *shape)), one, key, one)
-        heads = judge.heads.init(init_key, tokens, condition)["params"]
+        one = condition_like(judge.teacher, 1)
+        seen = judge.features(frozen, jnp.zeros((1, *shape)), one, key, jnp.zeros(1, jnp.int32))
+        heads = judge.heads.init(init_key, *seen)["params"]
         return {DISCRIMINATOR: heads}, power_iteration(heads, random_vectors(heads, vector_key), spectral_rounds)
 
     teacher_cost = teacher_macs(judge.teacher, shape) * (max(judge.layers) + 1) / judge.teacher.depth
@@ -131,7 +132,8 @@ def adversarial(
         warmup: steps in which only the discriminator and the regression learn.
 
     The batch holds "trajectory", as `objectives.ard` reads it, and "real": "image" (batch, height, width, channel),
-    "label" (batch,), both with "position" (batch,). The memory is the heads' spectral vectors, turned once a step.
+    both with "condition" (leaves (batch, …)) and "position" (batch,). The memory is the heads' spectral vectors, turned
+    once a step.
     """
 
     def gradients(networks, memory, frozen, batch, key, step):
@@ -141,13 +143,13 @@ def adversarial(
         images = flipped(flip_key, real["position"], real["image"]) if horizontal_flip else real["image"]
 
         student_pass = forward(student, networks[STUDENT], trajectory, target, columns)
-        tokens, pull_features, condition = jax.vjp(
-            lambda fake: judge.features(frozen, fake, trajectory["label"], fake_key, trajectory["position"]),
+        tokens, pull_features, summary = jax.vjp(
+            lambda fake: judge.features(frozen, fake, trajectory["condition"], fake_key, trajectory["position"]),
             student_pass.fake,
             has_aux=True,
         )
-        seen = judge.features(frozen, images, real["label"], real_key, real["position"])
-        heads, to_tokens, judged = compete(judge, networks[DISCRIMINATOR], vectors, seen, (tokens, condition))
+        seen = judge.features(frozen, images, real["condition"], real_key, real["position"])
+        heads, to_tokens, judged = compete(judge, networks[DISCRIMINATOR], vectors, seen, (tokens, summary))
         (to_fake,) = pull_features(to_tokens)
         gradient, factor = combine(student_pass, to_fake, weight * (step >= warmup))
         loss = student_pass.loss + factor * judged["loss_generator"]
@@ -169,7 +171,7 @@ def compete(
 
     Args:
         judge, params, vectors: the heads' parameters and spectral vectors.
-        real, fake: tokens and condition of `Judge.features`.
+        real, fake: tokens and summary of `Judge.features`.
 
     Returns:
         The gradient of L_D at the heads' parameters, that of L_G at the fake tokens, and the metrics.
@@ -229,7 +231,7 @@ def forward(
     trunk = {name: part for name, part in params.items() if name not in heads}
 
     def run_trunk(trunk):
-        return student.apply({"params": trunk}, inputs, batch["label"], method="trunk")
+        return student.apply({"params": trunk}, inputs, batch["condition"], method="trunk")
 
     def run_heads(heads, hidden):
         return student.apply({"params": heads}, *hidden, inputs, method="read_out")

@@ -7,11 +7,11 @@ baseline.
 import jax
 import jax.numpy as jnp
 
-from ard_jax.models import ARDStudent, DiT
+from ard_jax.models import ARDStudent, Backbone, Condition
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.objectives import Given, Method, Objective, require_kind
 from ard_jax.sampling import (
-    draw_noise_and_labels,
+    draw_noise,
     network_calls,
     sample_teacher,
     take_points,
@@ -40,25 +40,27 @@ def build(given: Given) -> Method:
     return Method(objective, flops, reads="teacher")
 
 
-def teacher_forcing(student: ARDStudent, params, noise: jax.Array, points: jax.Array, label: jax.Array) -> jax.Array:
+def teacher_forcing(
+    student: ARDStudent, params, noise: jax.Array, points: jax.Array, condition: Condition
+) -> jax.Array:
     """Predictions of every point from the teacher's own earlier points.
 
     Args:
         student, params: an `ARDStudent` and its parameters.
         noise: x_T, (batch, height, width, channel).
         points: x_{τS−1}, …, x_{τ0}, (batch, step, height, width, channel).
-        label: (batch,).
+        condition: leaves (batch, …).
 
     Returns:
         Of the shape of `points`.
     """
     inputs = jnp.concatenate([noise[:, None], points[:, :-1]], axis=1)
-    return student.apply({"params": params}, inputs, label)
+    return student.apply({"params": params}, inputs, condition)
 
 
-def loss_per_step(student: ARDStudent, params, noise, points, label, weight) -> jax.Array:
+def loss_per_step(student: ARDStudent, params, noise, points, condition, weight) -> jax.Array:
     """Mean squared error of each step over the rows, weighted, (step,); see `teacher_forcing`."""
-    error = teacher_forcing(student, params, noise, points, label).astype(jnp.float32) - points
+    error = teacher_forcing(student, params, noise, points, condition).astype(jnp.float32) - points
     per_row = jnp.mean(error**2, axis=(2, 3, 4))
     return jnp.sum(per_row * weight[:, None], axis=0) / jnp.maximum(jnp.sum(weight), 1.0)
 
@@ -75,21 +77,21 @@ def ard(student: ARDStudent, *, target: str, columns: tuple[int, ...]) -> Object
         target: "x0" or "xt", which of the record's arrays to learn.
         columns: where the student's points stand among the record's.
 
-    The batch holds "noise" (batch, height, width, channel), `target` (batch, point, height, width, channel) and "label"
-    (batch,).
+    The batch holds "noise" (batch, height, width, channel), `target` (batch, point, height, width, channel) and
+    "condition" (leaves (batch, …)).
     """
 
     def loss(params, frozen, batch, key):
         noise = batch["noise"].astype(jnp.float32)
         points = batch[target][:, jnp.asarray(columns)].astype(jnp.float32)
-        return summarise(loss_per_step(student, params, noise, points, batch["label"], jnp.ones(len(noise))))
+        return summarise(loss_per_step(student, params, noise, points, batch["condition"], jnp.ones(len(noise))))
 
     return loss
 
 
 def online_ard(
     student: ARDStudent,
-    teacher: DiT,
+    teacher: Backbone,
     *,
     target: str,
     points: tuple[int, ...],
@@ -109,16 +111,16 @@ def online_ard(
         max_abs: trajectories that leave [-max_abs, max_abs] get no weight; 0 keeps all.
         solver: keyword arguments of `sample_teacher`.
 
-    The batch holds "position" (batch,).
+    The batch holds "position" (batch,) and "condition" (leaves (batch, …)).
     """
 
     def loss(params, frozen, batch, key):
-        noise, label = draw_noise_and_labels(trajectory_key(seed), batch["position"], shape, teacher.num_classes)
-        solution = sample_teacher(teacher, frozen, noise, label, **solver)
+        noise, condition = draw_noise(trajectory_key(seed), batch["position"], shape), batch["condition"]
+        solution = sample_teacher(teacher, frozen, noise, condition, **solver)
         kept = within_bounds(take_points(solution.x0, points, solver["steps"]), max_abs)
         states = take_points(getattr(solution, target), points, solver["steps"])
         # a dropped row may hold anything, and 0 · inf is not 0
         states = jnp.where(kept[:, None, None, None, None], jax.lax.stop_gradient(states), 0.0)
-        return summarise(loss_per_step(student, params, noise, states, label, kept.astype(jnp.float32)))
+        return summarise(loss_per_step(student, params, noise, states, condition, kept.astype(jnp.float32)))
 
     return loss

@@ -58,19 +58,20 @@ def follow(memory, params, decay: float, step: jax.Array):
 def consistency(given: Given) -> Joint:
     """Builds the objective.
 
-    The batch holds "x0" (batch, point, height, width, channel), "label" and "position" (batch,).
+    The batch holds "x0" (batch, point, height, width, channel), "condition" (leaves (batch, …)) and
+    "position" (batch,).
     """
     options, process, guidance = given.options, few_step_process(given.process), guidance_of(given.solver)
     grid = fine_grid(given)
 
     def loss(params, target, frozen, batch, key):
-        x0, label = teacher_samples(given, batch), batch["label"]
+        x0, condition = teacher_samples(given, batch), batch["condition"]
         node, noise = draw_nodes(key, batch["position"], range(grid.steps - 1), given.shape)
         x = at_node(x0, noise, grid, node)
-        teacher = teacher_predictor(given.teacher, frozen, label, grid, given.process, guidance)
+        teacher = teacher_predictor(given.teacher, frozen, condition, grid, given.process, guidance)
         following = at_node(*teacher(x, node), grid, node + 1)
-        aim = teacher_predictor(given.student, target, label, grid, process, NO_GUIDANCE)(following, node + 1).x0
-        prediction = teacher_predictor(given.student, params, label, grid, process, NO_GUIDANCE)(x, node).x0
+        aim = teacher_predictor(given.student, target, condition, grid, process, NO_GUIDANCE)(following, node + 1).x0
+        prediction = teacher_predictor(given.student, params, condition, grid, process, NO_GUIDANCE)(x, node).x0
         return jnp.mean(distance(prediction, aim, options["huber"]))
 
     def gradients(networks, memory, frozen, batch, key, step):

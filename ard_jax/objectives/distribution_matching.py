@@ -65,7 +65,8 @@ def begin(params, frozen, key):
 def distribution_matching(given: Given) -> Joint:
     """Builds the objective.
 
-    The batch holds "x0" (batch, point, height, width, channel), "label" and "position" (batch,).
+    The batch holds "x0" (batch, point, height, width, channel), "condition" (leaves (batch, …)) and
+    "position" (batch,).
     """
     learn_fake = jax.value_and_grad(
         denoising(given.teacher, given.process, label_dropout=0.0, horizontal_flip=False), has_aux=True
@@ -78,7 +79,7 @@ def distribution_matching(given: Given) -> Joint:
         node, noise = draw_nodes(key, batch["position"], nodes, given.shape)
         x = at_node(images, noise, grid, node)
         fake, real = (
-            teacher_predictor(given.teacher, params, batch["label"], grid, given.process, guided)(x, node).x0
+            teacher_predictor(given.teacher, params, batch["condition"], grid, given.process, guided)(x, node).x0
             for params, guided in ((fake, NO_GUIDANCE), (teacher, guidance))
         )
         return matching_gradient(fake, real, images)
@@ -95,7 +96,7 @@ def distribution_matching(given: Given) -> Joint:
             return jax.tree.map(jnp.zeros_like, networks[STUDENT])
 
         gradient = jax.lax.cond((step + 1) % ratio == 0, move, stay)
-        rows = {"image": images, "label": batch["label"], "position": batch["position"]}
+        rows = {"image": images, "condition": batch["condition"], "position": batch["position"]}
         (value, _), fake = learn_fake(networks[FAKE], None, rows, fake_key)
         return {STUDENT: gradient, FAKE: fake}, memory, {"loss": value}
 
@@ -108,7 +109,7 @@ def generate(given: Given, params: Any, batch: dict[str, jax.Array], key: jax.Ar
     grid = process.grid(len(given.points))
     node, noise = draw_nodes(key, batch["position"], range(grid.steps), given.shape)
     x = at_node(teacher_samples(given, batch), noise, grid, node)
-    return teacher_predictor(given.student, params, batch["label"], grid, process, NO_GUIDANCE)(x, node).x0
+    return teacher_predictor(given.student, params, batch["condition"], grid, process, NO_GUIDANCE)(x, node).x0
 
 
 def matching_gradient(fake: jax.Array, real: jax.Array, images: jax.Array) -> jax.Array:

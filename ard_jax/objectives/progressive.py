@@ -52,7 +52,8 @@ def build(given: Given) -> Method:
 def progressive(given: Given) -> Objective:
     """Builds the objective.
 
-    The batch holds "x0" (batch, point, height, width, channel), "label" and "position" (batch,).
+    The batch holds "x0" (batch, point, height, width, channel), "condition" (leaves (batch, …)) and
+    "position" (batch,).
     """
     process = few_step_process(given.process)
     steps = len(given.points)
@@ -61,11 +62,13 @@ def progressive(given: Given) -> Objective:
     weights = jnp.asarray(np.maximum((grid.alpha[:-1] / grid.sigma[:-1]) ** 2, 1.0), jnp.float32)
 
     def loss(params, frozen, batch, key):
-        x0, label = teacher_samples(given, batch), batch["label"]
+        x0, condition = teacher_samples(given, batch), batch["condition"]
         node, noise = draw_nodes(key, batch["position"], range(steps), given.shape)
         x = at_node(x0, noise, grid, node)
-        target = two_steps_in_one(teacher_predictor(given.teacher, frozen, label, halves, *seen), x, halves, 2 * node)
-        prediction = teacher_predictor(given.student, params, label, grid, process, NO_GUIDANCE)(x, node).x0
+        target = two_steps_in_one(
+            teacher_predictor(given.teacher, frozen, condition, halves, *seen), x, halves, 2 * node
+        )
+        prediction = teacher_predictor(given.student, params, condition, grid, process, NO_GUIDANCE)(x, node).x0
         error = jnp.mean((prediction - target) ** 2, axis=(1, 2, 3))
         return jnp.mean(weights[node] * error), {"unweighted": jnp.mean(error)}
 

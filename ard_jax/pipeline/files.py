@@ -126,7 +126,7 @@ def open_folder(folder: pathlib.Path) -> Opened:
     card = folder / "README.md"
     return {
         "params": parameters(source.tensors, source.model, array=np.asarray),
-        "config": sections(source.config, isinstance(source.model, ARDStudent)),
+        "config": sections(source.config, source.model.backbone is not source.model),
         "vae": vae,
         "vae_params": vae_params,
         "id2label": dict(enumerate(source.labels)),
@@ -233,9 +233,10 @@ def check_place(folder: pathlib.Path) -> None:
 
 def default_card(model: ARDStudent | DiT) -> str:
     """What a folder says of itself if nobody wrote it a card."""
-    what = f"An ARD student of {model.steps} steps" if isinstance(model, ARDStudent) else "A diffusion transformer"
+    is_student = model.backbone is not model
+    what = f"An ARD student of {model.steps} steps" if is_student else "A diffusion transformer"
     return (
-        f"---\nlibrary_name: ard_jax\n---\n\n{what} for {model.num_classes} classes of images.\n\n"
+        f"---\nlibrary_name: ard_jax\n---\n\n{what} for {model.backbone.num_classes} classes of images.\n\n"
         "```python\nfrom ard_jax import ARDPipeline\n\n"
         'pipe = ARDPipeline.from_pretrained(".")  # this folder\n'
         "images = pipe(class_labels=[0, 1], seed=0).images\n```\n"

@@ -25,7 +25,7 @@ from ard_jax.parallel import equal_batches, make_mesh, put_batch, replicated, ru
 from ard_jax.pipeline.files import open_pipeline, write_pipeline
 from ard_jax.pipeline.inputs import read_image, resolve_labels
 from ard_jax.progress import progress_bar
-from ard_jax.sampling import draw_noise_and_labels, sample_student, sample_teacher, sampling_key
+from ard_jax.sampling import draw_noise, sample_student, sample_teacher, sampling_key
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 
@@ -334,8 +334,8 @@ class ARDPipeline:
         return lambda index: draw(key, put_batch(index, self.mesh))
 
     def _draw_function(self) -> Program:
-        shape, num_classes = example_shape(self.config), self.config.data.num_classes
-        return lambda key, index: draw_noise_and_labels(key, index, shape, num_classes)[0]
+        shape = example_shape(self.config)
+        return lambda key, index: draw_noise(key, index, shape)
 
     def _own_noise(self, latents: Any, count: int) -> Callable[[np.ndarray], jax.Array]:
         """Image numbers → rows of the caller's noise."""

@@ -9,7 +9,8 @@ import jax
 
 from ard_jax.chips import GIB, Chip
 from ard_jax.errors import UserError, first_line
-from ard_jax.plan import hlo, jaxprs
+from ard_jax.models import jaxprs
+from ard_jax.plan import hlo
 from ard_jax.plan.programs import Work
 
 log = logging.getLogger("ard_jax")

@@ -9,9 +9,10 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_rollout, make_student, make_teacher, solver_settings
-from ard_jax.drawing import make_drawing, student_sampler
+from ard_jax.drawing import make_drawing, rollout_macs, student_sampler
 from ard_jax.methods import columns_of, continued, make_finetune_method, make_method
-from ard_jax.models.flops import rollout_macs, teacher_macs
+from ard_jax.models.backbone import Backbone, condition_like
+from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import Method
 from ard_jax.parallel import batch_sharding, batch_shards, local_mesh, make_mesh, placed
 from ard_jax.plan.topology import Slice
@@ -55,7 +56,7 @@ def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     settings, teacher, params = config.distill, make_teacher(config), student_shapes(config)
     record, columns = stored_record(config, settings.batch_size)
     if settings.online:
-        record, columns = {name: record[name] for name in ("label", "position")}, None
+        record, columns = {name: record[name] for name in ("label", "position", "condition")}, None
     # of the methods, progressive distillation alone asks of how many steps its start is, and wants twice its own
     start_steps = 2 * len(config.student.points) if settings.start else None
     method = make_method(config, make_student(config), teacher, columns, start_steps)
@@ -72,7 +73,7 @@ def finetune_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     settings, teacher = config.finetune, make_teacher(config)
     trajectory, columns = stored_record(config, settings.batch_size)
     method = make_finetune_method(continued(config, config), teacher, columns)
-    labels = {name: trajectory[name] for name in ("label", "position")}
+    labels = {name: trajectory[name] for name in ("label", "position", "condition")}
     real = {"image": rows_of(settings.batch_size, example_shape(config), "float32"), **labels}
     batch = {"trajectory": trajectory, "real": real}
     return step_of("fine-tune step", method, config, settings, teacher_shapes(teacher), batch, where)
@@ -86,6 +87,7 @@ def stored_record(config: ml_collections.ConfigDict, rows: int) -> tuple[dict[st
         example_shape(config),
     )
     record = {"label": rows_of(rows, (), "int32"), "position": rows_of(rows, (), "int32")}
+    record["condition"] = condition_rows(make_teacher(config), rows)
     record |= {"noise": rows_of(rows, shape, dtype), "x0": rows_of(rows, (len(points), *shape), dtype)}
     record |= {"xt": record["x0"]} if config.trajectories.keep_noisy else {}
     return record, columns_of(points, config)
@@ -110,12 +112,11 @@ def step_of(
 
 def sampler(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """The student's sampler as the stage `sample` runs it, without decoding."""
-    mesh, student, shape = make_mesh(config.mesh, where.devices), make_student(config), example_shape(config)
+    mesh, student = make_mesh(config.mesh, where.devices), make_student(config)
     rows = config.sample.batch_size * batch_shards(mesh)
-    numbers = rows_of(rows, (), "int32", mesh)
-    arguments = placed(student_shapes(config), mesh), {"index": numbers, "label": numbers}
+    arguments = placed(student_shapes(config), mesh), drawn_rows(config, rows, mesh)
     draw = make_drawing(student_sampler(make_rollout(config, student)), config, mesh)
-    macs = rollout_macs(student, len(config.student.points), shape)
+    macs = rollout_macs(config, student)
     return Work("sampler", draw, arguments, mesh, rows, 2 * macs * rows)
 
 
@@ -123,9 +124,20 @@ def trajectory_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """A batch of the trajectory job, which every host does alone on its own devices."""
     mesh, teacher = local_mesh(config.mesh, where.host), make_teacher(config)
     rows = config.trajectories.batch_size * batch_shards(mesh)
-    arguments = placed(teacher_shapes(teacher), mesh), {"index": rows_of(rows, (), "int32", mesh)}
+    arguments = placed(teacher_shapes(teacher), mesh), drawn_rows(config, rows, mesh)
     macs = network_calls(solver_settings(config)) * teacher_macs(teacher, example_shape(config))
     return Work("trajectory step", make_solver(teacher, config, mesh), arguments, mesh, rows, 2 * macs * rows)
+
+
+def drawn_rows(config: ml_collections.ConfigDict, rows: int, mesh: Mesh) -> dict[str, Any]:
+    """The shapes of a batch that is to be drawn: indices, the numbers of the conditions, and what they say."""
+    numbers = rows_of(rows, (), "int32", mesh)
+    return {"index": numbers, "label": numbers, "condition": condition_rows(make_teacher(config), rows, mesh)}
+
+
+def condition_rows(model: Backbone, rows: int, mesh: Mesh | None = None) -> Any:
+    """The shapes of a batch of conditions."""
+    return condition_like(model, rows, lambda shape, dtype: rows_of(shape[0], shape[1:], dtype, mesh))
 
 
 def rows_of(rows: int, shape: tuple[int, ...], dtype: Any, mesh: Mesh | None = None) -> jax.ShapeDtypeStruct:

@@ -139,13 +139,14 @@ def summary(source: Source, name: str, places: dict[str, pathlib.Path]) -> list[
     lines = [f"{name}: {source.what}"]
     if model := source.model:
         config = source.config
-        side, tokens = model.image_size, (model.image_size // model.patch_size) ** 2
+        network = model.backbone
+        side, tokens = network.image_size, (network.image_size // network.patch_size) ** 2
         count = sum(math.prod(shape) for shape in source.tensors.shapes.values())
         objective = "velocity" if config.diffusion.process == "flow" else "noise"
         lines += [
-            f"  images      {side}×{side}×{model.channels} ({config.data.space}), {model.num_classes} classes",
-            f"  model       width {model.hidden_size}, depth {model.depth}, {model.num_heads} heads, patch "
-            f"{model.patch_size}, predicts {objective}",
+            f"  images      {side}×{side}×{network.channels} ({config.data.space}), {network.num_classes} classes",
+            f"  model       width {network.hidden_size}, depth {network.depth}, {network.num_heads} heads, patch "
+            f"{network.patch_size}, predicts {objective}",
             f"  parameters  {count:,} with the position table of {tokens} tokens",
         ]
         if isinstance(model, ARDStudent):
@@ -154,7 +155,7 @@ def summary(source: Source, name: str, places: dict[str, pathlib.Path]) -> list[
                 f"  student     {model.steps} steps (points {points}), {model.history_layers} history layers, "
                 f"{model.mask} mask, {model.heads} heads"
             )
-        if model.frequency_shift:
+        if network.frequency_shift:
             lines.append("  time        as diffusers runs it; published weights were trained with --frequency-shift 0")
     lines.append(f"  licence     {source.license or 'unknown: --license says it'}")
     return [*lines, f"  goes to     {', '.join(str(place) for place in places.values())}"]

@@ -5,6 +5,7 @@ Reads the teacher and the trajectory store (or, with `distill.online`, the teach
 stopped. `distill.objective` names other methods, see ard_jax/objectives/.
 """
 
+import functools
 import pathlib
 from typing import Any
 
@@ -12,12 +13,14 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.build import make_student
+from ard_jax.build import make_conditions, make_student
+from ard_jax.conditions import draw_numbers
 from ard_jax.data import InMemory
 from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, make_method
-from ard_jax.models import ARDStudent, DiT, init_from_teacher
+from ard_jax.models import init_from_teacher
 from ard_jax.parallel import check_batch, is_first, make_mesh
+from ard_jax.sampling import trajectory_key
 from ard_jax.training.fit import Task, fit
 from ard_jax.trajectories.store import open_store, store_hash
 from ard_jax.workdir import Stopwatch, claim, load_student, load_teacher, merge_done, write_done
@@ -30,41 +33,40 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         UserError: there is no teacher, the store does not fit the config, or the batch or the workdir do not fit.
     """
     watch, mesh = Stopwatch(), make_mesh(config.mesh)
-    settings, student = config.distill, make_student(config)
+    settings, student, conditions = config.distill, make_student(config), make_conditions(config)
     directory = workdir / "distill" / config.student.name
     check_batch(settings, mesh, "distill")
     teacher, teacher_params, teacher_hash = load_teacher(config, workdir, mesh)
     inputs = {"teacher": teacher_hash, "store": ""}
     params, start = init_from_teacher(teacher_params, student), None
     if settings.start:
-        params, inputs["start"], start = load_start(config, workdir, student, mesh)
+        params, inputs["start"], start = load_start(config, workdir, mesh)
     if settings.online:  # the stream's positions are all that is needed
         source, columns = InMemory({"nothing": np.zeros(1, np.int32)}), None
+        numbers = functools.partial(draw_numbers, trajectory_key(config.seed), count=len(conditions))
     else:
-        source, manifest = open_store(config, workdir, teacher_hash)
+        (source, manifest), numbers = open_store(config, workdir, teacher_hash), None
         columns = columns_of(manifest["points"], config)
         inputs["store"] = store_hash(manifest)
     method = make_method(config, student, teacher, columns, start)
     # a store's own bounds are part of its hash
     claim(directory, config, "distill", **inputs, max_abs=str(config.trajectories.max_abs) if settings.online else "")
     frozen = {"": None, "teacher": teacher_params, "start": params}[method.reads]
-    made = fit(Task(source, method, frozen), params, config, settings, directory, mesh, watch)
+    made = fit(Task(source, method, conditions, frozen, numbers), params, config, settings, directory, mesh, watch)
     write_done(directory, **made, teacher=teacher_hash)
     if is_first():
         merge_done(workdir / "distill", {config.student.name: made})
 
 
-def load_start(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, student: DiT, mesh: Mesh
-) -> tuple[Any, str, int]:
+def load_start(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[Any, str, int]:
     """The student that `distill.start` names: its averaged parameters, their hash, and its number of steps.
 
     Raises:
         UserError: it is not there, or it is another network than the one that is to be trained.
     """
     name = config.distill.start
-    model, params, sha256, before = load_student(workdir / "distill" / name, mesh)
-    if before.student.kind != config.student.kind or form(model) != form(student):
+    _, params, sha256, before = load_student(workdir / "distill" / name, mesh)
+    if _form(before) != _form(config):
         raise UserError(
             f"distill.start is {name!r}, a student of another form than {config.student.name!r} (kind, steps or "
             f"heads): start from one like it, or from the teacher."
@@ -72,6 +74,7 @@ def load_start(
     return params, sha256, len(before.student.points)
 
 
-def form(student: DiT) -> tuple[Any, ...]:
-    """What the shapes of a student's parameters depend on, beside the teacher."""
-    return (student.steps, student.heads) if isinstance(student, ARDStudent) else ()
+def _form(config: ml_collections.ConfigDict) -> tuple[Any, ...]:
+    """What the shapes of a student's parameters depend on, and how it is sampled, beside the teacher."""
+    student = config.student
+    return (student.kind, *((len(student.points), student.heads) if student.kind == "history" else ()))

@@ -22,7 +22,8 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_rollout, solver_settings
+from ard_jax.build import example_shape, make_conditions, make_rollout, solver_settings
+from ard_jax.conditions import draw_numbers
 from ard_jax.config import plain
 from ard_jax.data import image_source, labels_and_images, to_uint8
 from ard_jax.drawing import Decoder, make_decoder, open_images
@@ -42,7 +43,7 @@ from ard_jax.models import ARDStudent
 from ard_jax.objectives.ard import teacher_forcing
 from ard_jax.parallel import batch_shards, equal_batches, is_first, local_mesh, on_mesh, put_batch, run_batches
 from ard_jax.sampling import (
-    draw_noise_and_labels,
+    draw_noise,
     sample_student_among,
     sample_teacher,
     sampling_key,
@@ -174,7 +175,7 @@ class Paired:
     ):
         model, params, _ = teacher
         settings, shape = solver_settings(config), example_shape(config)
-        self.config, self.decoder, self.mesh = config, decoder, mesh
+        self.config, self.decoder, self.mesh, self.conditions = config, decoder, mesh, make_conditions(config)
         self.size = config.sample.batch_size * batch_shards(mesh)
         every = {*config.student.points}.union(*(student[3].student.points for student in students.values()))
         self.kept_points = tuple(sorted(every, reverse=True))
@@ -182,14 +183,16 @@ class Paired:
 
         @jax.jit
         @on_mesh(mesh)
-        def trajectories(params, index):
-            noise, label = draw_noise_and_labels(key, index, shape, model.num_classes)
-            solution = sample_teacher(model, params, noise, label, **settings)
+        def trajectories(params, index, condition):
+            noise = draw_noise(key, index, shape)
+            solution = sample_teacher(model, params, noise, condition, **settings)
             x0, xt = (take_points(states, self.kept_points, settings["steps"]) for states in solution)
-            return {"noise": noise, "label": label, "x0": x0, "xt": xt}
+            return {"noise": noise, "x0": x0, "xt": xt}
 
         index = np.arange(config.evaluate.paired, dtype=np.int32)
-        rows = self.batches(functools.partial(trajectories, params), index)
+        numbers = draw_numbers(key, index, len(self.conditions))
+        rows = self.batches(functools.partial(trajectories, params), index, self.conditions.rows(numbers))
+        rows["label"] = numbers
         kept = np.asarray(within_bounds(self.points(rows["x0"], config), config.trajectories.max_abs))
         if not kept.any():
             raise UserError(
@@ -198,17 +201,21 @@ class Paired:
             )
         self.rows, self.count = {name: array[kept] for name, array in rows.items()}, int(kept.sum())
 
-    def batches(self, function: Callable[..., Any], *arrays: np.ndarray) -> Any:
-        """A jitted function of rows, called in batches of one size; the results' rows as NumPy arrays."""
-        count = len(arrays[0])
+    def batches(self, function: Callable[..., Any], *arrays: Any) -> Any:
+        """A jitted function of rows of arrays, or of pytrees of them, called in batches of one size; NumPy arrays."""
+        count = len(jax.tree.leaves(arrays)[0])
         shards = batch_shards(self.mesh)
         size = min(self.size, -(-count // shards) * shards)
 
         def run(rows):
-            return function(*(put_batch(array[rows], self.mesh) for array in arrays))
+            return function(*put_batch(jax.tree.map(lambda array: array[rows], arrays), self.mesh))
 
         parts = run_batches(run, equal_batches(np.arange(count), size))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    def condition(self) -> Any:
+        """What the networks are told of the rows."""
+        return self.conditions.rows(self.rows["label"])
 
     def points(self, states: np.ndarray, config: ml_collections.ConfigDict) -> np.ndarray:
         """Of the kept points, those of a student's config."""
@@ -238,9 +245,9 @@ class Paired:
         """A student's errors, and the pictures of its steps."""
         model, params, _, config = student
         target = config.student.target
-        noise, label, points = self.rows["noise"], self.rows["label"], self.points(self.rows[target], config)
+        noise, condition, points = self.rows["noise"], self.condition(), self.points(self.rows[target], config)
         roll = jax.jit(on_mesh(self.mesh)(make_rollout(config, model)))
-        rollout = self.batches(functools.partial(roll, params), noise, label)
+        rollout = self.batches(functools.partial(roll, params), noise, condition)
         image_mse = self.image_error(rollout, points)
         errors = {
             "kind": "student",
@@ -250,15 +257,15 @@ class Paired:
             "mse_per_step": mean_squared_error_per_step(rollout, points).tolist(),
             "psnr_per_step": [float(psnr(step)) for step in image_mse],
         }
-        if isinstance(model, ARDStudent):
+        if config.student.kind == "history":
             errors |= self.use_of_history(model, params, points, rollout)
         return errors, to_uint8(self.images(rollout[:pictures]))
 
     def use_of_history(self, model: ARDStudent, params: Any, points: np.ndarray, rollout: np.ndarray) -> dict[str, Any]:
         """What an ARD student makes of the points before a step: the teacher's `points`, or its own `rollout`."""
-        noise, label = self.rows["noise"], self.rows["label"]
+        noise, condition = self.rows["noise"], self.condition()
         force = jax.jit(on_mesh(self.mesh)(functools.partial(teacher_forcing, model)))
-        forced = self.batches(functools.partial(force, params), noise, points, label)
+        forced = self.batches(functools.partial(force, params), noise, points, condition)
         bias = exposure_bias(points, forced, rollout)
         found = {
             "mask": model.mask,
@@ -270,7 +277,7 @@ class Paired:
         if model.layers_with_history:
             weigh = jax.jit(on_mesh(self.mesh)(functools.partial(model.apply, method="attention_mass")))
             inputs = np.concatenate([noise[:, None], rollout[:, :-1]], axis=1)
-            mass = self.batches(functools.partial(weigh, {"params": params}), inputs, label)
+            mass = self.batches(functools.partial(weigh, {"params": params}), inputs, condition)
             found["attention_mass"] = mass.mean(axis=0, dtype=np.float64).tolist()
         return found
 
@@ -280,7 +287,7 @@ class Paired:
         steps, found = np.arange(model.steps), []
         for first in range(model.steps):
             among = functools.partial(roll, params, steps < first)
-            final = self.batches(among, self.rows["noise"], self.rows["label"], points)[:, -1:]
+            final = self.batches(among, self.rows["noise"], self.condition(), points)[:, -1:]
             found.append(float(psnr(self.image_error(final, points[:, -1:])[0])))
         return found
 
@@ -297,13 +304,14 @@ class Paired:
     def edits(self, student: tuple, count: int) -> np.ndarray:
         """Pictures (image, S, height, width, channel): without the source, then with it after step 1, …, S−1."""
         model, params, *_ = student
-        source, label = self.rows["x0"][:count, -1:], self.other_class(self.rows["label"][:count])
+        source = self.rows["x0"][:count, -1:]
+        condition = self.conditions.rows(self.other_class(self.rows["label"][:count]))
         # the noise of another row, since a real image's own is not known
         noise = np.roll(self.rows["noise"], 1, axis=0)[:count]
         roll = jax.jit(on_mesh(self.mesh)(functools.partial(sample_student_among, model)))
         steps, sources = np.arange(model.steps), np.repeat(source, model.steps, axis=1)
         finals = [
-            self.batches(functools.partial(roll, params, steps == step - 1), noise, label, sources)[:, -1]
+            self.batches(functools.partial(roll, params, steps == step - 1), noise, condition, sources)[:, -1]
             for step in range(model.steps)
         ]
         return to_uint8(self.images(np.stack(finals, axis=1)))
@@ -318,7 +326,7 @@ class Paired:
 def can_edit(student: tuple) -> bool:
     """Whether a source image can stand among a student's points: it has a history, and x0-predictions in it."""
     model, *_, config = student
-    return isinstance(model, ARDStudent) and model.layers_with_history > 0 and config.student.target == "x0"
+    return config.student.kind == "history" and model.layers_with_history > 0 and config.student.target == "x0"
 
 
 def add_degradation(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

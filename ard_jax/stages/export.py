@@ -187,7 +187,7 @@ def write_safetensors(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Na
     """Published names; the metadata says what their shapes do not: the model's whole config, and its classes."""
     metadata = {
         "format": "pt",
-        "num_heads": str(pipe.model.num_heads),
+        "num_heads": str(pipe.model.backbone.num_heads),
         "config": json.dumps(plain(pipe.config)),
         "id2label": json.dumps(label_names(pipe)),
     }
@@ -221,7 +221,7 @@ def label_names(pipe: ARDPipeline) -> dict[str, str]:
 
 def write_stablehlo(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
     """The program that the pipeline runs."""
-    pipe.model = pipe.model.clone(attention="xla")  # a kernel of the device at hand would run on no other
+    pipe.model = pipe.model.with_backbone(attention="xla")  # a kernel of the device at hand would run on no other
     generate = pipe.generate_function()
     decoding = {name: leaf for name, leaf in (pipe.vae_params or {}).items() if name in ("decoder", "post_quant_conv")}
 

@@ -12,6 +12,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from ard_jax.build import make_conditions
 from ard_jax.data import image_source
 from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, continued, make_method
@@ -46,7 +47,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     directory = workdir / "distill" / settings.name
     claim(directory, config, "finetune", teacher=teacher_hash, start=start_hash, store=store_hash(manifest))
     method = make_method(config, teacher, columns_of(manifest["points"], config))
-    task = Task({"trajectory": source, "real": real}, method, teacher_params)
+    task = Task({"trajectory": source, "real": real}, method, make_conditions(config), teacher_params)
     made = fit(task, params, config, settings, directory, mesh, watch)
     write_done(directory, **made, teacher=teacher_hash)
     if is_first():

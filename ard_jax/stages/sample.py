@@ -16,17 +16,18 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_rollout, solver_settings
+from ard_jax.build import example_shape, make_conditions, make_rollout, solver_settings
+from ard_jax.conditions import draw_numbers
 from ard_jax.config import plain
 from ard_jax.data import to_uint8
-from ard_jax.drawing import Decoder, Sampler, make_decoder, make_drawing, student_sampler
+from ard_jax.drawing import Decoder, Sampler, make_decoder, make_drawing, rollout_macs, student_sampler
 from ard_jax.files import atomic_write, fetch, file_sha256, write_json, write_npz
 from ard_jax.models import count_parameters
-from ard_jax.models.flops import rollout_macs, teacher_macs
+from ard_jax.models.flops import teacher_macs
 from ard_jax.parallel import batch_shards, is_first, make_mesh, put_batch
 from ard_jax.progress import progress_bar
 from ard_jax.report import image_grid
-from ard_jax.sampling import network_calls, sample_teacher
+from ard_jax.sampling import network_calls, sample_teacher, sampling_key
 from ard_jax.workdir import Stopwatch, find_vae, load_student, load_teacher, merge_done, vae_folder
 
 log = logging.getLogger("ard_jax")
@@ -69,14 +70,14 @@ def load_sampler(
         facts = {"steps": settings["steps"], "network_calls": evaluations}
         macs = evaluations * teacher_macs(model, shape)
 
-        def sampler(params, noise, y):
-            return sample_teacher(model, params, noise, y, **settings).xt[:, -1]
+        def sampler(params, noise, condition):
+            return sample_teacher(model, params, noise, condition, **settings).xt[:, -1]
 
     else:
         model, params, sha, trained = load_student(workdir / "distill" / name, mesh)
         steps = len(trained.student.points)
         facts = {"steps": steps, "network_calls": steps}
-        macs = rollout_macs(model, steps, shape)
+        macs = rollout_macs(trained, model)
         sampler = student_sampler(make_rollout(trained, model))
     facts |= {"ema_sha256": sha, "parameters": count_parameters(params), "gmac_per_image": macs / 1e9}
     return sampler, params, facts
@@ -90,7 +91,7 @@ def draw(
     The images are uint8; without a decoder, latents are float32 as they are.
     """
     settings, chosen = config.sample, np.asarray(config.sample.labels, np.int32)
-    drawn = make_drawing(sampler, config, mesh)
+    drawn, conditions, key = make_drawing(sampler, config, mesh), make_conditions(config), sampling_key(settings.seed)
 
     def sample(batch):
         images, *rest = drawn(params, batch)
@@ -99,8 +100,8 @@ def draw(
     def batch_of(first):
         """This process's rows; indices beyond the count fill the last batch up."""
         index = np.array_split(np.arange(first, first + batch_size), jax.process_count())[jax.process_index()]
-        label = chosen[index % len(chosen)] if len(chosen) else np.zeros_like(index)
-        return put_batch({"index": index, "label": label}, mesh)
+        numbers = chosen[index % len(chosen)] if len(chosen) else draw_numbers(key, index, len(conditions))
+        return put_batch({"index": index, "label": numbers, "condition": conditions.rows(numbers)}, mesh)
 
     batch_size = settings.batch_size * batch_shards(mesh)
     is_latent = config.data.space == "latent" and decoder is None

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_process, make_teacher
+from ard_jax.build import example_shape, make_conditions, make_process, make_teacher
 from ard_jax.data import class_names, image_source
 from ard_jax.files import write_json
-from ard_jax.models import DiT
+from ard_jax.models import Backbone
+from ard_jax.models.backbone import condition_like
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import Method
 from ard_jax.objectives.denoising import denoising
@@ -43,15 +44,15 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     objective = denoising(
         model, make_process(config), label_dropout=settings.label_dropout, horizontal_flip=data.horizontal_flip
     )
-    task = Task(source, Method(objective, flops=6 * teacher_macs(model, shape)))
+    task = Task(source, Method(objective, flops=6 * teacher_macs(model, shape)), make_conditions(config))
     write_done(directory, **fit(task, params, config, settings, directory, mesh, watch))
 
 
-def init_parameters(model: DiT, shape: tuple[int, int, int], seed: int, mesh: Mesh) -> Any:
+def init_parameters(model: Backbone, shape: tuple[int, int, int], seed: int, mesh: Mesh) -> Any:
     """Fresh parameters, made where they lie, so that no device ever holds all of them."""
 
     def init():
-        one = jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+        one = jnp.zeros((1, *shape)), jnp.zeros(1), condition_like(model, 1)
         return model.init(jax.random.key(seed), *one)["params"]
 
     return jax.jit(init, out_shardings=sharding_of(jax.eval_shape(init), mesh))()

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 from jax.experimental import multihost_utils
 
+from ard_jax.build import make_conditions
 from ard_jax.config import plain
 from ard_jax.errors import UserError
 from ard_jax.parallel import is_first, local_mesh
@@ -36,6 +37,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     make_store(
         model,
         params,
+        make_conditions(config),
         config,
         directory,
         mesh,

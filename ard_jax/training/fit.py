@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
+from ard_jax.conditions import Conditions, WithConditions
 from ard_jax.data import Joined, in_memory, stream
 from ard_jax.files import tree_sha256
 from ard_jax.objectives import Method
@@ -20,12 +22,16 @@ class Task(NamedTuple):
     Attributes:
         source: random-access records; or several such by name, whose batches the objective gets by these names.
         method: its objective, and what that needs.
+        conditions: what the records' labels stand for.
         frozen: parameters that the objective reads and that are not trained, or None.
+        numbers: positions in the stream (batch,) → labels, where the records have none.
     """
 
     source: Any
     method: Method
+    conditions: Conditions
     frozen: Any = None
+    numbers: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def fit(
@@ -55,7 +61,7 @@ def fit(
     trained = train(
         task.method,
         params,
-        open_stream(task.source, config, settings.batch_size),
+        WithConditions(open_stream(task.source, config, settings.batch_size), task.conditions, task.numbers),
         settings=settings,
         run=config.run,
         seed=config.seed,

@@ -1,7 +1,7 @@
 """The trajectory job: solves the teacher's ODE from numbered noises and stores the points.
 
-Record i is a function of (config, teacher weights, seed, i) alone: its noise and label are drawn from (seed, i), and
-every device always solves batches of `trajectories.batch_size`, however many devices and hosts there are.
+Record i is a function of (config, teacher weights, seed, i) alone: its noise and condition are drawn from (seed, i),
+and every device always solves batches of `trajectories.batch_size`, however many devices and hosts there are.
 """
 
 import pathlib
@@ -15,18 +15,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, solver_settings
-from ard_jax.models import DiT
+from ard_jax.conditions import Conditions, draw_numbers
+from ard_jax.models import Backbone
 from ard_jax.parallel import batch_shards, equal_batches, on_mesh, put_batch, run_batches
-from ard_jax.sampling import draw_noise_and_labels, sample_teacher, take_points, trajectory_key, within_bounds
+from ard_jax.sampling import draw_noise, sample_teacher, take_points, trajectory_key, within_bounds
 from ard_jax.sharded import Record
 from ard_jax.trajectories import store
 from ard_jax.version import __version__
 
 
 def make_solver(
-    model: DiT, config: ml_collections.ConfigDict, mesh: Mesh
+    model: Backbone, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> Callable[[Any, dict[str, jax.Array]], Record]:
-    """The jitted function (params, {"index": (batch,)}) → records, each leaf with a leading batch axis.
+    """The jitted function (params, {"index", "label": (batch,), "condition"}) → records, leaves (batch, …).
 
     The records have the store's type already, and "kept" says which are within bounds.
     """
@@ -37,10 +38,11 @@ def make_solver(
     @jax.jit
     @on_mesh(mesh)
     def solve(params, batch):
-        noise, label = draw_noise_and_labels(key, batch["index"], example_shape(config), model.num_classes)
-        solution = sample_teacher(model, params, noise, label, **settings)
+        noise = draw_noise(key, batch["index"], example_shape(config))
+        solution = sample_teacher(model, params, noise, batch["condition"], **settings)
         x0 = take_points(solution.x0, points, settings["steps"])
-        record = {"noise": noise.astype(dtype), "x0": x0.astype(dtype), "label": label, "index": batch["index"]}
+        record = {"noise": noise.astype(dtype), "x0": x0.astype(dtype)}
+        record |= {"label": batch["label"], "index": batch["index"]}
         if trajectories.keep_noisy:
             record["xt"] = take_points(solution.xt, points, settings["steps"]).astype(dtype)
         return record, within_bounds(x0, min(trajectories.max_abs or jnp.inf, float(jnp.finfo(dtype).max)))
@@ -49,8 +51,9 @@ def make_solver(
 
 
 def make_store(
-    model: DiT,
+    model: Backbone,
     params: Any,
+    conditions: Conditions,
     config: ml_collections.ConfigDict,
     directory: pathlib.Path,
     mesh: Mesh,
@@ -62,6 +65,7 @@ def make_store(
 
     Args:
         model, params: the teacher and its parameters.
+        conditions: that are drawn from; records keep their numbers.
         config: `trajectories`, `diffusion`, `data` and `seed` count.
         directory: of the store.
         mesh: of this process's own devices.
@@ -70,7 +74,9 @@ def make_store(
     trajectories, solver = config.trajectories, make_solver(model, config, mesh)
 
     def solve(indices):
-        return solver(params, put_batch({"index": indices}, mesh))
+        numbers = draw_numbers(trajectory_key(config.seed), indices, len(conditions))
+        batch = {"index": indices, "label": numbers, "condition": conditions.rows(numbers)}
+        return solver(params, put_batch(batch, mesh))
 
     def records(indices, dropped, bar):
         batches = equal_batches(indices, trajectories.batch_size * batch_shards(mesh))
