@@ -13,19 +13,11 @@ import pytest
 from convert_fixtures import assert_same
 from safetensors.numpy import load_file, save_file
 
-from ard_jax.convert.tensors import (
-    Stored,
-    Tensors,
-    dtypes_of,
-    fetch,
-    open_tensors,
-    read_tensors,
-    shapes_of,
-    to_float32,
-    wanted,
-    write_tensors,
-)
+from ard_jax.convert.hub import wanted
+from ard_jax.convert.lazy import Stored, Tensors, dtypes_of, shapes_of
+from ard_jax.convert.tensors import open_tensors, read_tensors, to_float32, write_tensors
 from ard_jax.errors import UserError
+from ard_jax.files import fetch
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

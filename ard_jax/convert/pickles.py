@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ard_jax.convert.tensors import DTYPES, Stored, Tensors
+from ard_jax.convert.lazy import DTYPES, Stored, Tensors
 from ard_jax.errors import UserError, first_line
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from ard_jax.convert.tensors import Stored, dtypes_of, shapes_of
+from ard_jax.convert.lazy import Stored, dtypes_of, shapes_of
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT
 from ard_jax.models.layers import position_table

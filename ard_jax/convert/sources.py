@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 from ard_jax.build import make_student, make_teacher
 from ard_jax.config import default_config
 from ard_jax.convert import diffusers, pickles
+from ard_jax.convert.lazy import Tensors
 from ard_jax.convert.published import check_names, expected_shapes, make_model
-from ard_jax.convert.tensors import KINDS, PICKLES, Tensors, open_tensors, to_float32
+from ard_jax.convert.tensors import KINDS, PICKLES, open_tensors, to_float32
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import read_json
 from ard_jax.models import ARDStudent, DiT

@@ -3,90 +3,28 @@
 An XL/2 is 2.7 GB, so `open_tensors` reads no array before it is asked for; shapes come from the headers alone.
 """
 
-import dataclasses
 import json
 import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ard_jax.convert.lazy import Stored, Tensors, dtypes_of
+from ard_jax.convert.pickles import open_state_dict
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import atomic_write
+from ard_jax.sharded import DTYPES
 
 log = logging.getLogger("ard_jax")
 
-# safetensors' names of the types that weights have; others (8-bit ones need scales that we do not know) are refused.
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 KINDS = (".safetensors", *PICKLES)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """An array that has not been read yet."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-
-class Tensors(Mapping[str, np.ndarray]):
-    """Arrays by name, read from disk each time one is asked for.
-
-    Attributes:
-        stored: what is known of each without reading it.
-        metadata: words that the file has beside its arrays.
-    """
-
-    def __init__(self, stored: Mapping[str, Stored], metadata: Mapping[str, str] | None = None):
-        self.stored = dict(stored)
-        self.metadata = dict(metadata or {})
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: array.shape for name, array in self.stored.items()}
-
-    @property
-    def dtypes(self) -> dict[str, np.dtype]:
-        return {name: array.dtype for name, array in self.stored.items()}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.stored[name].read()
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read it
-        return name in self.stored
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-
-def shapes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    """Shapes by name; nothing is read."""
-    if isinstance(tensors, Tensors):
-        return tensors.shapes
-    return {name: np.shape(array) for name, array in tensors.items()}
-
-
-def dtypes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, np.dtype]:
-    """Types by name; nothing is read."""
-    if isinstance(tensors, Tensors):
-        return tensors.dtypes
-    return {name: np.asarray(array).dtype for name, array in tensors.items()}
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -112,8 +50,6 @@ def open_tensors(path: str | os.PathLike) -> Tensors:
     if path.suffix == ".json":
         return open_shards(path)
     if path.suffix in PICKLES:
-        from ard_jax.convert.pickles import open_state_dict
-
         return open_state_dict(path)
     return open_safetensors(path)
 
@@ -253,55 +189,3 @@ def sort_metadata(path: pathlib.Path) -> None:
         if len(text) <= length:  # what is left over is filled with spaces, as the format has it
             file.seek(8)
             file.write(text.ljust(length))
-
-
-def fetch(source: str) -> pathlib.Path:
-    """A path as it is, and "hf:ORG/NAME" downloaded from the Hugging Face hub (or its cache) into a folder.
-
-    Raises:
-        UserError: the path is not there, or the repository cannot be had: no net, no such name, no leave.
-    """
-    if not source.startswith("hf:"):
-        path = pathlib.Path(source)
-        if not path.exists():
-            raise UserError(f"{source} is not there: give a file, a folder or hf:ORG/NAME.")
-        return path
-    repository = source.removeprefix("hf:")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise UserError(f"{source!r} names no repository: write hf:ORG/NAME, such as hf:facebook/DiT-XL-2-256.")
-    return download(repository)
-
-
-def download(repository: str) -> pathlib.Path:
-    """The folder with a hub repository's files, just the `wanted` ones; without a net, what the cache has of them."""
-    import huggingface_hub
-
-    try:
-        siblings = huggingface_hub.model_info(repository, timeout=10).siblings
-        files = wanted(file.rfilename for file in siblings)
-        return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
-    except Exception as error:  # every layer below raises its own, from sockets to the hub's
-        reason = first_line(error)
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(repository, local_files_only=True))
-    except Exception:
-        raise UserError(
-            f"hf:{repository} cannot be downloaded ({reason}): see that there is a net and that the name is right, or "
-            f"give a folder with a copy of it."
-        ) from None
-
-
-def wanted(files: Iterable[str]) -> list[str]:
-    """Which of a repository's files we read: its words, and in each folder the first kind of weights of `KINDS`.
-
-    Variants, such as fp16, are left there where the plain file is.
-    """
-    paths = [pathlib.PurePosixPath(file) for file in files]
-    kept = [path for path in paths if path.suffix in (".json", ".md") or path.name.startswith("LICENSE")]
-    for folder in dict.fromkeys(path.parent for path in paths):
-        here = [path for path in paths if path.parent == folder]
-        kinds = [[path for path in here if path.suffix == kind] for kind in KINDS]
-        weights = next(filter(None, kinds), [])
-        fewest = min((len(variant(path)) for path in weights), default=0)
-        kept += [path for path in weights if len(variant(path)) == fewest]
-    return [str(path) for path in kept]

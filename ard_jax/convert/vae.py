@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ard_jax.convert.lazy import shapes_of
 from ard_jax.convert.published import check_names
-from ard_jax.convert.tensors import open_tensors, shapes_of, to_float32
+from ard_jax.convert.tensors import open_tensors, to_float32
 from ard_jax.errors import UserError
 from ard_jax.files import read_json
 from ard_jax.models import AutoencoderKL, parameter_shapes

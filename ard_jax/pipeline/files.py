@@ -21,9 +21,10 @@ import numpy as np
 from ard_jax.build import make_student, make_teacher
 from ard_jax.config import plain
 from ard_jax.convert import to_torch, vae_to_diffusers
+from ard_jax.convert.hub import fetch_source
 from ard_jax.convert.published import parameters
 from ard_jax.convert.sources import open_source, read_description
-from ard_jax.convert.tensors import fetch, write_tensors
+from ard_jax.convert.tensors import write_tensors
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, whole_folder, write_json
@@ -86,7 +87,7 @@ def locate(source: str | os.PathLike) -> pathlib.Path:
     """
     name = os.fspath(source)
     if name.startswith("hf:"):
-        return fetch(name)
+        return fetch_source(name)
     folder = pathlib.Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -95,7 +96,7 @@ def locate(source: str | os.PathLike) -> pathlib.Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"there is no folder {name}: name a pipeline's folder, or a repository as hf:ORG/NAME.")
     try:
-        return fetch(f"hf:{name}")
+        return fetch_source(f"hf:{name}")
     except UserError as error:
         raise UserError(f"there is no folder {name}, and {error}") from None
 

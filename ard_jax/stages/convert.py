@@ -35,9 +35,11 @@ from ml_collections import ConfigDict
 
 from ard_jax.checks import validate
 from ard_jax.config import plain
+from ard_jax.convert.hub import fetch_source
+from ard_jax.convert.lazy import Stored
 from ard_jax.convert.published import stored_parameters
 from ard_jax.convert.sources import Source, Told, open_source, part_files, read_description
-from ard_jax.convert.tensors import Stored, fetch, open_tensors, to_float32, write_tensors
+from ard_jax.convert.tensors import open_tensors, to_float32, write_tensors
 from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, file_sha256, hash_leaf, named_leaves, read_json, write_json
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     """
     watch = Stopwatch()
     told = Told(**{name: getattr(args, name) for name in Told.__dataclass_fields__})
-    source = open_source(fetch(args.source), told)
+    source = open_source(fetch_source(args.source), told)
     if source.config is not None:
         validate(source.config)
     places = destinations(source, args)
