@@ -488,6 +488,11 @@ def test_the_page_ranks_models_and_shows_the_spread(comparison, pictures):
     assert len(alts) == 3 * (2 + 3) and alts[3] == "<b>One</b>, sample 1" and alts[-1] == "Step distillation, sample 3"
 
 
+def test_the_title_of_the_page_is_escaped(comparison, pictures):
+    html = build_comparison('<b>&"x"</b>', comparison, pictures)
+    assert "<h1>&lt;b&gt;&amp;&#34;x&#34;&lt;/b&gt;</h1>" in html and '<b>&"x"</b>' not in html
+
+
 def test_the_page_says_what_a_quick_run_is(comparison, pictures):
     assert "quick" not in build_comparison("Digits", comparison, pictures)
     comparison |= {"quick": {"distill.steps": 120}, "seeds": [0]}

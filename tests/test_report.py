@@ -21,7 +21,10 @@ STEPS, COUNT, SIDE = 4, 5, 8
 
 
 class Page(HTMLParser):
-    """The parsed page: checks nesting, keeps images, links, ids, table cells and the text of each section."""
+    """The parsed page: checks nesting, keeps images, links, ids, table cells and the text of each section.
+
+    Of the text runs of white space become one space, as a browser shows them; of the cells none, which may keep them.
+    """
 
     def __init__(self, html: str):
         super().__init__()
@@ -43,7 +46,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text[self.section] = self.text.get(self.section, "") + data
+        self.text[self.section] = self.text.get(self.section, "") + re.sub(r"\s+", " ", data)
         if self.rows and self.open[-1:] in (["th"], ["td"]):
             self.rows[-1][-1] += data
 
@@ -339,6 +342,15 @@ def test_all_text_is_escaped(results, pictures, curves):
     assert page.row(evil)[-1] == evil
     assert f"{evil}, sample 1" in [image["alt"] for image in page.images]
     assert '"data": "<digits>"' in page.text["made"]
+
+
+def test_titles_are_escaped(results):
+    title, escaped = '<b>&"x"</b>', "&lt;b&gt;&amp;&#34;x&#34;&lt;/b&gt;"
+    entry = {"workdir": "x", "settings": {}, "over": 0, "teacher": results["models"]["teacher"]}
+    entry["results"] = results["models"]["ard"]
+    sweep = build_sweep(f"{title}\n\n{title}", (("Entry",), [[title]]), {"entries": {title: entry}}, {}, None)
+    for page, times in ((build_report(title, results, {}, {}), 2), (sweep, 6)):
+        assert title not in page and f"<h1>{escaped}</h1>" in page and page.count(escaped) >= times
 
 
 @pytest.mark.parametrize("results_", [{}, {"models": {}, "seconds": None, "degradation_ratios": None}])

@@ -60,7 +60,7 @@ def check_images(images: np.ndarray) -> np.ndarray:
     return images
 
 
-def enlarge(images: np.ndarray, side: int) -> np.ndarray:
+def _enlarge(images: np.ndarray, side: int) -> np.ndarray:
     """Repeats pixels of (N, H, W, C) by the smallest whole factor that brings the longer side to `side` or more."""
     factor = max(1, -(-side // max(images.shape[1:3])))
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -80,7 +80,7 @@ def image_grid(images: np.ndarray, columns: int, side: int = 64) -> Image.Image:
     images = check_images(images)
     if columns < 1:
         raise UserError(f"A grid of {columns} columns holds no picture: ask for 1 column or more.")
-    images = enlarge(images, side)
+    images = _enlarge(images, side)
     count, height, width, channels = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -96,13 +96,13 @@ def _pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def png_bytes(image: Image.Image) -> bytes:
+def _png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def shrink(image: np.ndarray, side: int = SHOWN_SIDE) -> np.ndarray:
+def _shrink(image: np.ndarray, side: int = SHOWN_SIDE) -> np.ndarray:
     """(H, W, C) with its longer side brought down to `side`; smaller pictures stay as they are."""
     if max(image.shape[:2]) <= side:
         return image
@@ -113,7 +113,7 @@ def shrink(image: np.ndarray, side: int = SHOWN_SIDE) -> np.ndarray:
 
 def cell_png(image: np.ndarray) -> bytes:
     """PNG of one picture (H, W, C) for the page: tiny ones enlarged by whole pixels, large ones reduced."""
-    return png_bytes(_pil(enlarge(shrink(check_images(image[None])[0])[None], 64)[0]))
+    return _png_bytes(_pil(_enlarge(_shrink(check_images(image[None])[0])[None], 64)[0]))
 
 
 def shown(images: np.ndarray) -> int:
@@ -149,7 +149,7 @@ def teaser(pictures: Mapping[str, np.ndarray], results: Mapping) -> bytes:
     count = min(12, *(shown(images) for images in finals))
     strips = []
     for images in finals:
-        small = np.stack([shrink(image, 128) for image in images[:count]])
+        small = np.stack([_shrink(image, 128) for image in images[:count]])
         strips.append(np.asarray(image_grid(small, count, side=96).convert("RGB")))
     known = words.titles({"teacher": {"kind": "teacher"}} | models)
     return _titled_rows([(known[name], _row_note(models.get(name, {}))) for name in names], strips)
@@ -197,8 +197,7 @@ def block_maps(name: str, mass: np.ndarray) -> str:
                 _block_map(own, mass[layer], f"layer {layer + 1}")
             else:
                 own.set_axis_off()
-        text = _svg_text(figure)
-    return _inline_svg(text, name, f"attention of {steps} blocks to each other in {layers} layers, in percent")
+        return _inline_svg(figure, name, f"attention of {steps} blocks to each other in {layers} layers, in percent")
 
 
 def _block_map(axes, mass: np.ndarray, title: str) -> None:
@@ -242,15 +241,7 @@ def line_chart(
             style = {"linestyle": (0, (4, 2.4)) if line.dashed else "-", "marker": "o" if markers else None}
             axes.plot(line.x, line.y, color=PALETTE[line.colour][0], linewidth=1.7, markersize=4.5, **style)
         _dress(axes, xlabel, ylabel, log, markers)
-        text = _svg_text(figure)
-    return _inline_svg(text, name, f"{ylabel} by {xlabel}: {', '.join(line.label for line in kept)}")
-
-
-def _svg_text(figure: Figure) -> str:
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return buffer.getvalue()
+        return _inline_svg(figure, name, f"{ylabel} by {xlabel}: {', '.join(line.label for line in kept)}")
 
 
 def _drawable(line: Series, log: bool) -> Series:
@@ -280,9 +271,12 @@ def _dress(axes, xlabel: str, ylabel: str, log: bool, whole: bool) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
 
 
-def _inline_svg(text: str, name: str, label: str) -> str:
+def _inline_svg(figure: Figure, name: str, label: str) -> str:
     """matplotlib's SVG file as an element of an HTML page: no namespaces, ids of its own, the page's colours."""
-    root = ElementTree.fromstring(text.replace("xlink:href", "href"))
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    root = ElementTree.fromstring(buffer.getvalue().replace("xlink:href", "href"))
     for parent in root.iter():
         for child in list(parent):
             if child.tag.endswith("}style"):  # its rule for `*` would reach the whole page

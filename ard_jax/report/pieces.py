@@ -1,147 +1,101 @@
-"""Pieces of HTML that the pages are put together from; all text is escaped."""
+"""What the pages show beside text: pictures, rows of them, and charts, as records that the templates lay out."""
 
 import base64
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ard_jax.report import figures, words
 from ard_jax.report.figures import Series
-from ard_jax.report.style import CSS
-from ard_jax.report.words import number
 
 DIFFERENCE_GAIN = 3  # an error of 10 in 255 is plain in numbers and invisible on a screen
 
 
-def document(title: str, sections: Sequence[str]) -> str:
-    """A page of these sections."""
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        # The policy makes "no request to anywhere" a thing that the browser enforces.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+class Picture(NamedTuple):
+    """An image that holds its own data, and what it says where it cannot be seen."""
+
+    src: str
+    alt: str
 
 
-def section(heading: str, name: str, body: str) -> str:
-    return f'<section id="{name}">\n<h2>{escape(heading)}</h2>\n{body}\n</section>'
+class Chart(NamedTuple):
+    """An SVG, and the lines that its legend names, if it has one."""
+
+    caption: str
+    svg: str
+    legend: Sequence[Series] = ()
 
 
-def paragraph(text: str, kind: str = "") -> str:
-    return f"<p{_class(kind)}>{escape(text)}</p>"
+class Row(NamedTuple):
+    """Images of one model; if the title is None, what parts those of the row above from the teacher's."""
+
+    title: str | None
+    fd: Any
+    pictures: Sequence[Picture]
 
 
-def _class(kind: str) -> str:
-    return f' class="{kind}"' if kind else ""
+class Finals(NamedTuple):
+    """Rows of final images, a column a noise. Labels may be fewer than columns, or None."""
+
+    columns: int
+    labels: Sequence[str] | None
+    rows: Sequence[Row]
+    differences: bool
+    gain: int = DIFFERENCE_GAIN
 
 
-def folded(heading: str, values: Any) -> str:
-    """Values as JSON, unfolded by a click."""
-    text = json.dumps(values, indent=2, default=str)
-    return f"<details><summary>{escape(heading)}</summary><pre>{escape(text)}</pre></details>"
+class Grid(NamedTuple):
+    """Pictures under headings, whose first stands over the rows' titles; a title or a picture may be None."""
+
+    heads: Sequence[str]
+    rows: Sequence[tuple[str | None, Sequence[Picture | None]]]
 
 
-def tiles(given: Sequence[tuple[str, str, str]]) -> str:
-    """Large numbers, each a value, its words and its colour; nothing if there are none."""
-    cells = "".join(
-        f'<div style="border-color:var(--{colour})"><strong>{escape(value)}</strong><span>{escape(note)}</span></div>'
-        for value, note, colour in given
-    )
-    return f'<div class="tiles">{cells}</div>' if cells else ""
+def picture(image: np.ndarray, alt: str) -> Picture:
+    """Of a uint8 image (H, W, C)."""
+    return Picture(f"data:image/png;base64,{base64.b64encode(figures.cell_png(image)).decode('ascii')}", alt)
 
 
-def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls sideways on a narrow screen; the first cell of a row is its heading."""
-    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>\n'
-        for first, *rest in rows
-    )
-    label = f' tabindex="0" role="region" aria-label="{escape(caption)}"'
-    return (
-        f'<div class="scroll"{label}><table><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody></table></div>"
-    )
-
-
-def picture(image: np.ndarray, alt: str) -> str:
-    data = base64.b64encode(figures.cell_png(image)).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
-
-
-def chart(name: str, caption: str, series: Sequence[Series], xlabel: str, ylabel: str, **options: bool) -> str:
-    """A chart with its legend, or nothing if no point of it is finite."""
-    svg = figures.line_chart(name, series, xlabel, ylabel, **options)
-    if svg is None:
-        return ""
-    legend = "".join(
-        f'<li><span class="{"dashed" if line.dashed else "solid"}" style="border-color:var(--{line.colour})"></span>'
-        f"{escape(line.label)}</li>"
-        for line in series
-    )
-    return (
-        f"<figure>\n<figcaption><b>{escape(caption)}</b></figcaption>\n"
-        f'<ul class="legend">{legend}</ul>\n{svg}\n</figure>'
-    )
-
-
-def charts(drawn: Sequence[str], absent: str) -> str:
-    """Charts side by side, or a sentence if there is none."""
-    joined = "".join(drawn)
-    return f'<div class="charts">{joined}</div>' if joined else paragraph(absent, "absent")
+def charts(drawn: Mapping[str, tuple[str, Sequence[Series]]], xlabel: str, ylabel: str, **options: bool) -> list[Chart]:
+    """Those that have a finite point, of charts by their id, each a caption and its lines."""
+    svgs = {name: figures.line_chart(name, series, xlabel, ylabel, **options) for name, (_, series) in drawn.items()}
+    return [Chart(drawn[name][0], svg, drawn[name][1]) for name, svg in svgs.items() if svg is not None]
 
 
 def final_images(
-    heading: str,
     models: Mapping[str, Mapping],
     pictures: Mapping[str, np.ndarray],
     names: Sequence[str],
     *,
     differences: bool = True,
-) -> str:
-    """Rows of finished pictures, a column a noise, and if asked under each student what parts it from the teacher."""
+) -> Finals:
+    """The last images of the teacher and of these students, and if asked what parts each student from the teacher.
+
+    Args:
+      models, pictures: as `page.build_report` takes them.
+
+    Raises:
+      UserError: if a picture is not uint8 or not of the stated shape.
+    """
     titles = words.titles(models)
-    teacher = pictures.get("teacher")
-    rows = [name for name in ("teacher", *names) if name in pictures]
-    finals = {name: figures.check_images(np.asarray(pictures[name])[:, -1]) for name in rows}
-    count = min(figures.shown(images) for images in finals.values())
-    cells = []
+    finals = {
+        name: figures.check_images(np.asarray(pictures[name])[:, -1])
+        for name in ("teacher", *names)
+        if name in pictures
+    }
+    columns = min(figures.shown(images) for images in finals.values())
+    rows = []
+    for name, images in finals.items():
+        title, images = titles[name], images[:columns]
+        shown = [picture(image, f"{title}, sample {i + 1}") for i, image in enumerate(images)]
+        rows.append(Row(title, models[name].get("fd"), shown))
+        if differences and name != "teacher" and "teacher" in finals:
+            apart = np.abs(images.astype(int) - finals["teacher"][:columns]) * DIFFERENCE_GAIN
+            apart = np.minimum(apart, 255).astype(np.uint8)
+            shown = [picture(image, f"{title}, difference, sample {i + 1}") for i, image in enumerate(apart)]
+            rows.append(Row(None, None, shown))
     labels = pictures.get("label")
     if labels is not None:
-        cells.append('<span class="name note">class</span>')
-        cells += [f'<span class="class">{escape(str(label))}</span>' for label in np.asarray(labels)[:count]]
-        cells += ["<span></span>"] * (count - len(labels))
-    for name in rows:
-        cells.append(row_name(titles[name], _fd_note(models[name])))
-        cells += [picture(image, f"{titles[name]}, sample {i + 1}") for i, image in enumerate(finals[name][:count])]
-        if differences and name != "teacher" and teacher is not None:
-            apart = _apart(finals[name][:count], finals["teacher"][:count])
-            cells.append(f'<span class="name note">difference from the teacher, ×{DIFFERENCE_GAIN}</span>')
-            cells += [picture(image, f"{titles[name]}, difference, sample {i + 1}") for i, image in enumerate(apart)]
-    said = "Every column starts from one noise, the same for all rows; the samples are the first ones, not chosen."
-    said += " Black difference: a perfect copy of the teacher." * differences
-    return (
-        f"<figure>\n<figcaption><b>{escape(heading)}.</b> {said}</figcaption>\n"
-        f'<div class="scroll"><div class="finals" style="--n:{count}">{"".join(cells)}</div></div>\n</figure>'
-    )
-
-
-def _apart(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    return np.minimum(np.abs(images.astype(int) - others) * DIFFERENCE_GAIN, 255).astype(np.uint8)
-
-
-def row_name(title: str, note: str = "") -> str:
-    small = f"<small>{escape(note)}</small>" if note else ""
-    return f'<span class="name">{escape(title)}{small}</span>'
-
-
-def _fd_note(model: Mapping) -> str:
-    return f"FD {number(model['fd'])}" if model.get("fd") is not None else ""
+        labels = [str(label) for label in np.asarray(labels)[:columns]]
+    return Finals(columns, labels, rows, differences)

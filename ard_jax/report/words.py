@@ -1,11 +1,12 @@
 """Numbers and findings in words: everything on the page that is said rather than drawn.
 
-Plain text throughout; `ard_jax.report.page` escapes it. A model is one entry of `results["models"]`
+Plain text throughout; the templates escape it. A model is one entry of `results["models"]`
 (see `page.build_report`).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 ABSENT = "–"
@@ -18,20 +19,6 @@ RIVALS = {
     "distribution_matching": "Distribution matching",
 }
 
-PAPER = (
-    "The paper (arXiv 2504.11295) reports for ImageNet 256×256 in 4 steps: FID 2.89 for the teacher, 10.25 for step "
-    "distillation, 4.32 for ARD; a degradation of 7.36 against 1.43, a ratio of 5.1. Those are the paper’s numbers in "
-    "another measure; none of them was measured here."
-)
-
-POINTS = (
-    "A student learns the teacher’s trajectory at a few points. An x0 point is the clean image that the teacher "
-    "predicts from where it stands. Early on that is close to an average over many images: what the noise had already "
-    "decided is dropped, and a student that sees this point alone cannot know it. ARD still sees the noise and every "
-    "earlier point. A noisy point is the state of the solver itself: it carries what the x0-prediction drops, so a "
-    "student needs little history, and both students are expected to come close to the teacher."
-)
-
 
 def finite(value: Any) -> bool:
     """Whether `value` is a number that can be compared and divided by."""
@@ -39,6 +26,10 @@ def finite(value: Any) -> bool:
         return math.isfinite(value)
     except TypeError:
         return False
+
+
+def is_positive(value: Any) -> bool:
+    return finite(value) and value > 0
 
 
 def number(value: Any, spec: str = ",.2f") -> str:
@@ -75,6 +66,32 @@ def duration(seconds: Any) -> str:
     return f"{minutes // 60:,} h {minutes % 60} min"
 
 
+# Key of a model's measurements → the heading of their column, and how one is written.
+COLUMNS = {
+    "fd": ("FD ↓", number),
+    "degradation": ("Degradation ↓", number),
+    "precision": ("Precision ↑", partial(number, spec=".3f")),
+    "recall": ("Recall ↑", partial(number, spec=".3f")),
+    "psnr": ("PSNR to teacher, dB ↑", partial(number, spec=".1f")),
+    "network_calls": ("Network calls", partial(number, spec=",.0f")),
+    "gmac_per_image": ("GMAC / image", significant),
+    "seconds_per_image": ("ms / image", lambda value: significant(value * 1000 if finite(value) else value)),
+    "parameters": ("Parameters", partial(number, spec=",.0f")),
+    "training_examples": ("Training examples", partial(number, spec=",.0f")),
+    "training_flops": ("Training TFLOPs", lambda value: significant(value and value / 1e12)),
+    "training_seconds": ("Training time", duration),
+}
+
+
+def headings(keys: Iterable[str]) -> list[str]:
+    return [COLUMNS[key][0] for key in keys]
+
+
+def cells(measured: Mapping, keys: Iterable[str]) -> list[str]:
+    """What was measured of one model, as it is written into these columns."""
+    return [COLUMNS[key][1](measured.get(key)) for key in keys]
+
+
 def is_teacher(model: Mapping) -> bool:
     return model.get("kind") == "teacher"
 
@@ -88,7 +105,7 @@ def objective_of(model: Mapping) -> str:
     return model.get("objective", "ard")
 
 
-def usual_title(model: Mapping) -> str:
+def _usual_title(model: Mapping) -> str:
     """What a model is called that does not say so itself."""
     if is_teacher(model):
         return "Teacher"
@@ -102,7 +119,7 @@ def titles(models: Mapping[str, Mapping]) -> dict[str, str]:
     """What each model is called on the page; no two alike."""
     named = {}
     for name, model in models.items():
-        title = str(model.get("title") or usual_title(model))
+        title = str(model.get("title") or _usual_title(model))
         if model.get("target") == "xt" and "noisy" not in title.lower():
             title += NOISY
         named[name] = title
