@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import pathlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -156,8 +156,24 @@ def finished(directory: pathlib.Path, stage: str) -> dict[str, Any]:
     return done
 
 
-def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[Backbone, Any, str]:
-    """The trained teacher's model, averaged parameters and their SHA-256.
+class Loaded(NamedTuple):
+    """A finished model.
+
+    Attributes:
+        model: its network.
+        params: its averaged parameters, as the mesh has them.
+        sha256: of these.
+        config: that it was trained with.
+    """
+
+    model: Backbone | ARDStudent
+    params: Any
+    sha256: str
+    config: ml_collections.ConfigDict
+
+
+def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> Loaded:
+    """The trained teacher, its network as this config computes it.
 
     Raises:
         UserError: it is not there, or the config describes another model.
@@ -168,7 +184,7 @@ def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh:
     compare(network(before), network(config), ("data", "model", "diffusion"), directory)
     model = make_teacher(config)
     like = placed(teacher_shapes(model), mesh)
-    return model, load_weights(directory, like, hashes["ema"]), hashes["ema"]
+    return Loaded(model, load_weights(directory, like, hashes["ema"]), hashes["ema"], before)
 
 
 def recorded_config(directory: pathlib.Path) -> ml_collections.ConfigDict:
@@ -194,10 +210,8 @@ def network(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
-def load_student(
-    directory: pathlib.Path, mesh: Mesh
-) -> tuple[Backbone | ARDStudent, Any, str, ml_collections.ConfigDict]:
-    """A trained student's model, averaged parameters, their SHA-256, and the config that it was trained with.
+def load_student(directory: pathlib.Path, mesh: Mesh) -> Loaded:
+    """A trained student.
 
     Raises:
         UserError: it is not there.
@@ -205,7 +219,7 @@ def load_student(
     hashes = finished(directory, "distill")["sha256"]
     config = recorded_config(directory)
     params = load_weights(directory, placed(student_shapes(config), mesh), hashes["ema"])
-    return make_student(config), params, hashes["ema"], config
+    return Loaded(make_student(config), params, hashes["ema"], config)
 
 
 def load_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Any]:

@@ -69,7 +69,7 @@ def refused(source, workdir, *flags):
 
 def loaded_teacher(workdir):
     config = recorded_config(workdir / "teacher")
-    return load_teacher(config, workdir, make_mesh())
+    return load_teacher(config, workdir, make_mesh())[:3]
 
 
 def sample(workdir, *overrides):

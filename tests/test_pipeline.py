@@ -382,7 +382,7 @@ def test_online_distillation_of_a_flow_matching_teacher(tmp_path):
     assert not (tmp_path / "trajectories").exists()
     assert read_json(tmp_path / "distill" / "ard" / "config.json")["inputs"]["store"] == ""
     config = smoke_config.get_config("process=flow")
-    model, params, _ = load_teacher(config, tmp_path, make_mesh())
+    model, params, *_ = load_teacher(config, tmp_path, make_mesh())
     noise, label = draw_noise_and_labels(jax.random.fold_in(jax.random.key(0), 0), np.arange(8), SHAPE, 10)
     solved = sample_teacher(make_teacher(config), params, noise, label, **solver_settings(config))
     points = np.asarray(solved.x0)[:, [1, 3, 4]]

@@ -24,7 +24,7 @@ from ard_jax.parallel import make_mesh
 from ard_jax.sampling import sample_teacher, trajectory_key
 from ard_jax.trajectories import generate, store
 from ard_jax.trajectories.generate import make_store
-from ard_jax.workdir import load_teacher
+from ard_jax.workdir import Loaded, load_teacher
 from configs import smoke as smoke_config
 
 
@@ -249,7 +249,7 @@ def test_the_store_is_the_same_on_any_number_of_devices(pipeline, tmp_path, opti
         for count in (1, 2, 4):
             mesh = make_mesh(devices=jax.devices()[:count])
             assert mesh.size == count
-            model, params, _ = load_teacher(smoke.get_config(), workdir, mesh)
+            model, params, *_ = load_teacher(smoke.get_config(), workdir, mesh)
             config = smoke.get_config()
             make_store(model, params, make_conditions(config), config, target / str(count), mesh)
     """
@@ -286,7 +286,7 @@ def test_trajectories_out_of_bounds_are_counted_and_the_others_keep_their_number
 def test_a_teacher_that_gives_nothing_finite_gives_no_store(pipeline, tmp_path, teacher, monkeypatch):
     workdir, (model, params) = copy(pipeline, tmp_path, "teacher"), teacher
     broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
-    monkeypatch.setattr("ard_jax.stages.trajectories.load_teacher", lambda *_: (model, broken, "sha"))
+    monkeypatch.setattr("ard_jax.stages.trajectories.load_teacher", lambda *_: Loaded(model, broken, "sha", None))
     outcome = smoke("trajectories", workdir)
     assert outcome.status == 2 and "Traceback" not in outcome.err
     said = outcome.err.strip().splitlines()[-1]

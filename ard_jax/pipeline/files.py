@@ -154,10 +154,10 @@ def open_workdir(folder: pathlib.Path) -> Opened:
             f"give the folder of an ARD student."
         )
     if is_student:
-        _, params, _, _ = load_student(folder, mesh)
+        params = load_student(folder, mesh).params
     else:
         config.teacher.dir = os.fspath(folder)
-        _, params, _ = load_teacher(config, workdir, mesh)
+        params = load_teacher(config, workdir, mesh).params
     vae, vae_params = find_vae(config, workdir) or (None, None)  # latents can be made without one
     return {
         "params": params,

@@ -36,7 +36,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     settings, student, conditions = config.distill, make_student(config), make_conditions(config)
     directory = workdir / "distill" / config.student.name
     check_batch(settings, mesh, "distill")
-    teacher, teacher_params, teacher_hash = load_teacher(config, workdir, mesh)
+    teacher, teacher_params, teacher_hash, _ = load_teacher(config, workdir, mesh)
     inputs = {"teacher": teacher_hash, "store": ""}
     params, start = init_from_teacher(teacher_params, student), None
     if settings.start:

@@ -50,7 +50,7 @@ from ard_jax.sampling import (
     take_points,
     within_bounds,
 )
-from ard_jax.workdir import Stopwatch, find_vae, finished, load_student, load_teacher, vae_folder, write_done
+from ard_jax.workdir import Loaded, Stopwatch, find_vae, finished, load_student, load_teacher, vae_folder, write_done
 
 # Real and generated images that precision and recall compare, at most: their cost is quadratic.
 NEIGHBOUR_LIMIT = 10_000
@@ -78,7 +78,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     sampled = {name: facts for name, facts in sampled.items() if name in (models or sampled)}
     teacher = load_teacher(config, workdir, mesh)
     students = {name: load_student(workdir / "distill" / name, mesh) for name in sampled if name != "teacher"}
-    hashes = {"teacher": teacher[2]} | {name: student[2] for name, student in students.items()}
+    hashes = {"teacher": teacher.sha256} | {name: student.sha256 for name, student in students.items()}
     samples = {name: read_samples(workdir / "sample" / name, sampled[name], hashes[name], config) for name in sampled}
     real_images = image_source(config.data) if vae is None else open_images(config, vae[0])
     real, labels = labels_and_images(real_images, limit=REAL_LIMIT)
@@ -168,16 +168,16 @@ class Paired:
     def __init__(
         self,
         config: ml_collections.ConfigDict,
-        teacher: tuple[Any, Any, str],
-        students: dict[str, tuple],
+        teacher: Loaded,
+        students: dict[str, Loaded],
         decoder: Decoder | None,
         mesh: Mesh,
     ):
-        model, params, _ = teacher
+        model, params = teacher.model, teacher.params
         settings, shape = solver_settings(config), example_shape(config)
         self.config, self.decoder, self.mesh, self.conditions = config, decoder, mesh, make_conditions(config)
         self.size = config.sample.batch_size * batch_shards(mesh)
-        every = {*config.student.points}.union(*(student[3].student.points for student in students.values()))
+        every = {*config.student.points}.union(*(student.config.student.points for student in students.values()))
         self.kept_points = tuple(sorted(every, reverse=True))
         key = sampling_key(config.sample.seed)
 
@@ -241,7 +241,7 @@ class Paired:
         """Three standard deviations span black to white; of latents, the decoded noise."""
         return to_uint8(noise / 3 if self.decoder is None else self.images(noise[:, None])[:, 0])
 
-    def compare(self, student: tuple, pictures: int) -> tuple[dict[str, Any], np.ndarray]:
+    def compare(self, student: Loaded, pictures: int) -> tuple[dict[str, Any], np.ndarray]:
         """A student's errors, and the pictures of its steps."""
         model, params, _, config = student
         target = config.student.target
@@ -301,9 +301,9 @@ class Paired:
         classes = self.config.data.num_classes
         return ((label + max(classes // 2, 1)) % classes).astype(label.dtype)
 
-    def edits(self, student: tuple, count: int) -> np.ndarray:
+    def edits(self, student: Loaded, count: int) -> np.ndarray:
         """Pictures (image, S, height, width, channel): without the source, then with it after step 1, …, S−1."""
-        model, params, *_ = student
+        model, params = student.model, student.params
         source = self.rows["x0"][:count, -1:]
         condition = self.conditions.rows(self.other_class(self.rows["label"][:count]))
         # the noise of another row, since a real image's own is not known
@@ -323,9 +323,9 @@ class Paired:
         return np.average(errors, axis=0, weights=[len(points[part]) for part in parts])
 
 
-def can_edit(student: tuple) -> bool:
+def can_edit(student: Loaded) -> bool:
     """Whether a source image can stand among a student's points: it has a history, and x0-predictions in it."""
-    model, *_, config = student
+    model, config = student.model, student.config
     return config.student.kind == "history" and model.layers_with_history > 0 and config.student.target == "x0"
 
 

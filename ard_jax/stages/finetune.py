@@ -36,7 +36,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """
     watch, mesh, settings = Stopwatch(), make_mesh(config.mesh), config.finetune
     check_batch(settings, mesh, "finetune")
-    teacher, teacher_params, teacher_hash = load_teacher(config, workdir, mesh)
+    teacher, teacher_params, teacher_hash, _ = load_teacher(config, workdir, mesh)
     start = workdir / "distill" / (settings.start or config.student.name)
     _, params, start_hash, before = load_student(start, mesh)
     compare(network(before), network(config), ("data", "model", "diffusion"), start)

@@ -64,7 +64,7 @@ def load_sampler(
     """A model's sampler, its parameters, and what it costs."""
     shape = example_shape(config)
     if name == "teacher":
-        model, params, sha = load_teacher(config, workdir, mesh)
+        model, params, sha, _ = load_teacher(config, workdir, mesh)
         settings = solver_settings(config)
         evaluations = network_calls(settings)
         facts = {"steps": settings["steps"], "network_calls": evaluations}

@@ -32,7 +32,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """
     watch, directory = Stopwatch(), workdir / "trajectories"
     mesh = local_mesh(config.mesh)
-    model, params, teacher_hash = load_teacher(config, workdir, mesh)
+    model, params, teacher_hash, _ = load_teacher(config, workdir, mesh)
     claim(directory, config, "trajectories", teacher=teacher_hash)
     make_store(
         model,
