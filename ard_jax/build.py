@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from ard_jax.conditions import Conditions, Labels
-from ard_jax.diffusion import FlowMatching, LinearVP, Process
+from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, Process
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, Backbone, DiT, size_fields
-from ard_jax.sampling import Rollout, student_rollout
+from ard_jax.sampling import Rollout, Solve, student_rollout
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -88,17 +88,11 @@ def make_process(config: ml_collections.ConfigDict) -> Process:
     raise UserError(f"diffusion.process is {diffusion.process!r}, which does not exist: choose vp or flow.")
 
 
-def solver_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The keyword arguments of `sample_teacher`."""
+def make_solve(config: ml_collections.ConfigDict) -> Solve:
+    """How the teacher is sampled, of `config.diffusion`."""
     diffusion = config.diffusion
-    return {
-        "steps": diffusion.steps,
-        "guidance_scale": diffusion.guidance_scale,
-        "guided_channels": diffusion.guided_channels,
-        "guidance_interval": tuple(diffusion.guidance_interval),
-        "solver": diffusion.solver,
-        "process": make_process(config),
-    }
+    guidance = Guidance(diffusion.guidance_scale, diffusion.guided_channels, tuple(diffusion.guidance_interval))
+    return Solve(make_process(config), diffusion.solver, diffusion.steps, guidance)
 
 
 def example_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import ml_collections
 
-from ard_jax.build import example_shape, make_process, make_student, make_teacher, solver_settings
+from ard_jax.build import example_shape, make_process, make_solve, make_student, make_teacher
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, Backbone
 from ard_jax.objectives import Given, Method, find_method
@@ -34,8 +34,7 @@ def make_method(
             student=student,
             kind=config.student.kind,
             teacher=teacher,
-            process=make_process(config),
-            solver=solver_settings(config),
+            solve=make_solve(config),
             shape=example_shape(config),
             points=tuple(config.student.points),
             target=config.student.target,

@@ -1,5 +1,6 @@
 """Sampling: the teacher's ODE, and the student's few cached steps."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from ard_jax.diffusion import (
     Solution,
     calls,
     few_step_process,
+    find_solver,
     guided_output,
     per_row,
     solve,
@@ -39,53 +41,56 @@ def teacher_predictor(
     return predict
 
 
-def sample_teacher(
-    model: Backbone,
-    params,
-    noise: jax.Array,
-    condition: Condition,
-    *,
-    steps: int = 25,
-    guidance_scale: float = 1.5,
-    guided_channels: int = 3,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    solver: str = "ddim",
-    process: Process | None = None,
-) -> Solution:
+@dataclasses.dataclass(frozen=True)
+class Solve:
+    """How a teacher is sampled.
+
+    Attributes:
+        process: what the network predicts.
+        solver: "ddim", "heun" or "dpm++2m".
+        steps: of the solver on the respaced grid.
+        guidance: see `Guidance`.
+
+    Raises:
+        UserError: unknown solver, or steps out of range.
+    """
+
+    process: Process = LinearVP()
+    solver: str = "ddim"
+    steps: int = 25
+    guidance: Guidance = Guidance()
+
+    def __post_init__(self):
+        find_solver(self.solver)
+        self.process.grid(self.steps)
+
+
+def sample_teacher(model: Backbone, params, noise: jax.Array, condition: Condition, how: Solve) -> Solution:
     """Solves the teacher's probability-flow ODE.
 
     Args:
         model, params: a backbone and its parameters.
         noise: x_T, (batch, height, width, channel).
         condition: what the network is told, leaves (batch, …).
-        steps: steps of the solver on the respaced grid.
-        guidance_scale, guided_channels, guidance_interval: see `Guidance`; 0 channels guides all.
-        solver: "ddim", "heun" or "dpm++2m".
-        process: what the network predicts; `LinearVP()` if None.
+        how: process, solver, steps and guidance.
 
     Returns:
         `x0` and `xt`, each (batch, steps, height, width, channel), in the order of time walked; `xt[:, -1]` is the
         sample.
-
-    Raises:
-        UserError: unknown solver, steps or guidance out of range.
     """
-    process = process or LinearVP()
-    guidance = Guidance(guidance_scale, guided_channels, tuple(guidance_interval))
-    grid = process.grid(steps)
-    return solve(solver, teacher_predictor(model, params, condition, grid, process, guidance), grid, noise)
+    grid = how.process.grid(how.steps)
+    predict = teacher_predictor(model, params, condition, grid, how.process, how.guidance)
+    return solve(how.solver, predict, grid, noise)
 
 
-def network_calls(settings: dict[str, Any]) -> int:
-    """Network evaluations of one image, of `sample_teacher`'s arguments; guidance doubles those in its interval."""
-    process, steps = settings["process"], settings["steps"]
-    total = calls(settings["solver"], steps)
-    if settings["guidance_scale"] == 1:
+def network_calls(how: Solve) -> int:
+    """Network evaluations of one image; guidance doubles those in its interval."""
+    total = calls(how.solver, how.steps)
+    if how.guidance.scale == 1:
         return total
-    times = process.grid(steps).times
-    nodes = [*range(steps), *range(1, total - steps + 1)]  # Heun's second calls are at the ends of its steps
-    guidance = Guidance(settings["guidance_scale"], interval=settings["guidance_interval"])
-    return total + sum(bool(guidance.acts_at(times[node], process)) for node in nodes)
+    times = how.process.grid(how.steps).times
+    nodes = [*range(how.steps), *range(1, total - how.steps + 1)]  # Heun's second calls are at the ends of its steps
+    return total + sum(bool(how.guidance.acts_at(times[node], how.process)) for node in nodes)
 
 
 def trajectory_key(seed: int) -> jax.Array:

@@ -40,10 +40,10 @@ from ard_jax.build import (
     compute_dtype,
     example_shape,
     make_conditions,
+    make_solve,
     make_student,
     make_teacher,
     model_fields,
-    solver_settings,
 )
 from ard_jax.chips import measured_matmul_rate
 from ard_jax.command_line import parse_flags, set_up_logging
@@ -130,11 +130,11 @@ def giga(macs: float) -> str:
 
 def sampling(config: ml_collections.ConfigDict, batch: int, seconds: float) -> str:
     teacher, student = make_teacher(config), make_student(config)
-    alone, shape, solver = student.clone(history_layers=0), example_shape(config), solver_settings(config)
+    alone, shape, solver = student.clone(history_layers=0), example_shape(config), make_solve(config)
     params = teacher_params(teacher, shape)
     heads = init_from_teacher(params, student)
     names = (
-        f"teacher, {solver['steps']} steps with guidance",
+        f"teacher, {solver.steps} steps with guidance",
         f"student, {student.steps} steps, N = {student.history_layers} of {student.backbone.depth}",
         f"student, {student.steps} steps, N = 0",
     )
@@ -145,7 +145,7 @@ def sampling(config: ml_collections.ConfigDict, batch: int, seconds: float) -> s
     )
 
     def solve(params, noise, y):
-        return sample_teacher(teacher, params, noise, y, **solver).xt[:, -1]
+        return sample_teacher(teacher, params, noise, y, solver).xt[:, -1]
 
     def programs(rows):
         given = inputs(config, rows)
@@ -260,7 +260,7 @@ def trajectories(config: ml_collections.ConfigDict, batch: int, seconds: float) 
         paths = [store.LAYOUT.shard_path(pathlib.Path(folder), shard, shards) for shard in range(shards)]
         finished = np.array([path.stat().st_mtime for path in paths])
     each = np.diff(finished) / batch  # the first shard's time has the compiling in it
-    macs = network_calls(solver_settings(config)) * teacher_macs(teacher, shape)
+    macs = network_calls(make_solve(config)) * teacher_macs(teacher, shape)
     utilisation = 2 * macs / np.median(each) / np.mean(rates)
     header = ("batch", "GMAC a trajectory", "seconds a trajectory", "trajectories/s", "utilisation")
     row = (batch, giga(macs), spread(each, 6), f"{1 / np.median(each):.3g}", f"{utilisation:.3f}")

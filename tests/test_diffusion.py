@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxprs import products
-from networks import draw_noise_and_labels
+from networks import draw_noise_and_labels, solve_of
 from quick import quick_jit
 from scipy.integrate import solve_ivp
 
@@ -277,10 +277,10 @@ def test_network_calls_of_a_guidance_interval():
         ("heun", 1.5, (0.4, 0.8), flow, 11),  # ¾ and ½, each as a start and as an end
     ):
         settings = {"solver": solver, "steps": 4, "guidance_scale": scale, "guidance_interval": interval, **kind}
-        assert network_calls(settings) == expected, settings
+        assert network_calls(solve_of(**settings)) == expected, settings
         network = CountingNetwork()
         with jax.disable_jit():
-            sample_teacher(network, None, jnp.ones((2, 4, 4, 3)), jnp.zeros(2, jnp.int32), **settings)
+            sample_teacher(network, None, jnp.ones((2, 4, 4, 3)), jnp.zeros(2, jnp.int32), solve_of(**settings))
         assert network.rows == 2 * expected, settings
 
 
@@ -363,7 +363,7 @@ def test_sample_teacher_knows_its_settings(teacher):
 
     def run(**settings):
         with jax.disable_jit():
-            return sample_teacher(model, params, x, y, steps=3, **settings).xt
+            return sample_teacher(model, params, x, y, solve_of(steps=3, **settings)).xt
 
     base = run()
     for changed in ({"guidance_scale": 3.0}, {"guided_channels": 0}, {"guidance_interval": (0.3, 0.7)},

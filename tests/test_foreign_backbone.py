@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ard_jax.build import make_process, solver_settings
+from ard_jax.build import make_process, make_solve
 from ard_jax.data import InMemory
 from ard_jax.files import tree_sha256
 from ard_jax.models import ARDStudent, Backbone, Context, init_from_teacher, inputs_like, parameter_shapes
@@ -171,7 +171,7 @@ def test_a_stored_trajectory_is_the_teacher_s_of_its_caption(config, teacher, tr
     noise = np.stack([record["noise"] for record in records]).astype(np.float32)
 
     def last(condition):
-        solve = jax.jit(lambda params, noise, c: sample_teacher(NETWORK, params, noise, c, **solver_settings(config)))
+        solve = jax.jit(lambda params, noise, c: sample_teacher(NETWORK, params, noise, c, make_solve(config)))
         return np.asarray(solve(teacher, noise, condition).x0[:, -1])
 
     stored = np.stack([record["x0"][-1] for record in records]).astype(np.float32)
@@ -188,8 +188,7 @@ def test_a_student_is_distilled_and_sampled(config, teacher, trajectories, tmp_p
         student=student,
         kind="history",
         teacher=NETWORK,
-        process=make_process(config),
-        solver=solver_settings(config),
+        solve=make_solve(config),
         shape=SHAPE,
         points=(2, 1, 0),
         target="x0",

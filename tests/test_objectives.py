@@ -4,7 +4,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
-from networks import ard_student, draw_noise_and_labels
+from networks import ard_student, draw_noise_and_labels, solve_of
 from quick import quick_jit
 
 from ard_jax.conditions import draw_numbers
@@ -48,7 +48,7 @@ SHAPE = (4, 4, 2)
 STEPS = 4
 POINTS = (3, 1, 0)
 POSITIONS = jnp.asarray([4, 0, 11, 7, 2, 9], jnp.int32)
-SOLVER = {"steps": STEPS, "guidance_scale": 1.5, "guided_channels": 0}
+SOLVE = solve_of(steps=STEPS, guided_channels=0)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def stored(teacher, params, seed):
 
     @quick_jit
     def job(params):
-        solution = sample_teacher(teacher, params, noise, label, **SOLVER)
+        solution = sample_teacher(teacher, params, noise, label, SOLVE)
         points = {name: take_points(getattr(solution, name), (3, 2, 1, 0), STEPS) for name in ("x0", "xt")}
         return {"noise": noise, "condition": label} | points
 
@@ -97,7 +97,7 @@ def stored(teacher, params, seed):
 @pytest.mark.parametrize("target", ["x0", "xt"])
 def test_online_distillation_equals_that_from_the_store(networks, target):
     teacher, student, teacher_params, params = networks
-    settings = dict(points=POINTS, shape=SHAPE, seed=5, **SOLVER)
+    settings = dict(points=POINTS, shape=SHAPE, seed=5, how=SOLVE)
     columns = (0, 2, 3)  # of the points 3, 1, 0 among 3, 2, 1, 0
     records = stored(teacher, teacher_params, seed=5)
     from_store = ard(student, target=target, columns=columns)
@@ -126,7 +126,7 @@ def test_trajectories_that_blow_up_do_no_harm_online(networks):
     labels = np.asarray(stored(teacher, teacher_params, seed=5)["condition"])
     sound = POSITIONS[np.flatnonzero(labels != 1)]
     assert 0 < len(sound) < len(POSITIONS)
-    objective = online_ard(student, teacher, target="x0", points=POINTS, shape=SHAPE, seed=5, max_abs=0.0, **SOLVER)
+    objective = online_ard(student, teacher, target="x0", points=POINTS, shape=SHAPE, seed=5, max_abs=0.0, how=SOLVE)
     with_gradient = quick_jit(jax.value_and_grad(objective, has_aux=True))
     value, gradient = with_gradient(params, broken, positions(POSITIONS), KEY)
     assert_same(value, evaluate(objective, params, broken, positions(sound)))

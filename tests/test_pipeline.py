@@ -10,7 +10,7 @@ from networks import draw_noise_and_labels
 from PIL import Image
 from pipeline_fixtures import STAGES, copy, done, files, sentence, smoke
 
-from ard_jax.build import make_student, make_teacher, solver_settings
+from ard_jax.build import make_solve, make_student, make_teacher
 from ard_jax.data import image_source, labels_and_images, stream, to_uint8
 from ard_jax.errors import UserError
 from ard_jax.evaluation import feature_statistics, frechet_distance, precision_recall, train_feature_net
@@ -153,7 +153,7 @@ def test_teacher_and_student_start_from_the_same_noise_and_label(pipeline, teach
     """Image i is what the samplers give for noise and label i of the sampling seed, in every batch."""
     noise, label = draw_noise_and_labels(sampling_key(1), np.arange(72), SHAPE, 10)
     expected = {
-        "teacher": jax.jit(lambda: sample_teacher(*teacher, noise, label, **solver_settings(CONFIG)).xt[:, -1])(),
+        "teacher": jax.jit(lambda: sample_teacher(*teacher, noise, label, make_solve(CONFIG)).xt[:, -1])(),
         "ard": jax.jit(lambda: sample_student(*student, noise, label)[:, -1])(),
     }
     for name, images in expected.items():
@@ -225,7 +225,7 @@ def test_errors_are_paired_with_the_teacher(pipeline, teacher, student):
     """Per step, from the same noise: on the teacher's history, and on the student's own."""
     model = read_json(pipeline / "evaluate" / "results.json")["models"]["ard"]
     noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
-    solved = jax.jit(lambda: sample_teacher(*teacher, noise, label, **solver_settings(CONFIG)).x0)()
+    solved = jax.jit(lambda: sample_teacher(*teacher, noise, label, make_solve(CONFIG)).x0)()
     points = np.asarray(solved, np.float64)[:, [1, 3, 4]]  # respaced 3, 1, 0 of steps 4 … 0
     rollout = np.asarray(jax.jit(lambda: sample_student(*student, noise, label))(), np.float64)
     forced = np.asarray(jax.jit(lambda: teacher_forcing(*student, noise, jnp.asarray(points, jnp.float32), label))())
@@ -244,7 +244,7 @@ def test_the_first_points_of_the_teacher_help_the_last(pipeline, teacher, studen
     assert model["given_psnr"][0] == pytest.approx(model["psnr"], abs=1e-4)
     assert model["given_psnr"][-1] == pytest.approx(10 * np.log10(4 / model["forced_mse"][-1]), abs=1e-4)
     noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
-    solved = jax.jit(lambda: sample_teacher(*teacher, noise, label, **solver_settings(CONFIG)).x0)()
+    solved = jax.jit(lambda: sample_teacher(*teacher, noise, label, make_solve(CONFIG)).x0)()
     points = solved[:, jnp.asarray([1, 3, 4])]
     final = jax.jit(lambda: sample_student(*student, noise, label, {1: points[:, 0]}))()[:, -1]
     mse = np.mean((np.asarray(final, np.float64) - points[:, -1]) ** 2)
@@ -268,7 +268,7 @@ def test_edits_put_the_source_in_place_of_a_step(pipeline, teacher, student):
     with np.load(pipeline / "evaluate" / "edits.npz", allow_pickle=False) as file:
         edits = dict(file)
     noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
-    source = jax.jit(lambda: sample_teacher(*teacher, noise, label, **solver_settings(CONFIG)).xt[:4, -1])()
+    source = jax.jit(lambda: sample_teacher(*teacher, noise, label, make_solve(CONFIG)).xt[:4, -1])()
     np.testing.assert_array_equal(edits["label"], (label[:4] + 5) % 10)
     assert np.abs(edits["source"].astype(int) - to_uint8(source)).max() <= 1
     other = jnp.roll(noise, 1, axis=0)[:4]
@@ -357,7 +357,7 @@ def test_online_distillation_sees_the_trajectories_that_the_job_stores(teacher, 
     """Position i is record i: the same loss, from the teacher inside the step or from the store."""
     model = make_student(CONFIG)
     params = init_from_teacher(teacher[1], model)
-    settings = dict(points=(3, 1, 0), shape=SHAPE, seed=0, max_abs=0.0, **solver_settings(CONFIG))
+    settings = dict(points=(3, 1, 0), shape=SHAPE, seed=0, max_abs=0.0, how=make_solve(CONFIG))
     online = online_ard(model, teacher[0], target="x0", **settings)
     stored = ard(model, target="x0", columns=(0, 2, 3))
     key = jax.random.key(0)
@@ -384,7 +384,7 @@ def test_online_distillation_of_a_flow_matching_teacher(tmp_path):
     config = smoke_config.get_config("process=flow")
     model, params, *_ = load_teacher(config, tmp_path, make_mesh())
     noise, label = draw_noise_and_labels(jax.random.fold_in(jax.random.key(0), 0), np.arange(8), SHAPE, 10)
-    solved = sample_teacher(make_teacher(config), params, noise, label, **solver_settings(config))
+    solved = sample_teacher(make_teacher(config), params, noise, label, make_solve(config))
     points = np.asarray(solved.x0)[:, [1, 3, 4]]
     student = make_student(config)
     assert student.noise_time == 1000.0

@@ -1,5 +1,6 @@
 """ARDPipeline: the same images as the stages and as diffusers, what it refuses, and its folders."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ from pipeline_fixtures import ROOT, copy, files
 
 import ard_jax.pipeline.files
 from ard_jax import ARDPipeline
-from ard_jax.build import make_process, make_student, make_teacher, solver_settings
+from ard_jax.build import make_process, make_solve, make_student, make_teacher
 from ard_jax.convert import vae_to_diffusers
 from ard_jax.convert.tensors import write_tensors
 from ard_jax.data import center_crop
@@ -188,9 +189,13 @@ def test_the_trajectory_of_a_teacher_is_its_x0_predictions(teacher):
 
 @functools.cache
 def solve(pipe, **changes):
-    settings = solver_settings(pipe.config) | changes
+    how = make_solve(pipe.config)
+    guidance = {
+        name.split("_")[1]: changes.pop(name) for name in ("guidance_scale", "guided_channels") if name in changes
+    }
+    how = dataclasses.replace(how, **changes, guidance=dataclasses.replace(how.guidance, **guidance))
     noise = pipe._drawn_noise(0)(np.arange(4))
-    return jax.jit(lambda: sample_teacher(pipe.model, pipe.params, noise, jnp.asarray(LABELS), **settings))()
+    return jax.jit(lambda: sample_teacher(pipe.model, pipe.params, noise, jnp.asarray(LABELS), how))()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jaxprs import macs
+from networks import solve_of
 from pipeline_fixtures import copy, done, sentence, smoke
 from quick import quick_jit
 
@@ -77,8 +78,7 @@ def given(process, points, *, teacher=None, student=None, start=None, scale=SCAL
     return Given(
         student=student or Toy(),
         teacher=teacher or Toy(),
-        process=process,
-        solver={"steps": 5, "guidance_scale": scale, "guided_channels": 0, "guidance_interval": (0.0, 1.0)},
+        solve=solve_of(5, scale, 0, process=process),
         shape=SHAPE,
         points=points,
         target="x0",

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from networks import draw_noise_and_labels
 from pipeline_fixtures import ROOT, copy, done, files, sentence, smoke
 
-from ard_jax.build import make_conditions, solver_settings
+from ard_jax.build import make_conditions, make_solve
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, write_json
 from ard_jax.parallel import make_mesh
@@ -193,7 +193,7 @@ def test_a_record_is_the_teachers_trajectory(teacher, reference):
     config = smoke_config.get_config()
     (model, params), rows = teacher, [reference[index] for index in range(4)]
     noise, label = draw_noise_and_labels(trajectory_key(0), np.arange(4), (8, 8, 1), 10)
-    solution = jax.jit(functools.partial(sample_teacher, model, **solver_settings(config)))(params, noise, label)
+    solution = jax.jit(functools.partial(sample_teacher, model, how=make_solve(config)))(params, noise, condition=label)
     walked = [1, 2, 3, 4]  # five steps are 4 … 0 respaced; the points are 3, 2, 1, 0
     for name in ("x0", "xt"):
         expected = np.asarray(getattr(solution, name))[:, walked]

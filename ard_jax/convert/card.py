@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from ard_jax.build import model_fields, solver_settings
+from ard_jax.build import make_solve, model_fields
 from ard_jax.errors import UserError
 from ard_jax.sampling import network_calls
 
@@ -136,12 +136,12 @@ def description(facts: Facts) -> str:
     classes = f"of {config.data.num_classes} classes"
     shape = "×".join(map(str, facts.images or (config.data.image_size, config.data.image_size, config.data.channels)))
     what = f"images {classes}, {shape}" if facts.images else f"latents of images {classes}, {shape}"
-    solver = solver_settings(config)
-    teacher = f"{count(solver['steps'], 'step')} of {solver['solver']} ({network_calls(solver)} network calls an image)"
+    how = make_solve(config)
+    teacher = f"{count(how.steps, 'step')} of {how.solver} ({network_calls(how)} network calls an image)"
     if not facts.is_student:
         return (
             f"A DiT of {facts.parameters:,} parameters that makes {what}. Its settings are {teacher}, with a guidance "
-            f"scale of {solver['guidance_scale']:g}."
+            f"scale of {how.guidance.scale:g}."
         )
     history = config.student.history_layers if config.student.mask != "diagonal" else 0
     steps = count(len(config.student.points), "step")

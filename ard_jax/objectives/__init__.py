@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ard_jax.diffusion import Process
 from ard_jax.errors import UserError, first_line
 from ard_jax.models import ARDStudent, Backbone
+from ard_jax.sampling import Solve
 
 Metrics = dict[str, jax.Array]
 Objective = Callable[[Any, Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, Metrics]]
@@ -49,8 +49,7 @@ class Given(NamedTuple):
         student: the network that learns; see `build.make_student`.
         kind: of the student, `config.student.kind`.
         teacher: the teacher's network.
-        process: the teacher's forward process.
-        solver: how the teacher is sampled, the keyword arguments of `sampling.sample_teacher`.
+        solve: how the teacher is sampled; its `process` is the teacher's.
         shape: (height, width, channel) of an example.
         points: respaced indices of the student's points, S of them.
         target: "x0" or "xt", which of the points' states the student learns.
@@ -65,8 +64,7 @@ class Given(NamedTuple):
     student: Backbone | ARDStudent
     kind: str
     teacher: Backbone
-    process: Process
-    solver: dict[str, Any]
+    solve: Solve
     shape: tuple[int, int, int]
     points: tuple[int, ...]
     target: str

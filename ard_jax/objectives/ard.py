@@ -11,6 +11,7 @@ from ard_jax.models import ARDStudent, Backbone, Condition
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.objectives import Given, Method, Objective, require_kind
 from ard_jax.sampling import (
+    Solve,
     draw_noise,
     network_calls,
     sample_teacher,
@@ -34,9 +35,9 @@ def build(given: Given) -> Method:
         shape=given.shape,
         seed=given.seed,
         max_abs=given.max_abs,
-        **given.solver,
+        how=given.solve,
     )
-    flops += 2 * network_calls(given.solver) * teacher_macs(given.teacher, given.shape)
+    flops += 2 * network_calls(given.solve) * teacher_macs(given.teacher, given.shape)
     return Method(objective, flops, reads="teacher")
 
 
@@ -98,7 +99,7 @@ def online_ard(
     shape: tuple[int, int, int],
     seed: int,
     max_abs: float,
-    **solver,
+    how: Solve,
 ) -> Objective:
     """Builds the objective whose teacher runs inside the training step; no store is needed.
 
@@ -109,16 +110,16 @@ def online_ard(
         shape: (height, width, channel).
         seed: of the trajectories: position i is the trajectory that the job would store as record i.
         max_abs: trajectories that leave [-max_abs, max_abs] get no weight; 0 keeps all.
-        solver: keyword arguments of `sample_teacher`.
+        how: the teacher is sampled.
 
     The batch holds "position" (batch,) and "condition" (leaves (batch, …)).
     """
 
     def loss(params, frozen, batch, key):
         noise, condition = draw_noise(trajectory_key(seed), batch["position"], shape), batch["condition"]
-        solution = sample_teacher(teacher, frozen, noise, condition, **solver)
-        kept = within_bounds(take_points(solution.x0, points, solver["steps"]), max_abs)
-        states = take_points(getattr(solution, target), points, solver["steps"])
+        solution = sample_teacher(teacher, frozen, noise, condition, how)
+        kept = within_bounds(take_points(solution.x0, points, how.steps), max_abs)
+        states = take_points(getattr(solution, target), points, how.steps)
         # a dropped row may hold anything, and 0 · inf is not 0
         states = jnp.where(kept[:, None, None, None, None], jax.lax.stop_gradient(states), 0.0)
         return summarise(loss_per_step(student, params, noise, states, condition, kept.astype(jnp.float32)))

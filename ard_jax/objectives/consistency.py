@@ -26,7 +26,7 @@ from ard_jax.diffusion import Grid, few_step_process
 from ard_jax.errors import UserError
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import STUDENT, Given, Joint, Method, require_kind
-from ard_jax.objectives.few_steps import at_node, calls_of, draw_nodes, guidance_of, require_store, teacher_samples
+from ard_jax.objectives.few_steps import at_node, calls_of, draw_nodes, require_store, teacher_samples
 from ard_jax.sampling import NO_GUIDANCE, teacher_predictor
 
 
@@ -39,7 +39,7 @@ def build(given: Given) -> Method:
     require_kind(given, "stochastic")
     require_store(given)
     # the student's call and its backward pass, the target's call, and the teacher's
-    flops = (6 + 2 + 2 * calls_of(guidance_of(given.solver))) * teacher_macs(given.teacher, given.shape)
+    flops = (6 + 2 + 2 * calls_of(given.solve.guidance)) * teacher_macs(given.teacher, given.shape)
     return Method(consistency(given), flops, reads="teacher", begin=begin)
 
 
@@ -61,14 +61,14 @@ def consistency(given: Given) -> Joint:
     The batch holds "x0" (batch, point, height, width, channel), "condition" (leaves (batch, …)) and
     "position" (batch,).
     """
-    options, process, guidance = given.options, few_step_process(given.process), guidance_of(given.solver)
+    options, process, guidance = given.options, few_step_process(given.solve.process), given.solve.guidance
     grid = fine_grid(given)
 
     def loss(params, target, frozen, batch, key):
         x0, condition = teacher_samples(given, batch), batch["condition"]
         node, noise = draw_nodes(key, batch["position"], range(grid.steps - 1), given.shape)
         x = at_node(x0, noise, grid, node)
-        teacher = teacher_predictor(given.teacher, frozen, condition, grid, given.process, guidance)
+        teacher = teacher_predictor(given.teacher, frozen, condition, grid, given.solve.process, guidance)
         following = at_node(*teacher(x, node), grid, node + 1)
         aim = teacher_predictor(given.student, target, condition, grid, process, NO_GUIDANCE)(following, node + 1).x0
         prediction = teacher_predictor(given.student, params, condition, grid, process, NO_GUIDANCE)(x, node).x0
@@ -89,13 +89,13 @@ def fine_grid(given: Given) -> Grid:
         UserError: K is no multiple of the student's steps, whose nodes would not all be trained then.
     """
     steps, count = len(given.points), given.options["grid"]
-    count = count or -(-given.solver["steps"] // steps) * steps
+    count = count or -(-given.solve.steps // steps) * steps
     if count % steps:
         raise UserError(
             f"distill.consistency.grid is {count}, which is no multiple of the student's {steps} steps: "
             f"choose one that is, or 0 for the first from the teacher's steps on."
         )
-    process = few_step_process(given.process)
+    process = few_step_process(given.solve.process)
     grid = process.grid(count)
     return grid._replace(times=np.append(grid.times, process.data_time))
 

@@ -29,7 +29,7 @@ from ard_jax.errors import UserError
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import STUDENT, Given, Joint, Method, require_kind
 from ard_jax.objectives.denoising import denoising
-from ard_jax.objectives.few_steps import at_node, calls_of, draw_nodes, guidance_of, require_store, teacher_samples
+from ard_jax.objectives.few_steps import at_node, calls_of, draw_nodes, require_store, teacher_samples
 from ard_jax.sampling import NO_GUIDANCE, teacher_predictor
 
 FAKE = "fake"
@@ -45,7 +45,7 @@ def build(given: Given) -> Method:
     require_store(given)
     ratio = given.options["ratio"]
     # every step: the student's samples and the fake score's learning; every ratio-th: both scores, and the way back
-    each, seldom = 2 + 6, 2 * calls_of(guidance_of(given.solver)) + 2 + 4
+    each, seldom = 2 + 6, 2 * calls_of(given.solve.guidance) + 2 + 4
     flops = (each + seldom / ratio) * teacher_macs(given.teacher, given.shape)
     return Method(
         distribution_matching(given),
@@ -69,17 +69,17 @@ def distribution_matching(given: Given) -> Joint:
     "position" (batch,).
     """
     learn_fake = jax.value_and_grad(
-        denoising(given.teacher, given.process, label_dropout=0.0, horizontal_flip=False), has_aux=True
+        denoising(given.teacher, given.solve.process, label_dropout=0.0, horizontal_flip=False), has_aux=True
     )
-    grid, nodes = given.process.grid(given.options["grid"]), scored_nodes(given)
-    guidance, ratio = guidance_of(given.solver), given.options["ratio"]
+    grid, nodes = given.solve.process.grid(given.options["grid"]), scored_nodes(given)
+    guidance, ratio = given.solve.guidance, given.options["ratio"]
 
     def difference(images, fake, teacher, batch, key):
         """The gradient with respect to the student's samples, each row's."""
         node, noise = draw_nodes(key, batch["position"], nodes, given.shape)
         x = at_node(images, noise, grid, node)
         fake, real = (
-            teacher_predictor(given.teacher, params, batch["condition"], grid, given.process, guided)(x, node).x0
+            teacher_predictor(given.teacher, params, batch["condition"], grid, given.solve.process, guided)(x, node).x0
             for params, guided in ((fake, NO_GUIDANCE), (teacher, guidance))
         )
         return matching_gradient(fake, real, images)
@@ -105,7 +105,7 @@ def distribution_matching(given: Given) -> Joint:
 
 def generate(given: Given, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
     """The student's x̂_0 from the teacher's samples noised at one of its nodes, (batch, height, width, channel)."""
-    process = few_step_process(given.process)
+    process = few_step_process(given.solve.process)
     grid = process.grid(len(given.points))
     node, noise = draw_nodes(key, batch["position"], range(grid.steps), given.shape)
     x = at_node(teacher_samples(given, batch), noise, grid, node)
@@ -125,7 +125,7 @@ def scored_nodes(given: Given) -> range:
     Raises:
         UserError: there are none in the interval.
     """
-    process, options = given.process, given.options
+    process, options = given.solve.process, given.options
     times = process.grid(options["grid"]).times
     way = (times - process.data_time) / (process.noise_time - process.data_time)
     low, high = options["interval"]

@@ -1,7 +1,5 @@
 """What the methods share whose students are told the time: states at the nodes of a grid, and what is seen there."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -22,11 +20,6 @@ def require_store(given: Given) -> None:
 def teacher_samples(given: Given, batch: dict[str, jax.Array]) -> jax.Array:
     """The teacher's samples, the last point of the store's records, (batch, height, width, channel) float32."""
     return batch["x0"][:, given.columns[-1]].astype(jnp.float32)
-
-
-def guidance_of(solver: dict[str, Any]) -> Guidance:
-    """The guidance among the keyword arguments of `sampling.sample_teacher`."""
-    return Guidance(solver["guidance_scale"], solver["guided_channels"], tuple(solver["guidance_interval"]))
 
 
 def calls_of(guidance: Guidance) -> int:

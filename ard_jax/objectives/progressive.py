@@ -24,7 +24,7 @@ from ard_jax.diffusion.solvers import Predict
 from ard_jax.errors import UserError
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import Given, Method, Objective, require_kind
-from ard_jax.objectives.few_steps import at_node, calls_of, draw_nodes, guidance_of, require_store, teacher_samples
+from ard_jax.objectives.few_steps import at_node, calls_of, draw_nodes, require_store, teacher_samples
 from ard_jax.sampling import NO_GUIDANCE, teacher_predictor
 
 
@@ -42,7 +42,7 @@ def build(given: Given) -> Method:
             f"distill.start is a student of {given.start} steps, but progressive distillation makes one step of two: "
             f"start from a student of {2 * steps} steps, or from the teacher."
         )
-    guidance = guidance_of(given.solver) if given.start is None else NO_GUIDANCE
+    guidance = given.solve.guidance if given.start is None else NO_GUIDANCE
     macs = teacher_macs(given.teacher, given.shape)
     return Method(
         progressive(given), (6 + 2 * 2 * calls_of(guidance)) * macs, reads="teacher" if given.start is None else "start"
@@ -55,10 +55,10 @@ def progressive(given: Given) -> Objective:
     The batch holds "x0" (batch, point, height, width, channel), "condition" (leaves (batch, …)) and
     "position" (batch,).
     """
-    process = few_step_process(given.process)
+    process = few_step_process(given.solve.process)
     steps = len(given.points)
     grid, halves = process.grid(steps), process.grid(2 * steps)
-    seen = (given.process, guidance_of(given.solver)) if given.start is None else (process, NO_GUIDANCE)
+    seen = (given.solve.process, given.solve.guidance) if given.start is None else (process, NO_GUIDANCE)
     weights = jnp.asarray(np.maximum((grid.alpha[:-1] / grid.sigma[:-1]) ** 2, 1.0), jnp.float32)
 
     def loss(params, frozen, batch, key):

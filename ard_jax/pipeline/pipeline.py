@@ -15,9 +15,8 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from ard_jax.build import example_shape, make_process, make_student, make_teacher, solver_settings
+from ard_jax.build import example_shape, make_process, make_solve, make_student, make_teacher
 from ard_jax.data import to_uint8
-from ard_jax.diffusion import find_solver
 from ard_jax.errors import UserError
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_images, to_latents
@@ -25,7 +24,7 @@ from ard_jax.parallel import equal_batches, make_mesh, put_batch, replicated, ru
 from ard_jax.pipeline.files import open_pipeline, write_pipeline
 from ard_jax.pipeline.inputs import read_image, resolve_labels
 from ard_jax.progress import progress_bar
-from ard_jax.sampling import draw_noise, sample_student, sample_teacher, sampling_key
+from ard_jax.sampling import Solve, draw_noise, sample_student, sample_teacher, sampling_key
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 
@@ -164,13 +163,13 @@ class ARDPipeline:
         Raises:
             UserError: an argument cannot be used, in one sentence and before anything is compiled.
         """
-        settings = self._settings(num_inference_steps, guidance_scale, solver, guided_channels)
+        how = self._how(num_inference_steps, guidance_scale, solver, guided_channels)
         form = self._form(output_type, return_trajectory)
         labels = resolve_labels(class_labels, self.id2label, self.config.data.num_classes)
         labels = np.repeat(labels, whole(num_images_per_label, "num_images_per_label", 1))
         size = len(labels) if batch_size is None else whole(batch_size, "batch_size", 1)
         noise = self._drawn_noise(seed) if latents is None else self._own_noise(latents, len(labels))
-        program = self._compiled(self.generate_function, **form, **settings)
+        program = self._compiled(self.generate_function, **form, how=how)
         return self._make(program, noise, labels, output_type, size)
 
     def edit(
@@ -212,13 +211,13 @@ class ARDPipeline:
 
     # ----------------------------------------------------------------------------------- the programs that run
 
-    def generate_function(self, *, latent: bool = False, trajectory: bool = False, **settings: Any) -> Program:
+    def generate_function(self, *, latent: bool = False, trajectory: bool = False, how: Solve | None = None) -> Program:
         """The program of a call, for `jax.jit` and `jax.export`, with symbolic batch sizes too.
 
         Args:
             latent: give what the network makes, instead of images.
             trajectory: give the steps too.
-            settings: of a teacher: those of `solver_settings`, from the config where they are left out.
+            how: a teacher is sampled; None for the config's own settings, and for a student.
 
         Returns:
             A pure function (params, vae_params, noise (batch, height, width, channel), labels (batch,)) → images in
@@ -226,13 +225,13 @@ class ARDPipeline:
             `vae_params` is None for pixels.
         """
         model, is_student, present = self.model, self.is_student, self._presenter(latent, trajectory)
-        settings = {} if is_student else solver_settings(self.config) | settings
+        how = how or make_solve(self.config)
 
         def generate(params, vae_params, noise, labels):
             if is_student:
                 points = sample_student(model, params, noise, labels)
                 return present(vae_params, points, points[:, -1])
-            solution = sample_teacher(model, params, noise, labels, **settings)
+            solution = sample_teacher(model, params, noise, labels, how)
             return present(vae_params, solution.x0, solution.xt[:, -1])
 
         return generate
@@ -350,10 +349,10 @@ class ARDPipeline:
 
     # ------------------------------------------------------------------------------------------- what is asked
 
-    def _settings(
+    def _how(
         self, steps: int | None, guidance_scale: float | None, solver: str | None, guided_channels: int | None
-    ) -> dict[str, Any]:
-        """The keyword arguments of `sample_teacher`; none for a student."""
+    ) -> Solve | None:
+        """How a teacher is sampled; None for a student."""
         given = {"guidance_scale": guidance_scale, "solver": solver, "guided_channels": guided_channels}
         given = {name: value for name, value in given.items() if value is not None}
         if self.is_student:
@@ -367,17 +366,18 @@ class ARDPipeline:
                     f"num_inference_steps is {steps!r}, but this student was trained for {self.model.steps} steps and "
                     f"can make no other number: leave it out, or distil a student of that many points."
                 )
-            return {}
+            return None
         if steps is not None:
             given["steps"] = whole(steps, "num_inference_steps", 1)
         if guided_channels is not None:
             whole(guided_channels, "guided_channels", 0)
         if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
             raise UserError(f"guidance_scale is {guidance_scale}: give a number of at least 0; 1 is no guidance.")
-        settings = solver_settings(self.config) | given
-        find_solver(settings["solver"])
-        settings["process"].grid(settings["steps"])
-        return settings
+        how = make_solve(self.config)
+        names = {"guidance_scale": "scale", "guided_channels": "channels"}
+        guidance = {ours: given[name] for name, ours in names.items() if name in given}
+        rest = {name: given[name] for name in ("steps", "solver") if name in given}
+        return dataclasses.replace(how, **rest, guidance=dataclasses.replace(how.guidance, **guidance))
 
     def _form(self, output_type: str, trajectory: bool) -> dict[str, bool]:
         """What a program shall hand back."""

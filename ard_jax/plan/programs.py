@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_rollout, make_student, make_teacher, solver_settings
+from ard_jax.build import example_shape, make_rollout, make_solve, make_student, make_teacher
 from ard_jax.drawing import make_drawing, rollout_macs, student_sampler
 from ard_jax.methods import columns_of, continued, make_finetune_method, make_method
 from ard_jax.models.backbone import Backbone, condition_like
@@ -125,7 +125,7 @@ def trajectory_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     mesh, teacher = local_mesh(config.mesh, where.host), make_teacher(config)
     rows = config.trajectories.batch_size * batch_shards(mesh)
     arguments = placed(teacher_shapes(teacher), mesh), drawn_rows(config, rows, mesh)
-    macs = network_calls(solver_settings(config)) * teacher_macs(teacher, example_shape(config))
+    macs = network_calls(make_solve(config)) * teacher_macs(teacher, example_shape(config))
     return Work("trajectory step", make_solver(teacher, config, mesh), arguments, mesh, rows, 2 * macs * rows)
 
 

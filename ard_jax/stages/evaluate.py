@@ -22,7 +22,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_conditions, make_rollout, solver_settings
+from ard_jax.build import example_shape, make_conditions, make_rollout, make_solve
 from ard_jax.conditions import draw_numbers
 from ard_jax.config import plain
 from ard_jax.data import image_source, labels_and_images, to_uint8
@@ -174,7 +174,7 @@ class Paired:
         mesh: Mesh,
     ):
         model, params = teacher.model, teacher.params
-        settings, shape = solver_settings(config), example_shape(config)
+        how, shape = make_solve(config), example_shape(config)
         self.config, self.decoder, self.mesh, self.conditions = config, decoder, mesh, make_conditions(config)
         self.size = config.sample.batch_size * batch_shards(mesh)
         every = {*config.student.points}.union(*(student.config.student.points for student in students.values()))
@@ -185,8 +185,8 @@ class Paired:
         @on_mesh(mesh)
         def trajectories(params, index, condition):
             noise = draw_noise(key, index, shape)
-            solution = sample_teacher(model, params, noise, condition, **settings)
-            x0, xt = (take_points(states, self.kept_points, settings["steps"]) for states in solution)
+            solution = sample_teacher(model, params, noise, condition, how)
+            x0, xt = (take_points(states, self.kept_points, how.steps) for states in solution)
             return {"noise": noise, "x0": x0, "xt": xt}
 
         index = np.arange(config.evaluate.paired, dtype=np.int32)

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_conditions, make_rollout, solver_settings
+from ard_jax.build import example_shape, make_conditions, make_rollout, make_solve
 from ard_jax.conditions import draw_numbers
 from ard_jax.config import plain
 from ard_jax.data import to_uint8
@@ -65,13 +65,13 @@ def load_sampler(
     shape = example_shape(config)
     if name == "teacher":
         model, params, sha, _ = load_teacher(config, workdir, mesh)
-        settings = solver_settings(config)
-        evaluations = network_calls(settings)
-        facts = {"steps": settings["steps"], "network_calls": evaluations}
+        how = make_solve(config)
+        evaluations = network_calls(how)
+        facts = {"steps": how.steps, "network_calls": evaluations}
         macs = evaluations * teacher_macs(model, shape)
 
         def sampler(params, noise, condition):
-            return sample_teacher(model, params, noise, condition, **settings).xt[:, -1]
+            return sample_teacher(model, params, noise, condition, how).xt[:, -1]
 
     else:
         model, params, sha, trained = load_student(workdir / "distill" / name, mesh)

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, solver_settings
+from ard_jax.build import example_shape, make_solve
 from ard_jax.conditions import Conditions, draw_numbers
 from ard_jax.models import Backbone
 from ard_jax.parallel import batch_shards, equal_batches, on_mesh, put_batch, run_batches
@@ -31,7 +31,7 @@ def make_solver(
 
     The records have the store's type already, and "kept" says which are within bounds.
     """
-    trajectories, settings = config.trajectories, solver_settings(config)
+    trajectories, how = config.trajectories, make_solve(config)
     points, dtype = tuple(trajectories.points), jnp.dtype(store.DTYPES[trajectories.dtype])
     key = trajectory_key(config.seed)
 
@@ -39,12 +39,12 @@ def make_solver(
     @on_mesh(mesh)
     def solve(params, batch):
         noise = draw_noise(key, batch["index"], example_shape(config))
-        solution = sample_teacher(model, params, noise, batch["condition"], **settings)
-        x0 = take_points(solution.x0, points, settings["steps"])
+        solution = sample_teacher(model, params, noise, batch["condition"], how)
+        x0 = take_points(solution.x0, points, how.steps)
         record = {"noise": noise.astype(dtype), "x0": x0.astype(dtype)}
         record |= {"label": batch["label"], "index": batch["index"]}
         if trajectories.keep_noisy:
-            record["xt"] = take_points(solution.xt, points, settings["steps"]).astype(dtype)
+            record["xt"] = take_points(solution.xt, points, how.steps).astype(dtype)
         return record, within_bounds(x0, min(trajectories.max_abs or jnp.inf, float(jnp.finfo(dtype).max)))
 
     return solve
