@@ -50,11 +50,11 @@ def is_student(name: Any) -> bool:
 
 def check_values(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first setting whose value its row in config.py does not allow, NaN included."""
-    for key, row in ROWS.items():
+    for key, allowed in ((key, row.allowed) for key, row in ROWS.items() if row.allowed):
         value = functools.reduce(getitem, key.split("."), config)
-        if row.allowed and not row.allowed.holds(value):
+        if not allowed.holds(value):
             shown = repr(value) if isinstance(value, str) else value
-            raise UserError(f"{key} is {shown}: {row.allowed.remedy}.")
+            raise UserError(f"{key} is {shown}: {allowed.remedy}.")
 
 
 def check_mesh(config: ml_collections.ConfigDict) -> None:
