@@ -1,13 +1,13 @@
-"""What a config must satisfy before anything is compiled: ranges, and what several settings must satisfy together."""
+"""What a config must satisfy before anything is compiled: each value, and what several must satisfy together."""
 
 import functools
-import math
 from operator import getitem
 from typing import Any
 
 import ml_collections
 
 from ard_jax.build import make_process, make_rollout, make_student, make_teacher, model_fields
+from ard_jax.config import ROWS
 from ard_jax.diffusion import Guidance, find_solver
 from ard_jax.errors import UserError
 from ard_jax.models.attention import choose, target_platform
@@ -48,69 +48,13 @@ def is_student(name: Any) -> bool:
     return names_folder(name) and name not in RESERVED
 
 
-POSITIVE = {
-    "data": ("image_size", "channels", "num_classes"),
-    "model": ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio"),
-    "diffusion": ("train_steps", "steps", "time_scale"),
-    "vae": ("batch_size",),
-    "encode": ("image_size", "batch_size", "shard_size"),
-    "teacher": ("steps", "batch_size", "accumulate", "checkpoint_every"),
-    "trajectories": ("count", "batch_size", "shard_size"),
-    "distill": ("steps", "batch_size", "accumulate", "checkpoint_every"),
-    "finetune": ("steps", "batch_size", "accumulate", "checkpoint_every", "spectral_rounds"),
-    "sample": ("count", "batch_size", "grid"),
-    "evaluate": ("paired", "pictures", "feature_steps", "neighbours"),
-    "run": ("log_every", "keep_checkpoints", "join_timeout", "workers"),
-}
-
-
-OPTIMIZERS = (
-    "teacher.optimizer", "distill.optimizer", "distill.distribution_matching.optimizer", "finetune.optimizer",
-    "finetune.discriminator_optimizer",
-)  # fmt: skip
-
-
-# key: the least and the greatest value that it may have
-RANGES = {
-    "seed": (0, 2**31 - 1),
-    "sample.seed": (0, 2**31 - 1),
-    "model.label_init_std": (0, math.inf),
-    "model.time_init_std": (0, math.inf),
-    "model.frequency_shift": (0, 127),
-    "model.mlp_norm_eps": (0, 1),
-    "diffusion.beta_start": (0, 1),
-    "diffusion.beta_end": (0, 1),
-    "diffusion.guidance_scale": (0, 1000),
-    "teacher.label_dropout": (0, 1),
-    "trajectories.max_abs": (0, math.inf),
-    "finetune.warmup": (0, math.inf),
-    "finetune.weight": (0, math.inf),
-    "finetune.feature_time": (0, 1),
-    **{f"{optimizer}.learning_rate": (0, 1000) for optimizer in OPTIMIZERS},
-    **{f"{optimizer}.weight_decay": (0, 1000) for optimizer in OPTIMIZERS},
-    **{f"{stage}.optimizer.ema": (0, 1) for stage in ("teacher", "distill", "finetune")},
-    "distill.consistency.grid": (0, math.inf),
-    "distill.consistency.decay": (0, 1),
-    "distill.consistency.huber": (0, math.inf),
-    "distill.distribution_matching.ratio": (1, math.inf),
-    "distill.distribution_matching.grid": (1, math.inf),
-    "run.in_memory": (0, math.inf),
-}
-
-
-def check_numbers(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for the first number that is out of range, NaN included."""
-    for section, names in POSITIVE.items():
-        for name in names:
-            value = config[section][name]
-            if not 0 < value < math.inf:
-                asked = "of at least 1" if isinstance(value, int) else "above 0"
-                raise UserError(f"{section}.{name} is {value}: give a number {asked}.")
-    for key, (low, high) in RANGES.items():
+def check_values(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for the first setting whose value its row in config.py does not allow, NaN included."""
+    for key, allowed in ((key, row.allowed) for key, row in ROWS.items() if row.allowed):
         value = functools.reduce(getitem, key.split("."), config)
-        if not low <= value <= high:
-            asked = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise UserError(f"{key} is {value}: give a number {asked}.")
+        if not allowed.holds(value):
+            shown = repr(value) if isinstance(value, str) else value
+            raise UserError(f"{key} is {shown}: {allowed.remedy}.")
 
 
 def check_mesh(config: ml_collections.ConfigDict) -> None:
@@ -165,7 +109,7 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
         UserError: the first thing that is wrong, in one sentence.
     """
     diffusion, trajectories, student = config.diffusion, config.trajectories, config.student
-    check_numbers(config)
+    check_values(config)
     check_mesh(config)
     check_compare(config)
     for section in (config.teacher, config.distill, config.finetune):
@@ -196,8 +140,6 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
             f"student.points has {missing}, which the store does not keep (trajectories.points is "
             f"{tuple(trajectories.points)}): choose points out of the store's, or make a store that has them."
         )
-    if student.target not in ("x0", "xt"):
-        raise UserError(f"student.target is {student.target!r}: choose x0 (predicted x0) or xt (noisy points).")
     if student.target == "xt" and not trajectories.keep_noisy and not config.distill.online:
         raise UserError(
             "student.target is 'xt', but the store keeps no noisy points: set trajectories.keep_noisy=True."
@@ -210,9 +152,6 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
         )
     if not config.sample.models or not all(names_folder(name) for name in config.sample.models):
         raise UserError(f"sample.models is {tuple(config.sample.models)}: name the teacher, or students, or both.")
-    for name in ("trajectories", "encode"):
-        if config[name].dtype not in ("float16", "bfloat16", "float32"):
-            raise UserError(f"{name}.dtype is {config[name].dtype!r}: choose float16, bfloat16 or float32.")
     classes = range(config.data.num_classes)
     outside = [label for label in config.sample.labels if label not in classes]
     if outside:

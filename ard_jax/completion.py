@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from ard_jax.config import plain
+from ard_jax.config import keys_that_change, plain
 from ard_jax.files import read_json
 from ard_jax.methods import continued
 from ard_jax.trajectories.store import read_manifest, store_hash
@@ -25,8 +25,7 @@ from ard_jax.workdir import (
 )
 
 # Settings by which a model's samples, and the measurements of them, come out the same.
-SAMPLED = ("data.", "vae.", "diffusion.", "sample.count", "sample.seed", "sample.labels")
-MEASURED = (*SAMPLED, "encode.", "student.", "evaluate.")
+SAMPLED, MEASURED = keys_that_change("sample"), keys_that_change("evaluate")
 
 
 def is_complete(

@@ -1,201 +1,359 @@
-"""Every setting of every stage, its default and its meaning, in one visible block.
+"""Every setting of every stage in one visible block: its default, its meaning, what it changes and what it may be.
 
 A file in `configs/` starts from `default_config()` and changes what its experiment needs; the command line overrides
 single keys (`--config.student.history_layers=2`).
 """
 
+import dataclasses
 import json
+import math
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
 
 from ard_jax.errors import UserError
 
+# ------------------------------------------------------------------------------------------------ what a row is made of
 
-def optimizer_defaults() -> dict[str, Any]:
+CHANGES = (
+    "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate",  # what the stage makes
+    "network",  # what a teacher's trained weights mean
+    "store",  # what trajectories mean: whoever trains on them must have the same
+    "request",  # what is asked for, such as the number of pictures: what is there stays good
+    "nothing",  # it may differ between two starts of the same run
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """The values that a setting may have.
+
+    Attributes:
+        holds: whether it may have a value.
+        remedy: the end of the sentence that refuses another, such as "give a number of at least 1".
+    """
+
+    holds: Callable[[Any], bool]
+    remedy: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A row: one setting.
+
+    Attributes:
+        default: its value where a config says nothing, which also gives its type.
+        changes: what a change of it changes, out of `CHANGES`.
+        allowed: its values; None where the module that reads it, or `checks`, says which.
+    """
+
+    default: Any
+    changes: frozenset[str]
+    allowed: Allowed | None = None
+
+    def __post_init__(self):
+        if not self.changes or not self.changes <= set(CHANGES):
+            raise ValueError(f"a setting changes {set(self.changes)}: choose out of {', '.join(CHANGES)}.")
+
+
+def at_least(low: float) -> Allowed:
+    return Allowed(lambda value: value >= low, f"give a number of at least {low}")
+
+
+def above(low: float) -> Allowed:
+    """Greater and finite."""
+    return Allowed(lambda value: low < value < math.inf, f"give a number above {low}")
+
+
+def between(low: float, high: float) -> Allowed:
+    """Both ends included."""
+    return Allowed(lambda value: low <= value <= high, f"give a number from {low} to {high}")
+
+
+def one_of(*names: str, **meanings: str) -> Allowed:
+    """Names, those given by keyword with what they mean."""
+    *first, last = (*names, *(f"{name} ({meaning})" for name, meaning in meanings.items()))
+    return Allowed(lambda value: value in (*names, *meanings), f"choose {', '.join(first)} or {last}")
+
+
+# Values of several settings.
+SEEDS = between(0, 2**31 - 1)
+STORED_TYPES = one_of("float16", "bfloat16", "float32")
+
+# What the settings change.
+NOTHING, REQUEST, STORE = (frozenset({name}) for name in ("nothing", "request", "store"))
+ENCODED, TEACHER, TRAJECTORIES = (frozenset({name}) for name in ("encode", "teacher", "trajectories"))
+DISTILLED, FINETUNED, RESULTS = (frozenset({name}) for name in ("distill", "finetune", "evaluate"))
+LATENTS = ENCODED | RESULTS
+SAMPLES = RESULTS | {"sample"}
+STUDENTS = DISTILLED | FINETUNED
+TRAINED = TEACHER | TRAJECTORIES | STUDENTS
+NETWORK = TRAINED | {"network"}
+IMAGES = TEACHER | FINETUNED | SAMPLES  # what is trained on real images, and what is compared with them
+PROCESS = NETWORK | STORE | SAMPLES
+SOLVER = TRAJECTORIES | STUDENTS | STORE | SAMPLES
+
+
+def _optimizer(changes: frozenset[str], learning_rate: float = 1e-4, clip: float = 1.0) -> dict[str, Setting]:
+    """Rows of an optimiser of a network that is not averaged."""
     return {
-        "name": "adamw",  # any optimiser of optax, by its name there
-        "learning_rate": 1e-4,
-        "schedule": "constant",  # or "cosine", falling to 0 at the last step
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "clip": 1.0,  # global gradient norm; 0 for none
-        "ema": 0.9999,  # decay of the averaged parameters, ramped up as (1 + step) / (10 + step)
+        "name": Setting("adamw", changes),  # any optimiser of optax, by its name there
+        "learning_rate": Setting(learning_rate, changes, between(0, 1000)),
+        "schedule": Setting("constant", changes),  # or "cosine", falling to 0 at the last step
+        "warmup_steps": Setting(0, changes),
+        "weight_decay": Setting(0.0, changes, between(0, 1000)),
+        "clip": Setting(clip, changes),  # global gradient norm; 0 for none
     }
 
 
-def network_optimizer_defaults(**changes: Any) -> dict[str, Any]:
-    """The same for a network that is not averaged."""
-    return {name: value for name, value in optimizer_defaults().items() if name != "ema"} | changes
+def _averaged_optimizer(changes: frozenset[str]) -> dict[str, Setting]:
+    return {
+        **_optimizer(changes),
+        # decay of the averaged parameters, ramped up as (1 + step) / (10 + step)
+        "ema": Setting(0.9999, changes, between(0, 1)),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- the settings
+
+SETTINGS: dict[str, Any] = {
+    "seed": Setting(0, ENCODED | TRAINED, SEEDS),
+    "data": {
+        "source": Setting("tfds", IMAGES),  # "digits", "tfds" or "folder"
+        "name": Setting("", IMAGES),  # TFDS name
+        "dir": Setting("", IMAGES),  # TFDS data_dir, or the folder of images
+        "split": Setting("train", IMAGES),
+        "image_size": Setting(32, PROCESS, at_least(1)),  # side of the network's input: pixels, or latents
+        "channels": Setting(4, PROCESS, at_least(1)),
+        "num_classes": Setting(1000, PROCESS, at_least(1)),
+        "space": Setting("latent", NETWORK | SAMPLES),  # or "pixel"
+        "horizontal_flip": Setting(False, IMAGES),
+    },
+    "vae": {
+        "dir": Setting("", SAMPLES),  # folder of an autoencoder in diffusers' format; "" for the workdir's vae/
+        "batch_size": Setting(8, SAMPLES, at_least(1)),  # images a device decodes at a time
+    },
+    "encode": {  # makes latents of images, which `data` then describes
+        "source": Setting("folder", LATENTS),  # as in `data`, but of the images: "digits", "tfds" or "folder"
+        "name": Setting("", LATENTS),
+        "dir": Setting("", LATENTS),
+        "split": Setting("train", LATENTS),
+        "image_size": Setting(256, LATENTS, at_least(1)),  # pixels
+        "horizontal_flip": Setting(True, LATENTS),  # two records an image: itself, then its mirror image
+        "sample": Setting(True, LATENTS),  # latents drawn from the encoder's distribution; or its mean
+        "dtype": Setting("float16", LATENTS, STORED_TYPES),
+        "batch_size": Setting(64, LATENTS, at_least(1)),  # records a device encodes at a time
+        "shard_size": Setting(4096, LATENTS, at_least(1)),  # records a file
+    },
+    "model": {
+        "name": Setting("", NETWORK),  # a published size such as "DiT-XL/2", which sets the next four
+        "patch_size": Setting(2, NETWORK, at_least(1)),
+        "hidden_size": Setting(1152, NETWORK, at_least(1)),
+        "depth": Setting(28, NETWORK, at_least(1)),
+        "num_heads": Setting(16, NETWORK, at_least(1)),
+        "mlp_ratio": Setting(4.0, NETWORK, above(0)),
+        "learn_sigma": Setting(True, NETWORK),
+        "label_init_std": Setting(0.02, TEACHER, at_least(0)),
+        "time_init_std": Setting(0.02, TEACHER, at_least(0)),
+        # of the time's sinusoids: 0 as published, 1 in diffusers' DiT
+        "frequency_shift": Setting(0.0, NETWORK, between(0, 127)),
+        "mlp_norm_eps": Setting(1e-6, NETWORK, between(0, 1)),  # 1e-6 as published, 1e-5 in diffusers' DiT
+        "dtype": Setting("auto", TRAINED),  # compute type: bfloat16 on accelerators, float32 on CPU; or either by name
+        "remat": Setting("none", NOTHING),  # or "dots", "full"
+        # the device's fused kernel where it applies; or "xla", "cudnn", "splash"
+        "attention": Setting("auto", NOTHING),
+    },
+    "diffusion": {
+        "process": Setting("vp", PROCESS),  # the network predicts noise; or "flow": velocity
+        "train_steps": Setting(1000, PROCESS, at_least(1)),
+        "beta_start": Setting(1e-4, PROCESS, between(0, 1)),
+        "beta_end": Setting(0.02, PROCESS, between(0, 1)),
+        # vp only: respaced timesteps; or "leading", "trailing", in diffusers' words
+        "spacing": Setting("linspace", SOLVER),
+        "time_scale": Setting(1000.0, PROCESS, above(0)),  # flow only: length of the network's time
+        # flow only: network time 0 is noise and the velocity is x_0 − ε, as in SiT
+        "reversed": Setting(False, PROCESS),
+        "solver": Setting("ddim", SOLVER),  # or "heun", "dpm++2m"
+        "steps": Setting(25, SOLVER, at_least(1)),
+        "guidance_scale": Setting(1.5, SOLVER, between(0, 1000)),
+        "guided_channels": Setting(3, SOLVER),  # 0 for all
+        "guidance_interval": Setting((0.0, 1.0), SOLVER),
+    },
+    "teacher": {
+        "dir": Setting("", NOTHING),  # a teacher trained elsewhere: the `teacher` folder of its workdir
+        "steps": Setting(400_000, TEACHER, at_least(1)),
+        "batch_size": Setting(256, TEACHER, at_least(1)),
+        "accumulate": Setting(1, NOTHING, at_least(1)),  # microbatches a step: less memory for the same batch
+        "label_dropout": Setting(0.1, TEACHER, between(0, 1)),
+        "checkpoint_every": Setting(5000, TEACHER, at_least(1)),
+        "optimizer": _averaged_optimizer(TEACHER),
+    },
+    "trajectories": {
+        "dir": Setting("", NOTHING),  # a store made elsewhere: the `trajectories` folder of its workdir
+        "count": Setting(2_560_000, TRAJECTORIES, at_least(1)),
+        "points": Setting((15, 10, 5, 0), TRAJECTORIES),  # respaced indices that are kept, counted down to the data
+        "keep_noisy": Setting(False, TRAJECTORIES),  # keep the noisy points beside the x0-predictions
+        "dtype": Setting("float16", TRAJECTORIES, STORED_TYPES),
+        "batch_size": Setting(64, TRAJECTORIES, at_least(1)),  # trajectories a device solves at a time
+        "shard_size": Setting(4096, TRAJECTORIES, at_least(1)),  # trajectories a file
+        # trajectories that leave [-max_abs, max_abs] are dropped; 0 keeps all
+        "max_abs": Setting(0.0, TRAJECTORIES, at_least(0)),
+    },
+    "student": {
+        "name": Setting("ard", STUDENTS | RESULTS),  # its folder under distill/
+        # an ARDStudent; or a network that is told the time, sampled "deterministic"ally by DDIM or "stochastic"ally
+        # with fresh noise after each step
+        "kind": Setting("history", STUDENTS | RESULTS),
+        "points": Setting((15, 10, 5, 0), STUDENTS | RESULTS),  # S respaced indices out of the store's
+        "target": Setting("x0", STUDENTS | RESULTS, one_of(x0="predicted x0", xt="noisy points")),  # at each point
+        "history_layers": Setting(6, STUDENTS | RESULTS),
+        "mask": Setting("causal", STUDENTS | RESULTS),
+        "heads": Setting("separate", STUDENTS | RESULTS),  # or "shared"
+        "block_times": Setting((), STUDENTS | RESULTS),  # network time of each block; () for T·(S−b)/S
+    },
+    "distill": {
+        # or "progressive", "consistency", "distribution_matching", or your.own.module
+        "objective": Setting("ard", DISTILLED),
+        # name of a student to start from, and in progressive distillation to learn from
+        "start": Setting("", DISTILLED),
+        "online": Setting(False, DISTILLED),  # solve the teacher inside the training step; no store is read
+        "steps": Setting(300_000, DISTILLED, at_least(1)),
+        "batch_size": Setting(64, DISTILLED, at_least(1)),
+        "accumulate": Setting(1, NOTHING, at_least(1)),
+        "checkpoint_every": Setting(5000, DISTILLED, at_least(1)),
+        "optimizer": _averaged_optimizer(DISTILLED),
+        "consistency": {
+            # steps of the teacher's that a trajectory has; 0 for the teacher's own number, made a multiple of the
+            # student's
+            "grid": Setting(0, DISTILLED, at_least(0)),
+            "decay": Setting(0.95, DISTILLED, between(0, 1)),  # of the target, the running average of the student
+            # constant of the pseudo-Huber distance; 0 for the mean square
+            "huber": Setting(0.00054, DISTILLED, at_least(0)),
+        },
+        "distribution_matching": {
+            "ratio": Setting(5, DISTILLED, at_least(1)),  # steps of the fake score to one of the student
+            # times at which scores are compared, spread over the teacher's
+            "grid": Setting(100, DISTILLED, at_least(1)),
+            "interval": Setting((0.02, 0.98), DISTILLED),  # of these, those on this part of the way from data to noise
+            "optimizer": _optimizer(DISTILLED),  # of the fake score
+        },
+    },
+    "finetune": {  # a trained student goes on, with a discriminator beside it
+        "name": Setting("ard_adversarial", FINETUNED),  # its folder under distill/
+        "start": Setting("", FINETUNED),  # name of the student that it starts from; "" for student.name
+        "steps": Setting(40_000, FINETUNED, at_least(1)),
+        "batch_size": Setting(48, FINETUNED, at_least(1)),
+        # no more: the discriminator's norm and the adaptive weight are of the whole batch
+        "accumulate": Setting(1, FINETUNED, at_least(1)),
+        "checkpoint_every": Setting(5000, FINETUNED, at_least(1)),
+        # first steps, in which the discriminator learns and the student only regresses
+        "warmup": Setting(3000, FINETUNED, at_least(0)),
+        # of the adversarial gradient over the regression's, at the last head
+        "weight": Setting(10.0, FINETUNED, at_least(0)),
+        "layers": Setting((), FINETUNED),  # blocks of the teacher that have a head, counted from 0; () for all
+        # share of the way from data to noise at which the teacher sees images, noised so
+        "feature_time": Setting(0.0, FINETUNED, between(0, 1)),
+        # power iterations of the discriminator's kernels before the first step
+        "spectral_rounds": Setting(30, FINETUNED, at_least(1)),
+        "optimizer": _averaged_optimizer(FINETUNED),
+        "discriminator_optimizer": _optimizer(FINETUNED, learning_rate=1e-3, clip=0.0),
+    },
+    "sample": {
+        "models": Setting(("teacher", "ard"), REQUEST),  # "teacher", or names of students
+        "count": Setting(50_000, SAMPLES, at_least(1)),
+        "batch_size": Setting(64, REQUEST, at_least(1)),  # a device
+        "seed": Setting(1, SAMPLES, SEEDS),
+        "labels": Setting((), SAMPLES),  # classes to draw, in turn; () for labels drawn uniformly
+        "grid": Setting(64, REQUEST, at_least(1)),  # pictures in the PNG
+    },
+    "evaluate": {
+        "paired": Setting(512, RESULTS, at_least(1)),  # trajectories for the errors that are paired with the teacher
+        "pictures": Setting(16, RESULTS, at_least(1)),
+        "feature_steps": Setting(600, RESULTS, at_least(1)),  # training steps of the small classifier
+        "neighbours": Setting(3, RESULTS, at_least(1)),
+    },
+    "report": {"title": Setting("ard_jax", NOTHING)},
+    "compare": {
+        # by name, each as `method_defaults` says; all of them get the training FLOPs that the config's own student
+        # would take, but for a fine-tune, which has its own number of steps
+        "methods": Setting({}, REQUEST),
+        "steps": Setting((1, 2, 4), REQUEST),  # S that are compared
+        "points": Setting(((0,), (10, 0), (15, 10, 5, 0)), REQUEST),  # student.points of every S
+        "seeds": Setting((0,), REQUEST),  # each with its own teacher, trajectories and students
+        "quick": Setting({}, REQUEST),  # what --quick changes, nested as the config is
+    },
+    "mesh": {  # how many devices lie along each axis; one may be -1, for what the others leave
+        "data": Setting(-1, NOTHING),  # share the batch
+        "fsdp": Setting(1, NOTHING),  # share the batch and keep a part of the parameters and the optimiser's state each
+        "tensor": Setting(1, NOTHING),  # share each layer's heads and MLP; within a host
+    },
+    "run": {  # how a run shows itself; may change between restarts
+        "log_every": Setting(100, NOTHING, at_least(1)),
+        "keep_checkpoints": Setting(2, NOTHING, at_least(1)),
+        "tensorboard": Setting(True, NOTHING),
+        "join_timeout": Setting(300.0, NOTHING, above(0)),  # seconds that a host waits for the others at the start
+        "workers": Setting(2, NOTHING, at_least(1)),  # threads that read data
+        "in_memory": Setting(2**30, NOTHING, at_least(0)),  # bytes of data that may be held decoded in memory
+    },
+}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict → dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _rows(tree: dict[str, Any]) -> dict[str, Setting]:
+    """Nested rows → dotted keys; TypeError for a setting that has no row."""
+    rows = flatten(tree)
+    for key, row in rows.items():
+        if not isinstance(row, Setting):
+            raise TypeError(f"{key} is {row!r}: give it a row, a Setting that says what a change of it changes.")
+    return rows
+
+
+ROWS = _rows(SETTINGS)  # by dotted key
+
+
+def keys_that_change(what: str) -> tuple[str, ...]:
+    """How the keys of the settings begin that change `what`, one of `CHANGES`: "data." if all of that section do."""
+    found: list[str] = []
+    for section, tree in SETTINGS.items():
+        keys = [key for key in ROWS if key.split(".")[0] == section]
+        changing = [key for key in keys if what in ROWS[key].changes]
+        found += [f"{section}."] if isinstance(tree, dict) and changing == keys else changing
+    return tuple(found)
+
+
+def sections_that_change(*what: str) -> tuple[str, ...]:
+    """Keys on top of a config that hold a setting that changes any of `what`, out of `CHANGES`."""
+    return tuple(dict.fromkeys(key.split(".")[0] for key, row in ROWS.items() if row.changes & set(what)))
+
+
+# Sections in which students of the same teacher and trajectories may differ.
+OF_STUDENTS = tuple(
+    section
+    for section in sections_that_change("distill", "finetune")
+    if section not in sections_that_change("teacher", "trajectories")
+)
+
+
+def _defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    return {key: _defaults(row) if isinstance(row, dict) else row.default for key, row in tree.items()}
 
 
 def default_config() -> ml_collections.ConfigDict:
     """The paper's ImageNet-256 settings wherever docs/METHOD.md section 5 gives a number."""
-    return ml_collections.ConfigDict(
-        {
-            "seed": 0,
-            "data": {
-                "source": "tfds",  # "digits", "tfds" or "folder"
-                "name": "",  # TFDS name
-                "dir": "",  # TFDS data_dir, or the folder of images
-                "split": "train",
-                "image_size": 32,  # side of the network's input: pixels, or latents
-                "channels": 4,
-                "num_classes": 1000,
-                "space": "latent",  # or "pixel"
-                "horizontal_flip": False,
-            },
-            "vae": {
-                "dir": "",  # folder of an autoencoder in diffusers' format; "" for the workdir's vae/
-                "batch_size": 8,  # images a device decodes at a time
-            },
-            "encode": {  # makes latents of images, which `data` then describes
-                "source": "folder",  # as in `data`, but of the images: "digits", "tfds" or "folder"
-                "name": "",
-                "dir": "",
-                "split": "train",
-                "image_size": 256,  # pixels
-                "horizontal_flip": True,  # two records an image: itself, then its mirror image
-                "sample": True,  # latents drawn from the encoder's distribution; or its mean
-                "dtype": "float16",  # or "bfloat16", "float32"
-                "batch_size": 64,  # records a device encodes at a time
-                "shard_size": 4096,  # records a file
-            },
-            "model": {
-                "name": "",  # a published size such as "DiT-XL/2", which sets the next four
-                "patch_size": 2,
-                "hidden_size": 1152,
-                "depth": 28,
-                "num_heads": 16,
-                "mlp_ratio": 4.0,
-                "learn_sigma": True,
-                "label_init_std": 0.02,
-                "time_init_std": 0.02,
-                "frequency_shift": 0.0,  # of the time's sinusoids: 0 as published, 1 in diffusers' DiT
-                "mlp_norm_eps": 1e-6,  # 1e-6 as published, 1e-5 in diffusers' DiT
-                "dtype": "auto",  # compute type: bfloat16 on accelerators, float32 on CPU; or either by name
-                "remat": "none",  # or "dots", "full"
-                "attention": "auto",  # the device's fused kernel where it applies; or "xla", "cudnn", "splash"
-            },
-            "diffusion": {
-                "process": "vp",  # the network predicts noise; or "flow": velocity
-                "train_steps": 1000,
-                "beta_start": 1e-4,
-                "beta_end": 0.02,
-                "spacing": "linspace",  # vp only: respaced timesteps; or "leading", "trailing", in diffusers' words
-                "time_scale": 1000.0,  # flow only: length of the network's time
-                "reversed": False,  # flow only: network time 0 is noise and the velocity is x_0 − ε, as in SiT
-                "solver": "ddim",  # or "heun", "dpm++2m"
-                "steps": 25,
-                "guidance_scale": 1.5,
-                "guided_channels": 3,  # 0 for all
-                "guidance_interval": (0.0, 1.0),
-            },
-            "teacher": {
-                "dir": "",  # a teacher trained elsewhere: the `teacher` folder of its workdir
-                "steps": 400_000,
-                "batch_size": 256,
-                "accumulate": 1,  # microbatches a step: less memory for the same batch
-                "label_dropout": 0.1,
-                "checkpoint_every": 5000,
-                "optimizer": optimizer_defaults(),
-            },
-            "trajectories": {
-                "dir": "",  # a store made elsewhere: the `trajectories` folder of its workdir
-                "count": 2_560_000,
-                "points": (15, 10, 5, 0),  # respaced indices that are kept, counted down to the data
-                "keep_noisy": False,  # keep the noisy points beside the x0-predictions
-                "dtype": "float16",  # or "bfloat16", "float32"
-                "batch_size": 64,  # trajectories a device solves at a time
-                "shard_size": 4096,  # trajectories a file
-                "max_abs": 0.0,  # trajectories that leave [-max_abs, max_abs] are dropped; 0 keeps all
-            },
-            "student": {
-                "name": "ard",  # its folder under distill/
-                "kind": "history",  # an ARDStudent; or a network that is told the time, sampled "deterministic"ally by
-                # DDIM or "stochastic"ally with fresh noise after each step
-                "points": (15, 10, 5, 0),  # S respaced indices out of the store's
-                "target": "x0",  # predicted x0 at each point, or "xt": the noisy point itself
-                "history_layers": 6,
-                "mask": "causal",
-                "heads": "separate",  # or "shared"
-                "block_times": (),  # network time of each block; () for T·(S−b)/S
-            },
-            "distill": {
-                "objective": "ard",  # or "progressive", "consistency", "distribution_matching", or your.own.module
-                "start": "",  # name of a student to start from, and in progressive distillation to learn from
-                "online": False,  # solve the teacher inside the training step; no store is read
-                "steps": 300_000,
-                "batch_size": 64,
-                "accumulate": 1,
-                "checkpoint_every": 5000,
-                "optimizer": optimizer_defaults(),
-                "consistency": {
-                    "grid": 0,  # steps of the teacher's that a trajectory has; 0 for the teacher's own number, made a
-                    # multiple of the student's
-                    "decay": 0.95,  # of the target, the running average of the student
-                    "huber": 0.00054,  # constant of the pseudo-Huber distance; 0 for the mean square
-                },
-                "distribution_matching": {
-                    "ratio": 5,  # steps of the fake score to one of the student
-                    "grid": 100,  # times at which scores are compared, spread over the teacher's
-                    "interval": (0.02, 0.98),  # of these, those on this part of the way from data to noise
-                    "optimizer": network_optimizer_defaults(),  # of the fake score
-                },
-            },
-            "finetune": {  # a trained student goes on, with a discriminator beside it
-                "name": "ard_adversarial",  # its folder under distill/
-                "start": "",  # name of the student that it starts from; "" for student.name
-                "steps": 40_000,
-                "batch_size": 48,
-                "accumulate": 1,  # no more: the discriminator's norm and the adaptive weight are of the whole batch
-                "checkpoint_every": 5000,
-                "warmup": 3000,  # first steps, in which the discriminator learns and the student only regresses
-                "weight": 10.0,  # of the adversarial gradient over the regression's, at the last head
-                "layers": (),  # blocks of the teacher that have a head, counted from 0; () for all
-                "feature_time": 0.0,  # share of the way from data to noise at which the teacher sees images, noised so
-                "spectral_rounds": 30,  # power iterations of the discriminator's kernels before the first step
-                "optimizer": optimizer_defaults(),
-                "discriminator_optimizer": network_optimizer_defaults(learning_rate=1e-3, clip=0.0),
-            },
-            "sample": {
-                "models": ("teacher", "ard"),  # "teacher", or names of students
-                "count": 50_000,
-                "batch_size": 64,  # a device
-                "seed": 1,
-                "labels": (),  # classes to draw, in turn; () for labels drawn uniformly
-                "grid": 64,  # pictures in the PNG
-            },
-            "evaluate": {
-                "paired": 512,  # trajectories for the errors that are paired with the teacher
-                "pictures": 16,
-                "feature_steps": 600,  # training steps of the small classifier
-                "neighbours": 3,
-            },
-            "report": {"title": "ard_jax"},
-            "compare": {
-                "methods": {},  # by name, each as `method_defaults` says; all of them get the training FLOPs that the
-                # config's own student would take, but for a fine-tune, which has its own number of steps
-                "steps": (1, 2, 4),  # S that are compared
-                "points": ((0,), (10, 0), (15, 10, 5, 0)),  # student.points of every S
-                "seeds": (0,),  # each with its own teacher, trajectories and students
-                "quick": {},  # what --quick changes, nested as the config is
-            },
-            "mesh": {  # how many devices lie along each axis; one may be -1, for what the others leave
-                "data": -1,  # share the batch
-                "fsdp": 1,  # share the batch and keep a part of the parameters and the optimiser's state each
-                "tensor": 1,  # share each layer's heads and MLP; within a host
-            },
-            "run": {  # how a run shows itself; may change between restarts
-                "log_every": 100,
-                "keep_checkpoints": 2,
-                "tensorboard": True,
-                "join_timeout": 300.0,  # seconds that a host waits for the others at the start
-                "workers": 2,  # threads that read data
-                "in_memory": 2**30,  # bytes of data that may be held decoded in memory
-            },
-        }
-    )
+    return ml_collections.ConfigDict(_defaults(SETTINGS))
+
+
+def optimizer_defaults() -> dict[str, Any]:
+    """Settings of an optimiser of an averaged network, as `training.state.make_optimizer` takes them."""
+    return _defaults(_averaged_optimizer(TEACHER))
 
 
 def method_defaults() -> dict[str, Any]:
@@ -209,14 +367,6 @@ def method_defaults() -> dict[str, Any]:
         "settings": {},  # what it changes in the sections student, distill and finetune, nested as they are
         "settings_at": {},  # more of that by S, such as {"1": {"distill": {"batch_size": 128}}}
     }
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dict → dotted keys."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:

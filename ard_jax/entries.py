@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from ard_jax.checks import names_folder, validate
-from ard_jax.config import flatten, method_defaults
+from ard_jax.config import OF_STUDENTS, flatten, method_defaults
 from ard_jax.errors import UserError
 
 TEACHER = "teacher"
-SECTIONS = ("student", "distill", "finetune")  # what a method may change
-
 STAGES = ("distill", "finetune")  # that train students
 
 # Settings that follow from the entry.
@@ -207,8 +205,8 @@ def derive(
 def check_changes(changes: Mapping[str, Any]) -> None:
     """Raises UserError if a method changes what all share, or what follows from its entry."""
     for key in flatten(changes):
-        if key.split(".")[0] not in SECTIONS:
-            raise UserError(f"{key} is the same for all methods: a method may change {', '.join(SECTIONS)}.")
+        if key.split(".")[0] not in OF_STUDENTS:
+            raise UserError(f"{key} is the same for all methods: a method may change {', '.join(OF_STUDENTS)}.")
         if key in DERIVED:
             raise UserError(f"{key} follows from the method's name, S and start and from the budget: leave it out.")
 

@@ -34,18 +34,20 @@ import ml_collections
 from ard_jax.checks import RESERVED, names_folder, validate
 from ard_jax.command_line import known_keys, parse, parse_flags
 from ard_jax.completion import is_complete
-from ard_jax.config import flatten, plain
+from ard_jax.config import OF_STUDENTS, ROWS, flatten, plain
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import atomic_write, read_json, read_npz, write_json
 from ard_jax.report.page import build_sweep
 from ard_jax.report.words import number
-from ard_jax.workdir import FREE, differing, network
+from ard_jax.workdir import FREE, SECTIONS, differing, network
 
 STAGES = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
 KEYS = ("config", "settings", "entries", "over", "stages")
 SET_BY_SWEEP = ("student.name", "finetune.name", "sample.models")
-OF_STUDENTS = {"student", "distill", "finetune"}  # sections in which students of one workdir may differ
-OF_TEACHERS = {"seed", "data", "model", "teacher"}  # sections that a teacher depends on
+# Sections that a teacher depends on by more than what `network` compares.
+OF_TEACHERS = {
+    key.split(".")[0] for key, row in ROWS.items() if "teacher" in row.changes and "network" not in row.changes
+}
 HEAD = ("Entry", "Steps", "FD ↓", "Degradation ↓", "Precision ↑", "Recall ↑", "PSNR to teacher, dB ↑")
 
 # A stage and its flags.
@@ -188,11 +190,11 @@ def plan_entry(
         config = resolve(command(sweep.trained, sweep, Place(shared.workdir, settings)))
     except UserError as error:
         raise UserError(f"sweep entry {name!r}: {error}") from None
-    differs = {key.split(".")[0] for key in differing_settings(base, config)} - OF_STUDENTS
+    differs = {key.split(".")[0] for key in differing_settings(base, config)} - set(OF_STUDENTS)
     if not differs:
         return Entry(name, settings, config, shared, shared, shared)
     same_teacher = not differs & OF_TEACHERS and network(base) == network(config)
-    same_store = same_teacher and not differs & {"diffusion", "trajectories"}
+    same_store = same_teacher and not differs & set(SECTIONS["trajectories"])
     for key, same in (("teacher", same_teacher), ("trajectories", same_store)):
         if same and not base[key].dir:
             settings[f"{key}.dir"] = f"{shared.workdir}/{key}"

@@ -21,7 +21,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ard_jax.build import make_process, make_student, make_teacher, model_fields
-from ard_jax.config import default_config, flatten, plain
+from ard_jax.config import ROWS, default_config, flatten, keys_that_change, plain, sections_that_change
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, tree_sha256, write_json
@@ -33,19 +33,15 @@ log = logging.getLogger("ard_jax")
 
 # The keys on top of a config that what a stage makes depends on.
 SECTIONS = {
-    "encode": ("seed", "encode"),
-    "teacher": ("seed", "data", "model", "diffusion", "teacher"),
-    "trajectories": ("seed", "data", "model", "diffusion", "trajectories"),
-    "distill": ("seed", "data", "model", "diffusion", "student", "distill"),
-    "finetune": ("seed", "data", "model", "diffusion", "student", "finetune"),
+    stage: sections_that_change(stage) for stage in ("encode", "teacher", "trajectories", "distill", "finetune")
 }
 
 # Settings that may differ between two starts of the same run: where things lie, how they are shown, and by which
 # devices, in which order, the same numbers are computed.
-FREE = (
-    "run.", "mesh.", "teacher.dir", "trajectories.dir", "report.", "teacher.accumulate", "distill.accumulate",
-    "model.remat", "model.attention",
-)  # fmt: skip
+FREE = keys_that_change("nothing")
+
+# Settings that the meaning of a teacher's weights depends on: not where its data lay or how it is computed.
+NETWORK = {key for key, row in ROWS.items() if "network" in row.changes}
 
 
 def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, stage: str, **inputs: str) -> None:
@@ -198,15 +194,12 @@ def recorded_config(directory: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def network(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What of a config the meaning of a teacher's weights depends on: not where its data lay or how it is computed."""
-    fields = model_fields(config)
-    computing = (
-        "dtype", "remat", "attention", "label_init_std", "time_init_std", "channels", "num_classes", "image_size",
-    )  # fmt: skip
+    """What a config says by `NETWORK`, by section: of the model that its name stands for and of the process it has."""
+    process = {"process": config.diffusion.process, **dataclasses.asdict(make_process(config))}
+    every = {"data": config.data, "model": model_fields(config), "diffusion": process}
     return {
-        "data": {key: config.data[key] for key in ("image_size", "channels", "num_classes", "space")},
-        "model": {key: value for key, value in fields.items() if key not in computing},
-        "diffusion": dataclasses.asdict(make_process(config)) | {"process": config.diffusion.process, "spacing": None},
+        section: {key: value for key, value in values.items() if f"{section}.{key}" in NETWORK}
+        for section, values in every.items()
     }
 
 

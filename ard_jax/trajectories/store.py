@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 
-from ard_jax.config import plain
+from ard_jax.config import flatten, keys_that_change, plain
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json
 from ard_jax.sharded import DTYPES as DTYPES
@@ -155,6 +155,5 @@ def check_store(manifest: dict[str, Any], config: ml_collections.ConfigDict, tea
 
 def stored_settings(config: dict[str, Any]) -> dict[str, Any]:
     """What a store must share with whoever trains on it, by dotted key; takes and gives plain JSON values."""
-    keys = [("data", key) for key in ("image_size", "channels", "num_classes")]
-    keys += [("diffusion", key) for key in config["diffusion"]]
-    return {f"{section}.{key}": config[section][key] for section, key in keys}
+    values = flatten(config)
+    return {key: values[key] for begin in keys_that_change("store") for key in values if key.startswith(begin)}
