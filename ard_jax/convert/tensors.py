@@ -14,11 +14,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ard_jax.convert.lazy import Stored, Tensors, dtypes_of
+from ard_jax.convert.lazy import DTYPES, Stored, Tensors, dtypes_of
 from ard_jax.convert.pickles import open_state_dict
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import atomic_write
-from ard_jax.sharded import DTYPES
 
 log = logging.getLogger("ard_jax")
 

@@ -15,7 +15,7 @@ import numpy as np
 from ard_jax.build import make_conditions
 from ard_jax.data import image_source
 from ard_jax.errors import UserError
-from ard_jax.methods import columns_of, continued, make_method
+from ard_jax.methods import columns_of, continued, make_finetune_method
 from ard_jax.parallel import check_batch, is_first, make_mesh
 from ard_jax.training.fit import Task, fit
 from ard_jax.trajectories.store import open_store, store_hash
@@ -46,7 +46,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     check_real(real, source, config)
     directory = workdir / "distill" / settings.name
     claim(directory, config, "finetune", teacher=teacher_hash, start=start_hash, store=store_hash(manifest))
-    method = make_method(config, teacher, columns_of(manifest["points"], config))
+    method = make_finetune_method(config, teacher, columns_of(manifest["points"], config))
     task = Task({"trajectory": source, "real": real}, method, make_conditions(config), teacher_params)
     made = fit(task, params, config, settings, directory, mesh, watch)
     write_done(directory, **made, teacher=teacher_hash)
