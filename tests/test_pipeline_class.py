@@ -194,7 +194,8 @@ def solve(pipe, **changes):
     }
     how = dataclasses.replace(how, **changes, guidance=dataclasses.replace(how.guidance, **guidance))
     noise = pipe._drawn_noise(0)(np.arange(4))
-    return jax.jit(lambda: sample_teacher(pipe.model, pipe.params, noise, jnp.asarray(LABELS), how))()
+    run = jax.jit(lambda params, noise, labels: sample_teacher(pipe.model, params, noise, labels, how))
+    return run(pipe.params, noise, jnp.asarray(LABELS))
 
 
 @pytest.mark.parametrize(
