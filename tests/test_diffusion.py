@@ -47,7 +47,7 @@ def ddim_of_the_golden_model(golden, kind, dtype):
     weights, arrays = golden(f"dit_{kind}"), golden(f"ddim_{kind}")
     model, params = from_torch(weights.state_dict(dtype), num_heads=int(weights["cfg/num_heads"]))
     noise, y = arrays.images("noise")[:2].astype(dtype), arrays["y"][:2]  # rows 2 and 3 are the unconditional halves
-    return arrays, quick_jit(sample_teacher, static_argnums=0)(model, params, noise, y)
+    return arrays, quick_jit(sample_teacher, static_argnums=(0, 4))(model, params, noise, y, solve_of())
 
 
 @pytest.mark.parametrize("kind", ["tiny", "strong"])
