@@ -16,8 +16,8 @@ def test_sizes_come_from_the_shapes():
     model, params = from_torch(state_dict(), num_heads=4, history_layers=1, mask="window", remat="full")
     assert type(model) is ARDStudent
     fields = ("channels", "patch_size", "hidden_size", "depth", "num_heads", "num_classes", "mlp_ratio", "learn_sigma")
-    assert [getattr(model, name) for name in fields] == [3, 2, 8, 2, 4, 5, 2.5, True]
-    assert (model.steps, model.history_layers, model.mask, model.remat) == (2, 1, "window", "full")
+    assert [getattr(model.backbone, name) for name in fields] == [3, 2, 8, 2, 4, 5, 2.5, True]
+    assert (model.steps, model.history_layers, model.mask, model.backbone.remat) == (2, 1, "window", "full")
     expected = parameter_shapes(model, np.zeros((1, 2, 4, 4, 3), np.float32), np.zeros(1, np.int32))
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, expected)
 

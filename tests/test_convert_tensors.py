@@ -13,11 +13,10 @@ import pytest
 from convert_fixtures import assert_same
 from safetensors.numpy import load_file, save_file
 
-from ard_jax.convert.hub import wanted
+from ard_jax.convert.hub import fetch_source, needed_files
 from ard_jax.convert.lazy import Stored, Tensors, dtypes_of, shapes_of
 from ard_jax.convert.tensors import open_tensors, read_tensors, to_float32, write_tensors
 from ard_jax.errors import UserError
-from ard_jax.files import fetch
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -243,12 +242,12 @@ def test_full_precision_is_left_alone(caplog):
 
 
 def test_paths(tmp_path):
-    assert fetch(str(tmp_path)) == tmp_path
+    assert fetch_source(str(tmp_path)) == tmp_path
     with pytest.raises(UserError, match="/nowhere is not there: give a file, a folder or hf:ORG/NAME"):
-        fetch(f"{tmp_path}/nowhere")
+        fetch_source(f"{tmp_path}/nowhere")
     for name in ("hf:", "hf:DiT", "hf:a/b/c", "hf:../x/y"):
         with pytest.raises(UserError, match=f"'{name}' names no repository: write hf:ORG/NAME"):
-            fetch(name)
+            fetch_source(name)
 
 
 REPOSITORY = [
@@ -262,10 +261,10 @@ REPOSITORY = [
 def test_pickles_are_fetched_only_where_there_are_no_safetensors():
     left = {".gitattributes", "preview.png", "vae/diffusion_pytorch_model.bin",
             "vae/diffusion_pytorch_model.fp16.safetensors"}  # fmt: skip
-    assert sorted(wanted(REPOSITORY)) == sorted(set(REPOSITORY) - left)
-    assert wanted(["a.fp16.safetensors"]) == ["a.fp16.safetensors"]
+    assert sorted(needed_files(REPOSITORY)) == sorted(set(REPOSITORY) - left)
+    assert needed_files(["a.fp16.safetensors"]) == ["a.fp16.safetensors"]
     shards = [f"t/model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    assert wanted([*shards, "t/model.safetensors.index.json"]) == ["t/model.safetensors.index.json", *shards]
+    assert needed_files([*shards, "t/model.safetensors.index.json"]) == ["t/model.safetensors.index.json", *shards]
 
 
 def test_equal_files_have_equal_bytes(tmp_path):
@@ -300,17 +299,17 @@ class Hub(types.ModuleType):
 
 def test_a_repository(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub := Hub(tmp_path))
-    assert fetch("hf:facebook/DiT-XL-2-256") == pathlib.Path(tmp_path)
-    assert hub.asked == [("facebook/DiT-XL-2-256", wanted(REPOSITORY), False)]
+    assert fetch_source("hf:facebook/DiT-XL-2-256") == pathlib.Path(tmp_path)
+    assert hub.asked == [("facebook/DiT-XL-2-256", needed_files(REPOSITORY), False)]
 
 
 def test_no_net(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(tmp_path, net=False))
     with pytest.raises(UserError) as refused:
-        fetch("hf:facebook/DiT-XL-2-256")
+        fetch_source("hf:facebook/DiT-XL-2-256")
     assert str(refused.value) == (
         "hf:facebook/DiT-XL-2-256 cannot be downloaded ([Errno -2] Name or service not known): see that there is a net "
         "and that the name is right, or give a folder with a copy of it."
     )
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(tmp_path, net=False, cached=True))
-    assert fetch("hf:facebook/DiT-XL-2-256") == tmp_path
+    assert fetch_source("hf:facebook/DiT-XL-2-256") == tmp_path

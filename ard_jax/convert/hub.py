@@ -26,12 +26,12 @@ def fetch_source(source: str) -> pathlib.Path:
 
 
 def download(repository: str) -> pathlib.Path:
-    """The folder with a hub repository's files, just the `_needed_files`; without a net, what the cache has of them."""
+    """The folder with a hub repository's files, just the `needed_files`; without a net, what the cache has of them."""
     import huggingface_hub
 
     try:
         siblings = huggingface_hub.model_info(repository, timeout=10).siblings
-        files = _needed_files(file.rfilename for file in siblings)
+        files = needed_files(file.rfilename for file in siblings)
         return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
     except Exception as error:  # every layer below raises its own, from sockets to the hub's
         reason = first_line(error)
@@ -44,7 +44,7 @@ def download(repository: str) -> pathlib.Path:
         ) from None
 
 
-def _needed_files(files: Iterable[str]) -> list[str]:
+def needed_files(files: Iterable[str]) -> list[str]:
     """Which of a repository's files we read: its words, and in each folder the first kind of weights of `KINDS`.
 
     Variants, such as fp16, are left there where the plain file is.

@@ -152,7 +152,7 @@ def open_file(path: pathlib.Path, told: Told) -> Source:
         steps=len(told.points) if told.points else None,
         frequency_shift=told.frequency_shift or 0.0,
     )
-    model = model.clone(num_heads=find_heads(model, recorded, told))
+    model = model.with_backbone(num_heads=find_heads(model, recorded, told))
     check_names(tensors.shapes, expected_shapes(model))
     objective = find_objective(path, model, recorded, told)
     if isinstance(model, ARDStudent):
