@@ -61,8 +61,8 @@ def teacher(**sizes):
 
 def published_shapes(model):
     """Names and shapes at any size."""
-    tokens = (model.image_size // model.patch_size) ** 2
-    return expected_shapes(model) | {"pos_embed": (1, tokens, model.hidden_size)}
+    tokens = (model.backbone.image_size // model.backbone.patch_size) ** 2
+    return expected_shapes(model) | {"pos_embed": (1, tokens, model.backbone.hidden_size)}
 
 
 def sparse(path: pathlib.Path, model) -> pathlib.Path:

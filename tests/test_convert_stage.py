@@ -207,7 +207,7 @@ def test_another_source_is_refused(tmp_path, teacher_file, workdir):
     said = f"{workdir}/teacher was converted from another source ({teacher_file}): choose another --workdir, or delete"
     assert said in refused(other, workdir, *TEACHER)
     said = refused(teacher_file, workdir, *TEACHER, "--frequency-shift", "1")
-    assert "belongs to another config (model.backbone.frequency_shift 0.0 there, 1.0 here)" in said
+    assert "belongs to another config (model.frequency_shift 0.0 there, 1.0 here)" in said
     assert everything(workdir) == before
 
 
@@ -220,7 +220,7 @@ def test_a_student_of_another_teacher_is_refused(tmp_path, teacher_file, workdir
     converted(teacher_file, workdir, *TEACHER)
     before = everything(workdir)
     write_tensors(tmp_path / "wide.safetensors", state_dict(width=16, channels=4, out=8, hidden=64, side=2))
-    assert "model.backbone.hidden_size 8 there, 16 here" in refused(tmp_path / "wide.safetensors", workdir, *STUDENT)
+    assert "model.hidden_size 8 there, 16 here" in refused(tmp_path / "wide.safetensors", workdir, *STUDENT)
     assert everything(workdir) == before
 
 
