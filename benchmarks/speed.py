@@ -51,7 +51,7 @@ from ard_jax.config import default_config
 from ard_jax.data import stream
 from ard_jax.errors import UserError
 from ard_jax.models import DiT, init_from_teacher
-from ard_jax.models.dit import REMAT_POLICIES
+from ard_jax.models.backbone import REMAT_POLICIES
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.objectives import Method, Objective
 from ard_jax.objectives.ard import ard

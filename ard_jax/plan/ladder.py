@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import ml_collections
 
-from ard_jax.models.dit import REMAT_POLICIES
+from ard_jax.models.backbone import REMAT_POLICIES
 from ard_jax.parallel import batch_shards, make_mesh
 from ard_jax.plan.cost import Cost, count_flops, measure
 from ard_jax.plan.programs import training_step
