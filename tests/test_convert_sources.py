@@ -24,9 +24,11 @@ from safetensors.numpy import save_file
 
 from ard_jax.build import make_process, make_student, make_teacher
 from ard_jax.checks import validate
-from ard_jax.convert import from_torch, to_torch
+from ard_jax.convert import from_torch, sources, to_torch
+from ard_jax.convert.families.base import Hints, Source
+from ard_jax.convert.families.folders import folder_license
 from ard_jax.convert.published import parameters
-from ard_jax.convert.sources import Told, folder_license, open_source
+from ard_jax.convert.sources import open_source
 from ard_jax.convert.tensors import read_tensors, write_tensors
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT, size_fields
@@ -39,9 +41,9 @@ def write(path: pathlib.Path, tensors, metadata=None) -> pathlib.Path:
     return path
 
 
-def opened(path, **told):
+def opened(path, **hints):
     """A source whose config makes its own model and is a valid one."""
-    source = open_source(path, Told(**told))
+    source = open_source(path, Hints(**hints))
     if source.model is not None:
         validate(source.config)
         make = make_student if isinstance(source.model, ARDStudent) else make_teacher
@@ -49,9 +51,9 @@ def opened(path, **told):
     return source
 
 
-def refused(path, **told):
+def refused(path, **hints):
     with pytest.raises(UserError) as error:
-        open_source(path, Told(**told))
+        open_source(path, Hints(**hints))
     said = str(error.value)
     assert "\n" not in said and said.endswith("."), said
     return said
@@ -134,22 +136,22 @@ def test_points_make_a_student_of_one_final_layer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "told, sentence",
+    "hints, sentence",
     [
         ({"points": (10, 5, 0), "history_layers": 0}, "has 2 final layers, so its student makes 2 steps, not 3"),
         ({"weights": "ema"}, "--weights has no meaning here, since .* is no training checkpoint with ema and model"),
     ],
 )
-def test_flags_that_do_not_fit_a_student(tmp_path, told, sentence):
+def test_flags_that_do_not_fit_a_student(tmp_path, hints, sentence):
     path = write(tmp_path / "x.safetensors", state_dict(heads=2))
-    assert re.search(sentence, refused(path, **HEADS, **told))
+    assert re.search(sentence, refused(path, **HEADS, **hints))
 
 
 def test_flags_of_students_for_a_teacher(tmp_path):
     path = write(tmp_path / "DiT.safetensors", teacher())
-    for told in ({"mask": "window"}, {"history_layers": 1}):
-        assert "has no meaning here, since" in refused(path, **HEADS, **told)
-        assert "has no meaning here, since" in refused(write_dit_pipeline(tmp_path / "pipeline"), **told)
+    for hints in ({"mask": "window"}, {"history_layers": 1}):
+        assert "has no meaning here, since" in refused(path, **HEADS, **hints)
+        assert "has no meaning here, since" in refused(write_dit_pipeline(tmp_path / "pipeline"), **hints)
 
 
 def test_wrong_architectures(tmp_path):
@@ -215,9 +217,9 @@ def test_a_training_checkpoint(tmp_path):
     source = opened(path, **HEADS)
     assert source.what == "DiT teacher, the ema of a training checkpoint with the published names"
     assert_same(source.tensors, ema)
-    assert_same(open_source(path, Told(weights="ema", **HEADS)).tensors, ema)
+    assert_same(open_source(path, Hints(weights="ema", **HEADS)).tensors, ema)
     assert (
-        open_source(path, Told(weights="model", **HEADS)).tensors["x_embedder.proj.bias"][0]
+        open_source(path, Hints(weights="model", **HEADS)).tensors["x_embedder.proj.bias"][0]
         == raw["x_embedder.proj.bias"][0]
     )
     assert refused(path, objective="velocity", **HEADS) == (
@@ -379,8 +381,8 @@ def test_a_folder_with_one_file(tmp_path):
 def test_what_ard_jax_exported(tmp_path, is_student):
     """A pipeline's folder, its part, and safetensors whose metadata holds the config: all tell the same model."""
     given = state_dict(heads=2) if is_student else teacher()
-    told = {"history_layers": 1, "mask": "window", "points": (12, 0)} if is_student else {"objective": "velocity"}
-    first = opened(write(tmp_path / "x.safetensors", given), **HEADS, **told)
+    hints = {"history_layers": 1, "mask": "window", "points": (12, 0)} if is_student else {"objective": "velocity"}
+    first = opened(write(tmp_path / "x.safetensors", given), **HEADS, **hints)
     sections = ("data", "model", "diffusion", *(("student",) if is_student else ()))
     kept = json.loads(json.dumps({name: first.config[name].to_dict() for name in sections}))
     file = write(tmp_path / "y.safetensors", to_torch(first.model, parameters(first.tensors, first.model)),
@@ -430,6 +432,24 @@ def test_folders_that_are_none_of_these(tmp_path):
     assert "model_index.json is no JSON object: fetch it again" in refused(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     assert "notes.txt is no file of weights: give one of .safetensors, .bin" in refused(tmp_path / "notes.txt")
+
+
+def test_a_new_family_is_a_row(tmp_path, monkeypatch):
+    """It comes before those that would refuse what is its own, and is named where nothing is recognised."""
+
+    def recognise(path, hints):
+        return Source("a foreign one", (path,), license=hints.license) if path.name.startswith("foreign") else None
+
+    row = sources.Family(recognise, pipelines=("ForeignPipeline",), parts=("a DiT", "a foreign network"))
+    monkeypatch.setattr(sources, "FAMILIES", (row, *sources.FAMILIES))
+    path = write(tmp_path / "foreign.safetensors", {"x": np.ones(3, np.float32)})
+    assert open_source(path, Hints(license="mit")) == Source("a foreign one", (path,), license="mit")
+    assert open_source(tmp_path).what == "a foreign one"
+    write_json(tmp_path / "config.json", {"_class_name": "UNet"})
+    said = "only a DiT, a foreign network, an ARD student or an AutoencoderKL can be converted"
+    assert said in refused(tmp_path)
+    write_json(tmp_path / "model_index.json", {})
+    assert "holds a None: only a ForeignPipeline, DiTPipeline or ARDPipeline can be" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["transformer/config.json", "scheduler/scheduler_config.json", "vae/config.json"])

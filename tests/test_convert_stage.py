@@ -25,10 +25,10 @@ from pipeline_fixtures import done, files, run, sentence
 from ard_jax.convert import from_torch, vae_from_diffusers
 from ard_jax.convert.lazy import Stored
 from ard_jax.convert.tensors import read_tensors, write_tensors
+from ard_jax.convert.write import save_parameters
 from ard_jax.files import file_sha256, tree_sha256
 from ard_jax.models import ARDStudent, DiT
 from ard_jax.parallel import make_mesh
-from ard_jax.stages import convert
 from ard_jax.training.checkpoints import load_parameters
 from ard_jax.workdir import load_student, load_teacher, recorded_config
 
@@ -231,7 +231,15 @@ def test_somebody_elses_config_is_not_replaced(teacher_file, workdir):
     assert files(workdir) == ["config.py"]
 
 
-@pytest.mark.parametrize("moment", ["save_parameters", "write_vae", "hash_leaf", "finish"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "stages.convert.save_parameters",
+        "stages.convert._write_vae",
+        "convert.write.hash_leaf",
+        "stages.convert._finish",
+    ],
+)
 def test_a_failure_leaves_nothing_half_written(tmp_path, workdir, monkeypatch, moment):
     """Whatever fails, the run can be started again, and ends as if nothing had happened."""
     source = write_dit_pipeline(tmp_path / "pipeline")
@@ -240,9 +248,9 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, workdir, monkeypatch, m
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(convert, moment, fail)
+        patched.setattr(f"ard_jax.{moment}", fail)
         assert "is full: free some space and run the same command again" in refused(source, workdir)
-    if moment == "finish":
+    if moment == "stages.convert._finish":
         assert done(workdir / "teacher")
     else:
         assert not workdir.parent.exists()
@@ -266,7 +274,7 @@ def test_memory_holds_the_array_that_is_written_and_the_next(tmp_path):
 
         return Stored(array.shape, array.dtype, read)
 
-    sha256 = convert.save_parameters(tmp_path / "checkpoints", jax.tree.map(stored, arrays))
+    sha256 = save_parameters(tmp_path / "checkpoints", jax.tree.map(stored, arrays))
     assert len(most) == 12
     assert max(most) <= 3
     assert sha256 == tree_sha256(arrays)

@@ -4,7 +4,7 @@ import pathlib
 import re
 from collections.abc import Iterable
 
-from ard_jax.convert.tensors import KINDS, variant
+from ard_jax.convert.tensors import WEIGHT_SUFFIXES, variant
 from ard_jax.errors import UserError, first_line
 
 
@@ -22,10 +22,10 @@ def fetch_source(source: str) -> pathlib.Path:
     repository = source.removeprefix("hf:")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"{source!r} names no repository: write hf:ORG/NAME, such as hf:facebook/DiT-XL-2-256.")
-    return download(repository)
+    return _download(repository)
 
 
-def download(repository: str) -> pathlib.Path:
+def _download(repository: str) -> pathlib.Path:
     """The folder with a hub repository's files, just the `needed_files`; without a net, what the cache has of them."""
     import huggingface_hub
 
@@ -45,7 +45,7 @@ def download(repository: str) -> pathlib.Path:
 
 
 def needed_files(files: Iterable[str]) -> list[str]:
-    """Which of a repository's files we read: its words, and in each folder the first kind of weights of `KINDS`.
+    """Which of a repository's files we read: its words, and in each folder weights of the first of `WEIGHT_SUFFIXES`.
 
     Variants, such as fp16, are left there where the plain file is.
     """
@@ -53,8 +53,8 @@ def needed_files(files: Iterable[str]) -> list[str]:
     kept = [path for path in paths if path.suffix in (".json", ".md") or path.name.startswith("LICENSE")]
     for folder in dict.fromkeys(path.parent for path in paths):
         here = [path for path in paths if path.parent == folder]
-        kinds = [[path for path in here if path.suffix == kind] for kind in KINDS]
-        weights = next(filter(None, kinds), [])
+        by_suffix = [[path for path in here if path.suffix == suffix] for suffix in WEIGHT_SUFFIXES]
+        weights = next(filter(None, by_suffix), [])
         fewest = min((len(variant(path)) for path in weights), default=0)
         kept += [path for path in weights if len(variant(path)) == fewest]
     return [str(path) for path in kept]

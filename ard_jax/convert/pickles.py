@@ -23,7 +23,7 @@ from ard_jax.convert.lazy import DTYPES, Stored, Tensors
 from ard_jax.errors import UserError, first_line
 
 
-def import_torch(path: pathlib.Path) -> types.ModuleType:
+def _import_torch(path: pathlib.Path) -> types.ModuleType:
     """torch; UserError with the command that installs it where it is missing."""
     try:
         import torch
@@ -42,13 +42,13 @@ def load(path: pathlib.Path) -> Any:
     Raises:
         UserError: it holds anything else, which is refused unread; it is truncated or corrupt; there is no torch.
     """
-    torch = import_torch(path)
+    torch = _import_torch(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = f" ({named[1]})" if named else ""
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = f" ({refused[1]})" if refused else ""
         raise UserError(
             f"{path} is corrupt or holds more than arrays and plain values{found}, so it was refused and nothing in it "
             f"was run: give a state dict or safetensors."
@@ -74,27 +74,27 @@ def state_dict_tensors(loaded: Any, path: pathlib.Path) -> Tensors:
     Raises:
         UserError: it is no state dict, or has tensors that are no floats of 16 bits or more.
     """
-    torch = import_torch(path)
+    torch = _import_torch(path)
     if not isinstance(loaded, Mapping) or not all(torch.is_tensor(value) for value in loaded.values()) or not loaded:
         keys = f" (it has {', '.join(map(repr, list(loaded)[:5]))})" if isinstance(loaded, Mapping) else ""
         raise UserError(f"{path} is no state dict of names and tensors{keys}: give one with the published names.")
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in loaded.items()}
-    known = [dtype.name for dtype in DTYPES.values()]
-    odd = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in known]
-    if odd:
+    supported = [dtype.name for dtype in DTYPES.values()]
+    unsupported = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in supported]
+    if unsupported:
         raise UserError(
-            f"{path} holds tensors that are no floats of 16, 32 or 64 bits ({', '.join(odd[:3])}): "
+            f"{path} holds tensors that are no floats of 16, 32 or 64 bits ({', '.join(unsupported[:3])}): "
             f"give the weights in one of these, not quantised."
         )
-    mapped = is_mapped(path)
+    mapped = _is_mapped(path)
     stored = {
-        str(name): Stored(tuple(tensor.shape), np.dtype(dtypes[name]), reader(torch, tensor, mapped))
+        str(name): Stored(tuple(tensor.shape), np.dtype(dtypes[name]), _reader(torch, tensor, mapped))
         for name, tensor in loaded.items()
     }
     return Tensors(stored)
 
 
-def is_mapped(path: pathlib.Path) -> bool:
+def _is_mapped(path: pathlib.Path) -> bool:
     """Whether `load` leaves the file's arrays in the file: a zip whose bytes need no swapping."""
     if not zipfile.is_zipfile(path):
         return False
@@ -103,7 +103,7 @@ def is_mapped(path: pathlib.Path) -> bool:
     return all(order == sys.byteorder.encode() for order in orders)
 
 
-def reader(torch: types.ModuleType, tensor: Any, mapped: bool) -> Callable[[], np.ndarray]:
+def _reader(torch: types.ModuleType, tensor: Any, mapped: bool) -> Callable[[], np.ndarray]:
     """A function that copies a tensor into memory of its own, and lets the mapped pages of the file go."""
 
     def read():
@@ -114,13 +114,13 @@ def reader(torch: types.ModuleType, tensor: Any, mapped: bool) -> Callable[[], n
             array = values.numpy().copy()
         if mapped:
             storage = tensor.untyped_storage()
-            forget(storage.data_ptr(), storage.nbytes())
+            _release_pages(storage.data_ptr(), storage.nbytes())
         return array
 
     return read
 
 
-def forget(address: int, size: int) -> None:
+def _release_pages(address: int, size: int) -> None:
     """Drops the whole pages of a read-only mapping from this process's memory; reading them again maps them again.
 
     Without it a converted file counts twice: as its pages and as the copies.

@@ -22,8 +22,9 @@ from ard_jax.files import atomic_write
 log = logging.getLogger("ard_jax")
 
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-KINDS = (".safetensors", *PICKLES)
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+PREFIXES = ("module.", "_orig_mod.", "model.", "ema_model.")  # what wrappers put before every name
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -43,17 +44,17 @@ def open_tensors(path: str | os.PathLike) -> Tensors:
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        path = weights_file(path)
+        path = _weights_file(path)
     if not path.is_file():
         raise UserError(f"{path} is not there: give a .safetensors file, or a folder that holds one.")
     if path.suffix == ".json":
-        return open_shards(path)
-    if path.suffix in PICKLES:
+        return _open_shards(path)
+    if path.suffix in PICKLE_SUFFIXES:
         return open_state_dict(path)
-    return open_safetensors(path)
+    return _open_safetensors(path)
 
 
-def open_safetensors(path: pathlib.Path) -> Tensors:
+def _open_safetensors(path: pathlib.Path) -> Tensors:
     """The arrays of one .safetensors file.
 
     They are read by `pread`: a mapped file would count as this process's memory for as long as it is open.
@@ -64,33 +65,33 @@ def open_safetensors(path: pathlib.Path) -> Tensors:
     try:
         file = safe_open(path, "np", backend="pread")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        facts = {name: (tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
+        headers = {name: (tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is truncated or corrupt, or no safetensors file ({first_line(error)}): fetch it again."
         ) from None
-    odd = [f"{name} is {kind}" for name, (_, kind) in facts.items() if kind not in DTYPES]
-    if odd:
+    unsupported = [f"{name} is {dtype}" for name, (_, dtype) in headers.items() if dtype not in DTYPES]
+    if unsupported:
         raise UserError(
-            f"{path} holds arrays that are no floats of 16, 32 or 64 bits ({', '.join(odd[:3])}): "
+            f"{path} holds arrays that are no floats of 16, 32 or 64 bits ({', '.join(unsupported[:3])}): "
             f"give the weights in one of these, not quantised."
         )
     stored = {
-        name: Stored(shape, DTYPES[kind], lambda name=name: file.get_tensor(name))
-        for name, (shape, kind) in facts.items()
+        name: Stored(shape, DTYPES[dtype], lambda name=name: file.get_tensor(name))
+        for name, (shape, dtype) in headers.items()
     }
     return Tensors(stored, file.metadata())
 
 
-def open_shards(index: pathlib.Path) -> Tensors:
+def _open_shards(index: pathlib.Path) -> Tensors:
     """The arrays that an index of shards names.
 
     Raises:
         UserError: the index is no index, a shard is missing, or a shard lacks an array.
     """
     try:
-        places = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(places.values()) | {""})[1:]  # raises if one is no string
+        shard_of = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(shard_of.values()) | {""})[1:]  # raises if one is no string
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is no index of shards (a JSON with a weight_map): fetch it again.") from None
     for shard in shards:
@@ -99,25 +100,25 @@ def open_shards(index: pathlib.Path) -> Tensors:
                 f"the shard {shard!r} that {index} names is missing: fetch it again and put it beside the index."
             )
     opened = {shard: open_tensors(index.parent / shard) for shard in shards}
-    for name, shard in places.items():
+    for name, shard in shard_of.items():
         if name not in opened[shard]:
             raise UserError(
                 f"the shard {index.parent / shard} has no array {name!r}, which {index.name} says it has: "
                 f"fetch both again."
             )
     metadata = {key: value for shard in opened.values() for key, value in shard.metadata.items()}
-    return Tensors({name: opened[shard].stored[name] for name, shard in places.items()}, metadata)
+    return Tensors({name: opened[shard].stored[name] for name, shard in shard_of.items()}, metadata)
 
 
-def weights_file(folder: pathlib.Path) -> pathlib.Path:
+def _weights_file(folder: pathlib.Path) -> pathlib.Path:
     """The one weights file, or the index of shards, of a folder.
 
     Raises:
         UserError: there is none, or more than one that could be meant.
     """
-    for kind in ("safetensors", "bin"):
-        files = [path for path in sorted(folder.glob(f"*.{kind}")) if not path.name.startswith(".")]
-        indices = sorted(folder.glob(f"*.{kind}.index*.json"))
+    for suffix in ("safetensors", "bin"):
+        files = [path for path in sorted(folder.glob(f"*.{suffix}")) if not path.name.startswith(".")]
+        indices = sorted(folder.glob(f"*.{suffix}.index*.json"))
         whole = [path for path in files if not SHARD.search(path.name)]
         if files and not whole and not indices:
             raise UserError(f"{folder} has shards such as {files[0].name} but not their index: fetch the index too.")
@@ -136,6 +137,14 @@ def variant(path: pathlib.Path) -> list[str]:
     """What a file's name says beside its kind: ["fp16"] for diffusion_pytorch_model.fp16.safetensors."""
     words = SHARD.sub(".", path.name).split(".")[1:]
     return [word for word in words if word not in ("safetensors", "bin", "index", "json")]
+
+
+def without_prefixes(tensors: Tensors) -> Tensors:
+    """Names as the model's own, without what wrappers put before all of them."""
+    stored = tensors.stored
+    while prefix := next((p for p in PREFIXES if stored and all(name.startswith(p) for name in stored)), None):
+        stored = {name.removeprefix(prefix): array for name, array in stored.items()}
+    return Tensors(stored, tensors.metadata)
 
 
 def to_float32(tensors: Mapping[str, np.ndarray], where: str | os.PathLike) -> Mapping[str, np.ndarray]:
@@ -172,12 +181,12 @@ def write_tensors(
 
     def write(temporary: pathlib.Path) -> None:
         save_file(arrays, temporary, dict(metadata or {}))
-        sort_metadata(temporary)
+        _sort_metadata(temporary)
 
     atomic_write(path, write)
 
 
-def sort_metadata(path: pathlib.Path) -> None:
+def _sort_metadata(path: pathlib.Path) -> None:
     """Puts a file's metadata, which safetensors writes in an order of chance, into that of its names."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -76,15 +76,15 @@ def vae_from_diffusers(
         UserError: the config asks for something that `AutoencoderKL` here does not do, or the names or shapes are not
             those that it describes.
     """
-    model = AutoencoderKL(**fields_of(config), **fields)
+    model = AutoencoderKL(**_fields_of(config), **fields)
     shapes = vae_shapes(model)
     expected = published_shapes(shapes)
-    found = {new_name(name): shape for name, shape in shapes_of(state_dict).items()}
+    found = {_current_name(name): shape for name, shape in shapes_of(state_dict).items()}
     check_names(found, expected, "its config describes", "the names and shapes of diffusers' AutoencoderKL")
-    given = {new_name(name): name for name in state_dict}
+    names = {_current_name(name): name for name in state_dict}
 
     def read(path, leaf):
-        return jnp.asarray(state_dict[given[published_name(path)]].transpose(np.argsort(AXES[leaf.ndim])))
+        return jnp.asarray(state_dict[names[_published_name(path)]].transpose(np.argsort(AXES[leaf.ndim])))
 
     return model, jax.tree_util.tree_map_with_path(read, shapes)
 
@@ -92,7 +92,7 @@ def vae_from_diffusers(
 def vae_to_diffusers(model: AutoencoderKL, params: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The inverse of `vae_from_diffusers`: a state dict with today's names, types kept, and the whole config."""
     state_dict = {
-        published_name(path): np.ascontiguousarray(np.asarray(leaf).transpose(AXES[leaf.ndim]))
+        _published_name(path): np.ascontiguousarray(np.asarray(leaf).transpose(AXES[leaf.ndim]))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     return state_dict, diffusers_config(model)
@@ -107,7 +107,7 @@ def vae_shapes(model: AutoencoderKL) -> Any:
 def published_shapes(shapes: Any) -> dict[str, tuple[int, ...]]:
     """What a state dict holds: names and shapes in PyTorch's order."""
     return {
-        published_name(path): tuple(leaf.shape[axis] for axis in AXES[leaf.ndim])
+        _published_name(path): tuple(leaf.shape[axis] for axis in AXES[leaf.ndim])
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
     }
 
@@ -115,22 +115,22 @@ def published_shapes(shapes: Any) -> dict[str, tuple[int, ...]]:
 def diffusers_config(model: AutoencoderKL) -> dict[str, Any]:
     """What diffusers' config.json says of a model."""
     fields = {name: getattr(model, name) for name in FIELDS}
-    settings = {"_class_name": "AutoencoderKL"} | fields | only_values(len(model.block_out_channels))
+    settings = {"_class_name": "AutoencoderKL"} | fields | _only_values(len(model.block_out_channels))
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
-def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def _fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `AutoencoderKL` by a diffusers config.
 
     Raises:
         UserError: it is another class's, or has a setting or a value that is unknown here.
     """
-    kind = config.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL":
-        raise UserError(f"the config is of class {kind!r}, but only an AutoencoderKL can be converted: give one.")
+    class_name = config.get("_class_name", "AutoencoderKL")
+    if class_name != "AutoencoderKL":
+        raise UserError(f"the config is of class {class_name!r}, but only an AutoencoderKL can be converted: give one.")
     fields = FIELDS | {key: config[key] for key in FIELDS if key in config}
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    only = only_values(len(fields["block_out_channels"]))
+    only = _only_values(len(fields["block_out_channels"]))
     for key, value in config.items():
         value = tuple(value) if isinstance(value, list) else value
         if key in only and value != only[key] and (key, value) != ("act_fn", "swish"):
@@ -142,7 +142,7 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def only_values(resolutions: int) -> dict[str, Any]:
+def _only_values(resolutions: int) -> dict[str, Any]:
     """Settings of diffusers that have one value here ("swish" is its other name of "silu")."""
     return {
         "act_fn": "silu",
@@ -153,12 +153,12 @@ def only_values(resolutions: int) -> dict[str, Any]:
     }
 
 
-def new_name(name: str) -> str:
+def _current_name(name: str) -> str:
     """A name of whichever age → today's."""
     return re.sub(r"(\.attentions\.\d+\.)(\w+)", lambda found: found[1] + OLD_NAMES.get(found[2], found[2]), name)
 
 
-def published_name(path: tuple[jax.tree_util.DictKey, ...]) -> str:
+def _published_name(path: tuple[jax.tree_util.DictKey, ...]) -> str:
     """A parameter's path in the tree → its name in a state dict."""
     *modules, leaf = (entry.key for entry in path)
     return ".".join([re.sub(r"_(\d+)$", r".\1", module) for module in modules] + [LEAVES[leaf]])

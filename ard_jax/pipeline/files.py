@@ -21,9 +21,10 @@ import numpy as np
 from ard_jax.build import make_student, make_teacher
 from ard_jax.config import plain
 from ard_jax.convert import to_torch, vae_to_diffusers
+from ard_jax.convert.families.folders import read_description
 from ard_jax.convert.hub import fetch_source
 from ard_jax.convert.published import parameters
-from ard_jax.convert.sources import open_source, read_description
+from ard_jax.convert.sources import open_source
 from ard_jax.convert.tensors import write_tensors
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError

@@ -17,32 +17,30 @@ time's sinusoids that the published weights were trained with.
 """
 
 import argparse
-import asyncio
 import concurrent.futures
 import contextlib
-import hashlib
+import dataclasses
 import logging
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import jax
-import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from ard_jax.checks import validate
 from ard_jax.config import plain
+from ard_jax.convert.families.base import Hints, Source
+from ard_jax.convert.families.folders import part_files, read_description
 from ard_jax.convert.hub import fetch_source
-from ard_jax.convert.lazy import Stored
 from ard_jax.convert.published import stored_parameters
-from ard_jax.convert.sources import Source, Told, open_source, part_files, read_description
+from ard_jax.convert.sources import open_source
 from ard_jax.convert.tensors import open_tensors, to_float32, write_tensors
 from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
+from ard_jax.convert.write import drop_from_page_cache, files_sha256, save_parameters
 from ard_jax.errors import UserError
-from ard_jax.files import atomic_write, file_sha256, hash_leaf, named_leaves, read_json, write_json
+from ard_jax.files import atomic_write, read_json, write_json
 from ard_jax.models import MASKS, ARDStudent
 from ard_jax.workdir import Stopwatch, compare, merge_done, network, read_done, recorded_config
 
@@ -75,9 +73,9 @@ def flags() -> argparse.ArgumentParser:
     add("--workdir", type=pathlib.Path, required=True, help="folder of the run")
     add("--dry-run", action="store_true", help="say what the source is and where it would go; shapes alone are read")
     add("--name", help="a student's folder under distill/ (default: what the source calls it, or ard)")
-    add("--num-heads", type=whole_number, metavar="H", help="attention heads, if the source does not tell")
+    add("--num-heads", type=_whole_number, metavar="H", help="attention heads, if the source does not tell")
     add("--history-layers", type=int, metavar="N", help="of a student (default: what its training recorded, or 6)")
-    add("--points", type=whole_numbers, metavar="15,10,5,0", help="of a student: the teacher's steps that it stops at")
+    add("--points", type=_whole_numbers, metavar="15,10,5,0", help="of a student: the teacher's steps that it stops at")
     add("--mask", choices=tuple(MASKS), help="of a student (default: causal)")
     add("--weights", choices=("ema", "model"), help="of a training checkpoint (default: ema where there is one)")
     add("--objective", choices=("noise", "velocity"), help="what the network predicts: DiT's noise or SiT's velocity")
@@ -86,13 +84,13 @@ def flags() -> argparse.ArgumentParser:
     return parser
 
 
-def whole_number(text: str) -> int:
+def _whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)
 
 
-def whole_numbers(text: str) -> tuple[int, ...]:
+def _whole_numbers(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 15,10,5,0")
     return tuple(map(int, text.split(",")))
@@ -105,38 +103,38 @@ def run(args: argparse.Namespace) -> None:
         UserError: the source is none that we know, or its place in the workdir is taken by another.
     """
     watch = Stopwatch()
-    told = Told(**{name: getattr(args, name) for name in Told.__dataclass_fields__})
-    source = open_source(fetch_source(args.source), told)
+    hints = Hints(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Hints)})
+    source = open_source(fetch_source(args.source), hints)
     if source.config is not None:
         validate(source.config)
-    places = destinations(source, args)
-    print("\n".join(summary(source, args.source, places)), flush=True)
+    folders = _destinations(source, args)
+    print("\n".join(_summary(source, args.source, folders)), flush=True)
     if args.dry_run:
         return
-    wanted = {part: place for part, place in places.items() if not already_there(part, place, source)}
-    check_company(wanted, source, args)
-    with partial_folder(args.workdir) as temporary:
-        if "vae" in wanted:
-            write_vae(temporary / "vae", source, args.source)
-        if "model" in wanted:
-            write_model(temporary / "model", source, args.source, watch)
-        for part, place in wanted.items():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary / part, place)
-    finish(places, source, args)
+    missing = {part: folder for part, folder in folders.items() if not _is_converted(part, folder, source)}
+    _check_compatible(missing, source, args)
+    with _partial_folder(args.workdir) as temporary:
+        if "vae" in missing:
+            _write_vae(temporary / "vae", source, args.source)
+        if "model" in missing:
+            _write_model(temporary / "model", source, args.source, watch)
+        for part, folder in missing.items():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / part, folder)
+    _finish(folders, source, args)
 
 
-def destinations(source: Source, args: argparse.Namespace) -> dict[str, pathlib.Path]:
+def _destinations(source: Source, args: argparse.Namespace) -> dict[str, pathlib.Path]:
     """Folders to be made, in this order; the model's comes last since it makes the workdir whole."""
-    places = {"vae": args.workdir / "vae"} if source.vae else {}
+    folders = {"vae": args.workdir / "vae"} if source.vae else {}
     if source.model is not None:
         is_student = isinstance(source.model, ARDStudent)
         student = args.workdir / "distill" / source.config.student.name
-        places["model"] = student if is_student else args.workdir / "teacher"
-    return places
+        folders["model"] = student if is_student else args.workdir / "teacher"
+    return folders
 
 
-def summary(source: Source, name: str, places: dict[str, pathlib.Path]) -> list[str]:
+def _summary(source: Source, name: str, folders: dict[str, pathlib.Path]) -> list[str]:
     """What a source is, line by line."""
     lines = [f"{name}: {source.what}"]
     if model := source.model:
@@ -160,39 +158,39 @@ def summary(source: Source, name: str, places: dict[str, pathlib.Path]) -> list[
         if network.frequency_shift:
             lines.append("  time        as diffusers runs it; published weights were trained with --frequency-shift 0")
     lines.append(f"  licence     {source.license or 'unknown: --license says it'}")
-    return [*lines, f"  goes to     {', '.join(str(place) for place in places.values())}"]
+    return [*lines, f"  goes to     {', '.join(map(str, folders.values()))}"]
 
 
 # ------------------------------------------------------------------------------------------ what is there already
 
 
-def already_there(part: str, place: pathlib.Path, source: Source) -> bool:
+def _is_converted(part: str, folder: pathlib.Path, source: Source) -> bool:
     """Whether a folder holds this very part of the source.
 
     Raises:
         UserError: it holds anything else.
     """
-    if not place.exists():
+    if not folder.exists():
         return False
-    if not (place / "source.json").exists():
-        raise UserError(f"{place} was not made by convert: choose another --workdir, or delete that folder.")
-    before = read_json(place / "source.json")
-    if before["sha256"] != files_sha256(files_of(part, source)):
+    if not (folder / "source.json").exists():
+        raise UserError(f"{folder} was not made by convert: choose another --workdir, or delete that folder.")
+    recorded = read_json(folder / "source.json")
+    if recorded["sha256"] != files_sha256(_files_of(part, source)):
         raise UserError(
-            f"{place} was converted from another source ({before['source']}): choose another --workdir, or delete "
+            f"{folder} was converted from another source ({recorded['source']}): choose another --workdir, or delete "
             f"that folder."
         )
     if part == "model":
-        compare(read_json(place / "config.json"), plain(source.config), tuple(SETTLED), place)
-    print(f"{place} holds this already.", flush=True)
+        compare(read_json(folder / "config.json"), plain(source.config), tuple(SETTLED), folder)
+    print(f"{folder} holds this already.", flush=True)
     return True
 
 
-def check_company(wanted: dict[str, pathlib.Path], source: Source, args: argparse.Namespace) -> None:
+def _check_compatible(missing: dict[str, pathlib.Path], source: Source, args: argparse.Namespace) -> None:
     """Raises UserError if a new model does not fit the models that are there, or a config.py is not ours to write."""
-    if "model" not in wanted:
+    if "model" not in missing:
         return
-    for folder in models_of(args.workdir):
+    for folder in _models_of(args.workdir):
         others = recorded_config(folder)
         compare(network(others), network(source.config), ("data", "model", "diffusion"), folder)
     file = args.workdir / "config.py"
@@ -200,7 +198,7 @@ def check_company(wanted: dict[str, pathlib.Path], source: Source, args: argpars
         raise UserError(f"{file} was not written by convert, which would replace it: move it away.")
 
 
-def models_of(workdir: pathlib.Path) -> list[pathlib.Path]:
+def _models_of(workdir: pathlib.Path) -> list[pathlib.Path]:
     """Folders of the finished models of a workdir."""
     folders = (workdir / "teacher", *sorted((workdir / "distill").glob("*")))
     return [folder for folder in folders if folder.is_dir() and read_done(folder)]
@@ -210,9 +208,9 @@ def models_of(workdir: pathlib.Path) -> list[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def partial_folder(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+def _partial_folder(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder in the workdir that does not outlive the block; nor does the workdir if it was made here for nothing."""
-    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    created = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     temporary = workdir / ".partial-convert"
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     temporary.mkdir(parents=True)
@@ -221,118 +219,58 @@ def partial_folder(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
         shutil.rmtree(temporary)
         with contextlib.suppress(OSError):  # it is not empty, as it should be
-            for folder in made:
+            for folder in created:
                 folder.rmdir()
 
 
-def write_model(folder: pathlib.Path, source: Source, name: str, watch: Stopwatch) -> None:
+def _write_model(folder: pathlib.Path, source: Source, name: str, watch: Stopwatch) -> None:
     """A teacher's or student's folder, `done.json` last. A second thread hashes the source meanwhile."""
     folder.mkdir()
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:
-        source_hash = beside.submit(files_sha256, source.files)
-        source_hash.add_done_callback(lambda _: leave_page_cache(source.files))
+    with concurrent.futures.ThreadPoolExecutor(1) as hasher:
+        source_hash = hasher.submit(files_sha256, source.files)
+        source_hash.add_done_callback(lambda _: drop_from_page_cache(source.files))
         params_hash = save_parameters(folder / "checkpoints", stored_parameters(source.tensors, source.model))
         write_json(folder / "config.json", plain(source.config) | {"inputs": {"source": source_hash.result()}})
-        write_source(folder, name, source_hash.result(), source.license)
+        _write_source(folder, name, source_hash.result(), source.license)
         if source.labels:
             write_json(folder / "labels.json", source.labels)
     write_json(folder / "done.json", {"sha256": {"ema": params_hash}, "seconds": round(watch(), 2)})
 
 
-def save_parameters(directory: pathlib.Path, params: Any) -> str:
-    """A checkpoint of just the part "ema", at step 0.
-
-    Args:
-        directory: of the checkpoints.
-        params: a pytree of `Stored`. They are read one at a time, so that memory holds two, however many there are.
-
-    Returns:
-        The parameters' `tree_sha256`.
-    """
-    writer = StoredHandler(params)
-    kinds = ocp.type_handlers.create_type_handler_registry(
-        (Stored, writer), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-    # Weights do not get smaller by being compressed.
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=kinds)
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    with ocp.CheckpointManager(directory.absolute(), options=options, item_handlers={"ema": handler}) as manager:
-        manager.save(0, args=ocp.args.Composite(ema=ocp.args.PyTreeSave(params)))
-    return writer.digest.hexdigest()
-
-
-class StoredHandler(ocp.type_handlers.NumpyHandler):
-    """Has Orbax write arrays that are not read yet: while one is written and hashed, the next is read."""
-
-    def __init__(self, params: Any):
-        super().__init__(deepcopy_host_arrays=False)  # nobody changes what is read here
-        self.leaves = named_leaves(params)
-        self.digest = hashlib.sha256()
-
-    async def serialize(self, values, infos, args=None):
-        """Orbax's hook; all is on disk when it returns, so there are no futures to wait for."""
-        asked = {id(value): place for place, value in enumerate(values)}
-        with concurrent.futures.ThreadPoolExecutor(1) as reader, concurrent.futures.ThreadPoolExecutor(1) as hasher:
-            reading = reader.submit(self.leaves[0][1].read)
-            for (name, leaf), (_, after) in zip(self.leaves, [*self.leaves[1:], (None, None)], strict=True):
-                array = await asyncio.wrap_future(reading)
-                reading = after and reader.submit(after.read)
-                hashing = hasher.submit(hash_leaf, self.digest, name, array)
-                place = asked[id(leaf)]
-                info, arg = infos[place], args[place] if args else ocp.SaveArgs()
-                for written in await super().serialize([array], [info], [arg]):
-                    await asyncio.to_thread(written.result)
-                await asyncio.wrap_future(hashing)
-                leave_page_cache(pathlib.Path(info.parent_dir).rglob("*"))
-        return []
-
-
-def leave_page_cache(paths: Iterable[pathlib.Path]) -> None:
-    """Gives back the memory in which the system caches files that have been read, or are on disk.
-
-    What is written next takes as much of it, and on virtual machines memory that was just in use is several times
-    faster to get than fresh memory.
-    """
-    if hasattr(os, "posix_fadvise"):
-        for path in filter(pathlib.Path.is_file, paths):
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def write_vae(folder: pathlib.Path, source: Source, name: str) -> None:
+def _write_vae(folder: pathlib.Path, source: Source, name: str) -> None:
     """A VAE's folder in diffusers' format, float32, with today's names."""
     described = read_description(source.vae / "config.json")
     tensors = to_float32(open_tensors(source.vae), source.vae)
     state_dict, config = vae_to_diffusers(*vae_from_diffusers(tensors, described))
     write_tensors(folder / VAE_WEIGHTS, state_dict, {"format": "pt"})
-    write_source(folder, name, files_sha256(files_of("vae", source)), source.license)
+    _write_source(folder, name, files_sha256(_files_of("vae", source)), source.license)
     write_json(folder / "config.json", config)
 
 
-def write_source(folder: pathlib.Path, name: str, sha256: str, license: str | None) -> None:
+def _write_source(folder: pathlib.Path, name: str, sha256: str, license: str | None) -> None:
     write_json(folder / "source.json", {"source": name, "sha256": sha256, "license": license})
 
 
-def finish(places: dict[str, pathlib.Path], source: Source, args: argparse.Namespace) -> None:
+def _finish(folders: dict[str, pathlib.Path], source: Source, args: argparse.Namespace) -> None:
     """What lies outside the parts' folders: distill/done.json and config.py."""
-    place = places.get("model")
-    if place is None:
+    folder = folders.get("model")
+    if folder is None:
         print(f"done: {args.workdir / 'vae'}", flush=True)
         return
     is_student = isinstance(source.model, ARDStudent)
     if is_student:
-        merge_done(args.workdir / "distill", {place.name: read_done(place)})
-    students = [folder for folder in models_of(args.workdir) if folder.parent.name == "distill"]
+        merge_done(args.workdir / "distill", {folder.name: read_done(folder)})
+    students = [folder for folder in _models_of(args.workdir) if folder.parent.name == "distill"]
     file = args.workdir / "config.py"
     if is_student or not students or not file.exists():
         config = source.config.copy_and_resolve_references()
         config.sample.models = (*(("teacher",) if (args.workdir / "teacher").exists() else ()), *config.sample.models)
         config.sample.models = tuple(dict.fromkeys(config.sample.models))
-        atomic_write(file, lambda temporary: temporary.write_text(config_text(config, args.source)))
-    print(f"done: {place}: python -m ard_jax sample --config {file} --workdir {args.workdir}", flush=True)
+        atomic_write(file, lambda temporary: temporary.write_text(_config_text(config, args.source)))
+    print(f"done: {folder}: python -m ard_jax sample --config {file} --workdir {args.workdir}", flush=True)
 
 
-def config_text(config: ConfigDict, name: str) -> str:
+def _config_text(config: ConfigDict, name: str) -> str:
     """A config file for the later stages."""
     lines = [f"{WRITTEN_BY} from the source below, for the later stages; change what you like."]
     lines += ['"""', "", "from ard_jax.config import default_config", "", f"SOURCE = {name!r}", "", ""]
@@ -344,14 +282,5 @@ def config_text(config: ConfigDict, name: str) -> str:
     return "\n".join([*lines, "    return config", ""])
 
 
-def files_of(part: str, source: Source) -> tuple[pathlib.Path, ...]:
+def _files_of(part: str, source: Source) -> tuple[pathlib.Path, ...]:
     return part_files(source.vae) if part == "vae" else source.files
-
-
-def files_sha256(files: tuple[pathlib.Path, ...]) -> str:
-    """One file's SHA-256, or that of the hashes of several with their names."""
-    hashes = [file_sha256(file) for file in files]
-    if len(files) == 1:
-        return hashes[0]
-    lines = "".join(f"{sha}  {file.name}\n" for sha, file in zip(hashes, files, strict=True))
-    return hashlib.sha256(lines.encode()).hexdigest()

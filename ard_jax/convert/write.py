@@ -1,0 +1,84 @@
+"""A checkpoint of arrays that are not read yet, leaf by leaf, and the hash of a source's files."""
+
+import asyncio
+import concurrent.futures
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ard_jax.convert.lazy import Stored
+from ard_jax.files import file_sha256, hash_leaf, named_leaves
+
+
+def save_parameters(directory: pathlib.Path, params: Any) -> str:
+    """A checkpoint of just the part "ema", at step 0.
+
+    Args:
+        directory: of the checkpoints.
+        params: a pytree of `Stored`. They are read one at a time, so that memory holds two, however many there are.
+
+    Returns:
+        The parameters' `tree_sha256`.
+    """
+    writer = _StoredHandler(params)
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (Stored, writer), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    # Weights do not get smaller by being compressed.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=handlers)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(directory.absolute(), options=options, item_handlers={"ema": handler}) as manager:
+        manager.save(0, args=ocp.args.Composite(ema=ocp.args.PyTreeSave(params)))
+    return writer.digest.hexdigest()
+
+
+class _StoredHandler(ocp.type_handlers.NumpyHandler):
+    """Has Orbax write arrays that are not read yet: while one is written and hashed, the next is read."""
+
+    def __init__(self, params: Any):
+        super().__init__(deepcopy_host_arrays=False)  # nobody changes what is read here
+        self.leaves = named_leaves(params)
+        self.digest = hashlib.sha256()
+
+    async def serialize(self, values, infos, args=None):
+        """Orbax's hook; all is on disk when it returns, so there are no futures to wait for."""
+        positions = {id(value): position for position, value in enumerate(values)}
+        with concurrent.futures.ThreadPoolExecutor(1) as reader, concurrent.futures.ThreadPoolExecutor(1) as hasher:
+            reading = reader.submit(self.leaves[0][1].read)
+            for (name, leaf), (_, following) in zip(self.leaves, [*self.leaves[1:], (None, None)], strict=True):
+                array = await asyncio.wrap_future(reading)
+                reading = following and reader.submit(following.read)
+                hashing = hasher.submit(hash_leaf, self.digest, name, array)
+                position = positions[id(leaf)]
+                info, arg = infos[position], args[position] if args else ocp.SaveArgs()
+                for writing in await super().serialize([array], [info], [arg]):
+                    await asyncio.to_thread(writing.result)
+                await asyncio.wrap_future(hashing)
+                drop_from_page_cache(pathlib.Path(info.parent_dir).rglob("*"))
+        return []
+
+
+def drop_from_page_cache(paths: Iterable[pathlib.Path]) -> None:
+    """Gives back the memory in which the system caches files that have been read, or are on disk.
+
+    What is written next takes as much of it, and on virtual machines memory that was just in use is several times
+    faster to get than fresh memory.
+    """
+    if hasattr(os, "posix_fadvise"):
+        for path in filter(pathlib.Path.is_file, paths):
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def files_sha256(files: tuple[pathlib.Path, ...]) -> str:
+    """One file's SHA-256, or that of the hashes of several with their names."""
+    hashes = [file_sha256(file) for file in files]
+    if len(files) == 1:
+        return hashes[0]
+    lines = "".join(f"{sha}  {file.name}\n" for sha, file in zip(hashes, files, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
