@@ -676,7 +676,7 @@ def test_a_repository_is_downloaded(student, tmp_path, monkeypatch):
             raise UserError("hf:ORG/none cannot be downloaded (no net): see that there is a net.")
         return tmp_path / "saved"
 
-    monkeypatch.setattr(ard_jax.pipeline.files, "fetch", fetch)
+    monkeypatch.setattr(ard_jax.pipeline.files, "fetch_source", fetch)
     monkeypatch.chdir(tmp_path)
     for source in ("ORG/NAME", "hf:ORG/NAME"):
         assert same(ARDPipeline.from_pretrained(source).params, student.params)
