@@ -44,10 +44,17 @@ class Context(NamedTuple):
     examples: Any = None
     summary: jax.Array | None = None
 
-    def of_block(self, block: int, steps: int) -> "Context":
-        """What one block of every example reads, where the rows are the examples' `steps` blocks."""
-        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, steps, *leaf.shape[1:])[:, block], self.rows)
-        return Context(rows, self.examples)
+    def by_block(self, steps: int) -> "Context":
+        """The same with rows (batch, block, …), where they are the examples' `steps` blocks."""
+        return self._replace(rows=jax.tree.map(lambda leaf: leaf.reshape(-1, steps, *leaf.shape[1:]), self.rows))
+
+    def by_row(self) -> "Context":
+        """The inverse of `by_block`."""
+        return self._replace(rows=jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.rows))
+
+    def of_block(self, block: int) -> "Context":
+        """What one block of every example reads, of a context `by_block`."""
+        return self._replace(rows=jax.tree.map(lambda leaf: leaf[:, block], self.rows))
 
 
 class Backbone(nn.Module):

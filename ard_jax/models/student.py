@@ -130,29 +130,29 @@ class ARDStudent(nn.Module):
         """All that comes before the heads, so that a gradient can be taken at the heads alone; arguments of `__call__`.
 
         Returns:
-            Tokens (batch, block, token, width) and the context of all rows, for `read_out`.
+            Tokens (batch, block, token, width) and their context by block, for `read_out`.
         """
         batch, steps = points.shape[:2]
         h, context = self.embed_blocks(points, condition)
-        within = self.backbone.attend_within_rows()
+        # all layers read one copy, so that their gradients are added up before the heads' are added to them
+        rows, within = context.by_row(), self.backbone.attend_within_rows()
         if self.is_initializing():  # the parameters do not depend on which layers have a history
-            h, _ = self.backbone.run_blocks(h, context, within, 0, self.backbone.depth)
+            h, _ = self.backbone.run_blocks(h, rows, within, 0, self.backbone.depth)
         else:
             history = self.layers_with_history
-            h, _ = self.backbone.run_blocks(h, context, self.attend_to_history(), 0, history)
-            h, _ = self.backbone.run_blocks(h, context, within, history, self.backbone.depth)
+            h, _ = self.backbone.run_blocks(h, rows, self.attend_to_history(), 0, history)
+            h, _ = self.backbone.run_blocks(h, rows, within, history, self.backbone.depth)
         return h.reshape(batch, steps, *h.shape[1:]), context
 
     def read_out(self, h: jax.Array, context: Context, points: jax.Array) -> jax.Array:
         """The heads' predictions from what `trunk` puts out, of the shape of `points`."""
         predictions = [
-            self.predict(h[:, block], context.of_block(block, self.steps), block, points[:, block])
-            for block in range(self.steps)
+            self.predict(h[:, block], context.of_block(block), block, points[:, block]) for block in range(self.steps)
         ]
         return jnp.stack(predictions, axis=1)
 
     def embed_blocks(self, points: jax.Array, condition: Condition) -> tuple[jax.Array, Context]:
-        """Tokens (batch · block, token, width) and their context; arguments as in a call."""
+        """Tokens (batch · block, token, width) and their context by block; arguments as in a call."""
         batch, steps = points.shape[:2]
         if steps != self.steps:
             raise UserError(
@@ -160,7 +160,7 @@ class ARDStudent(nn.Module):
                 f"{self.steps - 1} points after it."
             )
         h = self.backbone.embed(points.reshape(batch * steps, *points.shape[2:]))
-        return h, self.context(condition, points.dtype)._replace(summary=None)
+        return h, self.context(condition, points.dtype)._replace(summary=None).by_block(steps)
 
     def attention_mass(self, points: jax.Array, condition: Condition) -> jax.Array:
         """How much of its attention each block pays to each block that it sees, layer by layer.
@@ -185,7 +185,7 @@ class ARDStudent(nn.Module):
             return output, block_mass(q, k, mask, steps)
 
         _, mass = self.backbone.run_blocks(
-            h, context, attend_and_weigh, 0, self.layers_with_history, differentiable=False
+            h, context.by_row(), attend_and_weigh, 0, self.layers_with_history, differentiable=False
         )
         return mass.swapaxes(0, 1)
 
