@@ -2,7 +2,7 @@
 
 A batch is split over `data` and `fsdp`. Parameters, their average and the optimiser's state are split over `fsdp`, each
 layer's being gathered when it is its turn, and over `tensor`, whose devices share the heads and the MLP of a layer.
-`layers.logical_axes` says what the axes of a parameter stand for, `RULES` what lies along which axis of the mesh.
+`partition.logical_axes` says what the axes of a parameter stand for, `RULES` what lies along which axis of the mesh.
 """
 
 import functools
@@ -95,7 +95,7 @@ def local_mesh(settings: Mapping[str, int], devices: Sequence[jax.Device] | None
 
 
 def on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
-    """Decorates a function to be jitted: while it is traced, the mesh and `RULES` are what `layers.constrain` obeys."""
+    """Decorates a function to be jitted: while it is traced, the mesh and `RULES` are what `partition.constrain` obeys."""
 
     def decorate(function):
         @functools.wraps(function)
@@ -131,6 +131,9 @@ def sharding_of(tree: Any, mesh: Mesh) -> Any:
 
     Returns:
         The same tree of NamedShardings. An axis that its part of the mesh does not divide stays whole.
+
+    Raises:
+        UserError: nothing says what the axes of a matrix stand for.
     """
 
     def sharding(path, leaf):

@@ -17,6 +17,7 @@ from ard_jax.models import ARDStudent, Backbone, Context, init_from_teacher, inp
 from ard_jax.models.attention import attention
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.models.layers import Dense, TimeEmbedder, layer_norm, patchify
+from ard_jax.models.partition import name_axes
 from ard_jax.objectives import Given, Method, find_method
 from ard_jax.objectives.denoising import denoising
 from ard_jax.parallel import make_mesh
@@ -26,6 +27,14 @@ from ard_jax.training.fit import Task, fit
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import features_of, make_store
 from configs import smoke
+
+name_axes(
+    query=("embed", "heads"),
+    key=("embed", "heads"),
+    value=("embed", "heads"),
+    word_key=("word", "heads"),
+    word_value=("word", "heads"),
+)
 
 SHAPE, WORDS, WORD_WIDTH = (8, 8, 1), 3, 5
 

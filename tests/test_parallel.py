@@ -7,12 +7,13 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from pipeline_fixtures import ROOT
 
 from ard_jax.errors import UserError
-from ard_jax.parallel import AXES, make_mesh
+from ard_jax.parallel import AXES, make_mesh, sharding_of
 
 TURNS = """
 import json
@@ -167,3 +168,13 @@ def test_a_tensor_axis_stays_within_a_host_whatever_the_order_of_devices():
 
 def test_a_batch_in_turns_stays_on_its_devices():
     assert in_process(TURNS, devices=4) == [[4, 2], [12, 2], [12, 2], [24, 2]]
+
+
+def test_a_matrix_that_nobody_named_is_refused_and_a_vector_lies_whole():
+    mesh = make_mesh(dict(zip(AXES, (1, 1, 1), strict=True)), jax.devices()[:1])
+    known = {"qkv": {"kernel": np.zeros((4, 6)), "bias": np.zeros(6)}, "norm": {"scale": np.zeros(4)}}
+    specs = jax.tree.map(lambda sharding: tuple(sharding.spec), sharding_of(known, mesh))
+    assert specs["qkv"]["kernel"] == ("fsdp", "tensor") and specs["norm"]["scale"] == (None,)
+    for unknown in ({"blocks": {"novel": {"kernel": np.zeros((2, 4, 6))}}}, {"table": np.zeros((4, 6))}):
+        with pytest.raises(UserError, match="nothing says what the . axes of the parameter .* stand for"):
+            sharding_of(unknown, mesh)

@@ -17,6 +17,16 @@ import jax
 import jax.numpy as jnp
 
 from ard_jax.models.layers import Dense, Dtype
+from ard_jax.models.partition import name_axes
+
+name_axes(
+    pointwise=("embed", "feature"),
+    windowed=("window", "embed", "feature"),
+    logit=("embed", "feature"),
+    condition=("embed", "feature"),
+    u=(None, None),
+    v=(None, None),
+)
 
 WINDOW = 9  # tokens that the wide convolution sees
 LOGIT_WIDTH = 64  # of the two vectors whose product is a logit

@@ -12,10 +12,13 @@ from ard_jax.errors import UserError
 from ard_jax.models import layers
 from ard_jax.models.backbone import Backbone, Context, check_channels
 from ard_jax.models.layers import Dense, DiTBlock, FinalLayer, TimeEmbedder
+from ard_jax.models.partition import name_axes
 
 # Name: width, depth, heads (DiT, table 1); the published names add "/2", "/4" or "/8", the patch size.
 SIZES = {"DiT-S": (384, 12, 6), "DiT-B": (768, 12, 12), "DiT-L": (1024, 24, 16), "DiT-XL": (1152, 28, 16)}
 PATCH_SIZES = (2, 4, 8)
+
+name_axes(label_embed=(None, None))  # a thousandth of the parameters: looked up, so better whole on every device
 
 
 def size_fields(name: str) -> dict[str, int]:

@@ -17,6 +17,17 @@ import numpy as np
 from einops import rearrange
 
 from ard_jax.errors import UserError
+from ard_jax.models.partition import name_axes
+
+name_axes(
+    patch_embed=("patch", "embed"),
+    modulation=("embed", "mlp"),
+    qkv=("embed", "heads"),
+    attention_out=("heads", "embed"),
+    mlp_in=("embed", "mlp"),
+    mlp_out=("mlp", "embed"),
+    linear=("embed", "patch"),
+)
 
 Dtype = Any
 xavier = nn.initializers.xavier_uniform()

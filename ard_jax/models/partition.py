@@ -7,27 +7,30 @@ import flax.linen as nn
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-# What the input and the output of a module's kernel stand for; a bias has the output's.
-AXES = {
-    "patch_embed": ("patch", "embed"),
-    "modulation": ("embed", "mlp"),
-    "qkv": ("embed", "heads"),
-    "attention_out": ("heads", "embed"),
-    "mlp_in": ("embed", "mlp"),
-    "mlp_out": ("mlp", "embed"),
-    "linear": ("embed", "patch"),
-    "pointwise": ("embed", "feature"),
-    "windowed": ("window", "embed", "feature"),
-    "logit": ("embed", "feature"),
-    "condition": ("embed", "feature"),
-}
-
+from ard_jax.errors import UserError
 
 STACKS = {
     "blocks": "layer",
     "final_layer": "block",
     "heads": "head",
 }  # modules whose parameters may have one more axis, in front
+VECTORS = ("bias", "scale")  # Flax's names of parameters that have the axis of their module's output, and lie whole
+_AXES: dict[str, tuple[str | None, ...]] = {}  # a module's or a parameter's name → what its axes stand for
+
+
+def name_axes(**axes: tuple[str | None, ...]) -> None:
+    """Says what the axes of parameters stand for; each file of `models/` says it of its own, as it is imported.
+
+    Args:
+        axes: by the name of a module, (input, output) of its kernel, of which a bias has the output's; or by the name
+            of a parameter. An axis is one of `parallel.RULES`, or any other word or None for one that lies whole.
+
+    Raises:
+        ValueError: the name stands for other axes already.
+    """
+    for name, names in axes.items():
+        if _AXES.setdefault(name, names) != names:
+            raise ValueError(f"{name} has the axes {_AXES[name]} already: give the module of {names} another name.")
 
 
 def logical_axes(path: tuple[Any, ...], ndim: int) -> tuple[str | None, ...]:
@@ -38,11 +41,20 @@ def logical_axes(path: tuple[Any, ...], ndim: int) -> tuple[str | None, ...]:
         ndim: axes of the leaf.
 
     Returns:
-        A name for each axis, see `parallel.RULES`; None for all where the leaf is no such parameter.
+        A name for each axis, see `parallel.RULES`; None for all of a vector's, and of a moment of another shape than
+        its parameter's.
+
+    Raises:
+        UserError: it is a matrix, or a stack of anything, that `name_axes` was not told of.
     """
     keys = [getattr(entry, "key", None) or getattr(entry, "name", None) for entry in path]
-    module = next((key for key in reversed(keys[:-1]) if key in AXES), None)
-    axes = AXES.get(module, ())
+    name = next((key for key in (*keys[-2:-1], *keys[-1:]) if key in _AXES), None)  # its module's, or its own
+    if name is None and ndim > 1 and keys[-1] not in VECTORS:
+        raise UserError(
+            f"nothing says what the {ndim} axes of the parameter {'/'.join(map(str, keys))} stand for, so it would lie "
+            f"whole on every device: name them beside its module, with models.partition.name_axes."
+        )
+    axes = _AXES.get(name, ())
     axes = axes[-1:] if keys[-1:] == ["bias"] else axes
     stack = next((STACKS[key] for key in reversed(keys) if key in STACKS), None)
     if stack and ndim == len(axes) + 1:

@@ -1,56 +1,18 @@
-"""Labelled images, and the endless, resumable stream of batches that training reads.
+"""Labelled images: scikit-learn's digits, a prepared TFDS dataset, or a folder with one sub-folder a class."""
 
-A *source* is a `grain.sources.RandomAccessDataSource`: `len(source)` records, `source[i]` a dict of
-arrays. `image_source` makes one from digits, TFDS or a folder; the trajectory store is another; `stream`
-batches any of them.
-"""
-
-import dataclasses
-import functools
-import io
-import os
-import sys
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import grain
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from PIL import Image
 
+from ard_jax.data.memory import InMemory, in_threads
+from ard_jax.data.pixels import MODES, decode, to_uint8
 from ard_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MODES = {1: "L", 3: "RGB"}  # channels → Pillow's name of the mode
-THREADS = min(16, 2 * (os.cpu_count() or 1))  # readers wait for storage half of the time
-
-
-class InMemory:
-    """A source whose records lie decoded in memory, as rows of arrays.
-
-    Attributes:
-      arrays: name → array (record, …), read-only because records are views of them.
-    """
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
-        self.arrays = {name: array.view() for name, array in arrays.items()}
-        for array in self.arrays.values():
-            array.setflags(write=False)
-
-    def __len__(self) -> int:
-        return len(next(iter(self.arrays.values())))
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {name: array[index] for name, array in self.arrays.items()}
-
-    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """A batch of the records `indices` (batch,), copied: name → array (batch, …)."""
-        return {name: array[indices] for name, array in self.arrays.items()}
-
-
-# ---------------------------------------------------------------------------------------- image sources
 
 
 def image_source(data: Any) -> grain.sources.RandomAccessDataSource:
@@ -126,7 +88,7 @@ class _Folder:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         path, label = self._files[index]
-        return {"image": _decode(path.read_bytes, str(path), self._size, self._channels), "label": np.int32(label)}
+        return {"image": decode(path.read_bytes, str(path), self._size, self._channels), "label": np.int32(label)}
 
 
 def _class_folders(root: epath.Path) -> list[epath.Path]:
@@ -205,7 +167,7 @@ def _tfds(data: Any) -> _Tfds:
     size, channels = data.image_size, data.channels
     return _Tfds(
         records,
-        lambda record, where: _decode(lambda: record["image"], where, size, channels),
+        lambda record, where: decode(lambda: record["image"], where, size, channels),
         data.num_classes,
         where,
     )
@@ -270,55 +232,6 @@ def _check_latents(feature: Any, data: Any, where: str) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ pixels
-
-
-def _decode(read_bytes: Callable[[], bytes], where: str, size: int, channels: int) -> np.ndarray:
-    """An image file's bytes → float32 (size, size, channels) in [-1, 1]."""
-    try:
-        image = Image.open(io.BytesIO(read_bytes()))
-        image.load()
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        raise UserError(
-            f"The image {where} cannot be read ({type(error).__name__}): repair it or remove it."
-        ) from error
-    if image.mode.startswith(("I", "F")):  # convert() would clip those to 255 without a word
-        raise UserError(f"The image {where} has {image.mode} pixels, but 8 bits a channel are needed: convert it.")
-    pixels = np.asarray(center_crop(image.convert(MODES[channels]), size), np.float32)
-    return pixels.reshape(size, size, channels) / 127.5 - 1
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square of an image, (size, size) pixels, shrunk as ADM and DiT do it.
-
-    Halved with a box filter while the short side is at least twice `size`, then bicubic to it, then cut.
-    Source: `center_crop_arr`, guided_diffusion/image_datasets.py (openai/guided-diffusion), train.py
-    (facebookresearch/DiT); pixel for pixel the same, so that published teachers see what they learned from.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def to_uint8(images: Any) -> np.ndarray:
-    """Images of any shape in [-1, 1] → uint8 grey levels 0 … 255, rounded; values outside are clipped.
-
-    Raises:
-      UserError: a pixel is NaN, which no grey level stands for.
-    """
-    levels = (np.asarray(images, np.float32) + 1) * 127.5
-    if np.isnan(levels).any():
-        raise UserError(
-            f"{np.isnan(levels).sum()} of {levels.size} pixels are NaN, but pictures need numbers: "
-            "the model that made them has diverged, use an earlier checkpoint."
-        )
-    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
-
-
 def labels_and_images(source: Any, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """All images of a pixel source, or `limit` of them spread evenly over it (folders are sorted by class).
 
@@ -333,164 +246,5 @@ def labels_and_images(source: Any, limit: int | None = None) -> tuple[np.ndarray
         record = source[row * len(source) // count]
         images[row], labels[row] = to_uint8(record["image"]), record["label"]
 
-    _in_threads(read, count)
+    in_threads(read, count)
     return images, labels
-
-
-def in_memory(source: Any, limit_bytes: int = 2**30) -> Any:
-    """The source with every record decoded into memory, or the source itself where that takes over `limit_bytes`.
-
-    Records may be any dict of arrays and numbers whose shapes and types are the same in every record.
-    """
-    if isinstance(source, InMemory) or not len(source):
-        return source
-    first = {name: np.asarray(value) for name, value in source[0].items()}
-    if len(source) * sum(value.nbytes for value in first.values()) > limit_bytes:
-        return source
-    arrays = {name: np.empty((len(source), *value.shape), value.dtype) for name, value in first.items()}
-
-    def read(row: int) -> None:
-        for name, value in source[row].items():
-            arrays[name][row] = value
-
-    _in_threads(read, len(source))
-    return InMemory(arrays)
-
-
-def _in_threads(function: Callable[[int], None], count: int, chunk: int = 64) -> None:
-    """Calls function(0) … function(count - 1) from several threads; the first exception is raised here."""
-
-    def run(start: int) -> None:
-        for index in range(start, min(start + chunk, count)):
-            function(index)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(run, range(0, count, chunk)):
-            pass
-
-
-# ------------------------------------------------------------------------------------------------ stream
-
-
-def stream(
-    source: Any,
-    *,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = THREADS,
-) -> grain.DatasetIterator:
-    """Endless shuffled batches: what is read is a function of (source, batch_size, seed, batches read so far) alone.
-
-    The records stand in one endless row, every epoch in a new order; global batch k is positions
-    [k·batch_size, (k+1)·batch_size) of it, and process p of P gets its rows [p·B/P, (p+1)·B/P), in that order.
-
-    Args:
-      source: any source whose records are dicts of arrays and numbers.
-      batch_size: records of a global batch, over all processes.
-      seed: of the order, at least 0.
-      process_index, process_count: this host and how many there are.
-      num_threads: threads that read records while the last batch is worked on; an `InMemory` source needs none.
-
-    Returns:
-      A Grain iterator of dicts name → array (batch_size / process_count, …): the records' own entries, and
-      "position" int64, each record's place in the endless row, for noise, times and dropout to be drawn from.
-      `get_state()` is a JSON-serialisable count of the batches handed out, the same on every process and for
-      every process count; `set_state()` of it goes on with the next batch, bit for bit.
-
-    Raises:
-      UserError: batch_size is not a positive multiple of process_count, seed is negative, the source is empty.
-        Iterating raises what reading a record raises.
-    """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size is {batch_size}, but it must be a positive multiple of the {process_count} processes (hosts)."
-        )
-    if seed < 0:
-        raise UserError(f"The data seed is {seed}, but it must be 0 or more.")
-    if not len(source):
-        raise UserError("The data source holds no records, but training needs at least one: check the data section.")
-    if isinstance(source, InMemory):
-        take = source.take
-        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # as Grain advises: threads only cost here
-    else:
-        take = functools.partial(_take, source, ThreadPoolExecutor(num_threads), num_threads)
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # batches; each is read by the pool
-    batches = _Batches(take, len(source), seed, batch_size, process_index, process_count)
-    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
-
-
-class Joined:
-    """Several streams read side by side: the batches of each under its name, and one state for all.
-
-    Args:
-      streams: name → what `stream` returns.
-    """
-
-    def __init__(self, streams: Mapping[str, Any]):
-        self.streams = dict(streams)
-
-    def __iter__(self) -> "Joined":
-        return self
-
-    def __next__(self) -> dict[str, dict[str, np.ndarray]]:
-        return {name: next(batches) for name, batches in self.streams.items()}
-
-    def get_state(self) -> dict[str, Any]:
-        return {name: batches.get_state() for name, batches in self.streams.items()}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on where a state of `get_state` was taken, bit for bit."""
-        for name, batches in self.streams.items():
-            batches.set_state(state[name])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Batches:
-    """This process's part of every global batch, by the batch's number.
-
-    Grain would shuffle and batch record by record, which costs a millisecond for 64 digits; one gather costs 20 µs.
-    """
-
-    take: Callable[[np.ndarray], dict[str, np.ndarray]]
-    length: int
-    seed: int
-    batch_size: int
-    process_index: int
-    process_count: int
-
-    def __len__(self) -> int:
-        return sys.maxsize // self.batch_size  # the last position still fits 64 bits
-
-    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        rows = self.batch_size // self.process_count
-        first = number * self.batch_size + self.process_index * rows
-        positions = np.arange(first, first + rows, dtype=np.int64)
-        return self.take(_shuffled(positions, self.length, self.seed)) | {"position": positions}
-
-
-def _take(source: Any, pool: ThreadPoolExecutor, parts: int, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """`InMemory.take` for any source: the records are read by `pool` in `parts` runs."""
-
-    def read(part: np.ndarray) -> list[dict]:
-        return [source[int(index)] for index in part]
-
-    records = [record for part in pool.map(read, np.array_split(indices, parts)) for record in part]
-    return {name: np.stack([record[name] for record in records]) for name in records[0]}
-
-
-def _shuffled(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
-    """Places in the endless row (batch,) → records (batch,)."""
-    epochs, offsets = np.divmod(positions, length)
-    indices = np.empty_like(offsets)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        indices[here] = _order(length, seed, int(epoch))[offsets[here]]
-    return indices
-
-
-@functools.lru_cache(maxsize=4)  # a batch touches one epoch, or two where they meet; two streams may be joined
-def _order(length: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch: Grain's own shuffle costs 12 µs an index, half a training step for digits."""
-    return np.random.default_rng([seed, epoch]).permutation(length)

@@ -1,0 +1,65 @@
+"""A source whose records lie in memory, and how any source gets there."""
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+THREADS = min(16, 2 * (os.cpu_count() or 1))  # readers wait for storage half of the time
+
+
+class InMemory:
+    """A source whose records lie decoded in memory, as rows of arrays.
+
+    Attributes:
+      arrays: name → array (record, …), read-only because records are views of them.
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self.arrays = {name: array.view() for name, array in arrays.items()}
+        for array in self.arrays.values():
+            array.setflags(write=False)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {name: array[index] for name, array in self.arrays.items()}
+
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """A batch of the records `indices` (batch,), copied: name → array (batch, …)."""
+        return {name: array[indices] for name, array in self.arrays.items()}
+
+
+def in_memory(source: Any, limit_bytes: int = 2**30) -> Any:
+    """The source with every record decoded into memory, or the source itself where that takes over `limit_bytes`.
+
+    Records may be any dict of arrays and numbers whose shapes and types are the same in every record.
+    """
+    if isinstance(source, InMemory) or not len(source):
+        return source
+    first = {name: np.asarray(value) for name, value in source[0].items()}
+    if len(source) * sum(value.nbytes for value in first.values()) > limit_bytes:
+        return source
+    arrays = {name: np.empty((len(source), *value.shape), value.dtype) for name, value in first.items()}
+
+    def read(row: int) -> None:
+        for name, value in source[row].items():
+            arrays[name][row] = value
+
+    in_threads(read, len(source))
+    return InMemory(arrays)
+
+
+def in_threads(function: Callable[[int], None], count: int, chunk: int = 64) -> None:
+    """Calls function(0) … function(count - 1) from several threads; the first exception is raised here."""
+
+    def run(start: int) -> None:
+        for index in range(start, min(start + chunk, count)):
+            function(index)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(run, range(0, count, chunk)):
+            pass
