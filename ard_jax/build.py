@@ -1,7 +1,6 @@
 """Networks, processes and samplers from a config."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,29 +22,38 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def model_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    model = config.model
-    fields = {key: model[key] for key in ("patch_size", "hidden_size", "depth", "num_heads")}
-    return {
-        **(size_fields(model.name) if model.name else fields),
-        "channels": config.data.channels,
-        "num_classes": config.data.num_classes,
-        "mlp_ratio": model.mlp_ratio,
-        "learn_sigma": model.learn_sigma,
-        "label_init_std": model.label_init_std,
-        "time_init_std": model.time_init_std,
-        "frequency_shift": model.frequency_shift,
-        "mlp_norm_eps": model.mlp_norm_eps,
-        "image_size": config.data.image_size,
-        "dtype": compute_dtype(model.dtype),
-        "remat": model.remat,
-        "attention": model.attention,
-    }
+def _make_dit(config: ml_collections.ConfigDict) -> DiT:
+    model, data = config.model, config.data
+    given = {key: model[key] for key in ("patch_size", "hidden_size", "depth", "num_heads")}
+    sizes = size_fields(model.name) if model.name else given
+    same = ("mlp_ratio", "learn_sigma", "label_init_std", "time_init_std", "frequency_shift", "mlp_norm_eps")
+    same += ("remat", "attention")
+    return DiT(
+        **sizes,
+        **{key: model[key] for key in same},
+        channels=data.channels,
+        num_classes=data.num_classes,
+        image_size=data.image_size,
+        dtype=compute_dtype(model.dtype),
+    )
+
+
+# A row a backbone: how `model.name` begins → the network that a config describes.
+BACKBONES: dict[str, Callable[[ml_collections.ConfigDict], Backbone]] = {"DiT": _make_dit}
 
 
 def make_teacher(config: ml_collections.ConfigDict) -> Backbone:
-    """The teacher that `config.model` describes."""
-    return DiT(**model_fields(config))
+    """The teacher that `config.model` describes: without a name, a DiT of the sizes given.
+
+    Raises:
+        UserError: no backbone is called so, or what the network raises of its fields.
+    """
+    family = config.model.name.partition("-")[0] or "DiT"
+    if family not in BACKBONES:
+        raise UserError(
+            f"model.name is {config.model.name!r}, which is no network's: begin it with one of {', '.join(BACKBONES)}."
+        )
+    return BACKBONES[family](config)
 
 
 def make_student(config: ml_collections.ConfigDict) -> Backbone | ARDStudent:

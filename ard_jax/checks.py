@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from ard_jax.build import make_process, make_rollout, make_student, make_teacher, model_fields
+from ard_jax.build import make_process, make_rollout, make_student, make_teacher
 from ard_jax.config import ROWS
 from ard_jax.diffusion import Guidance, find_solver
 from ard_jax.errors import UserError
@@ -68,7 +68,7 @@ def check_mesh(config: ml_collections.ConfigDict) -> None:
 
 def check_finetune(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for a fine-tune that cannot be."""
-    settings, depth = config.finetune, model_fields(config)["depth"]
+    settings, depth = config.finetune, make_teacher(config).depth
     make_optimizer(settings.discriminator_optimizer, settings.steps)
     if settings.accumulate != 1:
         raise UserError(
@@ -118,7 +118,7 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
     check_interval(config.distill.distribution_matching.interval, "distill.distribution_matching.interval")
     check_points(tuple(trajectories.points), diffusion.steps, "trajectories.points")
     check_points(tuple(student.points), diffusion.steps, "student.points")
-    make_teacher(config)
+    teacher = make_teacher(config)
     make_rollout(config, make_student(config))
     find_method(config.distill.objective)
     make_process(config).grid(diffusion.steps)
@@ -126,14 +126,13 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
     if len(diffusion.guidance_interval) != 2:
         raise UserError(f"diffusion.guidance_interval is {tuple(diffusion.guidance_interval)}: give two numbers.")
     Guidance(diffusion.guidance_scale, diffusion.guided_channels, tuple(diffusion.guidance_interval))
-    patch_size, size = model_fields(config)["patch_size"], config.data.image_size
+    patch_size, size = teacher.patch_size, config.data.image_size
     if size % patch_size:
         raise UserError(
             f"data.image_size {size} is not a multiple of the patch size {patch_size}: choose a size that is."
         )
-    fields = model_fields(config)
-    head_dim = fields["hidden_size"] // fields["num_heads"]
-    choose(fields["attention"], platform or target_platform(), fields["dtype"], (size // patch_size) ** 2, head_dim)
+    tokens, head_dim = (size // patch_size) ** 2, teacher.hidden_size // teacher.num_heads
+    choose(teacher.attention, platform or target_platform(), teacher.dtype, tokens, head_dim)
     missing = sorted(set(student.points) - set(trajectories.points), reverse=True)
     if missing and not config.distill.online:
         raise UserError(

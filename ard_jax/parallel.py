@@ -95,7 +95,7 @@ def local_mesh(settings: Mapping[str, int], devices: Sequence[jax.Device] | None
 
 
 def on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
-    """Decorates a function to be jitted: while it is traced, the mesh and `RULES` are what `partition.constrain` obeys."""
+    """Decorates a function to be jitted: while it is traced, `partition.constrain` obeys the mesh and `RULES`."""
 
     def decorate(function):
         @functools.wraps(function)

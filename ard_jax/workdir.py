@@ -20,7 +20,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.build import make_process, make_student, make_teacher, model_fields
+from ard_jax.build import make_process, make_student, make_teacher
 from ard_jax.config import ROWS, default_config, flatten, keys_that_change, plain, sections_that_change
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
@@ -196,7 +196,9 @@ def recorded_config(directory: pathlib.Path) -> ml_collections.ConfigDict:
 def network(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What a config says by `NETWORK`, by section: of the model that its name stands for and of the process it has."""
     process = {"process": config.diffusion.process, **dataclasses.asdict(make_process(config))}
-    every = {"data": config.data, "model": model_fields(config), "diffusion": process}
+    teacher = make_teacher(config)
+    model = {key: getattr(teacher, key, value) for key, value in config.model.items() if key != "name"}
+    every = {"data": config.data, "model": model, "diffusion": process}
     return {
         section: {key: value for key, value in values.items() if f"{section}.{key}" in NETWORK}
         for section, values in every.items()

@@ -43,7 +43,6 @@ from ard_jax.build import (
     make_solve,
     make_student,
     make_teacher,
-    model_fields,
 )
 from ard_jax.chips import measured_matmul_rate
 from ard_jax.command_line import parse_flags, set_up_logging
@@ -78,7 +77,7 @@ def settings(size: str) -> ml_collections.ConfigDict:
     """
     config = default_config()
     config.model.name = size
-    config.student.history_layers = round(model_fields(config)["depth"] * 6 / 28)
+    config.student.history_layers = round(make_teacher(config).depth * 6 / 28)
     return config
 
 

@@ -14,7 +14,7 @@ from ard_jax.convert.vae import OLD_NAMES, published_shapes, vae_shapes
 from ard_jax.errors import UserError
 from ard_jax.files import write_json
 from ard_jax.models import AutoencoderKL, count_parameters, parameter_shapes, vae
-from ard_jax.models.vae import decode_tiled, jitted_decode, to_images, to_latents, to_raw
+from ard_jax.models.vae import jitted_decode, to_images, to_latents, to_raw
 
 
 def config(widths=(8, 16, 16, 16), **settings):
@@ -28,6 +28,9 @@ def config(widths=(8, 16, 16, 16), **settings):
         "sample_size": 64,
         **settings,
     }
+
+
+jitted_decode = jax.jit(decode, static_argnames="model")
 
 
 def oracle(dtype="float32", **settings):
@@ -228,56 +231,6 @@ def test_wrong_images_and_latents_are_refused():
     assert "latents of 3 channels were given to an autoencoder whose latents have 4" in sentence("decode", 1, 4, 4, 3)
     with pytest.raises(UserError, match=r"block_out_channels \(4, 6\) with 4 groups does not work"):
         AutoencoderKL(block_out_channels=(4, 6), norm_num_groups=4)
-
-
-# ---------------------------------------------------------------------------------------------------- tiled decode
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("sides", [(11, 8), (5, 20)])
-def test_tiled_decode_is_diffusers(sides):
-    import torch
-
-    theirs, (model, params) = oracle(widths=(4, 8), layers_per_block=1, sample_size=16)
-    theirs.enable_tiling()
-    assert theirs.tile_latent_min_size == 8
-    z = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 4, *sides))).float()
-    expected = channels_last(theirs.decode(z).sample)
-    assert expected.shape == (2, 2 * sides[0], 2 * sides[1], 3)
-    assert relative(decode_tiled(model, params, channels_last(z), tile=8), expected) < 2e-5
-    theirs.disable_tiling()
-    assert relative(channels_last(theirs.decode(z).sample), expected) > 1e-3  # the tiles make a difference
-
-
-def test_one_tile_is_the_plain_decode():
-    model, params = tiny()
-    z = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
-    plain = np.asarray(jitted_decode(model, params, z))
-    np.testing.assert_array_equal(decode_tiled(model, params, z, tile=4), plain)
-    np.testing.assert_array_equal(decode_tiled(model, params, z), plain)
-
-
-@pytest.mark.parametrize(("tile", "overlap"), [(4, 0.0), (5, 0.3), (3, 0.9), (1, 0.0), (1, 0.5)])
-def test_tiles_are_small_and_cover_the_image(monkeypatch, tile, overlap):
-    """A decoder that only enlarges gives the same whatever the tiles are, so every pixel must come from its place."""
-    seen = []
-
-    def enlarge(model, params, z):
-        seen.append(z.shape[1:3])
-        return z.repeat(2, axis=1).repeat(2, axis=2)
-
-    monkeypatch.setattr(vae, "jitted_decode", enlarge)
-    z = np.arange(11 * 7 * 3, dtype=np.float32).reshape(1, 11, 7, 3)
-    tiled = decode_tiled(AutoencoderKL(block_out_channels=(32, 32)), {}, z, tile=tile, overlap=overlap)
-    np.testing.assert_allclose(tiled, z.repeat(2, axis=1).repeat(2, axis=2), rtol=1e-6)
-    assert max(max(sides) for sides in seen) == tile
-
-
-@pytest.mark.parametrize("settings", [dict(tile=0), dict(overlap=1.0), dict(overlap=-0.1)])
-def test_tiles_that_cannot_be_laid_are_refused(settings):
-    model, params = tiny()
-    with pytest.raises(UserError, match="cannot be laid: give a tile of at least 1 latent pixel and an overlap"):
-        decode_tiled(model, params, jnp.zeros((1, 80, 80, 4)), **settings)
 
 
 # ------------------------------------------------------------------------------------------------- in and out

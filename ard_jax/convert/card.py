@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from ard_jax.build import make_solve, model_fields
+from ard_jax.build import make_solve, make_teacher
 from ard_jax.errors import UserError
 from ard_jax.sampling import network_calls
 
@@ -228,11 +228,11 @@ def results(facts: Facts) -> str:
 def settings(facts: Facts) -> str:
     """What the network is, and how it was trained if that was here."""
     config = facts.config
-    fields, diffusion = model_fields(config), config.diffusion
+    teacher, diffusion = make_teacher(config), config.diffusion
     solver = f"{diffusion.solver}, {count(diffusion.steps, 'step')}"
     rows = {
         "layers, width, heads, patch": ", ".join(
-            str(fields[key]) for key in ("depth", "hidden_size", "num_heads", "patch_size")
+            str(getattr(teacher, key)) for key in ("depth", "hidden_size", "num_heads", "patch_size")
         ),
         "process": {"vp": "VP, linear β", "flow": "flow matching"}[diffusion.process],
         "teacher's solver": f"{solver}, guidance {diffusion.guidance_scale:g}",

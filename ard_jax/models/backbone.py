@@ -88,6 +88,7 @@ class Backbone(nn.Module):
     image_size: int | None = None
     attention: str = "auto"
 
+    is_student = False
     stacked_heads = 0  # of a student, how many final layers lie on a leading axis; a backbone alone has but one
 
     def __post_init__(self):

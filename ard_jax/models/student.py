@@ -51,6 +51,8 @@ class ARDStudent(nn.Module):
     noise_time: float = 999.0
     data_time: float = 0.0
 
+    is_student = True
+
     def __post_init__(self):
         depth = self.backbone.depth
         if self.steps < 1:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ard_jax.errors import UserError
 from ard_jax.models.attention import attention
@@ -310,7 +309,7 @@ def to_latents(model: AutoencoderKL, params: Any, images: jax.Array, key: jax.Ar
 
 
 def to_raw(model: AutoencoderKL, latents: jax.Array) -> jax.Array:
-    """Latents as diffusion models see them → as `decode` and `decode_tiled` take them."""
+    """Latents as diffusion models see them → as `decode` takes them."""
     return latents / model.scaling_factor + (model.shift_factor or 0)
 
 
@@ -329,61 +328,3 @@ def to_images(model: AutoencoderKL, params: Any, latents: jax.Array) -> jax.Arra
 
 def decode(model: AutoencoderKL, params: Any, z: jax.Array) -> jax.Array:
     return model.apply({"params": params}, z, method="decode")
-
-
-def decode_tiled(model: AutoencoderKL, params: Any, z: jax.Array, tile: int = 64, overlap: float = 0.25) -> np.ndarray:
-    """Decodes large raw latents tile by tile: the device holds one tile at a time, whatever the image's size.
-
-    Tiles and blending are those of diffusers' `enable_tiling()`: neighbouring tiles fade into each other, first from
-    above, then from the left. Group norms see a tile instead of the image, so the result is close to the plain
-    decode's, not equal; where one tile is enough, it is the plain decode. Not for use under `jit`: it compiles the
-    decoder itself, once for every shape that tiles have at the edges.
-
-    Args:
-        model, params: the autoencoder and its parameters.
-        z: raw latents, (batch, height, width, latent channel), as `decode` takes them; see `to_raw`.
-        tile: side of a tile in latent pixels.
-        overlap: part of a tile that neighbours share, 0 ≤ overlap < 1.
-
-    Returns:
-        (batch, height · downscale, width · downscale, channel) in the host's memory.
-
-    Raises:
-        UserError: the tiles or the overlap are out of range.
-    """
-    if tile < 1 or not 0 <= overlap < 1:
-        raise UserError(
-            f"tiles of {tile} that overlap by {overlap} cannot be laid: give a tile of at least 1 latent pixel and an "
-            f"overlap from 0 to below 1."
-        )
-    height, width = z.shape[1:3]
-    if max(height, width) <= tile:
-        return np.asarray(jitted_decode(model, params, z))
-    stride = max(1, int(tile * (1 - overlap)))
-    scale = model.downscale
-    rows, above = [], []
-    for top in range(0, height, stride):
-        row: list[np.ndarray] = []
-        for column, left in enumerate(range(0, width, stride)):
-            image = jitted_decode(model, params, z[:, top : top + tile, left : left + tile])
-            piece = np.asarray(image.astype(jnp.promote_types(image.dtype, jnp.float32)))
-            if above:
-                piece = fade(above[column], piece, (tile - stride) * scale, axis=1)
-            if row:
-                piece = fade(row[-1], piece, (tile - stride) * scale, axis=2)
-            row.append(piece)
-        rows.append(np.concatenate([piece[:, : stride * scale, : stride * scale] for piece in row], axis=2))
-        above = row
-    return np.concatenate(rows, axis=1)
-
-
-jitted_decode = jax.jit(decode, static_argnames="model")
-
-
-def fade(before: np.ndarray, after: np.ndarray, length: int, axis: int) -> np.ndarray:
-    """`after`, its first `length` rows (axis 1) or columns (axis 2) fading in over the last of `before`."""
-    length = min(before.shape[axis], after.shape[axis], length)
-    weight = (np.arange(length, dtype=after.dtype) / max(length, 1)).reshape((-1, 1, 1) if axis == 1 else (-1, 1))
-    old = np.split(before, [before.shape[axis] - length], axis)[1]
-    new, rest = np.split(after, [length], axis)
-    return np.concatenate([old * (1 - weight) + new * weight, rest], axis)

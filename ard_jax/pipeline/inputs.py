@@ -135,3 +135,15 @@ def check_size(height: int, width: int, size: int) -> None:
             f"the image to edit is {width}×{height} pixels, but this model works on {size}×{size}: crop it with "
             f"ard_jax.data.center_crop(image, {size})."
         )
+
+
+def require_int(value: Any, name: str, low: int, high: int | None = None) -> int:
+    """A whole number from `low` to `high`; UserError for anything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < low or (high is not None and number > high):
+        asked = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise UserError(f"{name} is {value!r}: give a whole number {asked}.")
+    return number

@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import itertools
 import math
-import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,40 +11,20 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from PIL import Image
 
 from ard_jax.build import example_shape, make_process, make_solve, make_student, make_teacher
-from ard_jax.data import to_uint8
 from ard_jax.errors import UserError
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_images, to_latents
 from ard_jax.parallel import equal_batches, make_mesh, put_batch, replicated, run_batches
 from ard_jax.pipeline.files import open_pipeline, write_pipeline
-from ard_jax.pipeline.inputs import read_image, resolve_labels
+from ard_jax.pipeline.inputs import read_image, require_int, resolve_labels
+from ard_jax.pipeline.outputs import OUTPUT_TYPES, PipelineOutput, concatenate, convert_output
 from ard_jax.progress import progress_bar
 from ard_jax.sampling import Solve, draw_noise, sample_student, sample_teacher, sampling_key
 
-OUTPUT_TYPES = ("pil", "np", "latent")
-
 # (params, vae_params, noise, labels, …) → images, or images and trajectories
 Program = Callable[..., Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineOutput:
-    """What a pipeline made.
-
-    Attributes:
-        images: a list of Pillow images ("pil"), float32 (batch, height, width, channel) in [0, 1] ("np"), or what the
-            network made, of the same axes ("latent").
-        labels: the class of each, int32 (batch,).
-        trajectory: the steps to each image in the same output type, (batch, step, …), a list of lists for "pil": what
-            the student predicted, or the teacher's x0-predictions; None if it was not asked for.
-    """
-
-    images: Any
-    labels: np.ndarray
-    trajectory: Any = None
 
 
 class ARDPipeline:
@@ -166,8 +144,8 @@ class ARDPipeline:
         how = self._how(num_inference_steps, guidance_scale, solver, guided_channels)
         form = self._form(output_type, return_trajectory)
         labels = resolve_labels(class_labels, self.id2label, self.config.data.num_classes)
-        labels = np.repeat(labels, whole(num_images_per_label, "num_images_per_label", 1))
-        size = len(labels) if batch_size is None else whole(batch_size, "batch_size", 1)
+        labels = np.repeat(labels, require_int(num_images_per_label, "num_images_per_label", 1))
+        size = len(labels) if batch_size is None else require_int(batch_size, "batch_size", 1)
         noise = self._drawn_noise(seed) if latents is None else self._own_noise(latents, len(labels))
         program = self._compiled(self.generate_function, **form, how=how)
         return self._make(program, noise, labels, output_type, size)
@@ -201,7 +179,7 @@ class ARDPipeline:
         steps = self.model.steps
         if steps == 1:
             raise UserError("a student of 1 step cannot edit images: open one of at least 2 steps.")
-        source_step = whole(source_step, "source_step", 1, steps - 1)
+        source_step = require_int(source_step, "source_step", 1, steps - 1)
         form = self._form(output_type, return_trajectory)
         labels = resolve_labels(class_labels, self.id2label, self.config.data.num_classes)
         size, _, channels = self._pictures("edit images")
@@ -320,15 +298,15 @@ class ARDPipeline:
         with progress_bar(count, "image") if count > size else contextlib.nullcontext() as bar:
             for made in run_batches(run, equal_batches(np.arange(count), size)):
                 leaves = jax.tree.leaves(made)
-                parts.append([shown(leaf, output_type) for leaf in leaves])
+                parts.append([convert_output(leaf, output_type) for leaf in leaves])
                 if bar is not None:
                     bar.update(len(leaves[0]))
-        images, *trajectory = (joined(batches) for batches in zip(*parts, strict=True))
+        images, *trajectory = (concatenate(batches) for batches in zip(*parts, strict=True))
         return PipelineOutput(images, labels, *trajectory)
 
     def _drawn_noise(self, seed: int) -> Callable[[np.ndarray], jax.Array]:
         """Image numbers → their noises of this seed, as the stage `sample` draws them."""
-        key = sampling_key(whole(seed, "seed", 0, 2**31 - 1))
+        key = sampling_key(require_int(seed, "seed", 0, 2**31 - 1))
         draw = self._compiled(self._draw_function)
         return lambda index: draw(key, put_batch(index, self.mesh))
 
@@ -368,9 +346,9 @@ class ARDPipeline:
                 )
             return None
         if steps is not None:
-            given["steps"] = whole(steps, "num_inference_steps", 1)
+            given["steps"] = require_int(steps, "num_inference_steps", 1)
         if guided_channels is not None:
-            whole(guided_channels, "guided_channels", 0)
+            require_int(guided_channels, "guided_channels", 0)
         if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
             raise UserError(f"guidance_scale is {guidance_scale}: give a number of at least 0; 1 is no guidance.")
         how = make_solve(self.config)
@@ -395,33 +373,3 @@ class ARDPipeline:
                 f"the workdir (python -m ard_jax convert) and open it again."
             )
         return self.image_shape
-
-
-def whole(value: Any, name: str, low: int, high: int | None = None) -> int:
-    """Raises UserError unless `value` is a whole number from `low` to `high`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < low or (high is not None and number > high):
-        asked = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise UserError(f"{name} is {value!r}: give a whole number {asked}.")
-    return number
-
-
-def shown(array: np.ndarray, output_type: str) -> Any:
-    """A batch of images, or of trajectories of them, in the type that was asked for, before the next batch is made."""
-    if output_type != "pil":
-        return array
-    return to_pil(array) if array.ndim == 4 else [to_pil(steps) for steps in array]
-
-
-def joined(batches: Sequence[Any]) -> Any:
-    """Batches after another: arrays as an array, lists as a list."""
-    return list(itertools.chain(*batches)) if isinstance(batches[0], list) else np.concatenate(batches)
-
-
-def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """Images in [0, 1], (batch, height, width, channel), channel 1 or 3 → Pillow images."""
-    levels = to_uint8(2 * images - 1)
-    return [Image.fromarray(level[..., 0] if level.shape[-1] == 1 else level) for level in levels]

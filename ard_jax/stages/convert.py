@@ -41,7 +41,7 @@ from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
 from ard_jax.convert.write import drop_from_page_cache, files_sha256, save_parameters
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, read_json, write_json
-from ard_jax.models import MASKS, ARDStudent
+from ard_jax.models import MASKS
 from ard_jax.workdir import Stopwatch, compare, merge_done, network, read_done, recorded_config
 
 log = logging.getLogger("ard_jax")
@@ -128,9 +128,8 @@ def _destinations(source: Source, args: argparse.Namespace) -> dict[str, pathlib
     """Folders to be made, in this order; the model's comes last since it makes the workdir whole."""
     folders = {"vae": args.workdir / "vae"} if source.vae else {}
     if source.model is not None:
-        is_student = isinstance(source.model, ARDStudent)
         student = args.workdir / "distill" / source.config.student.name
-        folders["model"] = student if is_student else args.workdir / "teacher"
+        folders["model"] = student if source.model.is_student else args.workdir / "teacher"
     return folders
 
 
@@ -149,7 +148,7 @@ def _summary(source: Source, name: str, folders: dict[str, pathlib.Path]) -> lis
             f"{network.patch_size}, predicts {objective}",
             f"  parameters  {count:,} with the position table of {tokens} tokens",
         ]
-        if isinstance(model, ARDStudent):
+        if model.is_student:
             points = ", ".join(map(str, config.student.points))
             lines.append(
                 f"  student     {model.steps} steps (points {points}), {model.history_layers} history layers, "
@@ -257,12 +256,11 @@ def _finish(folders: dict[str, pathlib.Path], source: Source, args: argparse.Nam
     if folder is None:
         print(f"done: {args.workdir / 'vae'}", flush=True)
         return
-    is_student = isinstance(source.model, ARDStudent)
-    if is_student:
+    if source.model.is_student:
         merge_done(args.workdir / "distill", {folder.name: read_done(folder)})
     students = [folder for folder in _models_of(args.workdir) if folder.parent.name == "distill"]
     file = args.workdir / "config.py"
-    if is_student or not students or not file.exists():
+    if source.model.is_student or not students or not file.exists():
         config = source.config.copy_and_resolve_references()
         config.sample.models = (*(("teacher",) if (args.workdir / "teacher").exists() else ()), *config.sample.models)
         config.sample.models = tuple(dict.fromkeys(config.sample.models))

@@ -110,7 +110,7 @@ def config_of_model(model: DiT | ARDStudent, hints: Hints) -> ConfigDict:
     fields = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "learn_sigma", "frequency_shift")
     config.model.update({name: getattr(network, name) for name in (*fields, "mlp_norm_eps")})
     config.sample.models = ("teacher",)
-    if isinstance(model, ARDStudent):
+    if model.is_student:
         points = hints.points or POINTS.get(model.steps)
         if points is None:
             raise UserError(

@@ -45,7 +45,7 @@ def recognise(path: pathlib.Path, hints: Hints) -> Source | None:
     model = model.with_backbone(num_heads=_find_heads(model, arguments, hints))
     check_names(tensors.shapes, expected_shapes(model))
     objective = _find_objective(path, model, arguments, hints)
-    if isinstance(model, ARDStudent):
+    if model.is_student:
         model = model.clone(mask=hints.mask or "causal")
     else:
         hints.check_absent(f"{path} holds a teacher", *STUDENT_HINTS)
@@ -53,7 +53,7 @@ def recognise(path: pathlib.Path, hints: Hints) -> Source | None:
     if objective == "velocity":  # SiT: time runs from noise to data, over a length of 1
         config.diffusion.update(process="flow", reversed=True, time_scale=1.0)
     teacher = "SiT teacher" if objective == "velocity" else "DiT teacher"
-    network = "ARD student" if isinstance(model, ARDStudent) else teacher
+    network = "ARD student" if model.is_student else teacher
     container = f"the {part} of a training checkpoint" if part else "a state dict"
     published = re.match(r"(DiT|SiT)-XL-2-\d+", path.name)
     return Source(
@@ -112,7 +112,7 @@ def _find_objective(path: pathlib.Path, model: DiT | ARDStudent, arguments: Mapp
         if arguments.get(key, usual) != usual:
             raise UserError(f"{path} was trained with {key} {arguments[key]}, but only {usual} can be converted.")
     found = found or re.search("(?<![A-Za-z])(?:SiT|DiT)(?![a-z])", path.name)
-    if not hints.objective and not found and not isinstance(model, ARDStudent):
+    if not hints.objective and not found and not model.is_student:
         raise UserError(
             f"nothing tells whether {path} predicts noise, as DiT does, or velocity, as SiT does: "
             f"give --objective noise or --objective velocity."
