@@ -80,9 +80,9 @@ def run_stage(stage: str, arguments: list[str]) -> int:
                 hosts.start(place or hosts.place_by_environment(), workdir / ".joining", config.run.join_timeout)
                 validate(config)
                 hosts.agree(flatten(plain(config)))
+        module = stage_module(stage)
     except UserError as error:
         return fail(stage, str(error))
-    module = stage_module(stage)
     set_up_jax(workdir)
     if not is_first():
         logging.getLogger("ard_jax").setLevel(logging.WARNING)
@@ -152,7 +152,12 @@ def parse_flags(parser: argparse.ArgumentParser, arguments: list[str]) -> argpar
 
 
 def stage_module(stage: str) -> types.ModuleType:
-    return importlib.import_module(f"ard_jax.stages.{stage}")
+    """The module of a stage; UserError if what it needs beside the base requirements is not installed."""
+    try:
+        return importlib.import_module(f"ard_jax.stages.{stage}")
+    except ModuleNotFoundError as error:
+        remedy = "install ard_jax with its extra train, or requirements.txt"
+        raise UserError(f"this stage needs {error.name}, which is not installed: {remedy}.") from error
 
 
 def storage_trouble(error: Exception, workdir: pathlib.Path | None) -> str:

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: makes or reuses .venv and installs requirements.txt into it when that has changed.
+# Sourced by the other scripts: makes or reuses .venv and installs requirements.txt into it when one of its files has changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,9 +15,9 @@ if [[ ! -x .venv/bin/python ]]; then
   echo "ard_jax needs Python 3.11 or newer: install it, or name it with PYTHON=/path/to/python." >&2
   exit 2
 fi
-if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
+if ! cat requirements.txt requirements/*.txt | cmp -s - .venv/installed-requirements.txt; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
-  cp requirements.txt .venv/installed-requirements.txt
+  cat requirements.txt requirements/*.txt >.venv/installed-requirements.txt
 fi
 # shellcheck disable=SC2034 # for the scripts that source this
 python=.venv/bin/python

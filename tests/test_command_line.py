@@ -49,6 +49,15 @@ def test_help_names_every_stage(arguments, capsys):
     assert all(f"\n    {stage} " in out for stage in STAGES)
 
 
+def test_a_stage_whose_requirements_are_not_installed(workdir, monkeypatch):
+    """The base requirements are enough to open a model, not to train one."""
+    monkeypatch.delitem(sys.modules, "ard_jax.stages.trajectories", raising=False)
+    monkeypatch.delattr("ard_jax.stages.trajectories", raising=False)
+    monkeypatch.setitem(sys.modules, "ard_jax.trajectories.store", None)
+    said = refused("trajectories", "--config", SMOKE, "--workdir", workdir)
+    assert "which is not installed: install ard_jax with its extra train" in said
+
+
 def test_a_stage_that_does_not_exist(capsys):
     assert main(["teach", "--config", SMOKE]) == 2
     out, err = capsys.readouterr()

@@ -55,7 +55,8 @@ def repository(tmp_path_factory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("repository")
     shutil.copytree(ROOT / "launch", root / "launch")
     contents = {
-        "requirements.txt": "jax",
+        "requirements.txt": "-r requirements/base.txt",
+        "requirements/base.txt": "jax",
         ".gitignore": "runs/\n",
         "ard_jax/stages/teacher.py": "",
         "ard_jax/stages/distill.py": "",
@@ -658,7 +659,8 @@ def machine(tmp_path, repository):
     root = shutil.copytree(repository, tmp_path / "repository")
     (root / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(STUBS / "worker" / "python3", root / ".venv" / "bin" / "python")
-    shutil.copy(root / "requirements.txt", root / ".venv" / "installed-requirements.txt")
+    installed = (root / "requirements.txt").read_text() + (root / "requirements" / "base.txt").read_text()
+    (root / ".venv" / "installed-requirements.txt").write_text(installed)
     home = tmp_path / "0"
     home.mkdir()
     return {"root": str(root), "HOME": str(home), "CLOUD": str(tmp_path), "PATH": "/usr/bin:/bin"}
