@@ -58,31 +58,37 @@ def test_training_is_a_function_of_its_arguments(digits):
     assert tree_sha256(first.params) != tree_sha256(other.params)
 
 
-def test_held_out_images_are_never_trained_on(digits, monkeypatch):
-    images, labels = digits[0][:100], digits[1][:100]
-    seen, scored = [], []
-    batches, accuracy = features._batches, features._accuracy
+class Recorded(np.ndarray):
+    """Images that write down which rows are read from them."""
 
-    def recording_batches(rows, steps, rng):
-        for batch in batches(rows, steps, rng):
-            seen.append(batch)
-            yield batch
+    def __array_finalize__(self, other):
+        self.reads = []
 
-    monkeypatch.setattr(features, "_batches", recording_batches)
-    monkeypatch.setattr(features, "_accuracy", lambda *args: scored.append(args[-1]) or accuracy(*args))
-    evaluation.train_feature_net(images, labels, 10, steps=20)
-    train_rows, held_out_rows = scored
-    assert len(train_rows) == 90 and len(held_out_rows) == 10
-    assert set(np.concatenate(seen)) == set(train_rows)
-    assert not set(train_rows) & set(held_out_rows)
+    def __getitem__(self, rows):
+        self.reads.append(rows)
+        return np.asarray(self)[rows]
 
 
-def test_an_epoch_shows_every_image_once(rng):
-    rows = np.arange(0, 512, 2)  # 256 rows: 4 batches of 64 an epoch
-    epochs = list(features._batches(rows, 8, rng))
-    for epoch in (epochs[:4], epochs[4:]):
-        np.testing.assert_array_equal(np.sort(np.concatenate(epoch)), rows)
-    assert any((a != b).any() for a, b in zip(epochs[:4], epochs[4:], strict=True))
+def rows_read(images, labels, steps):
+    """Rows of each training batch, and those that train and held-out accuracy are of."""
+    recorded = images.view(Recorded)
+    evaluation.train_feature_net(recorded, labels, 10, steps=steps)
+    *batches, train, held_out = [rows for rows in recorded.reads if isinstance(rows, np.ndarray)]
+    assert len(batches) == steps
+    return batches, train, held_out
+
+
+def test_held_out_images_are_never_trained_on(digits):
+    batches, train, held_out = rows_read(digits[0][:100], digits[1][:100], 20)
+    assert len(train) == 90 and len(held_out) == 10 and not set(train) & set(held_out)
+    assert set(np.concatenate(batches)) == set(train)
+
+
+def test_an_epoch_shows_every_image_once(digits):
+    batches, train, _ = rows_read(digits[0][:143], digits[1][:143], 4)  # 128 to train on, 2 batches of 64 an epoch
+    for epoch in (batches[:2], batches[2:]):
+        np.testing.assert_array_equal(np.sort(np.concatenate(epoch)), train)
+    assert any((a != b).any() for a, b in zip(batches[:2], batches[2:], strict=True))
 
 
 def test_shift_keeps_pixels_and_moves_at_most_an_eighth(rng):
@@ -90,22 +96,18 @@ def test_shift_keeps_pixels_and_moves_at_most_an_eighth(rng):
     batch[0, 8, 8] = 200
     places = set()
     for _ in range(300):
-        shifted = features._shifted(batch, rng)
+        shifted = features.shift_at_random(batch, rng)
         assert shifted.shape == batch.shape and shifted.sum() == 200
         places.add(tuple(np.argwhere(shifted[0, :, :, 0])[0]))
     assert places == {(y, x) for y in range(6, 11) for x in range(6, 11)}
 
 
-def test_scored_images_are_bounded_and_spread(monkeypatch, digits, extractor):
-    images, labels = digits
+def test_scored_images_are_bounded_and_spread(monkeypatch, digits):
+    _, all_train, _ = rows_read(*digits, 1)
     monkeypatch.setattr(features, "MAX_SCORED_IMAGES", 100)
-    scored = []
-    in_batches = features._in_batches
-    monkeypatch.setattr(
-        features, "_in_batches", lambda *args, **kwargs: scored.append(args[2]) or in_batches(*args, **kwargs)
-    )
-    features._accuracy(extractor.net, extractor.params, images, labels, np.arange(1797))
-    np.testing.assert_array_equal(scored[0], images[::18])  # 1797 / 100, rounded up
+    _, train, held_out = rows_read(*digits, 1)
+    np.testing.assert_array_equal(train, all_train[::17])  # 1617 / 100, rounded up
+    assert len(held_out) == 90
 
 
 def test_features_are_the_penultimate_activations_whatever_the_batch(extractor, digits):

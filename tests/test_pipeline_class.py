@@ -122,6 +122,11 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(counted.hear)
 
 
+def noise_of(seed, count=4):
+    """Noise of images 0, 1, …, as the stage `sample` draws it."""
+    return jax.jit(lambda: draw_noise(sampling_key(seed), np.arange(count), (8, 8, 1)))()
+
+
 # ------------------------------------------------------------------------------------------------ what it makes
 
 
@@ -137,12 +142,9 @@ def test_images_are_those_of_the_sample_stage(pipeline, student, teacher, name):
 
 
 def test_noise_is_that_of_the_sample_stage_bit_for_bit(student):
-    index = np.arange(24)
-    drawn = student._drawn_noise(7)(index)
-    expected = jax.jit(lambda: draw_noise(sampling_key(7), index, (8, 8, 1)))()
-    np.testing.assert_array_equal(drawn, expected)
+    expected = noise_of(7)
     assert student(LABELS, seed=7, output_type="latent").images.tobytes() == (
-        student(LABELS, latents=expected[:4], output_type="latent").images.tobytes()
+        student(LABELS, latents=expected, output_type="latent").images.tobytes()
     )
 
 
@@ -162,7 +164,7 @@ def test_images_of_a_label_lie_side_by_side_and_differ(student):
 
 def test_the_trajectory_of_a_student_is_its_predictions(student):
     made = student(LABELS, output_type="latent", return_trajectory=True)
-    noise = student._drawn_noise(0)(np.arange(4))
+    noise = noise_of(0)
     expected = jax.jit(lambda: sample_student(student.model, student.params, noise, jnp.asarray(LABELS)))()
     np.testing.assert_allclose(made.trajectory, expected, atol=1e-5)
     assert made.trajectory.shape == (4, 3, 8, 8, 1)
@@ -193,7 +195,7 @@ def solve(pipe, **changes):
         name.split("_")[1]: changes.pop(name) for name in ("guidance_scale", "guided_channels") if name in changes
     }
     how = dataclasses.replace(how, **changes, guidance=dataclasses.replace(how.guidance, **guidance))
-    noise = pipe._drawn_noise(0)(np.arange(4))
+    noise = noise_of(0)
     run = jax.jit(lambda params, noise, labels: sample_teacher(pipe.model, params, noise, labels, how))
     return run(pipe.params, noise, jnp.asarray(LABELS))
 
@@ -289,7 +291,7 @@ def test_an_edit_goes_on_from_the_source(student):
     """Against the training forward of its own prediction with the image in place of the second."""
     source = student(LABELS, output_type="np").images[0]
     made = student.edit(source, 2, LABELS, seed=2, output_type="latent", return_trajectory=True)
-    noise, labels = student._drawn_noise(2)(np.arange(4)), jnp.asarray(LABELS)
+    noise, labels = noise_of(2), jnp.asarray(LABELS)
     own = student(LABELS, seed=2, output_type="latent", return_trajectory=True).trajectory
     points = np.stack([noise, own[:, 0], np.stack([2 * source - 1] * 4)], axis=1)
     last = jax.jit(lambda: student.model.apply({"params": student.params}, points, labels)[:, -1])()
@@ -313,13 +315,12 @@ def test_a_noisy_point_is_the_image_with_the_trajectorys_noise(student):
     config.student.target = "xt"
     pipe = ARDPipeline(student.params, config)
     picture = np.random.default_rng(0).random((8, 8, 1), np.float32)
-    noise = np.asarray(pipe._drawn_noise(0)(np.arange(4)))
+    noise = np.asarray(noise_of(0))
     grid = make_process(config).grid(5)
-    assert pipe._source_coefficients(1) == (grid.alpha[2], grid.sigma[2])
-    assert pipe._source_coefficients(2) == (grid.alpha[4], grid.sigma[4])
-    made = pipe.edit(picture, 2, LABELS, output_type="latent", return_trajectory=True)
-    expected = grid.alpha[4] * (2 * picture - 1) + grid.sigma[4] * noise
-    np.testing.assert_allclose(made.trajectory[:, 1], expected, atol=1e-5)
+    for step, node in ((1, 2), (2, 4)):
+        made = pipe.edit(picture, step, LABELS, output_type="latent", return_trajectory=True)
+        expected = grid.alpha[node] * (2 * picture - 1) + grid.sigma[node] * noise
+        np.testing.assert_allclose(made.trajectory[:, step - 1], expected, atol=1e-5)
 
 
 def test_every_kind_of_image_can_be_edited(student, tmp_path):

@@ -150,7 +150,7 @@ def train_feature_net(
         return optax.apply_updates(params, updates), opt_state
 
     for rows in _batches(train_rows, steps, rng):
-        params, opt_state = step(params, opt_state, _shifted(images[rows], rng), labels[rows])
+        params, opt_state = step(params, opt_state, shift_at_random(images[rows], rng), labels[rows])
     return FeatureExtractor(
         net=net,
         params=params,
@@ -172,7 +172,7 @@ def _batches(rows, steps, rng):
         yield np.sort(order[position * batch_size : (position + 1) * batch_size])
 
 
-def _shifted(batch, rng):
+def shift_at_random(batch, rng):
     """The batch moved by one random offset over black; it raised held-out accuracy on digits from 98.1 to 98.8 %."""
     height, width = batch.shape[1:3]
     reach = max(1, min(height, width) // 8)
