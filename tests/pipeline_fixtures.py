@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import logging
@@ -95,11 +96,17 @@ def copy(source: pathlib.Path, target: pathlib.Path, *stages: str) -> pathlib.Pa
     return target
 
 
+def shared(tmp_path_factory: pytest.TempPathFactory, name: str) -> pathlib.Path:
+    """A path that all workers of this run of the tests have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory):
-    """Every program is compiled once a session, in whichever process; compiling is nearly all of these tests' time."""
+    """Every program is compiled once, in whichever process; compiling is nearly all of these tests' time."""
     settings = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compile_cache")),
+        "JAX_COMPILATION_CACHE_DIR": str(shared(tmp_path_factory, "compile_cache")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
@@ -110,10 +117,17 @@ def compile_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory, compile_cache) -> pathlib.Path:
-    """The workdir of a whole run of configs/smoke.py, each stage's output in STAGE.log; not to be written to."""
-    workdir = tmp_path_factory.mktemp("pipeline")
-    for stage in STAGES:
-        outcome = smoke(stage, workdir)
-        assert outcome.status == 0, outcome.err
-        (workdir / f"{stage}.log").write_text(outcome.err + outcome.out)
+    """The workdir of a whole run of configs/smoke.py, each stage's output in STAGE.log; not to be written to.
+
+    The first worker that asks makes it, and the others wait for the lock, which the kernel frees if that one dies.
+    """
+    workdir = shared(tmp_path_factory, "pipeline")
+    with open(workdir.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for stage in STAGES:
+            log = workdir / f"{stage}.log"
+            if not log.exists():
+                outcome = smoke(stage, workdir)
+                assert outcome.status == 0, outcome.err
+                log.write_text(outcome.err + outcome.out)
     return workdir
