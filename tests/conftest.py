@@ -11,8 +11,8 @@ from pipeline_fixtures import compile_cache, pipeline  # noqa: F401 (fixtures)
 
 jax.config.update("jax_platforms", "cpu")  # the tests never ask for an accelerator, whatever the machine has
 os.environ["JAX_PLATFORMS"] = "cpu"  # nor do the processes that they start
-# Compiling is most of the time that tests take, and these flags halve it; slow tests run some programs optimised.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Compiling is most of the time that tests take: each flag halves it. Slow tests run some programs optimised.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
