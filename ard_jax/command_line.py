@@ -61,7 +61,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
             return 0
         print(f"python -m ard_jax {stage} --config FILE[:key=value,…] {usage(flags_of(stage))} [--config.key=value …]")
         if has_workdir(stage):
-            print(f"    on each of several hosts: [{' '.join(shown(hosts.FLAGS).values())}]")
+            print(f"    on each of several hosts: [{usage(hosts.FLAGS, brackets=False)}]")
         print()
         print(module.__doc__.strip())
         return 0
@@ -71,7 +71,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         jax.config.update("jax_platforms", "cpu")  # it runs nothing, so it takes no accelerator from others
     try:
         if stage in WITHOUT_CONFIG:
-            given = [parse_flags(make_parser(stage_module(stage).FLAGS), arguments)]
+            given = [parse_flags(stage_module(stage).FLAGS, arguments)]
             workdir = given[0].workdir
         else:
             every = parse(arguments, {**flags_of(stage), **hosts.FLAGS})
@@ -121,19 +121,10 @@ def has_workdir(stage: str) -> bool:
     return "--workdir" in flags_of(stage)
 
 
-def shown(table: Flags) -> dict[str, str]:
-    """Flags as a help text shows them, each with what stands for its value."""
-    return {flag: f"{flag} {options.get('metavar', '')}".strip() for flag, options in table.items()}
-
-
-def needed(table: Flags) -> Flags:
-    """The flags that have to be given."""
-    return {flag: options for flag, options in table.items() if options.get("required")}
-
-
-def usage(table: Flags) -> str:
-    """All flags in a line, in brackets those that may be left out."""
-    return " ".join(text if flag in needed(table) else f"[{text}]" for flag, text in shown(table).items())
+def usage(table: Flags, brackets: bool = True) -> str:
+    """Flags as a help text shows them, in brackets those that may be left out."""
+    texts = {f"{flag} {options.get('metavar', '')}".strip(): options for flag, options in table.items()}
+    return " ".join(f"[{text}]" if brackets and "required" not in texts[text] else text for text in texts)
 
 
 def make_parser(table: Flags, **texts: str) -> argparse.ArgumentParser:
@@ -144,16 +135,18 @@ def make_parser(table: Flags, **texts: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_flags(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """Flags of a stage that takes no config.
+def parse_flags(table: Flags, arguments: list[str], **texts: str) -> argparse.Namespace:
+    """Flags of what takes no config.
 
     Args:
-        parser: with the stage's flags; `workdir` must be among them, as a path.
+        table: the flags.
         arguments: the command line's, after the stage.
+        texts: see `make_parser`.
 
     Raises:
         UserError: an unknown, missing or unusable flag.
     """
+    parser = make_parser(table, **texts)
 
     def refuse(message: str):
         raise UserError(f"the command line cannot be used ({message}): --help lists the flags.")
@@ -281,9 +274,10 @@ def check_flags(arguments: list[str], table: Flags) -> None:
         if argument.startswith("-"):
             name, equals, value = argument.lstrip("-").partition("=")
             given[name] = value if equals else following
-    for flag in ("--config", *needed(table)):
+    needed = {flag: options for flag, options in table.items() if "required" in options}
+    for flag in ("--config", *needed):
         if not given.get(flag.lstrip("-")):
-            raise UserError(f"{flag} is missing: give --config FILE and {usage(needed(table))}.")
+            raise UserError(f"{flag} is missing: give --config FILE and {usage(needed)}.")
     file = given["config"].split(":")[0]
     if not pathlib.Path(file).is_file():
         raise UserError(f"the config file {file!r} is not there: name one, such as configs/digits.py.")

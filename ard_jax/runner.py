@@ -35,10 +35,9 @@ class Place(NamedTuple):
     config: ml_collections.ConfigDict
     settings: Mapping[str, Any] = {}
 
-    def with_models(self, *names: str) -> "Place":
-        """The same to sample these models alone."""
-        models = {"sample.models": names}
-        return self._replace(config=changed(self.config, models), settings={**self.settings, **models})
+    def changed(self, settings: Mapping[str, Any]) -> "Place":
+        """The same with other values of some settings, by dotted key."""
+        return self._replace(config=changed(self.config, settings), settings={**self.settings, **settings})
 
 
 class Entry(NamedTuple):
@@ -109,7 +108,7 @@ def jobs_of(entries: Iterable[Entry]) -> list[Job]:
         jobs.append(Job(entry.stage, entry.trained, (entry.name,)))
         if entry.shown:
             for name in (TEACHER, entry.name):  # one by one, or what is drawn would be drawn again with what is not
-                jobs.append(Job("sample", entry.home.with_models(name), (name,)))
+                jobs.append(Job("sample", entry.home.changed({"sample.models": (name,)}), (name,)))
             measured.setdefault(entry.home.workdir, (entry.home, [TEACHER]))[1].append(entry.name)
     jobs += [Job("evaluate", home, tuple(names)) for home, names in measured.values()]
     unique: dict[tuple, Job] = {}

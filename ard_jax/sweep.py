@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
+from ard_jax import runner
 from ard_jax.checks import RESERVED, names_folder, validate
 from ard_jax.command_line import known_keys, make_parser, parse, parse_flags
 from ard_jax.config import OF_STUDENTS, ROWS, flatten, plain
@@ -37,20 +38,7 @@ from ard_jax.errors import UserError, first_line
 from ard_jax.report import words
 from ard_jax.report.page import build_sweep
 from ard_jax.report.pieces import markdown_table
-from ard_jax.runner import (
-    TEACHER,
-    Entry,
-    Job,
-    Place,
-    about,
-    changed,
-    is_finished,
-    jobs_of,
-    pictures_of,
-    results_of,
-    run_missing,
-    write_page,
-)
+from ard_jax.runner import TEACHER, Entry, Job, Place
 from ard_jax.workdir import FREE, SECTIONS, differing, network
 
 STAGES = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
@@ -173,7 +161,7 @@ def plan_entry(sweep: Sweep, name: str, settings: Mapping[str, Any], shared: Pla
         raise UserError(f"sweep entry {name!r} sets {taken[0]}, which the sweep itself sets: leave it out.")
     check_section(name, settings, sweep)
     named = {"distill": "student.name", "finetune": "finetune.name"}[sweep.trained]
-    with about(f"sweep entry {name!r}"):
+    with runner.about(f"sweep entry {name!r}"):
         own = resolve(sweep, shared.workdir, {**shared.settings, **settings, named: name})
     differs = {key.split(".")[0] for key in differing_settings(shared.config, own.config)} - set(OF_STUDENTS)
     if not differs:
@@ -185,7 +173,7 @@ def plan_entry(sweep: Sweep, name: str, settings: Mapping[str, Any], shared: Pla
         for stage, same in (("teacher", same_teacher), ("trajectories", same_store))
         if same and not shared.config[stage].dir
     }
-    home = Place(f"{shared.workdir}/{name}", changed(own.config, elsewhere), {**own.settings, **elsewhere})
+    home = own.changed(elsewhere)._replace(workdir=f"{shared.workdir}/{name}")
     teacher, store = shared if same_teacher else home, shared if same_store else home
     return Entry(name, sweep.trained, home, home, teacher, store)
 
@@ -217,7 +205,7 @@ def planned(sweep: Sweep, entries: Iterable[Entry]) -> list[Job]:
             name = entry.home.config.student.name
             every.append(entry._replace(name=name, stage="distill", trained=entry.home, shown=False))
         every.append(entry)
-    return [job for job in jobs_of(every) if job.stage in sweep.stages]
+    return [job for job in runner.jobs_of(every) if job.stage in sweep.stages]
 
 
 # -------------------------------------------------------------------------------------------------------------- running
@@ -238,7 +226,7 @@ def run_command(typed: Words, job: Job) -> None:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    if status or not is_finished(job):
+    if status or not runner.is_finished(job):
         raise UserError(
             f"the stage {job.stage!r} has not finished (status {status}): see above, and run the same command to go on "
             f"from there."
@@ -252,7 +240,7 @@ def collect(sweep: Sweep, entries: Iterable[Entry]) -> dict[str, Any]:
     """results.json: of each entry its settings, its student's results, and those of its teacher."""
     found = {}
     for entry in entries:
-        models = results_of(entry.home)["models"]
+        models = runner.results_of(entry.home)["models"]
         found[entry.name] = {
             "workdir": entry.home.workdir,
             "settings": dict(sweep.entries[entry.name]),
@@ -291,10 +279,10 @@ def write_results(sweep: Sweep, entries: list[Entry], folder: pathlib.Path) -> N
     results = collect(sweep, entries)
     rows = list(table_rows(results))
     homes = {entry.home.workdir: entry.home for entry in entries}
-    pictures = {workdir: pictures_of(home) for workdir, home in homes.items()}
+    pictures = {workdir: runner.pictures_of(home) for workdir, home in homes.items()}
     page = build_sweep(sweep.about, (HEAD, rows), results, pictures, sweep.over)
     table = f"{markdown_table(HEAD, rows)}\n"
-    write_page(folder, "results.json", results, table, page)
+    runner.write_page(folder, "results.json", results, table, page)
     print(f"{table}done: {folder}", flush=True)
 
 
@@ -332,7 +320,7 @@ def run(arguments: list[str]) -> None:
     settings = [argument for argument in arguments if argument.startswith("--config.")]
     if not all("=" in setting for setting in settings):
         raise UserError("settings for all entries are given as --config.key=value, each in one word: join them by '='.")
-    args = parse_flags(make_parser(FLAGS), [argument for argument in arguments if argument not in settings])
+    args = parse_flags(FLAGS, [argument for argument in arguments if argument not in settings])
     sweep = read_sweep(args.file)
     common = dict(setting.removeprefix("--config.").split("=", 1) for setting in settings)
     sweep = sweep._replace(settings={**sweep.settings, **common})
@@ -351,6 +339,6 @@ def run(arguments: list[str]) -> None:
         print(f"== {shlex.join(typed)}", flush=True)
         run_command(typed, job)
 
-    run_missing(jobs, run_job)
+    runner.run_missing(jobs, run_job)
     if "evaluate" in sweep.stages:
         write_results(sweep, entries, pathlib.Path(args.workdir) / "sweep")

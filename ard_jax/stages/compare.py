@@ -18,25 +18,14 @@ import jax
 import ml_collections
 import numpy as np
 
+from ard_jax import runner
 from ard_jax.config import flatten, plain
-from ard_jax.entries import entries_of
+from ard_jax.entries import STAGES, entries_of
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256
 from ard_jax.methods import training_flops
 from ard_jax.report import build_comparison, markdown
-from ard_jax.runner import (
-    TEACHER,
-    Entry,
-    Job,
-    Place,
-    about,
-    changed,
-    jobs_of,
-    pictures_of,
-    results_of,
-    run_missing,
-    write_page,
-)
+from ard_jax.runner import TEACHER, Entry, Job, Place, about, changed
 from ard_jax.workdir import Stopwatch, finished, teacher_folder, write_done
 
 log = logging.getLogger("ard_jax")
@@ -61,12 +50,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, quick: bool) -
     homes = {seed: Place(workdir / f"seed{seed}", changed(config, {"seed": seed})) for seed in seeds}
     entries = {seed: entries_of(home.config, training_flops, home.workdir) for seed, home in homes.items()}
     for every in entries.values():
-        run_missing(jobs_of(every.values()), functools.partial(run_stage, students=list(every)))
+        runner.run_missing(runner.jobs_of(every.values()), functools.partial(run_stage, students=list(every)))
     comparison = compared(config, entries[seeds[0]], homes, quick)
     title = f"{config.report.title}: methods of distillation compared"
-    page = build_comparison(title, comparison, pictures_of(homes[seeds[0]]))
+    page = build_comparison(title, comparison, runner.pictures_of(homes[seeds[0]]))
     folder = workdir / "compare"
-    files = write_page(folder, "compare.json", comparison, markdown(comparison), page)
+    files = runner.write_page(folder, "compare.json", comparison, markdown(comparison), page)
     write_done(folder, {file: file_sha256(folder / file) for file in files}, watch())
 
 
@@ -91,7 +80,7 @@ def run_stage(job: Job, students: Sequence[str]) -> None:
         students: names of all that are trained in its workdir, in their order.
     """
     workdir = job.place.workdir
-    if job.stage in ("distill", "finetune"):
+    if job.stage in STAGES:
         number = students.index(job.models[0]) + 1
         log.info("%s: student %d of %d, %s.", workdir.name, number, len(students), *job.models)
     measured = [job.models] if job.stage == "evaluate" else []
@@ -105,7 +94,7 @@ def compared(
     config: ml_collections.ConfigDict, entries: Mapping[str, Entry], homes: Mapping[int, Place], quick: bool
 ) -> dict[str, Any]:
     """What compare.json holds: of every model the measurements by seed, their mean, the least and the greatest."""
-    results = {seed: results_of(home) for seed, home in homes.items()}
+    results = {seed: runner.results_of(home) for seed, home in homes.items()}
     first = next(iter(results.values()))
     shown = {name: entry for name, entry in entries.items() if entry.shown}
     rows = []
