@@ -31,7 +31,7 @@ import jax
 import ml_collections
 
 from ard_jax import runner
-from ard_jax.checks import RESERVED, names_folder, validate
+from ard_jax.checks import is_student, validate
 from ard_jax.command_line import known_keys, make_parser, parse, parse_flags
 from ard_jax.config import OF_STUDENTS, ROWS, flatten, plain
 from ard_jax.errors import UserError, first_line
@@ -99,7 +99,7 @@ def check_sweep(file: str, sweep: Mapping[str, Any]) -> None:
         what = f"has the key {unknown[0]!r}" if unknown else "lacks config or entries"
         raise UserError(f"SWEEP of {file} {what}: its keys are {', '.join(KEYS)}.")
     for name in sweep["entries"]:
-        if not names_folder(name) or name in (*RESERVED, "sweep", *STAGES):
+        if not is_student(name) or name in ("sweep", *STAGES):
             raise UserError(f"sweep entry {name!r} cannot name a student's folder: use letters, digits, '-' and '_'.")
     stages = sweep.get("stages", ())
     if [stage for stage in STAGES if stage in stages] != list(stages):
