@@ -11,7 +11,7 @@ import pathlib
 import signal
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import absl.logging
@@ -32,12 +32,18 @@ WITHOUT_CONFIG = ("convert", "export")
 # Stages that save and stop at a step of their own when they are asked to (`training.loop.Preemption`).
 TRAINING = ("teacher", "distill", "finetune")
 
-# Flags beside --config, and what stands for their values; those in brackets may be left out, and those without a value
-# are there or not.
-WORKDIR = {"workdir": "DIR"}
-FLAGS = {  # where they are others
-    "plan": {"topology": "NAME", "json": "[FILE]", "finetune": ""},
-    "compare": {**WORKDIR, "quick": ""},
+# Flags by their words, each with what argparse's add_argument takes.
+Flags = Mapping[str, Mapping[str, Any]]
+
+# Flags beside --config. Those of stages without a config stand in the stage; these are read before it is imported.
+WORKDIR: Flags = {"--workdir": dict(required=True, metavar="DIR", type=pathlib.Path)}
+FLAGS: Mapping[str, Flags] = {  # where they are others
+    "plan": {
+        "--topology": dict(required=True, metavar="NAME"),
+        "--json": dict(metavar="FILE"),
+        "--finetune": dict(action="store_true"),
+    },
+    "compare": {**WORKDIR, "--quick": dict(action="store_true")},
 }
 
 
@@ -50,14 +56,12 @@ def run_stage(stage: str, arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         module = stage_module(stage)
         if stage in WITHOUT_CONFIG:
-            parser = module.flags()
-            parser.prog, parser.description = f"python -m ard_jax {stage}", module.__doc__.strip()
-            parser.formatter_class = argparse.RawDescriptionHelpFormatter
-            print(parser.format_help())
+            prog = f"python -m ard_jax {stage}"
+            print(make_parser(module.FLAGS, prog=prog, description=module.__doc__.strip()).format_help())
             return 0
         print(f"python -m ard_jax {stage} --config FILE[:key=value,…] {usage(flags_of(stage))} [--config.key=value …]")
         if has_workdir(stage):
-            print("    on each of several hosts: [--coordinator HOST:PORT --num-processes N --process-id I]")
+            print(f"    on each of several hosts: [{usage(hosts.FLAGS, brackets=False)}]")
         print()
         print(module.__doc__.strip())
         return 0
@@ -67,11 +71,12 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         jax.config.update("jax_platforms", "cpu")  # it runs nothing, so it takes no accelerator from others
     try:
         if stage in WITHOUT_CONFIG:
-            given = [parse_flags(stage_module(stage).flags(), arguments)]
+            given = [parse_flags(stage_module(stage).FLAGS, arguments)]
             workdir = given[0].workdir
         else:
-            place, rest = hosts.split_flags(arguments)
-            config, where, *_ = given = parse(rest, flags_of(stage))
+            every = parse(arguments, {**flags_of(stage), **hosts.FLAGS})
+            given, place = every[: -len(hosts.FLAGS)], hosts.place_by_flags(*every[-len(hosts.FLAGS) :])
+            config, where = given[:2]
             if not has_workdir(stage):  # it runs on one host, about another
                 workdir = None
                 validate(config, platform="cpu" if where == "cpu" else "tpu")
@@ -106,37 +111,42 @@ def run_stage(stage: str, arguments: list[str]) -> int:
     return 0
 
 
-def flags_of(stage: str) -> dict[str, str]:
+def flags_of(stage: str) -> Flags:
     """The flags of a stage that takes a config, beside that."""
     return FLAGS.get(stage, WORKDIR)
 
 
 def has_workdir(stage: str) -> bool:
     """Whether a stage that takes a config also takes a workdir."""
-    return "workdir" in flags_of(stage)
+    return "--workdir" in flags_of(stage)
 
 
-def is_needed(value: str) -> bool:
-    """Whether the flag that `value` stands for has to be given."""
-    return bool(value) and "[" not in value
+def usage(table: Flags, brackets: bool = True) -> str:
+    """Flags as a help text shows them, in brackets those that may be left out."""
+    texts = {f"{flag} {options.get('metavar', '')}".strip(): options for flag, options in table.items()}
+    return " ".join(f"[{text}]" if brackets and "required" not in texts[text] else text for text in texts)
 
 
-def usage(names: dict[str, str]) -> str:
-    """Flags as a help text shows them."""
-    shown = {f"--{name} {value.strip('[]')}".strip(): is_needed(value) for name, value in names.items()}
-    return " ".join(flag if needed else f"[{flag}]" for flag, needed in shown.items())
+def make_parser(table: Flags, **texts: str) -> argparse.ArgumentParser:
+    """A parser of the flags of what takes no config; `texts` are argparse's prog, description and epilog."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
+    for flag, options in table.items():
+        parser.add_argument(flag, **options)
+    return parser
 
 
-def parse_flags(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """Flags of a stage that takes no config.
+def parse_flags(table: Flags, arguments: list[str], **texts: str) -> argparse.Namespace:
+    """Flags of what takes no config.
 
     Args:
-        parser: with the stage's flags; `workdir` must be among them, as a path.
+        table: the flags.
         arguments: the command line's, after the stage.
+        texts: see `make_parser`.
 
     Raises:
         UserError: an unknown, missing or unusable flag.
     """
+    parser = make_parser(table, **texts)
 
     def refuse(message: str):
         raise UserError(f"the command line cannot be used ({message}): --help lists the flags.")
@@ -220,22 +230,22 @@ def set_up_jax(workdir: pathlib.Path | None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
 
 
-def parse(arguments: list[str], names: dict[str, str] = WORKDIR) -> tuple[Any, ...]:
-    """Flags → (resolved config, the other flags' values in their order: --workdir as a path, others as text or bool).
+def parse(arguments: list[str], table: Flags = WORKDIR) -> tuple[Any, ...]:
+    """Flags → (resolved config, the other flags' values in their order).
 
     Args:
         arguments: the command line's, after the stage.
-        names: flags beside --config, see `FLAGS`.
+        table: flags beside --config.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, a config file that is not there or does not work.
     """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["ard_jax", *arguments])
-    for name, value in names.items():
-        define, default = (flags.DEFINE_string, None) if value else (flags.DEFINE_bool, False)
-        define(name, default, value, flag_values=values)
-    check_flags(arguments, names)
+    for flag, options in table.items():
+        define, default = (flags.DEFINE_bool, False) if "action" in options else (flags.DEFINE_string, None)
+        define(flag.lstrip("-"), default, "", flag_values=values)
+    check_flags(arguments, table)
     try:
         rest = values(["ard_jax", *arguments])[1:]
         config = values.config
@@ -249,10 +259,11 @@ def parse(arguments: list[str], names: dict[str, str] = WORKDIR) -> tuple[Any, .
         raise UserError(f"{rest[0]!r} is not understood: settings are given as --config.key=value.")
     if not isinstance(config, ml_collections.ConfigDict) or set(known_keys()) - set(flatten(config.to_dict()).keys()):
         raise UserError("the config file leaves settings out: let its get_config start from default_config().")
-    return config, *(pathlib.Path(values[name].value) if name == "workdir" else values[name].value for name in names)
+    given = {flag: values[flag.lstrip("-")].value for flag in table}
+    return config, *(table[flag].get("type", lambda value: value)(value) for flag, value in given.items())
 
 
-def check_flags(arguments: list[str], names: dict[str, str]) -> None:
+def check_flags(arguments: list[str], table: Flags) -> None:
     """Says in words what ml_collections would say late or unclearly.
 
     Raises:
@@ -263,15 +274,15 @@ def check_flags(arguments: list[str], names: dict[str, str]) -> None:
         if argument.startswith("-"):
             name, equals, value = argument.lstrip("-").partition("=")
             given[name] = value if equals else following
-    needed = {name: value for name, value in names.items() if is_needed(value)}
-    for name in ("config", *needed):
-        if not given.get(name):
-            raise UserError(f"--{name} is missing: give --config FILE and {usage(needed)}.")
+    needed = {flag: options for flag, options in table.items() if "required" in options}
+    for flag in ("--config", *needed):
+        if not given.get(flag.lstrip("-")):
+            raise UserError(f"{flag} is missing: give --config FILE and {usage(needed)}.")
     file = given["config"].split(":")[0]
     if not pathlib.Path(file).is_file():
         raise UserError(f"the config file {file!r} is not there: name one, such as configs/digits.py.")
-    places = [flag.lstrip("-") for flag in hosts.FLAGS]
-    known = ["config", *names, *places, *(f"config.{key}" for key in known_keys())]
+    others = [flag.lstrip("-") for flag in (*table, *hosts.FLAGS)]
+    known = ["config", *others, *(f"config.{key}" for key in known_keys())]
     for name in given:
         if name not in known and name.removeprefix("no") not in known:
             close = difflib.get_close_matches(name, known, n=3)

@@ -98,7 +98,7 @@ SOLVER = TRAJECTORIES | STUDENTS | STORE | SAMPLES
 def _optimizer(changes: frozenset[str], learning_rate: float = 1e-4, clip: float = 1.0) -> dict[str, Setting]:
     """Rows of an optimiser of a network that is not averaged."""
     return {
-        "name": Setting("adamw", changes),  # any optimiser of optax, by its name there
+        "name": Setting("adamw", changes),  # one of training.state.OPTIMIZERS
         "learning_rate": Setting(learning_rate, changes, between(0, 1000)),
         "schedule": Setting("constant", changes),  # or "cosine", falling to 0 at the last step
         "warmup_steps": Setting(0, changes),
@@ -349,11 +349,6 @@ def _defaults(tree: dict[str, Any]) -> dict[str, Any]:
 def default_config() -> ml_collections.ConfigDict:
     """The paper's ImageNet-256 settings wherever docs/METHOD.md section 5 gives a number."""
     return ml_collections.ConfigDict(_defaults(SETTINGS))
-
-
-def optimizer_defaults() -> dict[str, Any]:
-    """Settings of an optimiser of an averaged network, as `training.state.make_optimizer` takes them."""
-    return _defaults(_averaged_optimizer(TEACHER))
 
 
 def method_defaults() -> dict[str, Any]:

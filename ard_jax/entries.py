@@ -4,20 +4,17 @@
 methods have the same teacher, trajectories, noises, labels and training FLOPs.
 """
 
-import contextlib
-import difflib
-import functools
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from operator import getitem
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 
 from ard_jax.checks import names_folder, validate
 from ard_jax.config import OF_STUDENTS, flatten, method_defaults
 from ard_jax.errors import UserError
+from ard_jax.runner import TEACHER, Entry, Place, about, changed
 
-TEACHER = "teacher"
 STAGES = ("distill", "finetune")  # that train students
 
 # Settings that follow from the entry.
@@ -29,36 +26,13 @@ DERIVED = (
 Flops = Callable[[ml_collections.ConfigDict, int | None], float]
 
 
-class Entry(NamedTuple):
-    """One student.
-
-    Attributes:
-        name: of its folder under distill/, such as "ard_4".
-        method: its key in `compare.methods`.
-        title: of the method, on the page.
-        steps: S.
-        stage: the stage that trains it.
-        config: that the stage is given.
-        start: name of the entry that it starts from; "" for the teacher.
-        shown: whether it is compared; a chain's first students may only be on the way.
-    """
-
-    name: str
-    method: str
-    title: str
-    steps: int
-    stage: str
-    config: ml_collections.ConfigDict
-    start: str
-    shown: bool
-
-
-def entries_of(config: ml_collections.ConfigDict, flops: Flops) -> dict[str, Entry]:
+def entries_of(config: ml_collections.ConfigDict, flops: Flops, workdir: pathlib.Path) -> dict[str, Entry]:
     """Every entry by its name, in an order in which they can be trained.
 
     Args:
         config: the config; the training of its own student is the budget of every method.
         flops: of a whole training, such as `methods.training_flops`.
+        workdir: in which all of them lie, with one teacher and one store.
 
     Raises:
         UserError: a method is described wrongly or cannot be trained; the sentence names it.
@@ -69,20 +43,11 @@ def entries_of(config: ml_collections.ConfigDict, flops: Flops) -> dict[str, Ent
     entries: dict[str, Entry] = {}
     for name in in_order(methods):
         with about(f"compare.methods.{name}"):
-            for entry in entries_of_method(name, methods[name], config, entries, flops):
+            for entry in entries_of_method(name, methods[name], Place(workdir, config), entries, flops):
                 entries[entry.name] = entry
     if not any(entry.shown for entry in entries.values()):
         raise UserError(f"no method has any of the steps {tuple(config.compare.steps)}: change compare.steps.")
     return entries
-
-
-@contextlib.contextmanager
-def about(what: str) -> Iterator[None]:
-    """Puts the name of what is wrong before a UserError's sentence."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from None
 
 
 def described(name: str, method: Any) -> dict[str, Any]:
@@ -129,9 +94,10 @@ def in_order(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def entries_of_method(
-    name: str, method: Mapping[str, Any], config: ml_collections.ConfigDict, before: Mapping[str, Entry], flops: Flops
+    name: str, method: Mapping[str, Any], home: Place, before: Mapping[str, Entry], flops: Flops
 ) -> Iterator[Entry]:
     """A method's entries; `before` holds those of the methods that came before it."""
+    config = home.config
     rounds = rounds_of(method, tuple(config.compare.steps))
     unknown = set(method["settings_at"]) - {str(len(points)) for points in config.compare.points}
     if unknown:
@@ -147,12 +113,13 @@ def entries_of_method(
             validate(derived)  # a warm-up may be longer than the training that the budget pays for
         entry = Entry(
             name=f"{name}_{steps}",
+            stage=method["stage"],
+            trained=home._replace(config=derived),
+            home=home,
+            teacher=home,
+            store=home,
             method=name,
             title=method["title"] or name,
-            steps=steps,
-            stage=method["stage"],
-            config=derived,
-            start=start.name if start else "",
             shown=steps in config.compare.steps,
         )
         yield entry
@@ -232,29 +199,3 @@ def within(
     if not steps:
         raise UserError(f"a step of it takes {one:.3g} FLOPs, but its budget is {budget:.3g}: lower its batch_size.")
     return changed(config, {"distill.steps": steps})
-
-
-def changed(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """A copy of a config with some settings changed.
-
-    Args:
-        config: the config.
-        changes: new values, nested as the config is, or by dotted keys.
-
-    Raises:
-        UserError: there is no such setting, or it has another type.
-    """
-    copy = config.copy_and_resolve_references()
-    known = flatten(copy.to_dict())
-    for key, value in flatten(changes).items():
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}" if close else "ard_jax/config.py lists the settings"
-            raise UserError(f"there is no setting {key!r}: {hint}.")
-        *path, last = key.split(".")
-        section = functools.reduce(getitem, path, copy)
-        try:
-            section[last] = value
-        except TypeError:
-            raise UserError(f"{key} is {value!r}, which is no {type(known[key]).__name__}: give one.") from None
-    return copy

@@ -1,6 +1,5 @@
 """Many hosts: how their processes find each other, see that they are about to do the same, and stop together."""
 
-import argparse
 import contextlib
 import glob
 import importlib.util
@@ -23,7 +22,11 @@ from ard_jax.version import __version__
 
 log = logging.getLogger("ard_jax")
 
-FLAGS = ("--coordinator", "--num-processes", "--process-id")
+FLAGS = {  # of the command line
+    "--coordinator": dict(metavar="HOST:PORT"),
+    "--num-processes": dict(metavar="N"),
+    "--process-id": dict(metavar="I"),
+}
 FRESH = 15  # seconds since a waiting host was last heard of, at most
 SKEW = 5  # seconds by which clocks may differ
 FOREVER = 7 * 24 * 3600  # seconds; a host that dies is noticed by its missing heartbeats long before
@@ -43,24 +46,15 @@ class Place(NamedTuple):
     coordinator: str | None = None
 
 
-def split_flags(arguments: list[str]) -> tuple[Place | None, list[str]]:
-    """What `FLAGS` say, if they are there, and the other arguments.
+def place_by_flags(coordinator: str | None, count: str | None, index: str | None) -> Place | None:
+    """What the `FLAGS` say; None if none of them is there.
 
     Raises:
         UserError: one of them is missing or cannot be used.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in FLAGS:
-        parser.add_argument(flag)
-
-    def refuse(message: str):
-        raise UserError(f"the command line cannot be used ({message}): give {', '.join(FLAGS)} with a value each.")
-
-    parser.error = refuse
-    given, rest = parser.parse_known_args(arguments)
-    coordinator, count, index = values = given.coordinator, given.num_processes, given.process_id
+    values = coordinator, count, index
     if values == (None, None, None):
-        return None, rest
+        return None
     if None in values:
         raise UserError(f"{', '.join(FLAGS)} belong together: give all of them, or none.")
     if not coordinator.rpartition(":")[0] or not coordinator.rpartition(":")[2].isdecimal():
@@ -70,7 +64,7 @@ def split_flags(arguments: list[str]) -> tuple[Place | None, list[str]]:
             f"--process-id {index} of --num-processes {count} does not work: number the processes from 0 to one less "
             f"than there are."
         )
-    return Place(int(index), int(count), coordinator), rest
+    return Place(int(index), int(count), coordinator)
 
 
 def place_by_environment() -> Place | None:
@@ -89,7 +83,7 @@ def start(place: Place | None, folder: pathlib.Path, timeout: float) -> None:
     """Joins the other processes, before anything asks JAX for its devices; alone where there are no others.
 
     Args:
-        place: see `split_flags` and `place_by_environment`.
+        place: see `place_by_flags` and `place_by_environment`.
         folder: that all hosts see, where those that wait say so.
         timeout: seconds to wait for the others. Then the process ends with status 2 and a sentence that names those
             who did not come.

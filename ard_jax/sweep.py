@@ -18,27 +18,27 @@ no stage sees what another has left behind in JAX, and a stage that is killed ta
 Writes WORKDIR/sweep/: table.md, results.json, index.html.
 """
 
-import argparse
 import pathlib
 import runpy
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
-from ard_jax.checks import RESERVED, names_folder, validate
-from ard_jax.command_line import known_keys, parse, parse_flags
-from ard_jax.completion import is_complete
+from ard_jax import runner
+from ard_jax.checks import is_student, validate
+from ard_jax.command_line import known_keys, make_parser, parse, parse_flags
 from ard_jax.config import OF_STUDENTS, ROWS, flatten, plain
 from ard_jax.errors import UserError, first_line
-from ard_jax.files import atomic_write, read_json, read_npz, write_json
+from ard_jax.report import words
 from ard_jax.report.page import build_sweep
-from ard_jax.report.words import number
+from ard_jax.report.pieces import markdown_table
+from ard_jax.runner import TEACHER, Entry, Job, Place
 from ard_jax.workdir import FREE, SECTIONS, differing, network
 
 STAGES = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
@@ -48,36 +48,10 @@ SET_BY_SWEEP = ("student.name", "finetune.name", "sample.models")
 OF_TEACHERS = {
     key.split(".")[0] for key, row in ROWS.items() if "teacher" in row.changes and "network" not in row.changes
 }
-HEAD = ("Entry", "Steps", "FD ↓", "Degradation ↓", "Precision ↑", "Recall ↑", "PSNR to teacher, dB ↑")
+MEASURED = ("fd", "degradation", "precision", "recall", "psnr")
+HEAD = ("Entry", "Steps", *words.headings(MEASURED))
 
-# A stage and its flags.
-Command = tuple[str, ...]
-
-
-class Place(NamedTuple):
-    """A workdir, and the settings of what several entries share in it."""
-
-    workdir: str
-    settings: Mapping[str, Any]
-
-
-class Entry(NamedTuple):
-    """One entry of a sweep.
-
-    Attributes:
-        name: its student's.
-        settings: all that it sets, by dotted key.
-        config: resolved.
-        home: where its student, samples and results lie.
-        teacher, store: where these do.
-    """
-
-    name: str
-    settings: Mapping[str, Any]
-    config: ml_collections.ConfigDict
-    home: Place
-    teacher: Place
-    store: Place
+Words = tuple[str, ...]  # a stage and its flags
 
 
 class Sweep(NamedTuple):
@@ -125,7 +99,7 @@ def check_sweep(file: str, sweep: Mapping[str, Any]) -> None:
         what = f"has the key {unknown[0]!r}" if unknown else "lacks config or entries"
         raise UserError(f"SWEEP of {file} {what}: its keys are {', '.join(KEYS)}.")
     for name in sweep["entries"]:
-        if not names_folder(name) or name in (*RESERVED, "sweep", *STAGES):
+        if not is_student(name) or name in ("sweep", *STAGES):
             raise UserError(f"sweep entry {name!r} cannot name a student's folder: use letters, digits, '-' and '_'.")
     stages = sweep.get("stages", ())
     if [stage for stage in STAGES if stage in stages] != list(stages):
@@ -134,23 +108,28 @@ def check_sweep(file: str, sweep: Mapping[str, Any]) -> None:
         raise UserError(f"over of {file} is {sweep['over']!r}, which is no setting: name one such as distill.steps.")
 
 
-def command(stage: str, sweep: Sweep, place: Place) -> Command:
+def words_of(sweep: Sweep, stage: str, workdir: str, settings: Mapping[str, Any]) -> Words:
     """A stage and its flags, what a person would type after `python -m ard_jax`."""
-    flags = (f"--config.{key}={value}" for key, value in place.settings.items())
-    return stage, "--config", sweep.config, "--workdir", place.workdir, *flags
+    flags = (f"--config.{key}={value}" for key, value in settings.items())
+    return stage, "--config", sweep.config, "--workdir", workdir, *flags
 
 
-def resolve(words: Command) -> ml_collections.ConfigDict:
-    """A command's config.
+def command(sweep: Sweep, job: Job) -> Words:
+    """The words of a job."""
+    return words_of(sweep, job.stage, job.place.workdir, job.place.settings)
+
+
+def resolve(sweep: Sweep, workdir: str, settings: Mapping[str, Any]) -> Place:
+    """A workdir with the config that its stages get by these settings.
 
     Raises:
-        UserError: the stage would refuse it.
+        UserError: the stage that the sweep is about would refuse it.
     """
-    config, _ = parse(list(words[1:]))
+    config, _ = parse(list(words_of(sweep, sweep.trained, workdir, settings)[1:]))
     checked = config.copy_and_resolve_references()
     checked.model.attention = "auto"  # what the device can do is seen where the stage runs
     validate(checked)
-    return config
+    return Place(workdir, config, settings)
 
 
 def plan(sweep: Sweep, workdir: str, only: list[str] | None = None) -> list[Entry]:
@@ -167,39 +146,36 @@ def plan(sweep: Sweep, workdir: str, only: list[str] | None = None) -> list[Entr
     missing = [name for name in only or () if name not in sweep.entries]
     if missing:
         raise UserError(f"{sweep.file} has no entry {missing[0]!r}: its entries are {', '.join(sweep.entries)}.")
-    shared = Place(workdir, sweep.settings)
-    base = resolve(command(sweep.trained, sweep, shared))
+    shared = resolve(sweep, workdir, sweep.settings)
     return [
-        plan_entry(sweep, name, settings, shared, base)
+        plan_entry(sweep, name, settings, shared)
         for name, settings in sweep.entries.items()
         if only is None or name in only
     ]
 
 
-def plan_entry(
-    sweep: Sweep, name: str, settings: Mapping[str, Any], shared: Place, base: ml_collections.ConfigDict
-) -> Entry:
-    """An entry, and what of it lies in the `shared` workdir, whose config is `base`; see `plan`."""
+def plan_entry(sweep: Sweep, name: str, settings: Mapping[str, Any], shared: Place) -> Entry:
+    """An entry, and what of it lies in the `shared` workdir; see `plan`."""
     taken = [key for key in (*sweep.settings, *settings) if key in SET_BY_SWEEP]
     if taken:
         raise UserError(f"sweep entry {name!r} sets {taken[0]}, which the sweep itself sets: leave it out.")
     check_section(name, settings, sweep)
     named = {"distill": "student.name", "finetune": "finetune.name"}[sweep.trained]
-    settings = {**shared.settings, **settings, named: name}
-    try:
-        config = resolve(command(sweep.trained, sweep, Place(shared.workdir, settings)))
-    except UserError as error:
-        raise UserError(f"sweep entry {name!r}: {error}") from None
-    differs = {key.split(".")[0] for key in differing_settings(base, config)} - set(OF_STUDENTS)
+    with runner.about(f"sweep entry {name!r}"):
+        own = resolve(sweep, shared.workdir, {**shared.settings, **settings, named: name})
+    differs = {key.split(".")[0] for key in differing_settings(shared.config, own.config)} - set(OF_STUDENTS)
     if not differs:
-        return Entry(name, settings, config, shared, shared, shared)
-    same_teacher = not differs & OF_TEACHERS and network(base) == network(config)
+        return Entry(name, sweep.trained, own, home=shared, teacher=shared, store=shared)
+    same_teacher = not differs & OF_TEACHERS and network(shared.config) == network(own.config)
     same_store = same_teacher and not differs & set(SECTIONS["trajectories"])
-    for key, same in (("teacher", same_teacher), ("trajectories", same_store)):
-        if same and not base[key].dir:
-            settings[f"{key}.dir"] = f"{shared.workdir}/{key}"
-    home = Place(f"{shared.workdir}/{name}", settings)
-    return Entry(name, settings, config, home, shared if same_teacher else home, shared if same_store else home)
+    elsewhere = {
+        f"{stage}.dir": f"{shared.workdir}/{stage}"
+        for stage, same in (("teacher", same_teacher), ("trajectories", same_store))
+        if same and not shared.config[stage].dir
+    }
+    home = own.changed(elsewhere)._replace(workdir=f"{shared.workdir}/{name}")
+    teacher, store = shared if same_teacher else home, shared if same_store else home
+    return Entry(name, sweep.trained, home, home, teacher, store)
 
 
 def check_section(name: str, settings: Mapping[str, Any], sweep: Sweep) -> None:
@@ -221,44 +197,27 @@ def differing_settings(base: ml_collections.ConfigDict, config: ml_collections.C
     return [key for key in differing(plain(base), plain(config)) if not key.startswith(free)]
 
 
-def commands(sweep: Sweep, entries: list[Entry]) -> list[Command]:
-    """What is to be run, in order, none twice."""
-    found: list[Command] = []
+def planned(sweep: Sweep, entries: Iterable[Entry]) -> list[Job]:
+    """What is to be run for the entries, in order."""
+    every: list[Entry] = []
     for entry in entries:
-        if not entry.config.teacher.dir:
-            found.append(command("teacher", sweep, entry.teacher))
-        if not entry.config.trajectories.dir:
-            found.append(command("trajectories", sweep, entry.store))
-        own = Place(entry.home.workdir, entry.settings)
-        if sweep.trained == "finetune":
-            found.append(command("distill", sweep, entry.home))
-        found.append(command(sweep.trained, sweep, own))
-        for name in ("teacher", entry.name):  # one by one, or what is drawn would be drawn again with what is not
-            home = Place(entry.home.workdir, {**entry.home.settings, "sample.models": (name,)})
-            found.append(command("sample", sweep, home))
-    found += [command("evaluate", sweep, entry.home) for entry in entries]
-    return [words for words in dict.fromkeys(found) if words[0] in sweep.stages]
+        if entry.stage == "finetune":  # what it starts from
+            name = entry.home.config.student.name
+            every.append(entry._replace(name=name, stage="distill", trained=entry.home, shown=False))
+        every.append(entry)
+    return [job for job in runner.jobs_of(every) if job.stage in sweep.stages]
 
 
 # -------------------------------------------------------------------------------------------------------------- running
 
 
-def is_finished(words: Command) -> bool:
-    """Whether what a command would make is there; what was made otherwise is not, as its stage will say."""
-    config, workdir = parse(list(words[1:]))
-    try:
-        return is_complete(words[0], config, workdir)
-    except UserError:
-        return False
-
-
-def run_command(words: Command) -> None:
+def run_command(typed: Words, job: Job) -> None:
     """Runs a stage in a process of its own, to which SIGTERM is passed on.
 
     Raises:
         UserError: it did not end well, or was stopped; it has said why.
     """
-    child = subprocess.Popen([sys.executable, "-m", "ard_jax", *words])
+    child = subprocess.Popen([sys.executable, "-m", "ard_jax", *typed])
     before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
         status = child.wait()
@@ -267,9 +226,9 @@ def run_command(words: Command) -> None:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    if status or not is_finished(words):
+    if status or not runner.is_finished(job):
         raise UserError(
-            f"the stage '{words[0]}' has not finished (status {status}): see above, and run the same command to go on "
+            f"the stage {job.stage!r} has not finished (status {status}): see above, and run the same command to go on "
             f"from there."
         )
 
@@ -277,16 +236,16 @@ def run_command(words: Command) -> None:
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def collect(sweep: Sweep, entries: list[Entry]) -> dict[str, Any]:
+def collect(sweep: Sweep, entries: Iterable[Entry]) -> dict[str, Any]:
     """results.json: of each entry its settings, its student's results, and those of its teacher."""
     found = {}
     for entry in entries:
-        models = read_json(pathlib.Path(entry.home.workdir) / "evaluate" / "results.json")["models"]
+        models = runner.results_of(entry.home)["models"]
         found[entry.name] = {
             "workdir": entry.home.workdir,
             "settings": dict(sweep.entries[entry.name]),
             "over": position(sweep, entry),
-            "teacher": models["teacher"],
+            "teacher": models[TEACHER],
             "results": models[entry.name],
         }
     return {"sweep": sweep.file, "config": sweep.config, "settings": dict(sweep.settings), "entries": found}
@@ -312,54 +271,38 @@ def table_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def row(name: str, model: Mapping[str, Any]) -> list[str]:
-    numbers = [(model.get("fd"), ",.2f"), (model.get("degradation"), ",.2f"), (model.get("precision"), ".3f")]
-    numbers += [(model.get("recall"), ".3f"), (model.get("psnr"), ".1f")]
-    return [name, number(model.get("steps"), ",.0f"), *(number(value, spec) for value, spec in numbers)]
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    lines = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)], *table_rows(results)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return [name, words.number(model.get("steps"), ",.0f"), *words.cells(model, MEASURED)]
 
 
 def write_results(sweep: Sweep, entries: list[Entry], folder: pathlib.Path) -> None:
     """Writes the table, results.json and the page, and prints the table."""
     results = collect(sweep, entries)
-    table = markdown(results)
-    pictures = {}
-    for entry in entries:
-        pictures[entry.home.workdir] = read_npz(pathlib.Path(entry.home.workdir) / "evaluate" / "pictures.npz")
-    page = build_sweep(sweep.about, (HEAD, list(table_rows(results))), results, pictures, sweep.over)
-    write_json(folder / "results.json", results)
-    atomic_write(folder / "table.md", lambda temporary: temporary.write_text(table, encoding="utf-8"))
-    atomic_write(folder / "index.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    rows = list(table_rows(results))
+    homes = {entry.home.workdir: entry.home for entry in entries}
+    pictures = {workdir: runner.pictures_of(home) for workdir, home in homes.items()}
+    page = build_sweep(sweep.about, (HEAD, rows), results, pictures, sweep.over)
+    table = f"{markdown_table(HEAD, rows)}\n"
+    runner.write_page(folder, "results.json", results, table, page)
     print(f"{table}done: {folder}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python launch/sweep.py",
-        description=__doc__,
-        epilog="Settings for all entries may follow: --config.key=value.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("file", metavar="FILE", help="such as configs/sweeps/masks.py")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="of the whole sweep; with --print, gs://… too")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="just these entries")
-    parser.add_argument("--print", choices=tuple(PRINTED), help="print the commands for this, and run none")
-    return parser
-
-
 PRINTED = {"python": ("python", "-m", "ard_jax"), "tpu_pod": ("launch/tpu_pod.sh",)}
+FLAGS = {
+    "file": dict(metavar="FILE", help="such as configs/sweeps/masks.py"),
+    "--workdir": dict(required=True, metavar="DIR", help="of the whole sweep; with --print, gs://… too"),
+    "--only": dict(nargs="+", metavar="NAME", help="just these entries"),
+    "--print": dict(choices=tuple(PRINTED), help="print the commands for this, and run none"),
+}
 
 
 def main(arguments: list[str]) -> int:
     """Runs a sweep; returns the exit status: 0 done, 2 a user's mistake or a stage that failed, 130 interrupted."""
     if {"-h", "--help"} & set(arguments):
-        flags().print_help()
+        epilog = "Settings for all entries may follow: --config.key=value."
+        make_parser(FLAGS, prog="python launch/sweep.py", description=__doc__, epilog=epilog).print_help()
         return 0
     try:
         run(arguments)
@@ -377,22 +320,25 @@ def run(arguments: list[str]) -> None:
     settings = [argument for argument in arguments if argument.startswith("--config.")]
     if not all("=" in setting for setting in settings):
         raise UserError("settings for all entries are given as --config.key=value, each in one word: join them by '='.")
-    args = parse_flags(flags(), [argument for argument in arguments if argument not in settings])
+    args = parse_flags(FLAGS, [argument for argument in arguments if argument not in settings])
     sweep = read_sweep(args.file)
     common = dict(setting.removeprefix("--config.").split("=", 1) for setting in settings)
     sweep = sweep._replace(settings={**sweep.settings, **common})
     jax.config.update("jax_platforms", "cpu")  # it computes nothing, so it takes no accelerator from the stages
     entries = plan(sweep, args.workdir.rstrip("/"), args.only)
-    every = commands(sweep, entries)
+    jobs = planned(sweep, entries)
     if args.print:
-        print("\n".join(shlex.join((*PRINTED[args.print], *words)) for words in every), flush=True)
+        lines = (shlex.join((*PRINTED[args.print], *command(sweep, job))) for job in jobs)
+        print("\n".join(lines), flush=True)
         return
     if "://" in args.workdir:
         raise UserError(f"--workdir {args.workdir} cannot be read and written here: give a folder, or --print tpu_pod.")
-    for words in every:
-        if is_finished(words):
-            continue
-        print(f"== {shlex.join(words)}", flush=True)
-        run_command(words)
+
+    def run_job(job: Job) -> None:
+        typed = command(sweep, job)
+        print(f"== {shlex.join(typed)}", flush=True)
+        run_command(typed, job)
+
+    runner.run_missing(jobs, run_job)
     if "evaluate" in sweep.stages:
         write_results(sweep, entries, pathlib.Path(args.workdir) / "sweep")

@@ -19,7 +19,6 @@ On Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment lets large ar
 allows programs that: a training step on a CPU then faults in 50 times fewer pages.
 """
 
-import argparse
 import json
 import logging
 import math
@@ -386,16 +385,12 @@ def about(size: str) -> str:
     return f"{size}, {dtype.name}, on {kind} with jax {jax.__version__}; matrix product {rate / 1e9:,.0f} GFLOP/s."
 
 
-def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks.speed", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--only", nargs="+", choices=ITEMS, default=[*ITEMS], metavar="ITEM", help=", ".join(ITEMS))
-    parser.add_argument("--size", help="a published size such as DiT-S/2, of sampling, training and trajectories")
-    parser.add_argument("--batch", type=int, help="rows at a time, in place of each item's own number")
-    parser.add_argument(
-        "--seconds", type=float, default=30.0, help="turns start for so long, and there are two at least"
-    )
-    return parser
+FLAGS = {
+    "--only": dict(nargs="+", choices=ITEMS, default=[*ITEMS], metavar="ITEM", help=", ".join(ITEMS)),
+    "--size": dict(help="a published size such as DiT-S/2, of sampling, training and trajectories"),
+    "--batch": dict(type=int, help="rows at a time, in place of each item's own number"),
+    "--seconds": dict(type=float, default=30.0, help="turns start for so long, and there are two at least"),
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -403,7 +398,7 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("ard_jax").setLevel(logging.WARNING)  # what the items run would say line by line
     on_cpu = jax.default_backend() == "cpu"
     try:
-        args = parse_flags(flags(), arguments)
+        args = parse_flags(FLAGS, arguments, prog="python -m benchmarks.speed", description=__doc__)
         size = args.size or ("DiT-B/2" if on_cpu else "DiT-XL/2")
         every = configs(size)
     except UserError as error:

@@ -108,6 +108,8 @@ def test_flags_that_are_missing(stage, workdir):
         ("--config.teacher.optimizer.ema=high", "could not convert string to float: 'high'."),
         ("--config.trajectories.keep_noisy=maybe", "Non-boolean argument to boolean flag"),
         ("--config.teacher.steps", "Missing value for flag --config.teacher.steps."),
+        ("--process-id=0", "--coordinator, --num-processes, --process-id belong together: give all of them, or none."),
+        ("--process-id", "Missing value for flag --process-id."),
     ],
 )
 def test_flags_that_are_wrong(flag, said, workdir):
@@ -127,11 +129,11 @@ def test_every_setting_can_be_overridden():
 
 
 def test_a_flag_that_is_there_or_not():
-    names = command_line.FLAGS["compare"]
+    table = command_line.FLAGS["compare"]
     for given, expected in (([], False), (["--quick"], True), (["--quick=false"], False), (["--noquick"], False)):
-        _, workdir, quick = command_line.parse(["--config", SMOKE, "--workdir", "here", *given], names)
+        _, workdir, quick = command_line.parse(["--config", SMOKE, "--workdir", "here", *given], table)
         assert quick is expected and workdir == pathlib.Path("here")
-    assert command_line.usage(names) == "--workdir DIR [--quick]"
+    assert command_line.usage(table) == "--workdir DIR [--quick]"
     assert "did you mean --quick" in refused("compare", "--config", SMOKE, "--workdir", "here", "--quik")
     assert "--workdir is missing: give --config FILE and --workdir DIR." in refused(
         "compare", "--config", SMOKE, "--quick"
@@ -245,8 +247,8 @@ WRONG = [
     ("teacher.steps=0", "teacher.steps is 0: give a number of at least 1."),
     ("teacher.batch_size=-16", "teacher.batch_size is -16: give a number of at least 1."),
     ("teacher.label_dropout=1.5", "teacher.label_dropout is 1.5: give a number from 0 to 1."),
-    ("teacher.optimizer.name=adamv", "optimizer.name is 'adamv', which is no optimiser of optax"),
-    ("teacher.optimizer.name=apply_updates", "optimizer.name is 'apply_updates', which is no optimiser of optax"),
+    ("teacher.optimizer.name=adamv", "optimizer.name is 'adamv': choose one of optax's adamw"),
+    ("teacher.optimizer.name=apply_updates", "optimizer.name is 'apply_updates': choose one of optax's adamw"),
     ("teacher.optimizer.schedule=linear", "optimizer.schedule is 'linear': choose constant or cosine."),
     ("teacher.optimizer.warmup_steps=20", "optimizer.warmup_steps is 20 of 20 steps: choose fewer than all of them."),
     ("teacher.optimizer.learning_rate=-0.1", "teacher.optimizer.learning_rate is -0.1: give a number from 0"),

@@ -1,6 +1,7 @@
 """The stage compare: what it derives from a config, what it makes, and that its numbers are those of the stages."""
 
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -17,18 +18,20 @@ from test_report import Page
 
 from ard_jax import workdir
 from ard_jax.config import flatten
-from ard_jax.entries import changed, entries_of
+from ard_jax.entries import entries_of
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json
 from ard_jax.methods import training_flops
 from ard_jax.models import parameter_shapes
 from ard_jax.objectives import Given
 from ard_jax.report import build_comparison, markdown, words
+from ard_jax.runner import changed
 from configs import smoke
 
 STEP = {"title": "Step distillation", "steps": (2,), "settings": {"student": {"mask": "diagonal"}}}
 KNOWLEDGE = {"steps": (1,), "settings": {"distill": {"batch_size": 16}}}
 ARD = {"title": "ARD", "steps": (3,)}
+WORKDIR = pathlib.Path("runs/some")
 METHODS = {"ard": ARD, "step": STEP, "knowledge": KNOWLEDGE}
 CHANGES = {"points": ((0,), (1, 0), (3, 1, 0)), "steps": (1, 2, 3), "quick": {"distill": {"steps": 5}}}
 
@@ -60,7 +63,7 @@ def compare(file, workdir, *flags):
 
 def test_every_method_gets_the_same_training_flops():
     config = config_with(METHODS)
-    entries = entries_of(config, training_flops)
+    entries = entries_of(config, training_flops, WORKDIR)
     assert list(entries) == ["ard_3", "knowledge_1", "step_2"]
     budget = training_flops(config)
     for entry in entries.values():
@@ -74,7 +77,7 @@ def test_every_method_gets_the_same_training_flops():
 
 def test_an_entry_changes_what_it_says_and_nothing_else():
     config = config_with(METHODS)
-    entry = entries_of(config, training_flops)["step_2"]
+    entry = entries_of(config, training_flops, WORKDIR)["step_2"]
     before, after = flatten(config.to_dict()), flatten(entry.config.to_dict())
     assert {key for key in before if before[key] != after[key]} == {
         "student.name", "student.points", "student.mask", "distill.steps"
@@ -86,19 +89,19 @@ def test_an_entry_changes_what_it_says_and_nothing_else():
 def test_settings_by_steps_come_last():
     settings = {"distill": {"batch_size": 4, "optimizer": {"learning_rate": 0.5}}}
     method = {"settings": settings, "settings_at": {"2": {"distill": {"batch_size": 10}}}}
-    entries = entries_of(config_with({"ard": method}), training_flops)
+    entries = entries_of(config_with({"ard": method}), training_flops, WORKDIR)
     assert [entry.config.distill.batch_size for entry in entries.values()] == [4, 10, 4]
     assert {entry.config.distill.optimizer.learning_rate for entry in entries.values()} == {0.5}
 
 
 def test_a_chain_shares_one_budget_and_starts_from_itself():
     config = config_with({"ard": {"steps": (3, 2, 1), "chain": True}}, steps=(2, 3))
-    entries = entries_of(config, training_flops)
+    entries = entries_of(config, training_flops, WORKDIR)
     assert [(entry.name, entry.start) for entry in entries.values()] == [("ard_3", ""), ("ard_2", "ard_3")]
     assert [entry.config.distill.start for entry in entries.values()] == ["", "ard_3"]
     halves = [training_flops(entry.config) for entry in entries.values()]
     assert sum(halves) == pytest.approx(training_flops(config), rel=0.06) and halves[0] == pytest.approx(halves[1], 0.1)
-    hidden = entries_of(config_with({"ard": {"steps": (3, 2, 1), "chain": True}}, steps=(2,)), training_flops)
+    hidden = entries_of(config_with({"ard": {"steps": (3, 2, 1), "chain": True}}, steps=(2,)), training_flops, WORKDIR)
     assert [(entry.name, entry.shown) for entry in hidden.values()] == [("ard_3", False), ("ard_2", True)]
 
 
@@ -107,7 +110,7 @@ def test_a_method_starts_from_another_and_a_fine_tune_keeps_its_form():
     wide = {"steps": (2,), "settings": {"student": {"mask": "window"}}}
     config = config_with({"after": {"start": "wide", "steps": (2,)}, "tuned": tuned, "wide": wide})
     config.finetune.update(steps=9, batch_size=8)
-    entries = entries_of(config, training_flops)
+    entries = entries_of(config, training_flops, WORKDIR)
     assert list(entries) == ["wide_2", "after_2", "tuned_2"]
     assert entries["after_2"].config.distill.start == "wide_2" and entries["after_2"].config.student.mask == "causal"
     settings, student = entries["tuned_2"].config.finetune, entries["tuned_2"].config.student
@@ -168,7 +171,7 @@ def test_a_method_starts_from_another_and_a_fine_tune_keeps_its_form():
 def test_methods_that_cannot_be_compared(methods, said, tmp_path):
     """They are refused before anything is made, by the command too."""
     with pytest.raises(UserError, match=re.escape(said)):
-        entries_of(config_with(methods), training_flops)
+        entries_of(config_with(methods), training_flops, WORKDIR)
 
 
 def test_the_command_refuses_before_anything_is_made(tmp_path):

@@ -61,11 +61,11 @@ def test_imagenet_has_the_numbers_of_the_paper(steps, batch_size, points):
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_the_digits_methods_can_all_be_trained(quick):
+def test_the_digits_methods_can_all_be_trained(quick, tmp_path):
     """All that the stage compare checks before it makes anything; and what each method starts from."""
     config = get_config("compare_digits")
     validate(config)
-    entries = entries_of(quick_config(config) if quick else config, training_flops)
+    entries = entries_of(quick_config(config) if quick else config, training_flops, tmp_path)
     steps = {}
     for entry in entries.values():
         steps.setdefault(entry.method, []).append(entry.steps)

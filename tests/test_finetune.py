@@ -142,7 +142,7 @@ def test_four_devices_compute_what_one_does(finetuned, pipeline, tmp_path):
         ("finetune.warmup=-1", "finetune.warmup is -1: give a number of at least 0."),
         ("finetune.feature_time=1.5", "finetune.feature_time is 1.5: give a number from 0 to 1."),
         ("finetune.spectral_rounds=0", "finetune.spectral_rounds is 0: give a number of at least 1."),
-        ("finetune.discriminator_optimizer.name=adamm", "optimizer.name is 'adamm', which is no optimiser of optax"),
+        ("finetune.discriminator_optimizer.name=adamm", "optimizer.name is 'adamm': choose one of optax's adamw"),
         ("finetune.start=nobody", "distill/nobody has no done.json: run the stage 'distill' to its end first"),
     ],
 )

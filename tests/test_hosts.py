@@ -17,29 +17,28 @@ from pipeline_fixtures import ROOT, SMOKE, copy, done, finish, process, smoke
 
 from ard_jax import hosts
 from ard_jax.errors import UserError
-from ard_jax.hosts import Place, agree, is_fresh, place_by_environment, split_flags
+from ard_jax.hosts import Place, agree, is_fresh, place_by_environment, place_by_flags
 
-TWO = ("--coordinator", "localhost:1234", "--num-processes", "2", "--process-id", "1")
+TWO = ("localhost:1234", "2", "1")
 
 
 def test_flags_say_the_place_among_others():
-    assert split_flags(["--config", "a.py", *TWO]) == (Place(1, 2, "localhost:1234"), ["--config", "a.py"])
-    assert split_flags(["--config", "a.py"]) == (None, ["--config", "a.py"])
+    assert place_by_flags(*TWO) == Place(1, 2, "localhost:1234")
+    assert place_by_flags(None, None, None) is None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("values", "said"),
     [
-        (TWO[:4], "--coordinator, --num-processes, --process-id belong together: give all of them, or none."),
-        (("--coordinator=here", *TWO[2:]), "--coordinator is 'here': give HOST:PORT of process 0"),
-        ((*TWO[:4], "--process-id=2"), "--process-id 2 of --num-processes 2 does not work: number"),
-        ((*TWO[:4], "--process-id=x"), "--process-id x of --num-processes 2 does not work"),
-        ((*TWO[:4], "--process-id"), "expected one argument): give --coordinator, --num-processes"),
+        ((*TWO[:2], None), "--coordinator, --num-processes, --process-id belong together: give all of them, or none."),
+        (("here", *TWO[1:]), "--coordinator is 'here': give HOST:PORT of process 0"),
+        ((*TWO[:2], "2"), "--process-id 2 of --num-processes 2 does not work: number"),
+        ((*TWO[:2], "x"), "--process-id x of --num-processes 2 does not work"),
     ],
 )
-def test_flags_that_do_not_work(arguments, said):
+def test_flags_that_do_not_work(values, said):
     with pytest.raises(UserError, match=re.escape(said)):
-        split_flags(list(arguments))
+        place_by_flags(*values)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from networks import ard_student, draw_noise_and_labels, solve_of
 from quick import quick_jit
 
 from ard_jax.conditions import draw_numbers
-from ard_jax.config import optimizer_defaults
+from ard_jax.config import default_config
 from ard_jax.convert import from_torch
 from ard_jax.diffusion import FlowMatching, LinearVP
 from ard_jax.errors import UserError
@@ -17,6 +17,8 @@ from ard_jax.objectives.ard import ard, online_ard
 from ard_jax.objectives.denoising import denoising
 from ard_jax.sampling import sample_teacher, take_points, trajectory_key, within_bounds
 from ard_jax.training.state import learning_rate, make_optimizer
+
+OPTIMIZER = default_config().distill.optimizer.to_dict()
 
 KEY = jax.random.key(0)
 
@@ -230,7 +232,7 @@ def test_denoising_without_augmentation_and_with_a_learned_variance():
 
 
 def settings(**changed):
-    return ml_collections.ConfigDict(optimizer_defaults() | changed)
+    return ml_collections.ConfigDict(OPTIMIZER | changed)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "nadamw", "adan"])
@@ -249,12 +251,10 @@ def test_weight_decay_is_what_the_config_says_and_not_what_optax_would_take(name
 @pytest.mark.parametrize(
     "changed, sentence",
     [
-        ({"name": "adamm"}, "optimizer.name is 'adamm', which is no optimiser of optax: choose one such as adamw."),
-        ({"name": "chain"}, "optimizer.name is 'chain', which is no optimiser of optax"),
-        ({"name": "tree"}, "optimizer.name is 'tree', which is no optimiser of optax"),
+        ({"name": "adamm"}, "optimizer.name is 'adamm': choose one of optax's adamw, adam, sgd, .*, lars."),
+        ({"name": "chain"}, "optimizer.name is 'chain': choose one of optax's adamw"),
+        ({"name": "lbfgs"}, "optimizer.name is 'lbfgs': choose one of optax's adamw"),
         ({"name": "adam", "weight_decay": 0.1}, "optax's 'adam' takes no weight decay: choose another such as adamw"),
-        ({"name": "optimistic_adam"}, r"optax's 'optimistic_adam' does not work .*: choose another such as adamw."),
-        ({"name": "lbfgs"}, r"optax's 'lbfgs' does not work .*: choose another such as adamw."),
         ({"clip": -1.0}, "optimizer.clip is -1.0: give a gradient norm, or 0 for no clipping."),
         ({"schedule": "linear"}, "optimizer.schedule is 'linear': choose constant or cosine."),
         ({"warmup_steps": 10}, "optimizer.warmup_steps is 10 of 10 steps: choose fewer than all of them."),

@@ -17,6 +17,7 @@ from ard_jax.command_line import parse
 from ard_jax.config import flatten
 from ard_jax.files import read_json, write_json
 from ard_jax.report import words
+from ard_jax.runner import Job, changed, is_finished
 
 TUNED = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
 FILES = sorted(path.name for path in (ROOT / "configs" / "sweeps").glob("*.py"))
@@ -34,7 +35,7 @@ def write_sweep(folder: pathlib.Path, entries: dict, **rest) -> str:
 def started(monkeypatch):
     """The commands that a sweep would have run, which all seem to succeed."""
     found = []
-    monkeypatch.setattr(sweep, "run_command", found.append)
+    monkeypatch.setattr(sweep, "run_command", lambda words, job: found.append(words))
     return found
 
 
@@ -219,6 +220,11 @@ def stages(commands) -> list[tuple[str, str]]:
     return stages_of([parsed(list(words)) for words in commands])
 
 
+def unfinished(read, workdir) -> list[Job]:
+    """What is not there."""
+    return [job for job in sweep.planned(read, sweep.plan(read, str(workdir))) if not is_finished(job)]
+
+
 def stages_of(commands) -> list[tuple[str, str]]:
     """Stage and model of each parsed command."""
     named = {
@@ -239,12 +245,9 @@ def test_what_is_finished_is_not_run_again(workdir, tmp_path, capsys, started):
 
     entries = {"ard": {}, "window": {"student.mask": "window"}}
     read = sweep.read_sweep(write_sweep(tmp_path, entries))
-    every = sweep.commands(read, sweep.plan(read, str(workdir)))
-    todo = [words for words in every if not sweep.is_finished(words)]
-    assert stages(todo) == [
-        ("distill", "window"),
-        ("sample", "window"),
-    ]  # the results are of all samples that there are
+    assert stages(sweep.command(read, job) for job in unfinished(read, workdir)) == [
+        ("distill", "window"), ("sample", "window"), ("evaluate", "")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -277,21 +280,24 @@ def test_what_was_made_from_another_teacher_or_without_its_end_is_not_taken_for_
 def test_fine_tunes_are_finished_until_their_student_is_another(workdir, tmp_path):
     """The config of a fine-tuned student is not the one that was given, but that of the student it started from."""
     read = sweep.read_sweep(write_sweep(tmp_path, {"tuned": {}}, stages=TUNED))
-    todo = [words for words in sweep.commands(read, sweep.plan(read, str(workdir))) if not sweep.is_finished(words)]
-    assert stages(todo) == [("finetune", "tuned"), ("sample", "tuned")]
-    command = todo[0]
-    assert run(*command).status == 0 and sweep.is_finished(command)
-    assert not sweep.is_finished((*command, "--config.finetune.weight=2.0"))
+    todo = unfinished(read, workdir)
+    assert stages(sweep.command(read, job) for job in todo) == [
+        ("finetune", "tuned"), ("sample", "tuned"), ("evaluate", "")
+    ]  # fmt: skip
+    job = todo[0]
+    assert run(*sweep.command(read, job)).status == 0 and is_finished(job)
+    other = job.place._replace(config=changed(job.place.config, {"finetune.weight": 2.0}))
+    assert not is_finished(job._replace(place=other))
     store = workdir / "trajectories" / "manifest.json"
     manifest = read_json(store)
     first, *others = manifest["shards"]
     write_json(store, manifest | {"shards": [first | {"sha256": "0" * 64}, *others]})
-    assert not sweep.is_finished(command)
+    assert not is_finished(job)
     write_json(store, manifest)
-    assert sweep.is_finished(command)
+    assert is_finished(job)
     done = read_json(workdir / "distill" / "ard" / "done.json")
     write_json(workdir / "distill" / "ard" / "done.json", done | {"sha256": done["sha256"] | {"ema": "0" * 64}})
-    assert not sweep.is_finished(command)
+    assert not is_finished(job)
 
 
 def test_a_stage_that_fails_ends_the_sweep_in_a_sentence(tmp_path, capfd):
@@ -337,11 +343,11 @@ def test_a_sweep_from_nothing_to_its_table_interrupted_on_the_way(tmp_path, caps
     workdir = tmp_path / "run"
     real, ran = sweep.run_command, []
 
-    def limited(words):
+    def limited(words, job):
         if len(ran) == 5:
             raise KeyboardInterrupt
         ran.append(words)
-        real(words)
+        real(words, job)
 
     monkeypatch.setattr(sweep, "run_command", limited)
     assert sweep.main([file, "--workdir", str(workdir)]) == 130
@@ -350,11 +356,12 @@ def test_a_sweep_from_nothing_to_its_table_interrupted_on_the_way(tmp_path, caps
     assert not (workdir / "sweep").exists() and len(before) == 2
 
     first, ran[:] = list(ran), []
-    monkeypatch.setattr(sweep, "run_command", lambda words: (ran.append(words), real(words)))
+    monkeypatch.setattr(sweep, "run_command", lambda words, job: (ran.append(words), real(words, job)))
     assert sweep.main([file, "--workdir", str(workdir)]) == 0
     assert not set(first) & set(ran) and {path: path.stat().st_mtime_ns for path in before} == before
     read = sweep.read_sweep(file)
-    assert {*first, *ran} == {*sweep.commands(read, sweep.plan(read, str(workdir)))}
+    every = sweep.planned(read, sweep.plan(read, str(workdir)))
+    assert {*first, *ran} == {sweep.command(read, job) for job in every}
 
     out = capsys.readouterr().out
     table = (workdir / "sweep" / "table.md").read_text()

@@ -55,9 +55,7 @@ def build_comparison(title: str, comparison: Mapping, pictures: Mapping[str, np.
 
 def markdown(comparison: Mapping) -> str:
     """The table as Markdown, a row a line, then what is in it."""
-    cells = ([cell.replace("|", "\\|") for cell in row] for row in _cells(comparison, " ({})"))
-    lines = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *cells]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = pieces.markdown_table(HEAD, _cells(comparison, " ({})"))
     return "\n\n".join([table, *_notes(comparison), COST]) + "\n"
 
 

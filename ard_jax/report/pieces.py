@@ -1,7 +1,7 @@
 """What the pages show beside text: pictures, rows of them, and charts, as records that the templates lay out."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,3 +99,10 @@ def final_images(
     if labels is not None:
         labels = [str(label) for label in np.asarray(labels)[:columns]]
     return Finals(columns, labels, rows, differences)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown, numbers to the right of its first column; no newline at its end."""
+    cells = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    lines = [head, ("---", *["---:"] * (len(head) - 1)), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

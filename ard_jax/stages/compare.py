@@ -7,23 +7,25 @@ and so on, each with a config derived from the one given, and writes `compare/co
 first seed alone, with the changes of `compare.quick`.
 """
 
+import functools
 import importlib
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from ard_jax.completion import is_complete
+from ard_jax import runner
 from ard_jax.config import flatten, plain
-from ard_jax.entries import TEACHER, Entry, about, changed, entries_of
+from ard_jax.entries import STAGES, entries_of
 from ard_jax.errors import UserError
-from ard_jax.files import atomic_write, file_sha256, read_json, read_npz, write_json
+from ard_jax.files import file_sha256
 from ard_jax.methods import training_flops
 from ard_jax.report import build_comparison, markdown
+from ard_jax.runner import TEACHER, Entry, Job, Place, about, changed
 from ard_jax.workdir import Stopwatch, finished, teacher_folder, write_done
 
 log = logging.getLogger("ard_jax")
@@ -45,14 +47,16 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, quick: bool) -
     if quick:
         workdir, seeds = workdir / "quick", seeds[:1]
         config = quick_config(config)
-    configs = {seed: changed(config, {"seed": seed}) for seed in seeds}
-    entries = {seed: entries_of(config, training_flops) for seed, config in configs.items()}
-    for seed in seeds:
-        make(configs[seed], entries[seed], workdir / f"seed{seed}")
-    folders = {seed: workdir / f"seed{seed}" for seed in seeds}
-    comparison = compared(config, entries[seeds[0]], folders, quick)
-    pictures = read_npz(folders[seeds[0]] / "evaluate" / "pictures.npz")
-    write(workdir / "compare", config, comparison, pictures, watch)
+    homes = {seed: Place(workdir / f"seed{seed}", changed(config, {"seed": seed})) for seed in seeds}
+    entries = {seed: entries_of(home.config, training_flops, home.workdir) for seed, home in homes.items()}
+    for every in entries.values():
+        runner.run_missing(runner.jobs_of(every.values()), functools.partial(run_stage, students=list(every)))
+    comparison = compared(config, entries[seeds[0]], homes, quick)
+    title = f"{config.report.title}: methods of distillation compared"
+    page = build_comparison(title, comparison, runner.pictures_of(homes[seeds[0]]))
+    folder = workdir / "compare"
+    files = runner.write_page(folder, "compare.json", comparison, markdown(comparison), page)
+    write_done(folder, {file: file_sha256(folder / file) for file in files}, watch())
 
 
 def quick_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -68,53 +72,41 @@ def quick_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
         return changed(config, changes)
 
 
-# --- making what is missing -------------------------------------------------------------------------------------------
+def run_stage(job: Job, students: Sequence[str]) -> None:
+    """Runs a stage, which is imported when it is its turn, as the command line does.
 
-
-def make(config: ml_collections.ConfigDict, entries: Mapping[str, Entry], workdir: pathlib.Path) -> None:
-    """Everything of one seed that is not there yet, ending with its measurements."""
-    if not config.teacher.dir and not is_complete("teacher", config, workdir):
-        run_stage("teacher", config, workdir)
-    if not config.trajectories.dir and not is_complete("trajectories", config, workdir):
-        run_stage("trajectories", config, workdir)
-    for place, entry in enumerate(entries.values(), start=1):
-        if not is_complete(entry.stage, entry.config, workdir):
-            log.info("%s: student %d of %d, %s.", workdir.name, place, len(entries), entry.name)
-            run_stage(entry.stage, entry.config, workdir)
-    models = (TEACHER, *(entry.name for entry in entries.values() if entry.shown))
-    for name in models:
-        alone = changed(config, {"sample.models": (name,)})
-        if not is_complete("sample", alone, workdir):
-            run_stage("sample", alone, workdir)
-    if not is_complete("evaluate", config, workdir, models):
-        run_stage("evaluate", config, workdir, models)
-
-
-def run_stage(stage: str, *arguments: Any) -> None:
-    """Runs a stage, which is imported when it is its turn, as the command line does."""
-    importlib.import_module(f"ard_jax.stages.{stage}").run(*arguments)
+    Args:
+        job: the stage.
+        students: names of all that are trained in its workdir, in their order.
+    """
+    workdir = job.place.workdir
+    if job.stage in STAGES:
+        number = students.index(job.models[0]) + 1
+        log.info("%s: student %d of %d, %s.", workdir.name, number, len(students), *job.models)
+    measured = [job.models] if job.stage == "evaluate" else []
+    importlib.import_module(f"ard_jax.stages.{job.stage}").run(job.place.config, workdir, *measured)
 
 
 # --- gathering --------------------------------------------------------------------------------------------------------
 
 
 def compared(
-    config: ml_collections.ConfigDict, entries: Mapping[str, Entry], folders: Mapping[int, pathlib.Path], quick: bool
+    config: ml_collections.ConfigDict, entries: Mapping[str, Entry], homes: Mapping[int, Place], quick: bool
 ) -> dict[str, Any]:
     """What compare.json holds: of every model the measurements by seed, their mean, the least and the greatest."""
-    results = {seed: read_json(folder / "evaluate" / "results.json") for seed, folder in folders.items()}
+    results = {seed: runner.results_of(home) for seed, home in homes.items()}
     first = next(iter(results.values()))
     shown = {name: entry for name, entry in entries.items() if entry.shown}
     rows = []
     for name in (TEACHER, *shown):
         by_seed = {
-            seed: measurements(results[seed]["models"][name]) | training(config, entries, folder, name)
-            for seed, folder in folders.items()
+            seed: measurements(results[seed]["models"][name]) | training(entries, home, name)
+            for seed, home in homes.items()
         }
         rows.append(described(name, shown.get(name), first["models"][name]) | summarised(by_seed))
     return {
         "quick": flatten(plain(config)["compare"]["quick"]) if quick else {},
-        "seeds": list(folders),
+        "seeds": list(homes),
         "features": [result["features"] for result in results.values()],
         "samples": first["samples"],
         "real_images": first["real_images"],
@@ -146,16 +138,14 @@ def measurements(model: Mapping[str, Any]) -> dict[str, Any]:
     return {key: model.get(key) for key in MEASURED}
 
 
-def training(
-    config: ml_collections.ConfigDict, entries: Mapping[str, Entry], workdir: pathlib.Path, name: str
-) -> dict[str, Any]:
+def training(entries: Mapping[str, Entry], home: Place, name: str) -> dict[str, Any]:
     """What a model's training took, with that of the students that it started from."""
     if name == TEACHER:
-        made = [finished(teacher_folder(config, workdir), "teacher")]
+        made = [finished(teacher_folder(home.config, home.workdir), "teacher")]
     else:
         made = []
         while name:
-            made.append(finished(workdir / "distill" / name, "distill"))
+            made.append(finished(home.workdir / "distill" / name, "distill"))
             name = entries[name].start
     # weights that were converted say nothing of their training
     known = {key: [one.get(key) for one in made] for key in TRAINED}
@@ -176,20 +166,3 @@ def summarised(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         "least": over(min),
         "greatest": over(max),
     }
-
-
-def write(
-    directory: pathlib.Path,
-    config: ml_collections.ConfigDict,
-    comparison: Mapping[str, Any],
-    pictures: Mapping[str, np.ndarray],
-    watch: Stopwatch,
-) -> None:
-    """Writes the three files and `done.json`."""
-    title = f"{config.report.title}: methods of distillation compared"
-    html = build_comparison(title, comparison, pictures)
-    write_json(directory / "compare.json", comparison)
-    atomic_write(directory / "table.md", lambda temporary: temporary.write_text(markdown(comparison), encoding="utf-8"))
-    atomic_write(directory / "index.html", lambda temporary: temporary.write_text(html, encoding="utf-8"))
-    files = ("compare.json", "table.md", "index.html")
-    write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())

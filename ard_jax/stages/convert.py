@@ -65,25 +65,6 @@ SETTLED = {
 }  # fmt: skip
 
 
-def flags() -> argparse.ArgumentParser:
-    """The stage's flags."""
-    parser = argparse.ArgumentParser()
-    add = parser.add_argument
-    add("--source", required=True, metavar="FILE|FOLDER|hf:ORG/NAME", help="the weights")
-    add("--workdir", type=pathlib.Path, required=True, help="folder of the run")
-    add("--dry-run", action="store_true", help="say what the source is and where it would go; shapes alone are read")
-    add("--name", help="a student's folder under distill/ (default: what the source calls it, or ard)")
-    add("--num-heads", type=_whole_number, metavar="H", help="attention heads, if the source does not tell")
-    add("--history-layers", type=int, metavar="N", help="of a student (default: what its training recorded, or 6)")
-    add("--points", type=_whole_numbers, metavar="15,10,5,0", help="of a student: the teacher's steps that it stops at")
-    add("--mask", choices=tuple(MASKS), help="of a student (default: causal)")
-    add("--weights", choices=("ema", "model"), help="of a training checkpoint (default: ema where there is one)")
-    add("--objective", choices=("noise", "velocity"), help="what the network predicts: DiT's noise or SiT's velocity")
-    add("--frequency-shift", type=float, metavar="0|1", help="of the time's sinusoids (default: 0; 1 for diffusers)")
-    add("--license", metavar="ID", help="of the weights (default: what the source says)")
-    return parser
-
-
 def _whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
@@ -94,6 +75,24 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 15,10,5,0")
     return tuple(map(int, text.split(",")))
+
+
+FLAGS = {
+    "--source": dict(required=True, metavar="FILE|FOLDER|hf:ORG/NAME", help="the weights"),
+    "--workdir": dict(type=pathlib.Path, required=True, help="folder of the run"),
+    "--dry-run": dict(action="store_true", help="say what the source is and where it would go; shapes alone are read"),
+    "--name": dict(help="a student's folder under distill/ (default: what the source calls it, or ard)"),
+    "--num-heads": dict(type=_whole_number, metavar="H", help="attention heads, if the source does not tell"),
+    "--history-layers": dict(type=int, metavar="N", help="of a student (default: what its training recorded, or 6)"),
+    "--points": dict(
+        type=_whole_numbers, metavar="15,10,5,0", help="of a student: the teacher's steps that it stops at"
+    ),
+    "--mask": dict(choices=tuple(MASKS), help="of a student (default: causal)"),
+    "--weights": dict(choices=("ema", "model"), help="of a training checkpoint (default: ema where there is one)"),
+    "--objective": dict(choices=("noise", "velocity"), help="what the network predicts: DiT's noise or SiT's velocity"),
+    "--frequency-shift": dict(type=float, metavar="0|1", help="of the time's sinusoids (default: 0; 1 for diffusers)"),
+    "--license": dict(metavar="ID", help="of the weights (default: what the source says)"),
+}
 
 
 def run(args: argparse.Namespace) -> None:

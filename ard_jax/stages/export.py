@@ -35,22 +35,6 @@ from ard_jax.workdir import load_weights, read_done, recorded_config, teacher_fo
 log = logging.getLogger("ard_jax")
 
 
-def flags() -> argparse.ArgumentParser:
-    """The stage's flags."""
-    parser = argparse.ArgumentParser()
-    add = parser.add_argument
-    add("--workdir", type=pathlib.Path, required=True, help="folder of the run")
-    add("--model", required=True, help="teacher, or a student's name, such as ard")
-    add("--format", required=True, choices=FORMATS)
-    add("--weights", choices=("ema", "params"), default="ema", help="the running average (default), or the last step's")
-    add("--output", type=pathlib.Path, help="folder to write (default: WORKDIR/export/MODEL/FORMAT)")
-    add("--license", default="", metavar="ID", help="licence of your own teacher's weights, such as apache-2.0")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the weights, and of stablehlo's sums (default: float32)")
-    add("--batch-sizes", metavar="symbolic|1,8,…", help="stablehlo: any one (symbolic, the default), or just these")
-    add("--platforms", metavar=",".join(PLATFORMS), help="stablehlo: where it shall run (default: on all of these)")
-    return parser
-
-
 def run(args: argparse.Namespace) -> None:
     """Exports.
 
@@ -246,6 +230,20 @@ FORMATS: dict[str, Writer] = {
     "diffusers": write_diffusers,
     "safetensors": write_safetensors,
     "stablehlo": write_stablehlo,
+}
+
+FLAGS = {
+    "--workdir": dict(type=pathlib.Path, required=True, help="folder of the run"),
+    "--model": dict(required=True, help="teacher, or a student's name, such as ard"),
+    "--format": dict(required=True, choices=FORMATS),
+    "--weights": dict(
+        choices=("ema", "params"), default="ema", help="the running average (default), or the last step's"
+    ),
+    "--output": dict(type=pathlib.Path, help="folder to write (default: WORKDIR/export/MODEL/FORMAT)"),
+    "--license": dict(default="", metavar="ID", help="licence of your own teacher's weights, such as apache-2.0"),
+    "--dtype": dict(choices=("float32", "bfloat16"), help="of the weights, and of stablehlo's sums (default: float32)"),
+    "--batch-sizes": dict(metavar="symbolic|1,8,…", help="stablehlo: any one (symbolic, the default), or just these"),
+    "--platforms": dict(metavar=",".join(PLATFORMS), help="stablehlo: where it shall run (default: on all of these)"),
 }
 
 
