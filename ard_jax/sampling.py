@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +23,13 @@ from ard_jax.diffusion import (
 from ard_jax.diffusion.solvers import Predict
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, Backbone, Condition
+from ard_jax.types import Params
 
 NO_GUIDANCE = Guidance(scale=1.0)
 
 
 def teacher_predictor(
-    model: Backbone, params, condition: Condition, grid: Grid, process: Process, guidance: Guidance
+    model: Backbone, params: Params, condition: Condition, grid: Grid, process: Process, guidance: Guidance
 ) -> Predict:
     """A guided teacher as what a solver calls; its node may also be one a row, (batch,)."""
     times, alpha, sigma = (jnp.asarray(values) for values in grid)
@@ -65,7 +65,7 @@ class Solve:
         self.process.grid(self.steps)
 
 
-def sample_teacher(model: Backbone, params, noise: jax.Array, condition: Condition, how: Solve) -> Solution:
+def sample_teacher(model: Backbone, params: Params, noise: jax.Array, condition: Condition, how: Solve) -> Solution:
     """Solves the teacher's probability-flow ODE.
 
     Args:
@@ -147,7 +147,11 @@ def within_bounds(points: jax.Array, max_abs: float) -> jax.Array:
 
 
 def sample_student(
-    model: ARDStudent, params, noise: jax.Array, condition: Condition, given: Mapping[int, jax.Array] | None = None
+    model: ARDStudent,
+    params: Params,
+    noise: jax.Array,
+    condition: Condition,
+    given: Mapping[int, jax.Array] | None = None,
 ) -> jax.Array:
     """The student's steps from noise, each prediction the next block's input; history keys and values are cached.
 
@@ -166,7 +170,7 @@ def sample_student(
 
 
 def sample_student_among(
-    model: ARDStudent, params, is_given: jax.Array, noise: jax.Array, condition: Condition, points: jax.Array
+    model: ARDStudent, params: Params, is_given: jax.Array, noise: jax.Array, condition: Condition, points: jax.Array
 ) -> jax.Array:
     """`sample_student` where one compiled program serves whichever steps' points are given.
 
@@ -185,7 +189,11 @@ def sample_student_among(
 
 
 def walk(
-    model: ARDStudent, params, noise: jax.Array, condition: Condition, choose: Callable[[int, jax.Array], jax.Array]
+    model: ARDStudent,
+    params: Params,
+    noise: jax.Array,
+    condition: Condition,
+    choose: Callable[[int, jax.Array], jax.Array],
 ) -> jax.Array:
     """The sampler's loop; `choose` makes the next point of the step, 1 … S, and its prediction."""
     cache, points, x = (), [], noise
@@ -201,7 +209,7 @@ def walk(
 KINDS = ("history", "deterministic", "stochastic")
 
 # (params, noise, condition) → the predictions, (batch, steps, height, width, channel); the last is the sample
-Rollout = Callable[[Any, jax.Array, Condition], jax.Array]
+Rollout = Callable[[Params, jax.Array, Condition], jax.Array]
 
 
 def student_rollout(kind: str, model: Backbone | ARDStudent, steps: int, process: Process) -> Rollout:

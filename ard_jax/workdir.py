@@ -28,6 +28,7 @@ from ard_jax.files import read_json, tree_sha256, write_json
 from ard_jax.models import ARDStudent, AutoencoderKL, Backbone, init_from_teacher, inputs_like, parameter_shapes
 from ard_jax.parallel import is_first, placed
 from ard_jax.training.checkpoints import load_parameters
+from ard_jax.types import Params, PyTree
 
 log = logging.getLogger("ard_jax")
 
@@ -163,7 +164,7 @@ class Loaded(NamedTuple):
     """
 
     model: Backbone | ARDStudent
-    params: Any
+    params: Params
     sha256: str
     config: ml_collections.ConfigDict
 
@@ -217,7 +218,7 @@ def load_student(directory: pathlib.Path, mesh: Mesh) -> Loaded:
     return Loaded(make_student(config), params, hashes["ema"], config)
 
 
-def load_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Any]:
+def load_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Params]:
     """The autoencoder that lies in `vae_folder` in diffusers' format, its parameters as float32.
 
     Raises:
@@ -232,7 +233,7 @@ def load_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[
     return open_vae(directory)
 
 
-def find_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Any] | None:
+def find_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Params] | None:
     """`load_vae` for networks of latents; None for those of pixels, and where there is none and none is asked for.
 
     Raises:
@@ -249,7 +250,7 @@ def find_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[
     return vae, params
 
 
-def load_weights(directory: pathlib.Path, like: Any, sha256: str, part: str = "ema") -> Any:
+def load_weights(directory: pathlib.Path, like: PyTree, sha256: str, part: str = "ema") -> Params:
     """A finished training's averaged parameters, or the last step's (part "params"), laid out as `like` says.
 
     Raises:
@@ -264,12 +265,12 @@ def load_weights(directory: pathlib.Path, like: Any, sha256: str, part: str = "e
     return params
 
 
-def teacher_shapes(model: Backbone) -> Any:
+def teacher_shapes(model: Backbone) -> Params:
     """Shapes of a teacher's parameters, which do not depend on the size of its images."""
     return parameter_shapes(model, *inputs_like(model))
 
 
-def student_shapes(config: ml_collections.ConfigDict) -> Any:
+def student_shapes(config: ml_collections.ConfigDict) -> Params:
     """Shapes of the parameters of the student that a config describes."""
     student = make_student(config)
     return jax.eval_shape(lambda params: init_from_teacher(params, student), teacher_shapes(make_teacher(config)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ard_jax.models import ARDStudent, Backbone, Condition
 from ard_jax.models.flops import student_macs, teacher_macs
-from ard_jax.objectives import Given, Method, Objective, require_kind
+from ard_jax.objectives import Given, Method, Metrics, Objective, require_kind
 from ard_jax.sampling import (
     Solve,
     draw_noise,
@@ -19,6 +19,7 @@ from ard_jax.sampling import (
     trajectory_key,
     within_bounds,
 )
+from ard_jax.types import Params
 
 
 def build(given: Given) -> Method:
@@ -42,7 +43,7 @@ def build(given: Given) -> Method:
 
 
 def teacher_forcing(
-    student: ARDStudent, params, noise: jax.Array, points: jax.Array, condition: Condition
+    student: ARDStudent, params: Params, noise: jax.Array, points: jax.Array, condition: Condition
 ) -> jax.Array:
     """Predictions of every point from the teacher's own earlier points.
 
@@ -59,14 +60,16 @@ def teacher_forcing(
     return student.apply({"params": params}, inputs, condition)
 
 
-def loss_per_step(student: ARDStudent, params, noise, points, condition, weight) -> jax.Array:
+def loss_per_step(
+    student: ARDStudent, params: Params, noise: jax.Array, points: jax.Array, condition: Condition, weight: jax.Array
+) -> jax.Array:
     """Mean squared error of each step over the rows, weighted, (step,); see `teacher_forcing`."""
     error = teacher_forcing(student, params, noise, points, condition).astype(jnp.float32) - points
     per_row = jnp.mean(error**2, axis=(2, 3, 4))
     return jnp.sum(per_row * weight[:, None], axis=0) / jnp.maximum(jnp.sum(weight), 1.0)
 
 
-def summarise(per_step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def summarise(per_step: jax.Array) -> tuple[jax.Array, Metrics]:
     return jnp.mean(per_step), {f"loss_step_{step + 1}": value for step, value in enumerate(per_step)}
 
 
