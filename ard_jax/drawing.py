@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from ard_jax.build import example_shape
 from ard_jax.data import Source, image_source
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, AutoencoderKL, Condition
-from ard_jax.models.backbone import Backbone
+from ard_jax.models import AutoencoderKL, Condition, Network
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.models.vae import to_images
 from ard_jax.parallel import in_turns, on_mesh, replicated
@@ -79,7 +78,7 @@ def open_images(config: ml_collections.ConfigDict, model: AutoencoderKL) -> Sour
         raise UserError(re.sub(r"\bdata\.(?=(source|name|dir|split|image_size)\b)", "encode.", str(error))) from None
 
 
-def rollout_macs(config: ml_collections.ConfigDict, student: Backbone | ARDStudent) -> int:
+def rollout_macs(config: ml_collections.ConfigDict, student: Network) -> int:
     """Multiply-accumulates of one image of the student that a config describes."""
     shape, steps = example_shape(config), len(config.student.points)
     return student_macs(student, shape) if config.student.kind == "history" else steps * teacher_macs(student, shape)

@@ -88,7 +88,7 @@ def named_leaves(tree: PyTree) -> list[tuple[str, jax.typing.ArrayLike]]:
 def hash_leaf(digest: "hashlib._Hash", name: str, array: np.ndarray) -> None:
     """Adds the next of `named_leaves` to the hash that `tree_sha256` makes."""
     digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # no copy: stacks have gigabytes
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # no copy: stacks have gigabytes
 
 
 def fetch(array: jax.typing.ArrayLike) -> np.ndarray:
@@ -100,7 +100,8 @@ def fetch(array: jax.typing.ArrayLike) -> np.ndarray:
 
 def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
     """Arrays by name."""
-    atomic_write(path, lambda temporary: np.savez(temporary, **arrays))
+    # NumPy's annotations take every name for that of its flag `allow_pickle` too
+    atomic_write(path, lambda temporary: np.savez(temporary, **arrays))  # type: ignore[arg-type]
 
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -38,8 +38,8 @@ class Place(NamedTuple):
         coordinator: HOST:PORT where process 0 listens; None where JAX finds it by the environment.
     """
 
-    index: int
-    count: int
+    index: int  # type: ignore[assignment]  # tuple's own methods of these names are not used
+    count: int  # type: ignore[assignment]
     coordinator: str | None = None
 
 
@@ -53,10 +53,10 @@ def split_flags(arguments: list[str]) -> tuple[Place | None, list[str]]:
     for flag in FLAGS:
         parser.add_argument(flag)
 
-    def refuse(message: str):
+    def refuse(message: str) -> NoReturn:
         raise UserError(f"the command line cannot be used ({message}): give {', '.join(FLAGS)} with a value each.")
 
-    parser.error = refuse
+    parser.error = refuse  # type: ignore[method-assign]  # raises, as the parser's own exits
     given, rest = parser.parse_known_args(arguments)
     coordinator, count, index = values = given.coordinator, given.num_processes, given.process_id
     if values == (None, None, None):
@@ -204,7 +204,7 @@ def agree(settings: dict[str, Any]) -> None:
         log.warning("the hosts' clocks differ by %.0f seconds: their logs do too.", max(times) - min(times))
 
 
-def gather_json(value: Any) -> list[Any]:
+def gather_json(value: object) -> list[Any]:
     """Every process's value, in the order of the processes."""
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.asarray(len(mine)))

@@ -22,8 +22,8 @@ from ard_jax.diffusion import (
 )
 from ard_jax.diffusion.solvers import Predict
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, Backbone, Condition
-from ard_jax.types import Params
+from ard_jax.models import ARDStudent, Backbone, Condition, Network
+from ard_jax.types import Params, PyTree
 
 NO_GUIDANCE = Guidance(scale=1.0)
 
@@ -196,7 +196,8 @@ def walk(
     choose: Callable[[int, jax.Array], jax.Array],
 ) -> jax.Array:
     """The sampler's loop; `choose` makes the next point of the step, 1 … S, and its prediction."""
-    cache, points, x = (), [], noise
+    cache: PyTree = ()
+    points, x = [], noise
     for step in range(1, model.steps + 1):
         prediction, cache = model.apply({"params": params}, x, condition, cache, method="step")
         x = choose(step, prediction).astype(noise.dtype)
@@ -212,7 +213,7 @@ KINDS = ("history", "deterministic", "stochastic")
 Rollout = Callable[[Params, jax.Array, Condition], jax.Array]
 
 
-def student_rollout(kind: str, model: Backbone | ARDStudent, steps: int, process: Process) -> Rollout:
+def student_rollout(kind: str, model: Network, steps: int, process: Process) -> Rollout:
     """How a kind of student is sampled.
 
     Args:
@@ -227,19 +228,21 @@ def student_rollout(kind: str, model: Backbone | ARDStudent, steps: int, process
     if kind not in KINDS:
         raise UserError(f"student.kind is {kind!r}: choose one of {', '.join(KINDS)}.")
     if kind == "history":
+        assert isinstance(model, ARDStudent)
         return functools.partial(sample_student, model)
+    assert isinstance(model, Backbone)
     process = few_step_process(process)
     grid = process.grid(steps)
     if kind == "deterministic":
 
-        def rollout(params, noise, condition):
+        def deterministic(params, noise, condition):
             return solve(
                 "ddim", teacher_predictor(model, params, condition, grid, process, NO_GUIDANCE), grid, noise
             ).x0
 
-        return rollout
+        return deterministic
 
-    def rollout(params, noise, condition):
+    def stochastic(params, noise, condition):
         predict = teacher_predictor(model, params, condition, grid, process, NO_GUIDANCE)
         x, points = noise, []
         for node in range(steps):
@@ -248,7 +251,7 @@ def student_rollout(kind: str, model: Backbone | ARDStudent, steps: int, process
             x = alpha * points[-1] + sigma * fresh_noise(noise, node)
         return jnp.stack(points, axis=1)
 
-    return rollout
+    return stochastic
 
 
 def fresh_noise(noise: jax.Array, step: int) -> jax.Array:

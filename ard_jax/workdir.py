@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import ml_collections
@@ -25,7 +25,7 @@ from ard_jax.config import ROWS, default_config, flatten, keys_that_change, plai
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, tree_sha256, write_json
-from ard_jax.models import ARDStudent, AutoencoderKL, Backbone, init_from_teacher, inputs_like, parameter_shapes
+from ard_jax.models import AutoencoderKL, Backbone, Network, init_from_teacher, inputs_like, parameter_shapes
 from ard_jax.parallel import is_first, placed
 from ard_jax.training.checkpoints import load_parameters
 from ard_jax.types import Params, PyTree
@@ -82,7 +82,7 @@ def compare(before: dict, now: dict, sections: tuple[str, ...], directory: pathl
         )
 
 
-def differing(before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
+def differing(before: dict, now: dict) -> dict[str, tuple[object, object]]:
     """Keys of two configs whose values differ, sorted: both values, None for a key that one has not."""
     before, now = flatten(before), flatten(now)
     every = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
@@ -153,7 +153,10 @@ def finished(directory: pathlib.Path, stage: str) -> dict[str, Any]:
     return done
 
 
-class Loaded(NamedTuple):
+Model = TypeVar("Model", bound=Network)
+
+
+class Loaded(NamedTuple, Generic[Model]):
     """A finished model.
 
     Attributes:
@@ -163,13 +166,13 @@ class Loaded(NamedTuple):
         config: that it was trained with.
     """
 
-    model: Backbone | ARDStudent
+    model: Model
     params: Params
     sha256: str
     config: ml_collections.ConfigDict
 
 
-def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> Loaded:
+def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> Loaded[Backbone]:
     """The trained teacher, its network as this config computes it.
 
     Raises:
@@ -206,7 +209,7 @@ def network(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
-def load_student(directory: pathlib.Path, mesh: Mesh) -> Loaded:
+def load_student(directory: pathlib.Path, mesh: Mesh) -> Loaded[Network]:
     """A trained student.
 
     Raises:

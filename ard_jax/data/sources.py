@@ -41,7 +41,7 @@ def image_source(data: ConfigDict) -> Source:
       UserError: a field is wrong, the data are missing or of another shape or format. An image that cannot be
         read and a label out of range raise it when that record is read.
     """
-    makers = {"digits": _digits, "tfds": _tfds, "folder": _Folder}
+    makers: dict[str, Callable[[ConfigDict], Source]] = {"digits": _digits, "tfds": _tfds, "folder": _Folder}
     if data.source not in makers:
         raise UserError(f"data.source is {data.source!r}, but it must be one of {', '.join(makers)}.")
     if data.space not in ("pixel", "latent"):

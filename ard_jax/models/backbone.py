@@ -203,7 +203,7 @@ class Backbone(nn.Module):
 
     def features(
         self, x: jax.Array, t: jax.Array, condition: Condition, chosen: tuple[int, ...] = ()
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """What the blocks see in images: the discriminator's input.
 
         Args:

@@ -53,7 +53,7 @@ def logical_axes(path: tuple[jax.tree_util.KeyEntry, ...], ndim: int) -> tuple[s
             f"nothing says what the {ndim} axes of the parameter {'/'.join(map(str, keys))} stand for, so it would lie "
             f"whole on every device: name them beside its module, with models.partition.name_axes."
         )
-    axes = _AXES.get(name, ())
+    axes = _AXES[name] if name else ()
     axes = axes[-1:] if keys[-1:] == ["bias"] else axes
     stack = next((STACKS[key] for key in reversed(keys) if key in STACKS), None)
     if stack and ndim == len(axes) + 1:

@@ -4,7 +4,7 @@ Its parameters are the teacher's, name by name, but for the final layer, which h
 step. The lowest `history_layers` slices of the layer stack look across blocks, the others stay inside a block.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -224,7 +224,11 @@ class ARDStudent(nn.Module):
         return self.predict(h, context._replace(summary=None), block, point), (*cache, own)
 
 
-def init_from_teacher(teacher_params: Params, student: Backbone | ARDStudent) -> Params:
+# What learns and is sampled: a student with a history, or a backbone alone.
+Network: TypeAlias = Backbone | ARDStudent
+
+
+def init_from_teacher(teacher_params: Params, student: Network) -> Params:
     """The student's parameters at the start: the teacher's, with a copy of its final layer for every head.
 
     The stack of layers is shared with the teacher's tree, not copied.

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ard_jax.errors import UserError, first_line
-from ard_jax.models import ARDStudent, Backbone
+from ard_jax.models import Backbone, Network
 from ard_jax.sampling import Solve
 from ard_jax.types import Batch, Params, PyTree
 
@@ -64,7 +64,7 @@ class Given(NamedTuple):
         options: the method's own settings, `config.distill.<objective>`; empty if it has none.
     """
 
-    student: Backbone | ARDStudent
+    student: Network
     kind: str
     teacher: Backbone
     solve: Solve

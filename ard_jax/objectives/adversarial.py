@@ -57,11 +57,12 @@ class Judge(NamedTuple):
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, position)
             noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], images.dtype))(keys)
             images = self.process.noised(images, noise, time)
-        return self.teacher.apply({"params": params}, images, time, condition, self.layers, method="features")
+        seen = images, time, condition, self.layers
+        return self.teacher.apply({"params": params}, *seen, method="features")  # type: ignore[return-value]
 
     def logits(self, params: Params, vectors: Vectors, tokens: jax.Array, summary: jax.Array) -> jax.Array:
         """(head, batch, token); `params` are the heads'."""
-        return self.heads.apply({"params": normalised(params, vectors)}, tokens, summary)
+        return self.heads.apply({"params": normalised(params, vectors)}, tokens, summary)  # type: ignore[return-value]
 
 
 def make_judge(teacher: Backbone, layers: tuple[int, ...], process: Process, share: float) -> Judge:

@@ -25,11 +25,13 @@ from ard_jax.types import Params
 def build(given: Given) -> Method:
     """ARD from a store, or with the teacher inside the training step where there is none."""
     require_kind(given, "history")
-    flops = 6 * student_macs(given.student, given.shape)
+    student = given.student
+    assert isinstance(student, ARDStudent)
+    flops = 6 * student_macs(student, given.shape)
     if given.columns is not None:
-        return Method(ard(given.student, target=given.target, columns=given.columns), flops)
+        return Method(ard(student, target=given.target, columns=given.columns), flops)
     objective = online_ard(
-        given.student,
+        student,
         given.teacher,
         target=given.target,
         points=given.points,
@@ -57,7 +59,7 @@ def teacher_forcing(
         Of the shape of `points`.
     """
     inputs = jnp.concatenate([noise[:, None], points[:, :-1]], axis=1)
-    return student.apply({"params": params}, inputs, condition)
+    return student.apply({"params": params}, inputs, condition)  # type: ignore[return-value]  # Flax: a pair only where state is `mutable`
 
 
 def loss_per_step(

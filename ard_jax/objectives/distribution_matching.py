@@ -24,6 +24,7 @@ import numpy as np
 
 from ard_jax.diffusion import few_step_process
 from ard_jax.errors import UserError
+from ard_jax.models import Backbone
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import STUDENT, Given, Joint, Method, require_kind
 from ard_jax.objectives.denoising import denoising
@@ -104,6 +105,7 @@ def distribution_matching(given: Given) -> Joint:
 
 def generate(given: Given, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
     """The student's x̂_0 from the teacher's samples noised at one of its nodes, (batch, height, width, channel)."""
+    assert isinstance(given.student, Backbone)  # of the kind "stochastic"
     process = few_step_process(given.solve.process)
     grid = process.grid(len(given.points))
     node, noise = draw_nodes(key, batch["position"], range(grid.steps), given.shape)

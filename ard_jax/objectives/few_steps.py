@@ -20,6 +20,7 @@ def require_store(given: Given) -> None:
 
 def teacher_samples(given: Given, batch: Batch) -> jax.Array:
     """The teacher's samples, the last point of the store's records, (batch, height, width, channel) float32."""
+    assert given.columns is not None  # see `require_store`
     return batch["x0"][:, given.columns[-1]].astype(jnp.float32)
 
 

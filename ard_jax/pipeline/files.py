@@ -29,7 +29,7 @@ from ard_jax.convert.tensors import write_tensors
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, whole_folder, write_json
-from ard_jax.models import ARDStudent, AutoencoderKL, DiT
+from ard_jax.models import AutoencoderKL, Network
 from ard_jax.parallel import make_mesh
 from ard_jax.version import __version__
 from ard_jax.workdir import find_vae, load_student, load_teacher, read_done, recorded_config, teacher_folder
@@ -112,8 +112,8 @@ def reader(folder: pathlib.Path) -> Callable[[pathlib.Path], Opened]:
         return open_folder
     if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
         return open_workdir
-    models = [path for path in (folder / "teacher", *sorted(folder.glob("distill/*")), *sorted(folder.glob("*")))]
-    models = [str(path) for path in models if (path / "config.json").is_file() and (path / "checkpoints").is_dir()]
+    paths = folder / "teacher", *sorted(folder.glob("distill/*")), *sorted(folder.glob("*"))
+    models = [str(path) for path in paths if (path / "config.json").is_file() and (path / "checkpoints").is_dir()]
     hint = " or ".join(models[:2]) or "one with a model_index.json, or a finished one such as runs/x/distill/ard"
     raise UserError(f"{folder} is no pipeline: name {hint}.")
 
@@ -124,6 +124,7 @@ def reader(folder: pathlib.Path) -> Callable[[pathlib.Path], Opened]:
 def open_folder(folder: pathlib.Path) -> Opened:
     """A folder of ours or of diffusers, which `convert` reads too."""
     source = open_source(folder)
+    assert source.model is not None and source.tensors is not None  # a pipeline is no autoencoder alone
     vae, vae_params = open_vae(source.vae) if source.vae else (None, None)
     card = folder / "README.md"
     return {
@@ -179,11 +180,11 @@ def read_names(path: pathlib.Path) -> dict[int, str]:
 
 def write_pipeline(
     folder: str | os.PathLike,
-    params: Any,
+    params: Params,
     config: ml_collections.ConfigDict,
     *,
     vae: AutoencoderKL | None,
-    vae_params: Any,
+    vae_params: Params | None,
     id2label: Mapping[int, str],
     card: str,
 ) -> None:
@@ -201,7 +202,7 @@ def write_pipeline(
     with whole_folder(folder) as new:
         name = "student" if config.get("student") else "teacher"
         model = make_student(config) if name == "student" else make_teacher(config)
-        index = {"_class_name": "ARDPipeline", "_ard_jax_version": __version__, name: ["ard_jax", PARTS[name]]}
+        index: dict[str, Any] = {"_class_name": "ARDPipeline", "_ard_jax_version": __version__, name: ["ard_jax", PARTS[name]]}
         described = {"_class_name": PARTS[name], "config": plain(sections(config, name == "student"))}
         write_json(new / name / "config.json", described)
         write_tensors(new / name / WEIGHTS, to_torch(model, params))
@@ -233,7 +234,7 @@ def check_place(folder: pathlib.Path) -> None:
         )
 
 
-def default_card(model: ARDStudent | DiT) -> str:
+def default_card(model: Network) -> str:
     """What a folder says of itself if nobody wrote it a card."""
     is_student = model.backbone is not model
     what = f"An ARD student of {model.steps} steps" if is_student else "A diffusion transformer"

@@ -106,10 +106,11 @@ def read_image(image: Any, size: int, channels: int) -> np.ndarray:
             f"the image to edit is an array of {array.dtype} {array.shape}: give (height, width, channel) of uint8, or "
             f"of floats from 0 to 1."
         )
-    check_size(*array.shape[:2], size)
-    if array.shape[2] != channels:
+    height, width, found = array.shape
+    check_size(height, width, size)
+    if found != channels:
         raise UserError(
-            f"the image to edit has {array.shape[2]} channels, but this model makes {channels}: convert it."
+            f"the image to edit has {found} channels, but this model makes {channels}: convert it."
         )
     if floats and not ((array >= 0) & (array <= 1)).all():
         raise UserError(

@@ -190,10 +190,10 @@ def read_ahead(
     for numbers, count in batches:
         waiting.append((numbers, start(numbers), count))
         if len(waiting) > AHEAD:
-            *first, rows = waiting.popleft()
-            yield collect(*first), rows
-    for *first, rows in waiting:
-        yield collect(*first), rows
+            first, reading, rows = waiting.popleft()
+            yield collect(first, reading), rows
+    for first, reading, rows in waiting:
+        yield collect(first, reading), rows
 
 
 def check_finite(batch: Batch, dtype: str) -> None:

@@ -22,12 +22,13 @@ from ard_jax.config import plain
 from ard_jax.data import to_uint8
 from ard_jax.drawing import Decoder, Sampler, make_decoder, make_drawing, rollout_macs, student_sampler
 from ard_jax.files import atomic_write, fetch, file_sha256, write_json, write_npz
-from ard_jax.models import count_parameters
+from ard_jax.models import Network, count_parameters
 from ard_jax.models.flops import teacher_macs
 from ard_jax.parallel import batch_shards, is_first, make_mesh, put_batch
 from ard_jax.progress import progress_bar
 from ard_jax.report import image_grid
 from ard_jax.sampling import network_calls, sample_teacher, sampling_key
+from ard_jax.types import Params
 from ard_jax.workdir import Stopwatch, find_vae, load_student, load_teacher, merge_done, vae_folder
 
 log = logging.getLogger("ard_jax")
@@ -60,9 +61,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 def load_sampler(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, mesh: Mesh
-) -> tuple[Sampler, Any, dict[str, Any]]:
+) -> tuple[Sampler, Params, dict[str, Any]]:
     """A model's sampler, its parameters, and what it costs."""
     shape = example_shape(config)
+    model: Network
+    facts: dict[str, Any]
     if name == "teacher":
         model, params, sha, _ = load_teacher(config, workdir, mesh)
         how = make_solve(config)
@@ -84,7 +87,7 @@ def load_sampler(
 
 
 def draw(
-    sampler: Sampler, params: Any, decoder: Decoder | None, config: ml_collections.ConfigDict, mesh: Mesh
+    sampler: Sampler, params: Params, decoder: Decoder | None, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Images 0 … count−1 with their labels, and the seconds that one takes once compiled.
 
@@ -130,7 +133,7 @@ def write(directory: pathlib.Path, images: np.ndarray, labels: np.ndarray, shown
         write_npz(directory / "samples.npz", latents=images, labels=labels)
         return ["samples.npz"]
     write_npz(directory / "samples.npz", arr_0=images, labels=labels)
-    shown = images[:shown]
-    grid = image_grid(shown, columns=int(np.ceil(len(shown) ** 0.5)))
+    images = images[:shown]
+    grid = image_grid(images, columns=int(np.ceil(len(images) ** 0.5)))
     atomic_write(directory / "grid.png", lambda temporary: grid.save(temporary))
     return ["samples.npz", "grid.png"]

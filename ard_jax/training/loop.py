@@ -151,6 +151,7 @@ class Meter:
                         f"{name} is {value} at step {step}, so the run stopped and its last good checkpoint stays: "
                         f"lower the learning rate or the gradient clip, or look at the data, and start again."
                     )
+        assert self.since is not None  # `add` came before
         now = time.monotonic()
         spent = max(now - self.since, 1e-9)
         rate = self.timed / spent

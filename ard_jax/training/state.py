@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def make_optimizer(settings: ml_collections.ConfigDict, steps: int) -> optax.Gra
     Raises:
         UserError: optax has no such optimiser, it takes no weight decay and one is asked for, or clip is below 0.
     """
-    build = getattr(optax, settings.name, None)
+    build: Any = getattr(optax, settings.name, None)
     is_function = inspect.isfunction(build) or isinstance(build, functools.partial)  # nadamw is a partial adamw
     takes = inspect.signature(build).parameters if is_function else ()
     if "learning_rate" not in takes:

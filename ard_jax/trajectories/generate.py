@@ -29,7 +29,7 @@ from ard_jax.version import __version__
 
 def make_solver(
     model: Backbone, config: ml_collections.ConfigDict, mesh: Mesh
-) -> Callable[[Params, Batch], tuple[Record, jax.Array]]:
+) -> Callable[[Params, Batch], tuple[dict[str, jax.Array], jax.Array]]:
     """The jitted function (params, {"index", "label": (batch,), "condition"}) → records, leaves (batch, …).
 
     The records have the store's type already, and "kept" says which are within bounds.
@@ -104,7 +104,9 @@ def features_of(config: ml_collections.ConfigDict) -> tfds.features.FeaturesDict
     )
 
 
-def keep(batches: Iterator[tuple[Record, np.ndarray]], dropped: list[int], bar: tqdm.tqdm) -> Iterator[Record]:
+def keep(
+    batches: Iterator[tuple[dict[str, np.ndarray], np.ndarray]], dropped: list[int], bar: tqdm.tqdm
+) -> Iterator[Record]:
     """Yields the records that are within bounds, and notes the numbers of the others in `dropped`."""
     for records, kept in batches:
         for row, good in enumerate(kept):
