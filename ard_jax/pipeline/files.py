@@ -31,6 +31,7 @@ from ard_jax.errors import UserError
 from ard_jax.files import read_json, whole_folder, write_json
 from ard_jax.models import AutoencoderKL, Network
 from ard_jax.parallel import make_mesh
+from ard_jax.types import Params
 from ard_jax.version import __version__
 from ard_jax.workdir import find_vae, load_student, load_teacher, read_done, recorded_config, teacher_folder
 
@@ -42,14 +43,14 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 Opened = dict[str, Any]
 
 
-def open_pipeline(source: str | os.PathLike, dtype: Any = None) -> Opened:
+def open_pipeline(source: str | os.PathLike, dtype: jax.typing.DTypeLike | None = None) -> Opened:
     """What `ARDPipeline.from_pretrained` opens, see there."""
     folder = locate(source)
     check_dtype(dtype)
     return in_dtype(reader(folder)(folder), dtype)
 
 
-def in_dtype(opened: Opened, dtype: Any) -> Opened:
+def in_dtype(opened: Opened, dtype: jax.typing.DTypeLike | None) -> Opened:
     """The parts set to compute in a type, and their parameters kept in it if it is bfloat16; None changes nothing.
 
     Raises:
@@ -67,7 +68,7 @@ def in_dtype(opened: Opened, dtype: Any) -> Opened:
     return opened
 
 
-def check_dtype(dtype: Any) -> str | None:
+def check_dtype(dtype: jax.typing.DTypeLike | None) -> str | None:
     """The name of a compute type, None for None."""
     if dtype is None:
         return None
@@ -202,7 +203,11 @@ def write_pipeline(
     with whole_folder(folder) as new:
         name = "student" if config.get("student") else "teacher"
         model = make_student(config) if name == "student" else make_teacher(config)
-        index: dict[str, Any] = {"_class_name": "ARDPipeline", "_ard_jax_version": __version__, name: ["ard_jax", PARTS[name]]}
+        index: dict[str, Any] = {
+            "_class_name": "ARDPipeline",
+            "_ard_jax_version": __version__,
+            name: ["ard_jax", PARTS[name]],
+        }
         described = {"_class_name": PARTS[name], "config": plain(sections(config, name == "student"))}
         write_json(new / name / "config.json", described)
         write_tensors(new / name / WEIGHTS, to_torch(model, params))

@@ -4,18 +4,21 @@ import difflib
 import operator
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import SupportsIndex, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from ard_jax.data import MODES
 from ard_jax.errors import UserError
 
+Labels: TypeAlias = SupportsIndex | str | Iterable[SupportsIndex | str]  # a class's number or name, or several
 
-def resolve_labels(labels: Any, id2label: Mapping[int, str], num_classes: int) -> np.ndarray:
+
+def resolve_labels(labels: Labels, id2label: Mapping[int, str], num_classes: int) -> np.ndarray:
     """Class labels as numbers.
 
     Args:
@@ -37,7 +40,7 @@ def resolve_labels(labels: Any, id2label: Mapping[int, str], num_classes: int) -
     return np.asarray([resolve_label(label, id2label, num_classes) for label in given], np.int32)
 
 
-def resolve_label(label: Any, id2label: Mapping[int, str], num_classes: int) -> int:
+def resolve_label(label: SupportsIndex | str, id2label: Mapping[int, str], num_classes: int) -> int:
     if isinstance(label, str):
         return find_name(label, id2label, num_classes)
     try:
@@ -76,7 +79,7 @@ def normal(name: str) -> str:
     return ", ".join(" ".join(part.split()) for part in name.casefold().split(","))
 
 
-def read_image(image: Any, size: int, channels: int) -> np.ndarray:
+def read_image(image: Image.Image | str | os.PathLike | npt.ArrayLike, size: int, channels: int) -> np.ndarray:
     """An image to edit.
 
     Args:
@@ -109,9 +112,7 @@ def read_image(image: Any, size: int, channels: int) -> np.ndarray:
     height, width, found = array.shape
     check_size(height, width, size)
     if found != channels:
-        raise UserError(
-            f"the image to edit has {found} channels, but this model makes {channels}: convert it."
-        )
+        raise UserError(f"the image to edit has {found} channels, but this model makes {channels}: convert it.")
     if floats and not ((array >= 0) & (array <= 1)).all():
         raise UserError(
             f"the image to edit has values from {array.min():.3g} to {array.max():.3g}: floats must lie in [0, 1]."
@@ -138,7 +139,7 @@ def check_size(height: int, width: int, size: int) -> None:
         )
 
 
-def require_int(value: Any, name: str, low: int, high: int | None = None) -> int:
+def require_int(value: SupportsIndex, name: str, low: int, high: int | None = None) -> int:
     """A whole number from `low` to `high`; UserError for anything else."""
     try:
         number = operator.index(value)

@@ -20,7 +20,7 @@ RIVALS = {
 }
 
 
-def finite(value: Any) -> bool:
+def finite(value: object) -> TypeGuard[float]:
     """Whether `value` is a number that can be compared and divided by."""
     try:
         return math.isfinite(value)
@@ -28,7 +28,7 @@ def finite(value: Any) -> bool:
         return False
 
 
-def is_positive(value: Any) -> bool:
+def is_positive(value: object) -> TypeGuard[float]:
     return finite(value) and value > 0
 
 
