@@ -11,8 +11,8 @@ import pathlib
 import signal
 import sys
 import types
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import absl.logging
 import jax
@@ -49,9 +49,10 @@ def run_stage(stage: str, arguments: list[str]) -> int:
     """
     if {"-h", "--help"} & set(arguments):
         module = stage_module(stage)
+        about = (module.__doc__ or "").strip()
         if stage in WITHOUT_CONFIG:
             parser = module.flags()
-            parser.prog, parser.description = f"python -m ard_jax {stage}", module.__doc__.strip()
+            parser.prog, parser.description = f"python -m ard_jax {stage}", about
             parser.formatter_class = argparse.RawDescriptionHelpFormatter
             print(parser.format_help())
             return 0
@@ -59,13 +60,14 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         if has_workdir(stage):
             print("    on each of several hosts: [--coordinator HOST:PORT --num-processes N --process-id I]")
         print()
-        print(module.__doc__.strip())
+        print(about)
         return 0
     set_up_logging()
     set_up_libtpu()
     if stage not in WITHOUT_CONFIG and not has_workdir(stage):
         jax.config.update("jax_platforms", "cpu")  # it runs nothing, so it takes no accelerator from others
     try:
+        given: Sequence[Any]
         if stage in WITHOUT_CONFIG:
             given = [parse_flags(stage_module(stage).flags(), arguments)]
             workdir = given[0].workdir
@@ -138,10 +140,11 @@ def parse_flags(parser: argparse.ArgumentParser, arguments: list[str]) -> argpar
         UserError: an unknown, missing or unusable flag.
     """
 
-    def refuse(message: str):
+    def refuse(message: str) -> NoReturn:
         raise UserError(f"the command line cannot be used ({message}): --help lists the flags.")
 
-    parser.allow_abbrev, parser.error = False, refuse
+    parser.allow_abbrev = False
+    parser.error = refuse  # type: ignore[method-assign]  # raises, as the parser's own exits
     known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     for argument in arguments:
         name = argument.partition("=")[0]
@@ -182,7 +185,7 @@ def stopping(stage: str) -> Iterator[None]:
     A stage that trains replaces this while its loop runs; on several hosts the signal is then JAX's from the start.
     """
 
-    def stop(*_: Any) -> None:
+    def stop(*_: object) -> None:
         raise Preempted("stopped")
 
     if stage in TRAINING and jax.process_count() > 1:
@@ -233,8 +236,10 @@ def parse(arguments: list[str], names: dict[str, str] = WORKDIR) -> tuple[Any, .
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["ard_jax", *arguments])
     for name, value in names.items():
-        define, default = (flags.DEFINE_string, None) if value else (flags.DEFINE_bool, False)
-        define(name, default, value, flag_values=values)
+        if value:
+            flags.DEFINE_string(name, None, value, flag_values=values)
+        else:
+            flags.DEFINE_bool(name, False, value, flag_values=values)
     check_flags(arguments, names)
     try:
         rest = values(["ard_jax", *arguments])[1:]
@@ -249,7 +254,8 @@ def parse(arguments: list[str], names: dict[str, str] = WORKDIR) -> tuple[Any, .
         raise UserError(f"{rest[0]!r} is not understood: settings are given as --config.key=value.")
     if not isinstance(config, ml_collections.ConfigDict) or set(known_keys()) - set(flatten(config.to_dict()).keys()):
         raise UserError("the config file leaves settings out: let its get_config start from default_config().")
-    return config, *(pathlib.Path(values[name].value) if name == "workdir" else values[name].value for name in names)
+    given = {name: values[name].value for name in names}
+    return config, *(pathlib.Path(str(value)) if name == "workdir" else value for name, value in given.items())
 
 
 def check_flags(arguments: list[str], names: dict[str, str]) -> None:

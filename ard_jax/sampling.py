@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ard_jax.diffusion import (
     Grid,
@@ -136,7 +137,7 @@ def take_points(states: jax.Array, points: tuple[int, ...], steps: int) -> jax.A
     return states[:, jnp.asarray([steps - 1 - point for point in points])]
 
 
-def within_bounds(points: jax.Array, max_abs: float) -> jax.Array:
+def within_bounds(points: jax.Array | np.ndarray, max_abs: float) -> jax.Array:
     """Which trajectories are finite and stay within [-max_abs, max_abs] (0: any finite value) at their points.
 
     A few in a thousand of a teacher's solves blow up, because x̂_0 = (x − σ·ε̂)/α divides by α = 0.006 at the noise end;

@@ -15,7 +15,7 @@ import numpy as np
 from ard_jax.convert.lazy import Stored, Tensors, dtypes_of, shapes_of
 from ard_jax.convert.published import check_names, expected_shapes, parameters, to_torch
 from ard_jax.errors import UserError
-from ard_jax.models import DiT
+from ard_jax.models import DiT, Network
 from ard_jax.models.layers import position_table
 from ard_jax.types import Params
 
@@ -87,7 +87,7 @@ def dit_from_diffusers(
     return model, parameters(published_names(state_dict, model), model)
 
 
-def dit_to_diffusers(model: DiT, params: Params) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def dit_to_diffusers(model: Network, params: Params) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The inverse of `dit_from_diffusers`: a state dict, types kept, and the whole config.
 
     diffusers has one spacing of the time's sinusoids, so the log warns of a model that has another.
@@ -95,7 +95,7 @@ def dit_to_diffusers(model: DiT, params: Params) -> tuple[dict[str, np.ndarray],
     Raises:
         UserError: it is a student, its MLP is not four times as wide as its tokens, or its `image_size` is None.
     """
-    if model.backbone is not model:
+    if not isinstance(model, DiT):
         raise UserError("diffusers has no ARD students: export a student as a pipeline or as safetensors instead.")
     if model.mlp_ratio != 4:
         raise UserError(f"model.mlp_ratio is {model.mlp_ratio}, but diffusers' DiT has 4: export safetensors instead.")

@@ -31,7 +31,7 @@ from ard_jax.errors import UserError
 from ard_jax.files import read_json, whole_folder, write_json
 from ard_jax.models import AutoencoderKL, Network
 from ard_jax.parallel import make_mesh
-from ard_jax.types import Params
+from ard_jax.types import Params, PyTree
 from ard_jax.version import __version__
 from ard_jax.workdir import find_vae, load_student, load_teacher, read_done, recorded_config, teacher_folder
 
@@ -185,7 +185,7 @@ def write_pipeline(
     config: ml_collections.ConfigDict,
     *,
     vae: AutoencoderKL | None,
-    vae_params: Params | None,
+    vae_params: PyTree,
     id2label: Mapping[int, str],
     card: str,
 ) -> None:

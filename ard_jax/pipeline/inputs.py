@@ -4,8 +4,8 @@ import difflib
 import operator
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import SupportsIndex, TypeAlias
+from collections.abc import Mapping
+from typing import Any, SupportsIndex
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +15,8 @@ from PIL import Image
 from ard_jax.data import MODES
 from ard_jax.errors import UserError
 
-Labels: TypeAlias = SupportsIndex | str | Iterable[SupportsIndex | str]  # a class's number or name, or several
 
-
-def resolve_labels(labels: Labels, id2label: Mapping[int, str], num_classes: int) -> np.ndarray:
+def resolve_labels(labels: Any, id2label: Mapping[int, str], num_classes: int) -> np.ndarray:
     """Class labels as numbers.
 
     Args:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -40,7 +40,7 @@ def convert_output(array: np.ndarray, output_type: str) -> Pictures:
     return to_pil(array) if array.ndim == 4 else [to_pil(steps) for steps in array]
 
 
-def concatenate(batches: Sequence[Pictures]) -> Pictures:
+def concatenate(batches: Sequence[Any]) -> Pictures:
     """Batches after another: arrays as an array, lists as a list."""
     return list(itertools.chain(*batches)) if isinstance(batches[0], list) else np.concatenate(batches)
 
