@@ -77,7 +77,7 @@ def tree_sha256(tree: PyTree) -> str:
     return digest.hexdigest()
 
 
-def named_leaves(tree: PyTree) -> list[tuple[str, jax.typing.ArrayLike]]:
+def named_leaves(tree: PyTree) -> list[tuple[str, PyTree]]:
     """The leaves of a pytree with their names, in the order of the names."""
     return sorted(
         ((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)),

@@ -59,6 +59,6 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: BlockMask, 
     if mesh.empty or not nn.get_logical_axis_rules():
         return local(q, k, v)
     axes = nn.logical_to_mesh_axes(("batch", None, "heads", None))
-    assert axes is not None  # as it is for no axes at all
+    assert axes is not None  # Flax has None for no names alone
     spec = divided(axes, q.shape, mesh)
     return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)

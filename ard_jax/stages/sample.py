@@ -22,7 +22,7 @@ from ard_jax.config import plain
 from ard_jax.data import to_uint8
 from ard_jax.drawing import Decoder, Sampler, make_decoder, make_drawing, rollout_macs, student_sampler
 from ard_jax.files import atomic_write, fetch, file_sha256, write_json, write_npz
-from ard_jax.models import Network, count_parameters
+from ard_jax.models import count_parameters
 from ard_jax.models.flops import teacher_macs
 from ard_jax.parallel import batch_shards, is_first, make_mesh, put_batch
 from ard_jax.progress import progress_bar
@@ -64,17 +64,16 @@ def load_sampler(
 ) -> tuple[Sampler, Params, dict[str, Any]]:
     """A model's sampler, its parameters, and what it costs."""
     shape = example_shape(config)
-    model: Network
     facts: dict[str, Any]
     if name == "teacher":
-        model, params, sha, _ = load_teacher(config, workdir, mesh)
+        teacher, params, sha, _ = load_teacher(config, workdir, mesh)
         how = make_solve(config)
         evaluations = network_calls(how)
         facts = {"steps": how.steps, "network_calls": evaluations}
-        macs = evaluations * teacher_macs(model, shape)
+        macs = evaluations * teacher_macs(teacher, shape)
 
         def sampler(params, noise, condition):
-            return sample_teacher(model, params, noise, condition, how).xt[:, -1]
+            return sample_teacher(teacher, params, noise, condition, how).xt[:, -1]
 
     else:
         model, params, sha, trained = load_student(workdir / "distill" / name, mesh)
