@@ -138,6 +138,7 @@ def sharding_of(tree: PyTree, mesh: Mesh) -> PyTree:
 
     def sharding(path, leaf):
         spec = nn.logical_to_mesh_axes(logical_axes(path, len(leaf.shape)), RULES)
+        assert spec is not None  # Flax has None for no names alone
         return NamedSharding(mesh, divided(spec, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ard_jax.build import example_shape, make_process, make_solve, make_student, make_teacher
 from ard_jax.errors import UserError
-from ard_jax.models import AutoencoderKL
+from ard_jax.models import ARDStudent, AutoencoderKL, Backbone
 from ard_jax.models.vae import to_images, to_latents
 from ard_jax.parallel import equal_batches, make_mesh, put_batch, replicated, run_batches
 from ard_jax.pipeline.files import open_pipeline, write_pipeline
@@ -212,8 +212,10 @@ class ARDPipeline:
 
         def generate(params, vae_params, noise, labels):
             if is_student:
+                assert isinstance(model, ARDStudent)
                 points = sample_student(model, params, noise, labels)
                 return present(vae_params, points, points[:, -1])
+            assert isinstance(model, Backbone)
             solution = sample_teacher(model, params, noise, labels, how)
             return present(vae_params, solution.x0, solution.xt[:, -1])
 
@@ -225,6 +227,7 @@ class ARDPipeline:
         The image is (1, height, width, channel) in [-1, 1].
         """
         model, vae, present = self.model, self.vae, self._presenter(latent, trajectory)
+        assert isinstance(model, ARDStudent)
         alpha, sigma = self._source_coefficients(source_step)
 
         def edit(params, vae_params, noise, labels, image):
