@@ -9,7 +9,7 @@ import ml_collections
 from ard_jax.conditions import Conditions, Labels
 from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, Process
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, Backbone, DiT, size_fields
+from ard_jax.models import ARDStudent, Backbone, DiT, Network, size_fields
 from ard_jax.sampling import Rollout, Solve, student_rollout
 
 
@@ -26,8 +26,8 @@ def _make_dit(config: ml_collections.ConfigDict) -> DiT:
     model, data = config.model, config.data
     given = {key: model[key] for key in ("patch_size", "hidden_size", "depth", "num_heads")}
     sizes = size_fields(model.name) if model.name else given
-    same = ("mlp_ratio", "learn_sigma", "label_init_std", "time_init_std", "frequency_shift", "mlp_norm_eps")
-    same += ("remat", "attention")
+    same: tuple[str, ...] = ("mlp_ratio", "learn_sigma", "label_init_std", "time_init_std", "frequency_shift")
+    same += ("mlp_norm_eps", "remat", "attention")
     return DiT(
         **sizes,
         **{key: model[key] for key in same},
@@ -56,7 +56,7 @@ def make_teacher(config: ml_collections.ConfigDict) -> Backbone:
     return BACKBONES[family](config)
 
 
-def make_student(config: ml_collections.ConfigDict) -> Backbone | ARDStudent:
+def make_student(config: ml_collections.ConfigDict) -> Network:
     """The student that `config.student` describes, of the teacher's sizes; S is the number of its points.
 
     An `ARDStudent`, or for the other kinds a backbone like the teacher's.
@@ -81,7 +81,7 @@ def make_conditions(config: ml_collections.ConfigDict, names: Sequence[str] = ()
     return Labels(config.data.num_classes, tuple(names))
 
 
-def make_rollout(config: ml_collections.ConfigDict, student: Backbone | ARDStudent) -> Rollout:
+def make_rollout(config: ml_collections.ConfigDict, student: Network) -> Rollout:
     """How the student that `config.student` describes is sampled."""
     return student_rollout(config.student.kind, student, len(config.student.points), make_process(config))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from ard_jax.build import make_process, make_rollout, make_student, make_teacher
+from ard_jax.build import compute_dtype, make_process, make_rollout, make_student, make_teacher
 from ard_jax.config import ROWS
 from ard_jax.diffusion import Guidance, find_solver
 from ard_jax.errors import UserError
@@ -132,7 +132,7 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
             f"data.image_size {size} is not a multiple of the patch size {patch_size}: choose a size that is."
         )
     tokens, head_dim = (size // patch_size) ** 2, teacher.hidden_size // teacher.num_heads
-    choose(teacher.attention, platform or target_platform(), teacher.dtype, tokens, head_dim)
+    choose(teacher.attention, platform or target_platform(), compute_dtype(config.model.dtype), tokens, head_dim)
     missing = sorted(set(student.points) - set(trajectories.points), reverse=True)
     if missing and not config.distill.online:
         raise UserError(

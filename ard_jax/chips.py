@@ -1,7 +1,7 @@
 """What one chip can do at best: of the accelerators that we know, by their data sheets; of others, measured."""
 
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,9 @@ def chip_of(device_kind: str) -> Chip | None:
     return next((CHIPS[name] for kind, name in KINDS.items() if device_kind.startswith(kind)), None)
 
 
-def measured_matmul_rate(dtype: Any = jnp.float32, size: int | None = None, seconds: float = 0.3) -> float:
+def measured_matmul_rate(
+    dtype: jax.typing.DTypeLike = jnp.float32, size: int | None = None, seconds: float = 0.3
+) -> float:
     """FLOP/s of a large square matrix product on the default device: the ceiling where no data sheet gives one.
 
     Args:

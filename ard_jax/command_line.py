@@ -11,8 +11,8 @@ import pathlib
 import signal
 import sys
 import types
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import absl.logging
 import jax
@@ -55,21 +55,23 @@ def run_stage(stage: str, arguments: list[str]) -> int:
     """
     if {"-h", "--help"} & set(arguments):
         module = stage_module(stage)
+        about = (module.__doc__ or "").strip()
         if stage in WITHOUT_CONFIG:
             prog = f"python -m ard_jax {stage}"
-            print(make_parser(module.FLAGS, prog=prog, description=module.__doc__.strip()).format_help())
+            print(make_parser(module.FLAGS, prog=prog, description=about).format_help())
             return 0
         print(f"python -m ard_jax {stage} --config FILE[:key=value,…] {usage(flags_of(stage))} [--config.key=value …]")
         if has_workdir(stage):
             print(f"    on each of several hosts: [{usage(hosts.FLAGS, brackets=False)}]")
         print()
-        print(module.__doc__.strip())
+        print(about)
         return 0
     set_up_logging()
     set_up_libtpu()
     if stage not in WITHOUT_CONFIG and not has_workdir(stage):
         jax.config.update("jax_platforms", "cpu")  # it runs nothing, so it takes no accelerator from others
     try:
+        given: Sequence[Any]
         if stage in WITHOUT_CONFIG:
             given = [parse_flags(stage_module(stage).FLAGS, arguments)]
             workdir = given[0].workdir
@@ -148,10 +150,11 @@ def parse_flags(table: Flags, arguments: list[str], **texts: str) -> argparse.Na
     """
     parser = make_parser(table, **texts)
 
-    def refuse(message: str):
+    def refuse(message: str) -> NoReturn:
         raise UserError(f"the command line cannot be used ({message}): --help lists the flags.")
 
-    parser.allow_abbrev, parser.error = False, refuse
+    parser.allow_abbrev = False
+    parser.error = refuse  # type: ignore[method-assign]  # raises, as the parser's own exits
     known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     for argument in arguments:
         name = argument.partition("=")[0]
@@ -192,7 +195,7 @@ def stopping(stage: str) -> Iterator[None]:
     A stage that trains replaces this while its loop runs; on several hosts the signal is then JAX's from the start.
     """
 
-    def stop(*_: Any) -> None:
+    def stop(*_: object) -> None:
         raise Preempted("stopped")
 
     if stage in TRAINING and jax.process_count() > 1:

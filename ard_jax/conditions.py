@@ -6,10 +6,12 @@ A class's arrays are its number; those of a caption are rows of a table. Stores 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
+
+from ard_jax.types import Batch, Batches, PyTree
 
 
 class Conditions(Protocol):
@@ -18,7 +20,7 @@ class Conditions(Protocol):
     def __len__(self) -> int:
         """How many there are."""
 
-    def rows(self, numbers: np.ndarray) -> Any:
+    def rows(self, numbers: np.ndarray) -> PyTree:
         """What a network is told: numbers (batch,) → a pytree of NumPy arrays (batch, …), see `models.backbone`."""
 
     def words(self, number: int) -> str:
@@ -94,23 +96,25 @@ class WithConditions:
         numbers: positions in the stream (batch,) → numbers, where the records have none.
     """
 
-    def __init__(self, batches: Any, conditions: Conditions, numbers: Callable[[np.ndarray], np.ndarray] | None = None):
+    def __init__(
+        self, batches: Batches, conditions: Conditions, numbers: Callable[[np.ndarray], np.ndarray] | None = None
+    ):
         self._batches, self._conditions, self._numbers = batches, conditions, numbers
 
     def __iter__(self) -> "WithConditions":
         return self
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> Batch:
         return self._add(next(self._batches))
 
-    def _add(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _add(self, batch: Batch) -> Batch:
         if "position" not in batch:
             return {name: self._add(part) for name, part in batch.items()}
         label = self._numbers(batch["position"]) if self._numbers else batch["label"]
         return {**batch, "label": label, "condition": self._conditions.rows(label)}
 
-    def get_state(self) -> Any:
+    def get_state(self) -> PyTree:
         return self._batches.get_state()
 
-    def set_state(self, state: Any) -> None:
+    def set_state(self, state: PyTree) -> None:
         self._batches.set_state(state)

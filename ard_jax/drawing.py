@@ -3,25 +3,23 @@
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
 
-import grain
 import jax
 import ml_collections
 from jax.sharding import Mesh
 
 from ard_jax.build import example_shape
-from ard_jax.data import image_source
+from ard_jax.data import Source, image_source
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, AutoencoderKL, Condition
-from ard_jax.models.backbone import Backbone
+from ard_jax.models import AutoencoderKL, Condition, Network
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.models.vae import to_images
 from ard_jax.parallel import in_turns, on_mesh, replicated
 from ard_jax.sampling import Rollout, draw_noise, sampling_key
+from ard_jax.types import Batch, Params
 
 # (params, noise, condition) → images or latents (batch, height, width, channel)
-Sampler = Callable[[Any, jax.Array, Condition], jax.Array]
+Sampler = Callable[[Params, jax.Array, Condition], jax.Array]
 
 
 # latents (batch, height, width, channel), split over the mesh → images in [-1, 1]
@@ -29,7 +27,7 @@ Decoder = Callable[[jax.Array], jax.Array]
 
 
 def make_decoder(
-    vae: tuple[AutoencoderKL, Any] | None, config: ml_collections.ConfigDict, mesh: Mesh
+    vae: tuple[AutoencoderKL, Params] | None, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> Decoder | None:
     """The decoder of `find_vae`'s result, jitted; every device decodes `vae.batch_size` images at a time."""
     if vae is None:
@@ -52,7 +50,7 @@ def student_sampler(rollout: Rollout) -> Sampler:
 
 def make_drawing(
     sampler: Sampler, config: ml_collections.ConfigDict, mesh: Mesh
-) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]]:
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
     """The jitted function (params, {"index", "label": (batch,), "condition"}) → images or latents, labels, indices."""
     key, shape = sampling_key(config.sample.seed), example_shape(config)
 
@@ -65,7 +63,7 @@ def make_drawing(
     return drawn
 
 
-def open_images(config: ml_collections.ConfigDict, model: AutoencoderKL) -> grain.sources.RandomAccessDataSource:
+def open_images(config: ml_collections.ConfigDict, model: AutoencoderKL) -> Source:
     """The images that `encode` names, as `image_source` gives them.
 
     Raises:
@@ -80,7 +78,7 @@ def open_images(config: ml_collections.ConfigDict, model: AutoencoderKL) -> grai
         raise UserError(re.sub(r"\bdata\.(?=(source|name|dir|split|image_size)\b)", "encode.", str(error))) from None
 
 
-def rollout_macs(config: ml_collections.ConfigDict, student: Backbone | ARDStudent) -> int:
+def rollout_macs(config: ml_collections.ConfigDict, student: Network) -> int:
     """Multiply-accumulates of one image of the student that a config describes."""
     shape, steps = example_shape(config), len(config.student.points)
     return student_macs(student, shape) if config.student.kind == "history" else steps * teacher_macs(student, shape)

@@ -156,7 +156,7 @@ def derive(
         UserError: the method changes what it may not or what there is not, S has no points, or a fine-tune no start.
     """
     stage = method["stage"]
-    own = {"student.name": name, f"{stage}.start": start.name if start else ""}
+    own: dict[str, Any] = {"student.name": name, f"{stage}.start": start.name if start else ""}
     if stage == "distill":
         own["student.points"] = points_of(steps, config)
     elif start:

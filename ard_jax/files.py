@@ -15,9 +15,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ard_jax.errors import UserError, first_line
+from ard_jax.types import PyTree
 
 
-def atomic_write(path: str | os.PathLike, write: Callable[[pathlib.Path], None]) -> None:
+def atomic_write(path: str | os.PathLike, write: Callable[[pathlib.Path], object]) -> None:
     """Calls `write(temporary)` and renames the result to `path` only if it succeeded.
 
     The temporary file lies in the same folder, so that the rename is atomic; it keeps
@@ -49,7 +50,7 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         os.replace(new, folder)
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | os.PathLike, value: object) -> None:
     """Writes `value` as indented JSON, atomically."""
     text = json.dumps(value, indent=2, sort_keys=False, allow_nan=True) + "\n"
     atomic_write(path, lambda temporary: temporary.write_text(text))
@@ -64,7 +65,7 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tree_sha256(tree: Any) -> str:
+def tree_sha256(tree: PyTree) -> str:
     """SHA-256 of a pytree of arrays: names, types, shapes and bytes, in the order of the names.
 
     Leaves are fetched one at a time, so the host never holds a second copy of the tree. Where they are spread over
@@ -76,7 +77,7 @@ def tree_sha256(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+def named_leaves(tree: PyTree) -> list[tuple[str, PyTree]]:
     """The leaves of a pytree with their names, in the order of the names."""
     return sorted(
         ((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)),
@@ -84,13 +85,13 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     )
 
 
-def hash_leaf(digest: Any, name: str, array: np.ndarray) -> None:
+def hash_leaf(digest: "hashlib._Hash", name: str, array: np.ndarray) -> None:
     """Adds the next of `named_leaves` to the hash that `tree_sha256` makes."""
     digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # no copy: stacks have gigabytes
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # no copy: stacks have gigabytes
 
 
-def fetch(array: Any) -> np.ndarray:
+def fetch(array: jax.typing.ArrayLike) -> np.ndarray:
     """An array of this process or of several, as a whole."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         return multihost_utils.process_allgather(array, tiled=True)
@@ -99,7 +100,8 @@ def fetch(array: Any) -> np.ndarray:
 
 def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
     """Arrays by name."""
-    atomic_write(path, lambda temporary: np.savez(temporary, **arrays))
+    # NumPy's annotations take every name for that of its flag `allow_pickle` too
+    atomic_write(path, lambda temporary: np.savez(temporary, **arrays))  # type: ignore[arg-type]
 
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:

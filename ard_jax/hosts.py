@@ -41,8 +41,8 @@ class Place(NamedTuple):
         coordinator: HOST:PORT where process 0 listens; None where JAX finds it by the environment.
     """
 
-    index: int
-    count: int
+    index: int  # type: ignore[assignment]  # tuple's own methods of these names are not used
+    count: int  # type: ignore[assignment]
     coordinator: str | None = None
 
 
@@ -198,7 +198,7 @@ def agree(settings: dict[str, Any]) -> None:
         log.warning("the hosts' clocks differ by %.0f seconds: their logs do too.", max(times) - min(times))
 
 
-def gather_json(value: Any) -> list[Any]:
+def gather_json(value: object) -> list[Any]:
     """Every process's value, in the order of the processes."""
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.asarray(len(mine)))

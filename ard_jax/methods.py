@@ -6,7 +6,7 @@ import ml_collections
 
 from ard_jax.build import example_shape, make_process, make_solve, make_student, make_teacher
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, Backbone
+from ard_jax.models import ARDStudent, Backbone, Network
 from ard_jax.objectives import Given, Method, find_method
 from ard_jax.objectives.adversarial import adversarial_method, make_judge
 
@@ -18,7 +18,7 @@ def columns_of(stored: Sequence[int], config: ml_collections.ConfigDict) -> tupl
 
 def make_method(
     config: ml_collections.ConfigDict,
-    student: Backbone | ARDStudent,
+    student: Network,
     teacher: Backbone,
     columns: tuple[int, ...] | None,
     start: int | None = None,
@@ -83,9 +83,10 @@ def continued(config: ml_collections.ConfigDict, before: ml_collections.ConfigDi
 
 def make_finetune_method(config: ml_collections.ConfigDict, teacher: Backbone, columns: tuple[int, ...]) -> Method:
     """The method of a `continued` config; `columns` as in `objectives.Given`."""
-    settings = config.finetune
+    settings, student = config.finetune, make_student(config)
+    assert isinstance(student, ARDStudent)  # `continued` refuses the others
     return adversarial_method(
-        make_student(config),
+        student,
         make_judge(teacher, tuple(settings.layers), make_process(config), settings.feature_time),
         shape=example_shape(config),
         target=config.student.target,

@@ -9,7 +9,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ard_jax.errors import UserError
 from ard_jax.models.partition import divided, logical_axes
+from ard_jax.types import PyTree
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -122,7 +122,7 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def sharding_of(tree: Any, mesh: Mesh) -> Any:
+def sharding_of(tree: PyTree, mesh: Mesh) -> PyTree:
     """How parameters, and states that hold such trees (averages, an optimiser's moments), lie on a mesh.
 
     Args:
@@ -138,12 +138,13 @@ def sharding_of(tree: Any, mesh: Mesh) -> Any:
 
     def sharding(path, leaf):
         spec = nn.logical_to_mesh_axes(logical_axes(path, len(leaf.shape)), RULES)
+        assert spec is not None  # Flax has None for no names alone
         return NamedSharding(mesh, divided(spec, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def placed(shapes: Any, mesh: Mesh) -> Any:
+def placed(shapes: PyTree, mesh: Mesh) -> PyTree:
     """Shapes with the sharding that their arrays shall have, see `sharding_of`."""
 
     def place(leaf, sharding):
@@ -152,7 +153,7 @@ def placed(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, shapes, sharding_of(shapes, mesh))
 
 
-def check_batch(settings: Mapping[str, Any], mesh: Mesh, section: str) -> None:
+def check_batch(settings: Mapping[str, int], mesh: Mesh, section: str) -> None:
     """Raises UserError if the devices cannot share a stage's batch, or each of its microbatches, evenly."""
     size, accumulate = settings["batch_size"], settings["accumulate"]
     unit = batch_shards(mesh) * accumulate
@@ -162,7 +163,7 @@ def check_batch(settings: Mapping[str, Any], mesh: Mesh, section: str) -> None:
         raise UserError(f"{section}.batch_size {size} cannot be split evenly over {over}: choose a multiple of {unit}.")
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
+def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """This process's rows of a batch (a pytree of NumPy arrays) → global arrays split over the mesh.
 
     Integers become int32, the widest that devices have by default: labels, and positions below 2³¹.
@@ -208,7 +209,7 @@ def equal_batches(numbers: np.ndarray, batch_size: int) -> Iterator[tuple[np.nda
         yield np.resize(some, batch_size), len(some)  # the last batch is filled up, then cut
 
 
-def run_batches(run: Callable[[Any], Any], batches: Iterable[tuple[Any, int]]) -> Iterator[Any]:
+def run_batches(run: Callable[[PyTree], PyTree], batches: Iterable[tuple[PyTree, int]]) -> Iterator[PyTree]:
     """Runs a program over batches in order: the next is on the device while the last is fetched and written.
 
     Args:

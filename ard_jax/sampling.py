@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ard_jax.diffusion import (
     Grid,
@@ -23,13 +23,14 @@ from ard_jax.diffusion import (
 )
 from ard_jax.diffusion.solvers import Predict
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, Backbone, Condition
+from ard_jax.models import ARDStudent, Backbone, Condition, Network
+from ard_jax.types import Params, PyTree
 
 NO_GUIDANCE = Guidance(scale=1.0)
 
 
 def teacher_predictor(
-    model: Backbone, params, condition: Condition, grid: Grid, process: Process, guidance: Guidance
+    model: Backbone, params: Params, condition: Condition, grid: Grid, process: Process, guidance: Guidance
 ) -> Predict:
     """A guided teacher as what a solver calls; its node may also be one a row, (batch,)."""
     times, alpha, sigma = (jnp.asarray(values) for values in grid)
@@ -65,7 +66,7 @@ class Solve:
         self.process.grid(self.steps)
 
 
-def sample_teacher(model: Backbone, params, noise: jax.Array, condition: Condition, how: Solve) -> Solution:
+def sample_teacher(model: Backbone, params: Params, noise: jax.Array, condition: Condition, how: Solve) -> Solution:
     """Solves the teacher's probability-flow ODE.
 
     Args:
@@ -136,7 +137,7 @@ def take_points(states: jax.Array, points: tuple[int, ...], steps: int) -> jax.A
     return states[:, jnp.asarray([steps - 1 - point for point in points])]
 
 
-def within_bounds(points: jax.Array, max_abs: float) -> jax.Array:
+def within_bounds(points: jax.Array | np.ndarray, max_abs: float) -> jax.Array:
     """Which trajectories are finite and stay within [-max_abs, max_abs] (0: any finite value) at their points.
 
     A few in a thousand of a teacher's solves blow up, because x̂_0 = (x − σ·ε̂)/α divides by α = 0.006 at the noise end;
@@ -147,7 +148,11 @@ def within_bounds(points: jax.Array, max_abs: float) -> jax.Array:
 
 
 def sample_student(
-    model: ARDStudent, params, noise: jax.Array, condition: Condition, given: Mapping[int, jax.Array] | None = None
+    model: ARDStudent,
+    params: Params,
+    noise: jax.Array,
+    condition: Condition,
+    given: Mapping[int, jax.Array] | None = None,
 ) -> jax.Array:
     """The student's steps from noise, each prediction the next block's input; history keys and values are cached.
 
@@ -166,7 +171,7 @@ def sample_student(
 
 
 def sample_student_among(
-    model: ARDStudent, params, is_given: jax.Array, noise: jax.Array, condition: Condition, points: jax.Array
+    model: ARDStudent, params: Params, is_given: jax.Array, noise: jax.Array, condition: Condition, points: jax.Array
 ) -> jax.Array:
     """`sample_student` where one compiled program serves whichever steps' points are given.
 
@@ -185,10 +190,15 @@ def sample_student_among(
 
 
 def walk(
-    model: ARDStudent, params, noise: jax.Array, condition: Condition, choose: Callable[[int, jax.Array], jax.Array]
+    model: ARDStudent,
+    params: Params,
+    noise: jax.Array,
+    condition: Condition,
+    choose: Callable[[int, jax.Array], jax.Array],
 ) -> jax.Array:
     """The sampler's loop; `choose` makes the next point of the step, 1 … S, and its prediction."""
-    cache, points, x = (), [], noise
+    cache: PyTree = ()
+    points, x = [], noise
     for step in range(1, model.steps + 1):
         prediction, cache = model.apply({"params": params}, x, condition, cache, method="step")
         x = choose(step, prediction).astype(noise.dtype)
@@ -201,10 +211,10 @@ def walk(
 KINDS = ("history", "deterministic", "stochastic")
 
 # (params, noise, condition) → the predictions, (batch, steps, height, width, channel); the last is the sample
-Rollout = Callable[[Any, jax.Array, Condition], jax.Array]
+Rollout = Callable[[Params, jax.Array, Condition], jax.Array]
 
 
-def student_rollout(kind: str, model: Backbone | ARDStudent, steps: int, process: Process) -> Rollout:
+def student_rollout(kind: str, model: Network, steps: int, process: Process) -> Rollout:
     """How a kind of student is sampled.
 
     Args:
@@ -219,19 +229,21 @@ def student_rollout(kind: str, model: Backbone | ARDStudent, steps: int, process
     if kind not in KINDS:
         raise UserError(f"student.kind is {kind!r}: choose one of {', '.join(KINDS)}.")
     if kind == "history":
+        assert isinstance(model, ARDStudent)
         return functools.partial(sample_student, model)
+    assert isinstance(model, Backbone)
     process = few_step_process(process)
     grid = process.grid(steps)
     if kind == "deterministic":
 
-        def rollout(params, noise, condition):
+        def deterministic(params, noise, condition):
             return solve(
                 "ddim", teacher_predictor(model, params, condition, grid, process, NO_GUIDANCE), grid, noise
             ).x0
 
-        return rollout
+        return deterministic
 
-    def rollout(params, noise, condition):
+    def stochastic(params, noise, condition):
         predict = teacher_predictor(model, params, condition, grid, process, NO_GUIDANCE)
         x, points = noise, []
         for node in range(steps):
@@ -240,7 +252,7 @@ def student_rollout(kind: str, model: Backbone | ARDStudent, steps: int, process
             x = alpha * points[-1] + sigma * fresh_noise(noise, node)
         return jnp.stack(points, axis=1)
 
-    return rollout
+    return stochastic
 
 
 def fresh_noise(noise: jax.Array, step: int) -> jax.Array:

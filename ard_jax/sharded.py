@@ -37,7 +37,7 @@ log = logging.getLogger("ard_jax")
 VERSION, SPLIT = "1.0.0", "train"
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
-Record = dict[str, Any]
+Record = dict[str, np.ndarray | np.generic]
 
 
 def tensor(shape: tuple[int, ...], dtype: str) -> tfds.features.Tensor:

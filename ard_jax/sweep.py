@@ -63,7 +63,7 @@ class Sweep(NamedTuple):
     settings: Mapping[str, Any]
     entries: Mapping[str, Mapping[str, Any]]
     over: str | None = None
-    stages: tuple[str, ...] = tuple(stage for stage in STAGES if stage != "finetune")
+    stages: tuple[str, ...] = tuple(stage for stage in STAGES if stage != "finetune")  # type: ignore[name-defined]  # mypy's mistake
 
     @property
     def trained(self) -> str:

@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import ml_collections
@@ -25,9 +25,10 @@ from ard_jax.config import ROWS, default_config, flatten, keys_that_change, plai
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, tree_sha256, write_json
-from ard_jax.models import ARDStudent, AutoencoderKL, Backbone, init_from_teacher, inputs_like, parameter_shapes
+from ard_jax.models import AutoencoderKL, Backbone, Network, init_from_teacher, inputs_like, parameter_shapes
 from ard_jax.parallel import is_first, placed
 from ard_jax.training.checkpoints import load_parameters
+from ard_jax.types import Params, PyTree
 
 log = logging.getLogger("ard_jax")
 
@@ -81,7 +82,7 @@ def compare(before: dict, now: dict, sections: tuple[str, ...], directory: pathl
         )
 
 
-def differing(before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
+def differing(before: dict, now: dict) -> dict[str, tuple[object, object]]:
     """Keys of two configs whose values differ, sorted: both values, None for a key that one has not."""
     before, now = flatten(before), flatten(now)
     every = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
@@ -152,7 +153,10 @@ def finished(directory: pathlib.Path, stage: str) -> dict[str, Any]:
     return done
 
 
-class Loaded(NamedTuple):
+Model = TypeVar("Model", bound=Network)
+
+
+class Loaded(NamedTuple, Generic[Model]):
     """A finished model.
 
     Attributes:
@@ -162,13 +166,13 @@ class Loaded(NamedTuple):
         config: that it was trained with.
     """
 
-    model: Backbone | ARDStudent
-    params: Any
+    model: Model
+    params: Params
     sha256: str
     config: ml_collections.ConfigDict
 
 
-def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> Loaded:
+def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> Loaded[Backbone]:
     """The trained teacher, its network as this config computes it.
 
     Raises:
@@ -205,7 +209,7 @@ def network(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
-def load_student(directory: pathlib.Path, mesh: Mesh) -> Loaded:
+def load_student(directory: pathlib.Path, mesh: Mesh) -> Loaded[Network]:
     """A trained student.
 
     Raises:
@@ -217,7 +221,7 @@ def load_student(directory: pathlib.Path, mesh: Mesh) -> Loaded:
     return Loaded(make_student(config), params, hashes["ema"], config)
 
 
-def load_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Any]:
+def load_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Params]:
     """The autoencoder that lies in `vae_folder` in diffusers' format, its parameters as float32.
 
     Raises:
@@ -232,7 +236,7 @@ def load_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[
     return open_vae(directory)
 
 
-def find_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Any] | None:
+def find_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Params] | None:
     """`load_vae` for networks of latents; None for those of pixels, and where there is none and none is asked for.
 
     Raises:
@@ -249,7 +253,7 @@ def find_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[
     return vae, params
 
 
-def load_weights(directory: pathlib.Path, like: Any, sha256: str, part: str = "ema") -> Any:
+def load_weights(directory: pathlib.Path, like: PyTree, sha256: str, part: str = "ema") -> Params:
     """A finished training's averaged parameters, or the last step's (part "params"), laid out as `like` says.
 
     Raises:
@@ -264,12 +268,12 @@ def load_weights(directory: pathlib.Path, like: Any, sha256: str, part: str = "e
     return params
 
 
-def teacher_shapes(model: Backbone) -> Any:
+def teacher_shapes(model: Backbone) -> Params:
     """Shapes of a teacher's parameters, which do not depend on the size of its images."""
     return parameter_shapes(model, *inputs_like(model))
 
 
-def student_shapes(config: ml_collections.ConfigDict) -> Any:
+def student_shapes(config: ml_collections.ConfigDict) -> Params:
     """Shapes of the parameters of the student that a config describes."""
     student = make_student(config)
     return jax.eval_shape(lambda params: init_from_teacher(params, student), teacher_shapes(make_teacher(config)))

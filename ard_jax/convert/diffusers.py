@@ -15,8 +15,9 @@ import numpy as np
 from ard_jax.convert.lazy import Stored, Tensors, dtypes_of, shapes_of
 from ard_jax.convert.published import check_names, expected_shapes, parameters, to_torch
 from ard_jax.errors import UserError
-from ard_jax.models import DiT
+from ard_jax.models import DiT, Network
 from ard_jax.models.layers import position_table
+from ard_jax.types import Params
 
 log = logging.getLogger("ard_jax")
 
@@ -66,7 +67,7 @@ TABLE = "pos_embed.pos_embed"  # the fixed positions, which files of 2023 still 
 
 def dit_from_diffusers(
     state_dict: Mapping[str, np.ndarray], config: Mapping[str, Any], **fields: Any
-) -> tuple[DiT, Any]:
+) -> tuple[DiT, Params]:
     """Builds the teacher that a diffusers transformer is.
 
     Args:
@@ -86,7 +87,7 @@ def dit_from_diffusers(
     return model, parameters(published_names(state_dict, model), model)
 
 
-def dit_to_diffusers(model: DiT, params: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def dit_to_diffusers(model: Network, params: Params) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The inverse of `dit_from_diffusers`: a state dict, types kept, and the whole config.
 
     diffusers has one spacing of the time's sinusoids, so the log warns of a model that has another.
@@ -94,7 +95,7 @@ def dit_to_diffusers(model: DiT, params: Any) -> tuple[dict[str, np.ndarray], di
     Raises:
         UserError: it is a student, its MLP is not four times as wide as its tokens, or its `image_size` is None.
     """
-    if model.backbone is not model:
+    if not isinstance(model, DiT):
         raise UserError("diffusers has no ARD students: export a student as a pipeline or as safetensors instead.")
     if model.mlp_ratio != 4:
         raise UserError(f"model.mlp_ratio is {model.mlp_ratio}, but diffusers' DiT has 4: export safetensors instead.")
@@ -104,7 +105,7 @@ def dit_to_diffusers(model: DiT, params: Any) -> tuple[dict[str, np.ndarray], di
             128 - model.frequency_shift,
         )
     published = to_torch(model, params)
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for name, theirs in diffusers_names(model).items():
         arrays = np.split(published[name], 3) if is_qkv(name) else [published[name]] * len(theirs)
         found |= zip(theirs, arrays, strict=True)
@@ -217,9 +218,12 @@ def is_qkv(published_name: str) -> bool:
 
 def diffusers_shapes(model: DiT) -> dict[str, tuple[int, ...] | None]:
     """diffusers' names and shapes of a model."""
-    published, shapes = expected_shapes(model), {}
+    published = expected_shapes(model)
+    shapes: dict[str, tuple[int, ...] | None] = {}
     for name, theirs in diffusers_names(model).items():
-        rows, *rest = published[name]
+        shape = published[name]
+        assert shape is not None  # of the position table alone
+        rows, *rest = shape
         shapes |= dict.fromkeys(theirs, (rows // 3 if is_qkv(name) else rows, *rest))
     return shapes
 
@@ -238,6 +242,7 @@ def the_one(state_dict: Mapping[str, np.ndarray], names: list[str]) -> np.ndarra
 
 def fixed_table(model: DiT) -> Stored:
     """The published position table, which diffusers computes itself."""
+    assert model.image_size is not None  # `dit_model` sets it
     side = model.image_size // model.patch_size
     table = position_table(side, side, model.hidden_size)[None]
     return Stored(table.shape, table.dtype, lambda: table)

@@ -30,7 +30,7 @@ def _download(repository: str) -> pathlib.Path:
     import huggingface_hub
 
     try:
-        siblings = huggingface_hub.model_info(repository, timeout=10).siblings
+        siblings = huggingface_hub.model_info(repository, timeout=10).siblings or []
         files = needed_files(file.rfilename for file in siblings)
         return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
     except Exception as error:  # every layer below raises its own, from sockets to the hub's

@@ -17,8 +17,9 @@ import numpy as np
 
 from ard_jax.convert.lazy import Stored, dtypes_of, shapes_of
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, DiT
+from ard_jax.models import ARDStudent, Backbone, DiT, Network
 from ard_jax.models.layers import position_table
+from ard_jax.types import Params
 
 BLOCK_NAMES = {  # ours: published
     "modulation": "adaLN_modulation.1",
@@ -40,7 +41,7 @@ Places = dict[tuple[str, ...], str | list[str]]
 
 def from_torch(
     state_dict: Mapping[str, np.ndarray], *, num_heads: int, history_layers: int = 6, **fields: Any
-) -> tuple[DiT | ARDStudent, Any]:
+) -> tuple[Network, Params]:
     """Builds the model that a published state dict belongs to.
 
     Args:
@@ -63,8 +64,10 @@ def from_torch(
 
 
 def parameters(
-    state_dict: Mapping[str, np.ndarray], model: DiT | ARDStudent, array: Callable[[np.ndarray], Any] = jnp.asarray
-) -> Any:
+    state_dict: Mapping[str, np.ndarray],
+    model: Network,
+    array: Callable[[np.ndarray], jax.typing.ArrayLike] = jnp.asarray,
+) -> Params:
     """A known model's parameters out of a published state dict.
 
     Args:
@@ -79,7 +82,7 @@ def parameters(
     return read_tree(state_dict, model, array)
 
 
-def to_torch(model: DiT | ARDStudent, params: Any) -> dict[str, np.ndarray]:
+def to_torch(model: Network, params: Params) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: published names to arrays in PyTorch's layout, types kept.
 
     Args:
@@ -115,7 +118,7 @@ def make_model(
     history_layers: int = 6,
     steps: int | None = None,
     **fields: Any,
-) -> DiT | ARDStudent:
+) -> Network:
     """The model that published shapes belong to; see `from_torch`.
 
     Raises:
@@ -149,7 +152,7 @@ def make_model(
     if heads > 1 and steps not in (None, heads):
         raise UserError(f"the state dict has {heads} final layers, so its student makes {heads} steps, not {steps}.")
     own = {name: fields.pop(name) for name in STUDENT_FIELDS if name in fields}
-    if heads == 1 and steps > 1:
+    if heads == 1 and steps is not None and steps > 1:
         own["heads"] = "shared"
     return ARDStudent(DiT(**fields), steps=steps or heads, history_layers=history_layers, **own)
 
@@ -159,7 +162,7 @@ def highest(names: Iterable[str], pattern: str, none: int) -> int:
     return max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=none)
 
 
-def places(model: DiT | ARDStudent) -> Places:
+def places(model: Network) -> Places:
     """Where each of our leaves lies in a published state dict."""
     found: Places = {
         ("patch_embed", "kernel"): "x_embedder.proj.weight",
@@ -177,7 +180,7 @@ def places(model: DiT | ARDStudent) -> Places:
     return found
 
 
-def head_names(model: DiT | ARDStudent) -> list[str]:
+def head_names(model: Network) -> list[str]:
     return ["final_layer"] + [f"final_layer{block}" for block in range(2, model.stacked_heads + 1)]
 
 
@@ -188,14 +191,14 @@ def to_ours(keys: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     return array.T if keys[-1] == "kernel" else array
 
 
-def to_theirs(keys: tuple[str, ...], array: np.ndarray, network: DiT) -> np.ndarray:
+def to_theirs(keys: tuple[str, ...], array: np.ndarray, network: Backbone) -> np.ndarray:
     """The inverse of `to_ours`."""
     if keys == ("patch_embed", "kernel"):
         return array.reshape(network.patch_size, network.patch_size, network.channels, -1).transpose(3, 2, 0, 1)
     return array.T if keys[-1] == "kernel" else array
 
 
-def stored_parameters(state_dict: Mapping[str, np.ndarray], model: DiT | ARDStudent) -> Any:
+def stored_parameters(state_dict: Mapping[str, np.ndarray], model: Network) -> Params:
     """`parameters` before they are read: each leaf is a `Stored`, so that they can be had one at a time.
 
     Raises:
@@ -206,13 +209,15 @@ def stored_parameters(state_dict: Mapping[str, np.ndarray], model: DiT | ARDStud
 
 
 def read_tree(
-    state_dict: Mapping[str, np.ndarray], model: DiT | ARDStudent, array: Callable[[np.ndarray], Any] = jnp.asarray
-) -> Any:
+    state_dict: Mapping[str, np.ndarray],
+    model: Network,
+    array: Callable[[np.ndarray], jax.typing.ArrayLike] = jnp.asarray,
+) -> Params:
     """The parameters, once the names and shapes are known to be right."""
     return jax.tree.map(lambda leaf: array(leaf.read()), stored_tree(state_dict, model))
 
 
-def stored_tree(state_dict: Mapping[str, np.ndarray], model: DiT | ARDStudent) -> Any:
+def stored_tree(state_dict: Mapping[str, np.ndarray], model: Network) -> Params:
     """The parameters as `Stored`, once the names and shapes are known to be right."""
     check_position_table(np.asarray(state_dict["pos_embed"]), model)
     tree: dict[str, Any] = {}
@@ -258,7 +263,7 @@ def fill(target: np.ndarray, array: np.ndarray, strip: int = 128) -> None:
         target[..., first : first + strip] = array[..., first : first + strip]
 
 
-def expected_shapes(model: DiT | ARDStudent) -> dict[str, tuple[int, ...] | None]:
+def expected_shapes(model: Network) -> dict[str, tuple[int, ...] | None]:
     """Published names and shapes of a model; None where any shape will do (the position table's length)."""
     network = model.backbone
     width, hidden = network.hidden_size, round(network.hidden_size * network.mlp_ratio)
@@ -311,7 +316,7 @@ def check_names(
         )
 
 
-def check_position_table(table: np.ndarray, model: DiT | ARDStudent) -> None:
+def check_position_table(table: np.ndarray, model: Network) -> None:
     """Raises UserError unless it is the fixed table of the model's image size, in whichever precision it was kept."""
     network = model.backbone
     side = network.image_size // network.patch_size if network.image_size else math.isqrt(math.prod(table.shape[:-1]))

@@ -18,18 +18,19 @@ from ard_jax.convert import standalone
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, write_json
 from ard_jax.sampling import draw_noise, sampling_key
+from ard_jax.types import PyTree
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 ANY = "any"  # the batch size of a module that takes every one
 
 # (weights, noise, labels) → images in [0, 1]
-Sampler = Callable[[Any, jax.Array, jax.Array], jax.Array]
+Sampler = Callable[[PyTree, jax.Array, jax.Array], jax.Array]
 
 
 def write_sampler(
     folder: pathlib.Path,
     sampler: Sampler,
-    weights: Any,
+    weights: PyTree,
     *,
     shape: tuple[int, int, int],
     num_classes: int,
@@ -81,7 +82,11 @@ def write_sampler(
 
 
 def export_program(
-    program: Callable[..., Any], leaves: list[Any], shape: tuple[int, int, int], size: str, platforms: Sequence[str]
+    program: Callable[[list[jax.Array], jax.Array, jax.Array], jax.Array],
+    leaves: list[jax.Array],
+    shape: tuple[int, int, int],
+    size: str,
+    platforms: Sequence[str],
 ) -> export.Exported:
     """(list of leaves, noise, labels) → images, for one batch size or, with `ANY`, for every."""
     batch = export.symbolic_shape("batch")[0] if size == ANY else int(size)
@@ -104,13 +109,14 @@ def export_noise(shape: tuple[int, int, int], platforms: Sequence[str]) -> expor
     return export.export(jax.jit(draw), platforms=platforms)(number, index)
 
 
-def write_weights(path: pathlib.Path, weights: Any) -> list[dict[str, Any]]:
+def write_weights(path: pathlib.Path, weights: PyTree) -> list[dict[str, Any]]:
     """Writes every leaf, uncompressed; returns their names, shapes and types in the order of the leaves."""
     named = {
         jax.tree_util.keystr(place, simple=True, separator="/"): leaf
         for place, leaf in jax.tree_util.tree_leaves_with_path(weights)
     }
-    np.savez(path, **{name: storable(np.asarray(leaf)) for name, leaf in named.items()})
+    arrays = {name: storable(np.asarray(leaf)) for name, leaf in named.items()}
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # see `files.write_npz`
     return [{"name": name, "shape": list(leaf.shape), "dtype": leaf.dtype.name} for name, leaf in named.items()]
 
 

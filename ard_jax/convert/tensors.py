@@ -3,12 +3,14 @@
 An XL/2 is 2.7 GB, so `open_tensors` reads no array before it is asked for; shapes come from the headers alone.
 """
 
+import functools
 import json
 import logging
 import os
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import overload
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -77,7 +79,7 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
             f"give the weights in one of these, not quantised."
         )
     stored = {
-        name: Stored(shape, DTYPES[dtype], lambda name=name: file.get_tensor(name))
+        name: Stored(shape, DTYPES[dtype], functools.partial(file.get_tensor, name))
         for name, (shape, dtype) in headers.items()
     }
     return Tensors(stored, file.metadata())
@@ -133,7 +135,7 @@ def _weights_file(folder: pathlib.Path) -> pathlib.Path:
     raise UserError(f"{folder} holds no weights: a .safetensors file, or shards with their index, belong there.")
 
 
-def variant(path: pathlib.Path) -> list[str]:
+def variant(path: pathlib.PurePath) -> list[str]:
     """What a file's name says beside its kind: ["fp16"] for diffusion_pytorch_model.fp16.safetensors."""
     words = SHARD.sub(".", path.name).split(".")[1:]
     return [word for word in words if word not in ("safetensors", "bin", "index", "json")]
@@ -145,6 +147,14 @@ def without_prefixes(tensors: Tensors) -> Tensors:
     while prefix := next((p for p in PREFIXES if stored and all(name.startswith(p) for name in stored)), None):
         stored = {name.removeprefix(prefix): array for name, array in stored.items()}
     return Tensors(stored, tensors.metadata)
+
+
+@overload
+def to_float32(tensors: Tensors, where: str | os.PathLike) -> Tensors: ...
+
+
+@overload
+def to_float32(tensors: Mapping[str, np.ndarray], where: str | os.PathLike) -> Mapping[str, np.ndarray]: ...
 
 
 def to_float32(tensors: Mapping[str, np.ndarray], where: str | os.PathLike) -> Mapping[str, np.ndarray]:
@@ -161,10 +171,14 @@ def to_float32(tensors: Mapping[str, np.ndarray], where: str | os.PathLike) -> M
     if not isinstance(tensors, Tensors):
         return {name: np.asarray(array, np.float32) for name, array in tensors.items()}
     stored = {
-        name: Stored(array.shape, np.dtype(np.float32), lambda read=array.read: np.asarray(read(), np.float32))
+        name: Stored(array.shape, np.dtype(np.float32), functools.partial(_read_float32, array))
         for name, array in tensors.stored.items()
     }
     return Tensors(stored, tensors.metadata)
+
+
+def _read_float32(array: Stored) -> np.ndarray:
+    return np.asarray(array.read(), np.float32)
 
 
 def write_tensors(

@@ -20,9 +20,10 @@ from ard_jax.convert.tensors import open_tensors, to_float32
 from ard_jax.errors import UserError
 from ard_jax.files import read_json
 from ard_jax.models import AutoencoderKL, parameter_shapes
+from ard_jax.types import Params
 
 # Settings that are fields of ours by the same name, and what diffusers takes where a config leaves them out.
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
     "latent_channels": 4,
@@ -43,7 +44,7 @@ LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # number of axes: ours in PyTorch's order
 
 
-def open_vae(folder: str | os.PathLike) -> tuple[AutoencoderKL, Any]:
+def open_vae(folder: str | os.PathLike) -> tuple[AutoencoderKL, Params]:
     """The model and float32 parameters of a folder that diffusers wrote: config.json beside the weights.
 
     Raises:
@@ -61,7 +62,7 @@ def open_vae(folder: str | os.PathLike) -> tuple[AutoencoderKL, Any]:
 
 def vae_from_diffusers(
     state_dict: Mapping[str, np.ndarray], config: Mapping[str, Any], **fields: Any
-) -> tuple[AutoencoderKL, Any]:
+) -> tuple[AutoencoderKL, Params]:
     """Builds the autoencoder that a diffusers `AutoencoderKL` is.
 
     Args:
@@ -89,7 +90,7 @@ def vae_from_diffusers(
     return model, jax.tree_util.tree_map_with_path(read, shapes)
 
 
-def vae_to_diffusers(model: AutoencoderKL, params: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def vae_to_diffusers(model: AutoencoderKL, params: Params) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The inverse of `vae_from_diffusers`: a state dict with today's names, types kept, and the whole config."""
     state_dict = {
         _published_name(path): np.ascontiguousarray(np.asarray(leaf).transpose(AXES[leaf.ndim]))
@@ -98,13 +99,13 @@ def vae_to_diffusers(model: AutoencoderKL, params: Any) -> tuple[dict[str, np.nd
     return state_dict, diffusers_config(model)
 
 
-def vae_shapes(model: AutoencoderKL) -> Any:
+def vae_shapes(model: AutoencoderKL) -> Params:
     """Shapes of a model's parameters, which do not depend on the size of its images."""
     side = model.downscale
     return parameter_shapes(model, jax.ShapeDtypeStruct((1, side, side, model.in_channels), "float32"))
 
 
-def published_shapes(shapes: Any) -> dict[str, tuple[int, ...]]:
+def published_shapes(shapes: Params) -> dict[str, tuple[int, ...]]:
     """What a state dict holds: names and shapes in PyTorch's order."""
     return {
         _published_name(path): tuple(leaf.shape[axis] for axis in AXES[leaf.ndim])

@@ -6,16 +6,16 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from ard_jax.convert.lazy import Stored
 from ard_jax.files import file_sha256, hash_leaf, named_leaves
+from ard_jax.types import PyTree
 
 
-def save_parameters(directory: pathlib.Path, params: Any) -> str:
+def save_parameters(directory: pathlib.Path, params: PyTree) -> str:
     """A checkpoint of just the part "ema", at step 0.
 
     Args:
@@ -40,7 +40,7 @@ def save_parameters(directory: pathlib.Path, params: Any) -> str:
 class _StoredHandler(ocp.type_handlers.NumpyHandler):
     """Has Orbax write arrays that are not read yet: while one is written and hashed, the next is read."""
 
-    def __init__(self, params: Any):
+    def __init__(self, params: PyTree):
         super().__init__(deepcopy_host_arrays=False)  # nobody changes what is read here
         self.leaves = named_leaves(params)
         self.digest = hashlib.sha256()

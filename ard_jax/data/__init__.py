@@ -1,10 +1,10 @@
 """Labelled images, and the endless, resumable stream of batches that training reads.
 
-A *source* is a `grain.sources.RandomAccessDataSource`: `len(source)` records, `source[i]` a dict of arrays.
+A *source*, `Source`, is random-access as Grain's are: `len(source)` records, `source[i]` a dict of arrays.
 `image_source` makes one from digits, TFDS or a folder; the trajectory store is another; `stream` batches any of them.
 """
 
-from ard_jax.data.memory import InMemory, in_memory
+from ard_jax.data.memory import InMemory, Source, in_memory
 from ard_jax.data.pixels import MODES, center_crop, to_uint8
 from ard_jax.data.sources import IMAGE_SUFFIXES, class_names, image_source, labels_and_images
 from ard_jax.data.stream import Joined, stream
@@ -14,6 +14,7 @@ __all__ = [
     "MODES",
     "InMemory",
     "Joined",
+    "Source",
     "center_crop",
     "class_names",
     "image_source",

@@ -3,11 +3,24 @@
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 THREADS = min(16, 2 * (os.cpu_count() or 1))  # readers wait for storage half of the time
+
+
+Record = Mapping[str, np.ndarray | np.generic]
+
+
+class Source(Protocol):
+    """Random-access records: arrays and numbers by name, of the same shapes and types in every record."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int, /) -> Record:
+        """Record number `index`."""
 
 
 class InMemory:
@@ -25,7 +38,7 @@ class InMemory:
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Record:
         return {name: array[index] for name, array in self.arrays.items()}
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -33,11 +46,8 @@ class InMemory:
         return {name: array[indices] for name, array in self.arrays.items()}
 
 
-def in_memory(source: Any, limit_bytes: int = 2**30) -> Any:
-    """The source with every record decoded into memory, or the source itself where that takes over `limit_bytes`.
-
-    Records may be any dict of arrays and numbers whose shapes and types are the same in every record.
-    """
+def in_memory(source: Source, limit_bytes: int = 2**30) -> Source:
+    """The source with every record decoded into memory, or the source itself where that takes over `limit_bytes`."""
     if isinstance(source, InMemory) or not len(source):
         return source
     first = {name: np.asarray(value) for name, value in source[0].items()}

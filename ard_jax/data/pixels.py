@@ -2,9 +2,9 @@
 
 import io
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from ard_jax.errors import UserError
@@ -43,7 +43,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def to_uint8(images: Any) -> np.ndarray:
+def to_uint8(images: npt.ArrayLike) -> np.ndarray:
     """Images of any shape in [-1, 1] → uint8 grey levels 0 … 255, rounded; values outside are clipped.
 
     Raises:

@@ -1,21 +1,24 @@
 """Labelled images: scikit-learn's digits, a prepared TFDS dataset, or a folder with one sub-folder a class."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
-from ard_jax.data.memory import InMemory, in_threads
+from ard_jax.data.memory import InMemory, Record, Source, in_threads
 from ard_jax.data.pixels import MODES, decode, to_uint8
 from ard_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds  # takes seconds, and only one source needs it
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def image_source(data: Any) -> grain.sources.RandomAccessDataSource:
+def image_source(data: ConfigDict) -> Source:
     """The labelled images that a config's `data` section names.
 
     Args:
@@ -38,7 +41,7 @@ def image_source(data: Any) -> grain.sources.RandomAccessDataSource:
       UserError: a field is wrong, the data are missing or of another shape or format. An image that cannot be
         read and a label out of range raise it when that record is read.
     """
-    makers = {"digits": _digits, "tfds": _tfds, "folder": _Folder}
+    makers: dict[str, Callable[[ConfigDict], Source]] = {"digits": _digits, "tfds": _tfds, "folder": _Folder}
     if data.source not in makers:
         raise UserError(f"data.source is {data.source!r}, but it must be one of {', '.join(makers)}.")
     if data.space not in ("pixel", "latent"):
@@ -52,7 +55,7 @@ def image_source(data: Any) -> grain.sources.RandomAccessDataSource:
     return makers[data.source](data)
 
 
-def _digits(data: Any) -> InMemory:
+def _digits(data: ConfigDict) -> InMemory:
     from sklearn.datasets import load_digits
 
     if (data.image_size, data.channels, data.num_classes) != (8, 1, 10):
@@ -68,7 +71,7 @@ def _digits(data: Any) -> InMemory:
 class _Folder:
     """Images in one sub-folder a class."""
 
-    def __init__(self, data: Any):
+    def __init__(self, data: ConfigDict):
         root = epath.Path(data.dir).expanduser()
         if not data.dir or not root.is_dir():
             raise UserError(f"data.dir is {data.dir!r}, but no such folder exists: name one with a sub-folder a class.")
@@ -86,7 +89,7 @@ class _Folder:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Record:
         path, label = self._files[index]
         return {"image": decode(path.read_bytes, str(path), self._size, self._channels), "label": np.int32(label)}
 
@@ -104,7 +107,7 @@ def _image_files(folder: epath.Path) -> list[epath.Path]:
     return files
 
 
-def class_names(data: Any) -> list[str] | None:
+def class_names(data: ConfigDict) -> list[str] | None:
     """Names of the classes in the order of their numbers, or None where the data do not tell.
 
     Args:
@@ -121,13 +124,15 @@ def class_names(data: Any) -> list[str] | None:
 class _Tfds:
     """A prepared TFDS dataset: `read(record, where)` makes the image, labels are checked here."""
 
-    def __init__(self, records: Any, read: Callable[[dict, str], np.ndarray], num_classes: int, where: str):
+    def __init__(
+        self, records: Sequence[dict[str, Any]], read: Callable[[dict, str], np.ndarray], num_classes: int, where: str
+    ):
         self._records, self._read, self._num_classes, self._where = records, read, num_classes, where
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Record:
         record, where = self._records[index], f"record {index} of {self._where}"
         label = int(record["label"])
         if not 0 <= label < self._num_classes:
@@ -138,7 +143,7 @@ class _Tfds:
         return {"image": self._read(record, where), "label": np.int32(label)}
 
 
-def _tfds(data: Any) -> _Tfds:
+def _tfds(data: ConfigDict) -> _Tfds:
     import tensorflow_datasets as tfds
 
     builder, where = _tfds_builder(data)
@@ -173,7 +178,7 @@ def _tfds(data: Any) -> _Tfds:
     )
 
 
-def _tfds_builder(data: Any) -> tuple[Any, str]:
+def _tfds_builder(data: ConfigDict) -> tuple["tfds.core.DatasetBuilder", str]:
     """The builder of a prepared dataset, and the words that name it in messages."""
     import tensorflow_datasets as tfds
 
@@ -202,7 +207,9 @@ def _tfds_builder(data: Any) -> tuple[Any, str]:
     return builder, where
 
 
-def _tfds_records(builder: Any, data: Any, where: str, decoders: Any) -> Any:
+def _tfds_records(
+    builder: "tfds.core.DatasetBuilder", data: ConfigDict, where: str, decoders: dict | None
+) -> Sequence[dict[str, Any]]:
     try:
         return builder.as_data_source(data.split, decoders=decoders)
     except NotImplementedError as error:
@@ -223,7 +230,7 @@ def _prepare_call(name: str, data_dir: str) -> str:
     return f'tfds.builder("{name}"{directory}, file_format="array_record").download_and_prepare()'
 
 
-def _check_latents(feature: Any, data: Any, where: str) -> None:
+def _check_latents(feature: "tfds.features.Tensor", data: ConfigDict, where: str) -> None:
     expected = (data.image_size, data.image_size, data.channels)
     if tuple(feature.shape) != expected or not jnp.issubdtype(feature.np_dtype, jnp.floating):
         raise UserError(
@@ -232,7 +239,7 @@ def _check_latents(feature: Any, data: Any, where: str) -> None:
         )
 
 
-def labels_and_images(source: Any, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def labels_and_images(source: Source, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """All images of a pixel source, or `limit` of them spread evenly over it (folders are sorted by class).
 
     Returns:

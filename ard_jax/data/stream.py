@@ -5,17 +5,17 @@ import functools
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import grain
 import numpy as np
 
-from ard_jax.data.memory import THREADS, InMemory
+from ard_jax.data.memory import THREADS, InMemory, Record, Source
 from ard_jax.errors import UserError
+from ard_jax.types import Batch, Batches, PyTree
 
 
 def stream(
-    source: Any,
+    source: Source,
     *,
     batch_size: int,
     seed: int,
@@ -70,19 +70,19 @@ class Joined:
       streams: name → what `stream` returns.
     """
 
-    def __init__(self, streams: Mapping[str, Any]):
+    def __init__(self, streams: Mapping[str, Batches]):
         self.streams = dict(streams)
 
     def __iter__(self) -> "Joined":
         return self
 
-    def __next__(self) -> dict[str, dict[str, np.ndarray]]:
+    def __next__(self) -> Batch:
         return {name: next(batches) for name, batches in self.streams.items()}
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, PyTree]:
         return {name: batches.get_state() for name, batches in self.streams.items()}
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: Mapping[str, PyTree]) -> None:
         """Goes on where a state of `get_state` was taken, bit for bit."""
         for name, batches in self.streams.items():
             batches.set_state(state[name])
@@ -112,10 +112,10 @@ class _Batches:
         return self.take(_shuffled(positions, self.length, self.seed)) | {"position": positions}
 
 
-def _take(source: Any, pool: ThreadPoolExecutor, parts: int, indices: np.ndarray) -> dict[str, np.ndarray]:
+def _take(source: Source, pool: ThreadPoolExecutor, parts: int, indices: np.ndarray) -> dict[str, np.ndarray]:
     """`InMemory.take` for any source: the records are read by `pool` in `parts` runs."""
 
-    def read(part: np.ndarray) -> list[dict]:
+    def read(part: np.ndarray) -> list[Record]:
         return [source[int(index)] for index in part]
 
     records = [record for part in pool.map(read, np.array_split(indices, parts)) for record in part]

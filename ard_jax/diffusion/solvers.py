@@ -14,7 +14,7 @@ from ard_jax.diffusion.processes import Grid, Prediction
 from ard_jax.errors import UserError
 
 # (x, node) → prediction at the state x of that node; the node is an index into the grid, possibly traced.
-Predict = Callable[[jax.Array, jax.Array], Prediction]
+Predict = Callable[[jax.Array, jax.Array | int], Prediction]
 
 
 class Coefficients(NamedTuple):

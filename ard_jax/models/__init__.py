@@ -4,7 +4,7 @@ from ard_jax.models.backbone import Backbone, Condition, Context, count_paramete
 from ard_jax.models.discriminator import Discriminator
 from ard_jax.models.dit import DiT, size_fields
 from ard_jax.models.masks import MASKS, visible_blocks
-from ard_jax.models.student import ARDStudent, default_block_times, init_from_teacher
+from ard_jax.models.student import ARDStudent, Network, default_block_times, init_from_teacher
 from ard_jax.models.vae import AutoencoderKL
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Context",
     "Discriminator",
     "DiT",
+    "Network",
     "count_parameters",
     "default_block_times",
     "init_from_teacher",

@@ -112,9 +112,10 @@ def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: str, steps: 
     if choose(backend, target_platform(), q.dtype, tokens, q.shape[-1]).startswith("splash"):
         from ard_jax.models.splash import BlockMask, splash_attention
 
-        rows = (x.reshape(-1, steps * tokens, *x.shape[2:]) for x in (q, k, v))
+        q_rows, k_rows, v_rows = (x.reshape(-1, steps * tokens, *x.shape[2:]) for x in (q, k, v))
         blocks = BlockMask(tuple(visible_blocks(mask, block) for block in range(steps)), steps, tokens)
-        return splash_attention(*rows, blocks, interpret=backend == "splash_interpreted").reshape(q.shape)
+        interpret = backend == "splash_interpreted"
+        return splash_attention(q_rows, k_rows, v_rows, blocks, interpret).reshape(q.shape)
     q, k, v = (x.reshape(-1, steps, *x.shape[1:]) for x in (q, k, v))
     outputs = []
     for block in range(steps):
@@ -178,7 +179,7 @@ def cached_attention(
     highest = functools.reduce(jnp.maximum, [block.max(axis=-1, keepdims=True) for block in logits])
     weights = [jnp.exp(block - highest) for block in logits]
     total = sum(block.sum(axis=-1, keepdims=True) for block in weights)
-    output = sum(
+    output: jax.Array = sum(  # type: ignore[assignment]  # there is at least the block's own
         jnp.einsum("rhqk,rhkd->rhqd", block.astype(values.dtype), values, preferred_element_type=at_least_float32)
         for block, (_, values) in zip(weights, seen, strict=True)
     )

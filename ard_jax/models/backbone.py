@@ -18,9 +18,10 @@ from ard_jax.errors import UserError
 from ard_jax.models import layers
 from ard_jax.models.attention import BACKENDS, attention
 from ard_jax.models.partition import constrain
+from ard_jax.types import Params, PyTree
 
 # Of a batch of examples, what a network is told: a pytree whose leaves are (batch, …).
-Condition = Any
+Condition = PyTree
 
 # What the backward pass keeps of a block: everything, its matrix products, or nothing but the block's input.
 REMAT_POLICIES = {
@@ -40,8 +41,8 @@ class Context(NamedTuple):
         summary: time and condition as one vector, (row, width), which a discriminator compares tokens with.
     """
 
-    rows: Any
-    examples: Any = None
+    rows: PyTree
+    examples: PyTree = None
     summary: jax.Array | None = None
 
     def by_block(self, steps: int) -> "Context":
@@ -101,7 +102,7 @@ class Backbone(nn.Module):
     # ------------------------------------------------------------------------------------- what a subclass says
 
     @property
-    def condition_shapes(self) -> Any:
+    def condition_shapes(self) -> PyTree:
         """Shapes and types of one example's condition, without the leading axis."""
         raise NotImplementedError
 
@@ -150,10 +151,10 @@ class Backbone(nn.Module):
         attend: layers.Attend,
         first: int,
         last: int,
-        memory: Any = None,
+        memory: PyTree = None,
         differentiable: bool = True,
         every: bool = False,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, PyTree]:
         """Runs blocks first … last−1 in a loop over the stacked parameters.
 
         `memory`, and what comes back in its place, has a leading axis of last − first layers, or is None. With `every`,
@@ -202,7 +203,7 @@ class Backbone(nn.Module):
 
     def features(
         self, x: jax.Array, t: jax.Array, condition: Condition, chosen: tuple[int, ...] = ()
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """What the blocks see in images: the discriminator's input.
 
         Args:
@@ -257,7 +258,9 @@ def check_channels(images: jax.Array, channels: int) -> None:
         )
 
 
-def condition_like(model: Backbone, batch: int, make: Callable[[tuple[int, ...], Any], Any] = jnp.zeros) -> Condition:
+def condition_like(
+    model: Backbone, batch: int, make: Callable[[tuple[int, ...], layers.Dtype], PyTree] = jnp.zeros
+) -> Condition:
     """A condition of `batch` examples, by default of zeros; `make` takes shape and type of each leaf."""
     return jax.tree.map(lambda leaf: make((batch, *leaf.shape), leaf.dtype), model.condition_shapes)
 
@@ -269,16 +272,16 @@ def inputs_like(model: Backbone, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, 
     return jax.ShapeDtypeStruct(image, "float32"), jax.ShapeDtypeStruct((batch,), "float32"), condition
 
 
-def take(tree: Any, index: int | slice) -> Any:
+def take(tree: PyTree, index: int | slice) -> PyTree:
     """Indexes the leading axis of every leaf."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def parameter_shapes(model: nn.Module, *inputs: Any) -> Any:
+def parameter_shapes(model: nn.Module, *inputs: PyTree) -> Params:
     """The parameters' shapes and types, without making them."""
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
 
-def count_parameters(params: Any) -> int:
+def count_parameters(params: Params) -> int:
     """Number of trained parameters; a fixed position table is not among them."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

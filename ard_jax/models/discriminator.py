@@ -10,7 +10,6 @@ parameters: `Vectors` go into pure functions and come out of them.
 
 import functools
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 
 from ard_jax.models.layers import Dense, Dtype
 from ard_jax.models.partition import name_axes
+from ard_jax.types import Params
 
 name_axes(
     pointwise=("embed", "feature"),
@@ -38,7 +38,7 @@ NORMALISED = ("pointwise", "windowed", "logit")  # layers whose kernels have a s
 Vectors = dict[str, dict[str, jax.Array]]
 
 
-def torch_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+def torch_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
     """PyTorch's own initialisation of convolutions, U(±1/√inputs): small enough for spectral norm to enlarge."""
     bound = 1 / math.sqrt(math.prod(shape[:-1]))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -138,7 +138,7 @@ class Discriminator(nn.Module):
         return stack(self.dtype, name="heads")(tokens, condition)
 
 
-def matrices(params: Any) -> dict[str, jax.Array]:
+def matrices(params: Params) -> dict[str, jax.Array]:
     """The kernels that are normalised, {layer: (head, inputs, out)}: a convolution's inputs are its whole window's."""
     kernels = {layer: params["heads"][layer]["kernel"] for layer in NORMALISED}
     return {layer: kernel.reshape(len(kernel), -1, kernel.shape[-1]) for layer, kernel in kernels.items()}
@@ -148,7 +148,7 @@ def matrices(params: Any) -> dict[str, jax.Array]:
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def random_vectors(params: Any, key: jax.Array) -> Vectors:
+def random_vectors(params: Params, key: jax.Array) -> Vectors:
     """Unit vectors to start a `power_iteration` of a discriminator's parameters from."""
     shapes = {layer: matrix.shape for layer, matrix in matrices(params).items()}
     keys = {layer: jax.random.split(jax.random.fold_in(key, place)) for place, layer in enumerate(shapes)}
@@ -163,7 +163,7 @@ def unit(vectors: jax.Array) -> jax.Array:
     return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
-def power_iteration(params: Any, vectors: Vectors, times: int = 1) -> Vectors:
+def power_iteration(params: Params, vectors: Vectors, times: int = 1) -> Vectors:
     """Brings the vectors nearer to the kernels' first singular vectors: v ← Wᵀu, then u ← Wv, each of length 1.
 
     Args:
@@ -181,7 +181,7 @@ def power_iteration(params: Any, vectors: Vectors, times: int = 1) -> Vectors:
     return jax.lax.fori_loop(0, times, turn, vectors)
 
 
-def spectral_norms(params: Any, vectors: Vectors) -> dict[str, jax.Array]:
+def spectral_norms(params: Params, vectors: Vectors) -> dict[str, jax.Array]:
     """σ = uᵀWv of every normalised kernel, {layer: (head,)}; its gradient goes through W alone."""
     u, v = (jax.lax.stop_gradient(vectors[side]) for side in ("u", "v"))
     return {
@@ -190,7 +190,7 @@ def spectral_norms(params: Any, vectors: Vectors) -> dict[str, jax.Array]:
     }
 
 
-def normalised(params: Any, vectors: Vectors) -> Any:
+def normalised(params: Params, vectors: Vectors) -> Params:
     """The parameters that a `Discriminator` is applied with: its kernels over their spectral norms."""
     heads = dict(params["heads"])
     for layer, sigma in spectral_norms(params, vectors).items():

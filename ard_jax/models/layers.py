@@ -8,7 +8,6 @@ whole block cost the same as the teacher's of a whole image (docs/METHOD.md sect
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +17,7 @@ from einops import rearrange
 
 from ard_jax.errors import UserError
 from ard_jax.models.partition import name_axes
+from ard_jax.types import PyTree
 
 name_axes(
     patch_embed=("patch", "embed"),
@@ -29,7 +29,7 @@ name_axes(
     linear=("embed", "patch"),
 )
 
-Dtype = Any
+Dtype = jax.typing.DTypeLike
 xavier = nn.initializers.xavier_uniform()
 
 
@@ -120,12 +120,12 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 def layer_norm(x: jax.Array, dtype: Dtype | None, eps: float = 1e-6) -> jax.Array:
     """Layer norm without affine parameters; its statistics are at least float32 whatever `dtype` is."""
     norm = nn.LayerNorm(use_bias=False, use_scale=False, epsilon=eps, dtype=dtype, use_fast_variance=False)
-    return norm.apply({}, x)
+    return norm.apply({}, x)  # type: ignore[return-value]  # Flax: a pair only where state is `mutable`
 
 
 # A function (q, k, v, memory) → (output, memory), all of q, k, v and output (rows, token, heads, head width).
 # Memory is what one layer keeps between the calls of a cached sampler, None where nothing is kept.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
 
 
 class DiTBlock(nn.Module):
@@ -144,7 +144,7 @@ class DiTBlock(nn.Module):
     mlp_norm_eps: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: Any, memory: Any, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, context: PyTree, memory: PyTree, attend: Attend) -> tuple[jax.Array, PyTree]:
         """x (rows, token, width), of the context its `rows` (rows, width) → x of the same shape, and the memory."""
         width = x.shape[-1]
         zeros = nn.initializers.zeros
@@ -172,7 +172,7 @@ class FinalLayer(nn.Module):
     dtype: Dtype | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, context: PyTree) -> jax.Array:
         zeros = nn.initializers.zeros
         modulation = Dense(2 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="modulation")(context.rows)
         shift, scale = jnp.split(modulation, 2, axis=-1)

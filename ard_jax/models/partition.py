@@ -1,7 +1,6 @@
 """What the axes of parameters stand for, and how activations lie on the mesh that a program is traced for."""
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -33,7 +32,7 @@ def name_axes(**axes: tuple[str | None, ...]) -> None:
             raise ValueError(f"{name} has the axes {_AXES[name]} already: give the module of {names} another name.")
 
 
-def logical_axes(path: tuple[Any, ...], ndim: int) -> tuple[str | None, ...]:
+def logical_axes(path: tuple[jax.tree_util.KeyEntry, ...], ndim: int) -> tuple[str | None, ...]:
     """What the axes of a parameter stand for, by the names that its path ends in.
 
     Args:
@@ -54,7 +53,7 @@ def logical_axes(path: tuple[Any, ...], ndim: int) -> tuple[str | None, ...]:
             f"nothing says what the {ndim} axes of the parameter {'/'.join(map(str, keys))} stand for, so it would lie "
             f"whole on every device: name them beside its module, with models.partition.name_axes."
         )
-    axes = _AXES.get(name, ())
+    axes = _AXES[name] if name else ()
     axes = axes[-1:] if keys[-1:] == ["bias"] else axes
     stack = next((STACKS[key] for key in reversed(keys) if key in STACKS), None)
     if stack and ndim == len(axes) + 1:

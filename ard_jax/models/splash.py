@@ -45,7 +45,7 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: BlockMask, 
     """The TPU kernel, float32 inside: (rows, query or key, heads, head width)."""
     tile = next(size for size in TILES if mask.tokens % size == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    sizes = splash.BlockSizes(**dict.fromkeys(names, tile))
+    sizes = splash.BlockSizes(**dict.fromkeys(names, tile))  # type: ignore[arg-type]  # none of its other fields
 
     def local(q, k, v):  # of one device: a kernel cannot be split by the compiler
         heads_mask = MultiHeadMask([mask] * q.shape[2])
@@ -58,5 +58,7 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: BlockMask, 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not nn.get_logical_axis_rules():
         return local(q, k, v)
-    spec = divided(nn.logical_to_mesh_axes(("batch", None, "heads", None)), q.shape, mesh)
+    axes = nn.logical_to_mesh_axes(("batch", None, "heads", None))
+    assert axes is not None  # Flax has None for no names alone
+    spec = divided(axes, q.shape, mesh)
     return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)

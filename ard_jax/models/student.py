@@ -4,7 +4,7 @@ Its parameters are the teacher's, name by name, but for the final layer, which h
 step. The lowest `history_layers` slices of the layer stack look across blocks, the others stay inside a block.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from ard_jax.errors import UserError
 from ard_jax.models.attention import KeysAndValues, block_attention, block_mass, cached_attention
 from ard_jax.models.backbone import Backbone, Condition, Context, take
-from ard_jax.models.layers import Attend
+from ard_jax.models.layers import Attend, Dtype
 from ard_jax.models.masks import MASKS, visible_blocks
 from ard_jax.models.partition import constrain
+from ard_jax.types import Params
 
 HEADS = ("separate", "shared")
 
@@ -89,7 +90,7 @@ class ARDStudent(nn.Module):
         """A copy with some of the backbone's fields changed."""
         return self.clone(backbone=self.backbone.clone(**fields))
 
-    def context(self, condition: Condition, dtype: Any, blocks: slice = slice(None)) -> Context:
+    def context(self, condition: Condition, dtype: Dtype, blocks: slice = slice(None)) -> Context:
         """What the given blocks of every example read; condition leaves (batch, …) → batch · block rows."""
         times = (self.block_times or default_block_times(self.steps, self.noise_time, self.data_time))[blocks]
         return self.backbone.context(jnp.asarray(times, jnp.promote_types(dtype, jnp.float32))[None], condition)
@@ -223,7 +224,11 @@ class ARDStudent(nn.Module):
         return self.predict(h, context._replace(summary=None), block, point), (*cache, own)
 
 
-def init_from_teacher(teacher_params: Any, student: Backbone | ARDStudent) -> Any:
+# What learns and is sampled: a student with a history, or a backbone alone.
+Network: TypeAlias = Backbone | ARDStudent
+
+
+def init_from_teacher(teacher_params: Params, student: Network) -> Params:
     """The student's parameters at the start: the teacher's, with a copy of its final layer for every head.
 
     The stack of layers is shared with the teacher's tree, not copied.

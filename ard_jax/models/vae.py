@@ -8,7 +8,7 @@ raw ones shifted and scaled to about unit variance.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ard_jax.errors import UserError
 from ard_jax.models.attention import attention
 from ard_jax.models.layers import Dense, Dtype
+from ard_jax.types import Params
 
 LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
 
@@ -288,7 +289,7 @@ def check_channels(x: jax.Array, channels: int, name: str) -> None:
         )
 
 
-def to_latents(model: AutoencoderKL, params: Any, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+def to_latents(model: AutoencoderKL, params: Params, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """Images → latents as diffusion models see them; a pure function, to be jitted by the caller.
 
     Args:
@@ -300,7 +301,9 @@ def to_latents(model: AutoencoderKL, params: Any, images: jax.Array, key: jax.Ar
     Returns:
         (batch, height / downscale, width / downscale, latent channel), at least float32.
     """
-    mean, log_variance = model.apply({"params": params}, images, method="encode")
+    mean: jax.Array
+    log_variance: jax.Array
+    mean, log_variance = model.apply({"params": params}, images, method="encode")  # type: ignore[assignment]  # Flax
     if key is not None:
         draw = functools.partial(jax.random.normal, shape=mean.shape[key.ndim :], dtype=mean.dtype)
         noise = jax.vmap(draw)(key) if key.ndim else draw(key)
@@ -313,7 +316,7 @@ def to_raw(model: AutoencoderKL, latents: jax.Array) -> jax.Array:
     return latents / model.scaling_factor + (model.shift_factor or 0)
 
 
-def to_images(model: AutoencoderKL, params: Any, latents: jax.Array) -> jax.Array:
+def to_images(model: AutoencoderKL, params: Params, latents: jax.Array) -> jax.Array:
     """Latents as diffusion models see them → images, nominally in [-1, 1]; a pure function, to be jitted by the caller.
 
     Args:
@@ -326,5 +329,5 @@ def to_images(model: AutoencoderKL, params: Any, latents: jax.Array) -> jax.Arra
     return decode(model, params, to_raw(model, latents))
 
 
-def decode(model: AutoencoderKL, params: Any, z: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, z, method="decode")
+def decode(model: AutoencoderKL, params: Params, z: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, z, method="decode")  # type: ignore[return-value]  # Flax: a pair only where state is `mutable`

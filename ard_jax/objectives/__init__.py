@@ -19,11 +19,14 @@ from typing import Any, NamedTuple
 import jax
 
 from ard_jax.errors import UserError, first_line
-from ard_jax.models import ARDStudent, Backbone
+from ard_jax.models import Backbone, Network
 from ard_jax.sampling import Solve
+from ard_jax.types import Batch, Params, PyTree
 
 Metrics = dict[str, jax.Array]
-Objective = Callable[[Any, Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, Metrics]]
+Objective = Callable[[Params, PyTree, Batch, jax.Array], tuple[jax.Array, Metrics]]
+# (params, frozen, key) → the other networks' parameters by name, and the memory, of a `Joint`
+Begin = Callable[[Params, PyTree, jax.Array], tuple[dict[str, Params], PyTree]]
 
 
 class Joint(NamedTuple):
@@ -36,7 +39,7 @@ class Joint(NamedTuple):
             `step` is the number of steps done; among the metrics is "loss".
     """
 
-    gradients: Callable[..., tuple[dict[str, Any], Any, Metrics]]
+    gradients: Callable[..., tuple[PyTree, PyTree, Metrics]]
 
 
 STUDENT = "student"  # its name among the networks of a `Joint`
@@ -61,7 +64,7 @@ class Given(NamedTuple):
         options: the method's own settings, `config.distill.<objective>`; empty if it has none.
     """
 
-    student: Backbone | ARDStudent
+    student: Network
     kind: str
     teacher: Backbone
     solve: Solve
@@ -91,7 +94,7 @@ class Method(NamedTuple):
     objective: Objective | Joint
     flops: float
     reads: str = ""
-    begin: Callable[[Any, Any, jax.Array], tuple[dict[str, Any], Any]] | None = None
+    begin: Begin | None = None
     optimizers: Mapping[str, Any] = {}
     every: Mapping[str, int] = {}
 

@@ -12,7 +12,7 @@ jitted step on the whole batch, so λ is one number for all devices. Both gradie
 heads, and their sum goes once through its trunk.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +21,11 @@ import jax.numpy as jnp
 from ard_jax.diffusion import Process
 from ard_jax.models import ARDStudent, Backbone, Condition, Discriminator
 from ard_jax.models.backbone import condition_like
-from ard_jax.models.discriminator import normalised, power_iteration, random_vectors
+from ard_jax.models.discriminator import Vectors, normalised, power_iteration, random_vectors
 from ard_jax.models.flops import discriminator_macs, student_macs, teacher_macs
-from ard_jax.objectives import STUDENT, Joint, Method
+from ard_jax.objectives import STUDENT, Joint, Method, Metrics
 from ard_jax.objectives.ard import summarise
+from ard_jax.types import Batch, Params, PyTree
 
 DISCRIMINATOR = "discriminator"  # its name among the networks
 
@@ -48,7 +49,7 @@ class Judge(NamedTuple):
     time: float
 
     def features(
-        self, params: Any, images: jax.Array, condition: Condition, key: jax.Array, position: jax.Array
+        self, params: Params, images: jax.Array, condition: Condition, key: jax.Array, position: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """See `Backbone.features`; `params` are the teacher's; noise is drawn by the key and the position (batch,)."""
         time = jnp.full(len(images), self.time)
@@ -56,11 +57,12 @@ class Judge(NamedTuple):
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, position)
             noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], images.dtype))(keys)
             images = self.process.noised(images, noise, time)
-        return self.teacher.apply({"params": params}, images, time, condition, self.layers, method="features")
+        seen = images, time, condition, self.layers
+        return self.teacher.apply({"params": params}, *seen, method="features")  # type: ignore[return-value]
 
-    def logits(self, params: Any, vectors: Any, tokens: jax.Array, summary: jax.Array) -> jax.Array:
+    def logits(self, params: Params, vectors: Vectors, tokens: jax.Array, summary: jax.Array) -> jax.Array:
         """(head, batch, token); `params` are the heads'."""
-        return self.heads.apply({"params": normalised(params, vectors)}, tokens, summary)
+        return self.heads.apply({"params": normalised(params, vectors)}, tokens, summary)  # type: ignore[return-value]
 
 
 def make_judge(teacher: Backbone, layers: tuple[int, ...], process: Process, share: float) -> Judge:
@@ -162,11 +164,11 @@ def adversarial(
 
 def compete(
     judge: Judge,
-    params: Any,
-    vectors: Any,
+    params: Params,
+    vectors: Vectors,
     real: tuple[jax.Array, jax.Array],
     fake: tuple[jax.Array, jax.Array],
-) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
+) -> tuple[Params, jax.Array, Metrics]:
     """Both sides' gradients, from one forward pass of the heads over each of real and fake.
 
     Args:
@@ -213,16 +215,14 @@ class StudentPass(NamedTuple):
     """
 
     loss: jax.Array
-    metrics: dict[str, jax.Array]
+    metrics: Metrics
     fake: jax.Array
     to_predictions: jax.Array
-    pull_heads: Any
-    pull_trunk: Any
+    pull_heads: Callable[[jax.Array], tuple[Params, PyTree]]
+    pull_trunk: Callable[[PyTree], tuple[Params]]
 
 
-def forward(
-    student: ARDStudent, params: Any, batch: dict[str, jax.Array], target: str, columns: tuple[int, ...]
-) -> StudentPass:
+def forward(student: ARDStudent, params: Params, batch: Batch, target: str, columns: tuple[int, ...]) -> StudentPass:
     """Runs the student on the teacher's points; arguments as of `adversarial`."""
     noise = batch["noise"].astype(jnp.float32)
     points = batch[target][:, jnp.asarray(columns)].astype(jnp.float32)
@@ -246,7 +246,7 @@ def forward(
     return StudentPass(loss, metrics, predictions[:, -1], to_predictions, pull_heads, pull_trunk)
 
 
-def combine(student_pass: StudentPass, to_fake: jax.Array, weight: jax.Array) -> tuple[Any, jax.Array]:
+def combine(student_pass: StudentPass, to_fake: jax.Array, weight: jax.Array) -> tuple[Params, jax.Array]:
     """The student's gradient of L_regression + λ·L_G, and λ.
 
     Args:
@@ -263,7 +263,7 @@ def combine(student_pass: StudentPass, to_fake: jax.Array, weight: jax.Array) ->
     return {**trunk, **heads}, factor
 
 
-def last_kernel(heads: dict[str, Any]) -> jax.Array:
+def last_kernel(heads: Params) -> jax.Array:
     """W, (width, features): of the last step's head, or of the one that all steps share."""
     kernel = heads["final_layer"]["linear"]["kernel"]
     return kernel[-1] if kernel.ndim == 3 else kernel

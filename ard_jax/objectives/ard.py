@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ard_jax.models import ARDStudent, Backbone, Condition
 from ard_jax.models.flops import student_macs, teacher_macs
-from ard_jax.objectives import Given, Method, Objective, require_kind
+from ard_jax.objectives import Given, Method, Metrics, Objective, require_kind
 from ard_jax.sampling import (
     Solve,
     draw_noise,
@@ -19,16 +19,19 @@ from ard_jax.sampling import (
     trajectory_key,
     within_bounds,
 )
+from ard_jax.types import Params
 
 
 def build(given: Given) -> Method:
     """ARD from a store, or with the teacher inside the training step where there is none."""
     require_kind(given, "history")
-    flops = 6 * student_macs(given.student, given.shape)
+    student = given.student
+    assert isinstance(student, ARDStudent)
+    flops = 6 * student_macs(student, given.shape)
     if given.columns is not None:
-        return Method(ard(given.student, target=given.target, columns=given.columns), flops)
+        return Method(ard(student, target=given.target, columns=given.columns), flops)
     objective = online_ard(
-        given.student,
+        student,
         given.teacher,
         target=given.target,
         points=given.points,
@@ -42,7 +45,7 @@ def build(given: Given) -> Method:
 
 
 def teacher_forcing(
-    student: ARDStudent, params, noise: jax.Array, points: jax.Array, condition: Condition
+    student: ARDStudent, params: Params, noise: jax.Array, points: jax.Array, condition: Condition
 ) -> jax.Array:
     """Predictions of every point from the teacher's own earlier points.
 
@@ -56,17 +59,19 @@ def teacher_forcing(
         Of the shape of `points`.
     """
     inputs = jnp.concatenate([noise[:, None], points[:, :-1]], axis=1)
-    return student.apply({"params": params}, inputs, condition)
+    return student.apply({"params": params}, inputs, condition)  # type: ignore[return-value]  # Flax: a pair only where state is `mutable`
 
 
-def loss_per_step(student: ARDStudent, params, noise, points, condition, weight) -> jax.Array:
+def loss_per_step(
+    student: ARDStudent, params: Params, noise: jax.Array, points: jax.Array, condition: Condition, weight: jax.Array
+) -> jax.Array:
     """Mean squared error of each step over the rows, weighted, (step,); see `teacher_forcing`."""
     error = teacher_forcing(student, params, noise, points, condition).astype(jnp.float32) - points
     per_row = jnp.mean(error**2, axis=(2, 3, 4))
     return jnp.sum(per_row * weight[:, None], axis=0) / jnp.maximum(jnp.sum(weight), 1.0)
 
 
-def summarise(per_step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def summarise(per_step: jax.Array) -> tuple[jax.Array, Metrics]:
     return jnp.mean(per_step), {f"loss_step_{step + 1}": value for step, value in enumerate(per_step)}
 
 

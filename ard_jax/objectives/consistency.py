@@ -24,6 +24,7 @@ import optax
 
 from ard_jax.diffusion import Grid, few_step_process
 from ard_jax.errors import UserError
+from ard_jax.models import Backbone
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import STUDENT, Given, Joint, Method, require_kind
 from ard_jax.objectives.few_steps import at_node, calls_of, draw_nodes, require_store, teacher_samples
@@ -62,7 +63,8 @@ def consistency(given: Given) -> Joint:
     "position" (batch,).
     """
     options, process, guidance = given.options, few_step_process(given.solve.process), given.solve.guidance
-    grid = fine_grid(given)
+    grid, student = fine_grid(given), given.student
+    assert isinstance(student, Backbone)  # of the kind "stochastic"
 
     def loss(params, target, frozen, batch, key):
         x0, condition = teacher_samples(given, batch), batch["condition"]
@@ -70,8 +72,8 @@ def consistency(given: Given) -> Joint:
         x = at_node(x0, noise, grid, node)
         teacher = teacher_predictor(given.teacher, frozen, condition, grid, given.solve.process, guidance)
         following = at_node(*teacher(x, node), grid, node + 1)
-        aim = teacher_predictor(given.student, target, condition, grid, process, NO_GUIDANCE)(following, node + 1).x0
-        prediction = teacher_predictor(given.student, params, condition, grid, process, NO_GUIDANCE)(x, node).x0
+        aim = teacher_predictor(student, target, condition, grid, process, NO_GUIDANCE)(following, node + 1).x0
+        prediction = teacher_predictor(student, params, condition, grid, process, NO_GUIDANCE)(x, node).x0
         return jnp.mean(distance(prediction, aim, options["huber"]))
 
     def gradients(networks, memory, frozen, batch, key, step):

@@ -1,5 +1,7 @@
 """The teacher's objective: E‖network(x_t, t, c) − target‖² (DDPM, equation 14; flow matching's velocity likewise)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -38,7 +40,7 @@ def denoising(model: Backbone, process: Process, *, label_dropout: float, horizo
             batch["condition"],
             model.unconditional(batch["condition"]),
         )
-        output = model.apply({"params": params}, process.noised(image, noise, time), time, condition)
+        output: Any = model.apply({"params": params}, process.noised(image, noise, time), time, condition)
         error = output[..., : model.channels].astype(jnp.float32) - process.target(image, noise)
         return jnp.mean(error**2), {}
 

@@ -18,19 +18,19 @@ moves. What differs from DMD2:
 - The student predicts v, so that at the noise end its first guess is not divided by α.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ard_jax.diffusion import few_step_process
 from ard_jax.errors import UserError
+from ard_jax.models import Backbone
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import STUDENT, Given, Joint, Method, require_kind
 from ard_jax.objectives.denoising import denoising
 from ard_jax.objectives.few_steps import at_node, calls_of, draw_nodes, require_store, teacher_samples
 from ard_jax.sampling import NO_GUIDANCE, teacher_predictor
+from ard_jax.types import Batch, Params
 
 FAKE = "fake"
 
@@ -57,7 +57,7 @@ def build(given: Given) -> Method:
     )
 
 
-def begin(params, frozen, key):
+def begin(params: Params, frozen: Params, key: jax.Array) -> tuple[dict[str, Params], None]:
     """The fake score starts as the teacher; nothing is remembered."""
     return {FAKE: jax.tree.map(jnp.copy, frozen)}, None
 
@@ -103,8 +103,9 @@ def distribution_matching(given: Given) -> Joint:
     return Joint(gradients)
 
 
-def generate(given: Given, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+def generate(given: Given, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
     """The student's x̂_0 from the teacher's samples noised at one of its nodes, (batch, height, width, channel)."""
+    assert isinstance(given.student, Backbone)  # of the kind "stochastic"
     process = few_step_process(given.solve.process)
     grid = process.grid(len(given.points))
     node, noise = draw_nodes(key, batch["position"], range(grid.steps), given.shape)

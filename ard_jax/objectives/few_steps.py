@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from ard_jax.diffusion import Grid, Guidance, per_row
 from ard_jax.errors import UserError
 from ard_jax.objectives import Given
+from ard_jax.types import Batch
 
 
 def require_store(given: Given) -> None:
@@ -17,8 +18,9 @@ def require_store(given: Given) -> None:
         )
 
 
-def teacher_samples(given: Given, batch: dict[str, jax.Array]) -> jax.Array:
+def teacher_samples(given: Given, batch: Batch) -> jax.Array:
     """The teacher's samples, the last point of the store's records, (batch, height, width, channel) float32."""
+    assert given.columns is not None  # see `require_store`
     return batch["x0"][:, given.columns[-1]].astype(jnp.float32)
 
 

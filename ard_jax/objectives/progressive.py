@@ -22,6 +22,7 @@ import numpy as np
 from ard_jax.diffusion import Grid, few_step_process, per_row
 from ard_jax.diffusion.solvers import Predict
 from ard_jax.errors import UserError
+from ard_jax.models import Backbone
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import Given, Method, Objective, require_kind
 from ard_jax.objectives.few_steps import at_node, calls_of, draw_nodes, require_store, teacher_samples
@@ -56,7 +57,8 @@ def progressive(given: Given) -> Objective:
     "position" (batch,).
     """
     process = few_step_process(given.solve.process)
-    steps = len(given.points)
+    steps, student = len(given.points), given.student
+    assert isinstance(student, Backbone)  # of the kind "deterministic"
     grid, halves = process.grid(steps), process.grid(2 * steps)
     seen = (given.solve.process, given.solve.guidance) if given.start is None else (process, NO_GUIDANCE)
     weights = jnp.asarray(np.maximum((grid.alpha[:-1] / grid.sigma[:-1]) ** 2, 1.0), jnp.float32)
@@ -68,7 +70,7 @@ def progressive(given: Given) -> Objective:
         target = two_steps_in_one(
             teacher_predictor(given.teacher, frozen, condition, halves, *seen), x, halves, 2 * node
         )
-        prediction = teacher_predictor(given.student, params, condition, grid, process, NO_GUIDANCE)(x, node).x0
+        prediction = teacher_predictor(student, params, condition, grid, process, NO_GUIDANCE)(x, node).x0
         error = jnp.mean((prediction - target) ** 2, axis=(1, 2, 3))
         return jnp.mean(weights[node] * error), {"unweighted": jnp.mean(error)}
 

@@ -29,8 +29,9 @@ from ard_jax.convert.tensors import write_tensors
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, whole_folder, write_json
-from ard_jax.models import ARDStudent, AutoencoderKL, DiT
+from ard_jax.models import AutoencoderKL, Network
 from ard_jax.parallel import make_mesh
+from ard_jax.types import Params, PyTree
 from ard_jax.version import __version__
 from ard_jax.workdir import find_vae, load_student, load_teacher, read_done, recorded_config, teacher_folder
 
@@ -42,14 +43,14 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 Opened = dict[str, Any]
 
 
-def open_pipeline(source: str | os.PathLike, dtype: Any = None) -> Opened:
+def open_pipeline(source: str | os.PathLike, dtype: jax.typing.DTypeLike | None = None) -> Opened:
     """What `ARDPipeline.from_pretrained` opens, see there."""
     folder = locate(source)
     check_dtype(dtype)
     return in_dtype(reader(folder)(folder), dtype)
 
 
-def in_dtype(opened: Opened, dtype: Any) -> Opened:
+def in_dtype(opened: Opened, dtype: jax.typing.DTypeLike | None) -> Opened:
     """The parts set to compute in a type, and their parameters kept in it if it is bfloat16; None changes nothing.
 
     Raises:
@@ -67,7 +68,7 @@ def in_dtype(opened: Opened, dtype: Any) -> Opened:
     return opened
 
 
-def check_dtype(dtype: Any) -> str | None:
+def check_dtype(dtype: jax.typing.DTypeLike | None) -> str | None:
     """The name of a compute type, None for None."""
     if dtype is None:
         return None
@@ -112,8 +113,8 @@ def reader(folder: pathlib.Path) -> Callable[[pathlib.Path], Opened]:
         return open_folder
     if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
         return open_workdir
-    models = [path for path in (folder / "teacher", *sorted(folder.glob("distill/*")), *sorted(folder.glob("*")))]
-    models = [str(path) for path in models if (path / "config.json").is_file() and (path / "checkpoints").is_dir()]
+    paths = folder / "teacher", *sorted(folder.glob("distill/*")), *sorted(folder.glob("*"))
+    models = [str(path) for path in paths if (path / "config.json").is_file() and (path / "checkpoints").is_dir()]
     hint = " or ".join(models[:2]) or "one with a model_index.json, or a finished one such as runs/x/distill/ard"
     raise UserError(f"{folder} is no pipeline: name {hint}.")
 
@@ -124,6 +125,7 @@ def reader(folder: pathlib.Path) -> Callable[[pathlib.Path], Opened]:
 def open_folder(folder: pathlib.Path) -> Opened:
     """A folder of ours or of diffusers, which `convert` reads too."""
     source = open_source(folder)
+    assert source.model is not None and source.tensors is not None  # a pipeline is no autoencoder alone
     vae, vae_params = open_vae(source.vae) if source.vae else (None, None)
     card = folder / "README.md"
     return {
@@ -179,11 +181,11 @@ def read_names(path: pathlib.Path) -> dict[int, str]:
 
 def write_pipeline(
     folder: str | os.PathLike,
-    params: Any,
+    params: Params,
     config: ml_collections.ConfigDict,
     *,
     vae: AutoencoderKL | None,
-    vae_params: Any,
+    vae_params: PyTree,
     id2label: Mapping[int, str],
     card: str,
 ) -> None:
@@ -201,7 +203,11 @@ def write_pipeline(
     with whole_folder(folder) as new:
         name = "student" if config.get("student") else "teacher"
         model = make_student(config) if name == "student" else make_teacher(config)
-        index = {"_class_name": "ARDPipeline", "_ard_jax_version": __version__, name: ["ard_jax", PARTS[name]]}
+        index: dict[str, Any] = {
+            "_class_name": "ARDPipeline",
+            "_ard_jax_version": __version__,
+            name: ["ard_jax", PARTS[name]],
+        }
         described = {"_class_name": PARTS[name], "config": plain(sections(config, name == "student"))}
         write_json(new / name / "config.json", described)
         write_tensors(new / name / WEIGHTS, to_torch(model, params))
@@ -233,7 +239,7 @@ def check_place(folder: pathlib.Path) -> None:
         )
 
 
-def default_card(model: ARDStudent | DiT) -> str:
+def default_card(model: Network) -> str:
     """What a folder says of itself if nobody wrote it a card."""
     is_student = model.backbone is not model
     what = f"An ARD student of {model.steps} steps" if is_student else "A diffusion transformer"

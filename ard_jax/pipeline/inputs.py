@@ -5,10 +5,11 @@ import operator
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from ard_jax.data import MODES
@@ -37,7 +38,7 @@ def resolve_labels(labels: Any, id2label: Mapping[int, str], num_classes: int) -
     return np.asarray([resolve_label(label, id2label, num_classes) for label in given], np.int32)
 
 
-def resolve_label(label: Any, id2label: Mapping[int, str], num_classes: int) -> int:
+def resolve_label(label: SupportsIndex | str, id2label: Mapping[int, str], num_classes: int) -> int:
     if isinstance(label, str):
         return find_name(label, id2label, num_classes)
     try:
@@ -76,7 +77,7 @@ def normal(name: str) -> str:
     return ", ".join(" ".join(part.split()) for part in name.casefold().split(","))
 
 
-def read_image(image: Any, size: int, channels: int) -> np.ndarray:
+def read_image(image: Image.Image | str | os.PathLike | npt.ArrayLike, size: int, channels: int) -> np.ndarray:
     """An image to edit.
 
     Args:
@@ -106,11 +107,10 @@ def read_image(image: Any, size: int, channels: int) -> np.ndarray:
             f"the image to edit is an array of {array.dtype} {array.shape}: give (height, width, channel) of uint8, or "
             f"of floats from 0 to 1."
         )
-    check_size(*array.shape[:2], size)
-    if array.shape[2] != channels:
-        raise UserError(
-            f"the image to edit has {array.shape[2]} channels, but this model makes {channels}: convert it."
-        )
+    height, width, found = array.shape
+    check_size(height, width, size)
+    if found != channels:
+        raise UserError(f"the image to edit has {found} channels, but this model makes {channels}: convert it.")
     if floats and not ((array >= 0) & (array <= 1)).all():
         raise UserError(
             f"the image to edit has values from {array.min():.3g} to {array.max():.3g}: floats must lie in [0, 1]."
@@ -137,7 +137,7 @@ def check_size(height: int, width: int, size: int) -> None:
         )
 
 
-def require_int(value: Any, name: str, low: int, high: int | None = None) -> int:
+def require_int(value: SupportsIndex, name: str, low: int, high: int | None = None) -> int:
     """A whole number from `low` to `high`; UserError for anything else."""
     try:
         number = operator.index(value)

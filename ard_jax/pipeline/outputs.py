@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -11,6 +11,9 @@ from PIL import Image
 from ard_jax.data import to_uint8
 
 OUTPUT_TYPES = ("pil", "np", "latent")
+
+# Of a batch of images, or of a list of them for each.
+Pictures: TypeAlias = np.ndarray | list[Image.Image] | list[list[Image.Image]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +28,19 @@ class PipelineOutput:
             the student predicted, or the teacher's x0-predictions; None if it was not asked for.
     """
 
-    images: Any
+    images: Pictures
     labels: np.ndarray
-    trajectory: Any = None
+    trajectory: Pictures | None = None
 
 
-def convert_output(array: np.ndarray, output_type: str) -> Any:
+def convert_output(array: np.ndarray, output_type: str) -> Pictures:
     """A batch of images, or of trajectories of them, in the type that was asked for, before the next batch is made."""
     if output_type != "pil":
         return array
     return to_pil(array) if array.ndim == 4 else [to_pil(steps) for steps in array]
 
 
-def concatenate(batches: Sequence[Any]) -> Any:
+def concatenate(batches: Sequence[Any]) -> Pictures:
     """Batches after another: arrays as an array, lists as a list."""
     return list(itertools.chain(*batches)) if isinstance(batches[0], list) else np.concatenate(batches)
 

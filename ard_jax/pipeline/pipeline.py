@@ -14,7 +14,7 @@ import numpy as np
 
 from ard_jax.build import example_shape, make_process, make_solve, make_student, make_teacher
 from ard_jax.errors import UserError
-from ard_jax.models import AutoencoderKL
+from ard_jax.models import ARDStudent, AutoencoderKL, Backbone
 from ard_jax.models.vae import to_images, to_latents
 from ard_jax.parallel import equal_batches, make_mesh, put_batch, replicated, run_batches
 from ard_jax.pipeline.files import open_pipeline, write_pipeline
@@ -22,6 +22,7 @@ from ard_jax.pipeline.inputs import read_image, require_int, resolve_labels
 from ard_jax.pipeline.outputs import OUTPUT_TYPES, PipelineOutput, concatenate, convert_output
 from ard_jax.progress import progress_bar
 from ard_jax.sampling import Solve, draw_noise, sample_student, sample_teacher, sampling_key
+from ard_jax.types import Params
 
 # (params, vae_params, noise, labels, …) → images, or images and trajectories
 Program = Callable[..., Any]
@@ -41,11 +42,11 @@ class ARDPipeline:
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         config: ml_collections.ConfigDict,
         *,
         vae: AutoencoderKL | None = None,
-        vae_params: Any = None,
+        vae_params: Params | None = None,
         id2label: Mapping[int, str] | None = None,
         card: str = "",
     ):
@@ -70,10 +71,14 @@ class ARDPipeline:
         height, width, channels = example_shape(self.config)
         if self.config.data.space == "pixel":
             return height, width, channels
-        return self.vae and (height * self.vae.downscale, width * self.vae.downscale, self.vae.out_channels)
+        if self.vae is None:
+            return None
+        return height * self.vae.downscale, width * self.vae.downscale, self.vae.out_channels
 
     @classmethod
-    def from_pretrained(cls, folder_or_repo: str | os.PathLike, dtype: Any = None) -> "ARDPipeline":
+    def from_pretrained(
+        cls, folder_or_repo: str | os.PathLike, dtype: jax.typing.DTypeLike | None = None
+    ) -> "ARDPipeline":
         """Opens a pipeline.
 
         Args:
@@ -207,8 +212,10 @@ class ARDPipeline:
 
         def generate(params, vae_params, noise, labels):
             if is_student:
+                assert isinstance(model, ARDStudent)
                 points = sample_student(model, params, noise, labels)
                 return present(vae_params, points, points[:, -1])
+            assert isinstance(model, Backbone)
             solution = sample_teacher(model, params, noise, labels, how)
             return present(vae_params, solution.x0, solution.xt[:, -1])
 
@@ -220,6 +227,7 @@ class ARDPipeline:
         The image is (1, height, width, channel) in [-1, 1].
         """
         model, vae, present = self.model, self.vae, self._presenter(latent, trajectory)
+        assert isinstance(model, ARDStudent)
         alpha, sigma = self._source_coefficients(source_step)
 
         def edit(params, vae_params, noise, labels, image):
@@ -331,7 +339,7 @@ class ARDPipeline:
         self, steps: int | None, guidance_scale: float | None, solver: str | None, guided_channels: int | None
     ) -> Solve | None:
         """How a teacher is sampled; None for a student."""
-        given = {"guidance_scale": guidance_scale, "solver": solver, "guided_channels": guided_channels}
+        given: dict[str, Any] = {"guidance_scale": guidance_scale, "solver": solver, "guided_channels": guided_channels}
         given = {name: value for name, value in given.items() if value is not None}
         if self.is_student:
             if given:

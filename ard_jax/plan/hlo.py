@@ -40,7 +40,7 @@ class Instruction(NamedTuple):
     root: bool
 
 
-class Computation(dict):
+class Computation(dict[str, Instruction]):
     """Instructions by name, in order."""
 
     @property
@@ -54,7 +54,7 @@ class Computation(dict):
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        users = {name: [] for name in self}
+        users: dict[str, list[Instruction]] = {name: [] for name in self}
         for instruction in self.values():
             for operand in dict.fromkeys(instruction.operands):
                 if operand in users:
@@ -79,17 +79,18 @@ class Traffic(NamedTuple):
         sent: what a chip must send at least, in a ring, all together.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # tuple's own method of that name is not used
     bytes: float
     sent: float
 
 
 def parse(text: str) -> Program:
     """Parses `jax.stages.Compiled.as_text()`."""
-    computations, entry, current = {}, "", None
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY ")):
-            name = re.search(r"%([\w.\-]+)", line).group(1)
+            name = part(r"%([\w.\-]+)", line)
             entry = name if line.startswith("ENTRY ") else entry
             current = computations[name] = Computation()
         elif line.startswith("}"):
@@ -113,6 +114,14 @@ def parse_line(line: str) -> Instruction:
     return Instruction(name, shape, right[:start], operands, right[start + 1 :], left.startswith("ROOT "))
 
 
+def part(pattern: str, text: str) -> str:
+    """The group of a pattern in a text that must have it."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern} in {text[:80]!r}")
+    return found[1]
+
+
 def closing(text: str, start: int) -> int:
     """Where the parenthesis that opens at `start` closes."""
     depth = 0
@@ -127,7 +136,7 @@ def arrays(shape: str) -> list[tuple[float, bool]]:
     """Bytes of each array of a shape, and whether it lies in main memory, not in faster memory on the chip."""
     found = []
     for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape):
-        bits = BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype).group())
+        bits = BITS[dtype] if dtype in BITS else int(part(r"(\d+)", dtype))
         numbers = map(int, filter(None, dims.split(",")))
         found.append((math.prod(numbers) * bits / 8, not re.search(r"S\([1-9]\d*\)", layout)))
     return found
@@ -177,14 +186,14 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
     """Turns of a loop that counts from 0, as JAX's scans do; 1 where the text does not tell."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known.group(1))
-    condition = program.computations[re.search(r"\bcondition=%([\w.\-]+)", loop.rest).group(1)]
+    condition = program.computations[part(r"\bcondition=%([\w.\-]+)", loop.rest)]
     bounds = [constant(instruction) for instruction in condition.values()]
     if not any(bounds):  # the bound comes with the loop's state
-        initial = computation.get(loop.operands[0])
+        initial = computation[loop.operands[0]]
         for instruction in condition.values():
-            index = re.search(r"\bindex=(\d+)", instruction.rest)
             if instruction.opcode == "get-tuple-element" and initial.opcode == "tuple":
-                bounds.append(constant(computation[initial.operands[int(index.group(1))]]))
+                index = int(part(r"\bindex=(\d+)", instruction.rest))
+                bounds.append(constant(computation[initial.operands[index]]))
     return max(filter(None, bounds), default=1)
 
 
@@ -199,13 +208,14 @@ def constant(instruction: Instruction) -> int:
 
 def collectives(program: Program) -> dict[str, Traffic]:
     """What one run sends between chips, by kind; collectives of a single chip are left out."""
-    found, chains = {}, set()
+    found: dict[str, Traffic] = {}
+    chains: set[str] = set()
     for computation, instruction, times, _ in instructions(program):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES or (group := group_size(program, instruction)) == 1:
             continue
         # TPU's compiler spreads a collective over the fusions beside which it goes on, and names it in each of them
-        chain = re.search(r"\bchannel_id=\d+|$", instruction.rest).group() if "chain_id=" in instruction.rest else ""
+        chain = part(r"(\bchannel_id=\d+|$)", instruction.rest) if "chain_id=" in instruction.rest else ""
         if chain in chains:
             continue
         chains |= {chain} - {""}
@@ -232,7 +242,7 @@ def group_size(program: Program, instruction: Instruction) -> int:
     """
     if instruction.opcode.startswith("collective-permute"):
         return program.partitions
-    groups = re.search(r"\breplica_groups=(\S.*)", instruction.rest).group(1)
+    groups = part(r"\breplica_groups=(\S.*)", instruction.rest)
     if listed := re.match(r"\{\{([\d,]*)\}", groups):
         return len(listed.group(1).split(","))
     if array := re.match(r"\[\d+,(\d+)\]<=", groups):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ard_jax.build import example_shape, make_rollout, make_solve, make_student, make_teacher
 from ard_jax.drawing import make_drawing, rollout_macs, student_sampler
 from ard_jax.methods import columns_of, continued, make_finetune_method, make_method
-from ard_jax.models.backbone import Backbone, condition_like
+from ard_jax.models.backbone import Backbone, Condition, condition_like
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import Method
 from ard_jax.parallel import batch_sharding, batch_shards, local_mesh, make_mesh, placed
@@ -20,6 +20,7 @@ from ard_jax.sampling import network_calls
 from ard_jax.training.state import make_step, optimizer_of, start_state
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import make_solver
+from ard_jax.types import Batch, PyTree
 from ard_jax.workdir import student_shapes, teacher_shapes
 
 
@@ -37,7 +38,7 @@ class Work(NamedTuple):
 
     name: str
     function: Any
-    arguments: tuple
+    arguments: tuple[PyTree, ...]
     mesh: Mesh
     rows: int
     flops: float
@@ -54,6 +55,7 @@ def for_platform(config: ml_collections.ConfigDict, platform: str) -> ml_collect
 def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """The step of the stage `distill`; from a store, or with the teacher inside (`distill.online`)."""
     settings, teacher, params = config.distill, make_teacher(config), student_shapes(config)
+    columns: tuple[int, ...] | None
     record, columns = stored_record(config, settings.batch_size)
     if settings.online:
         record, columns = {name: record[name] for name in ("label", "position", "condition")}, None
@@ -79,7 +81,7 @@ def finetune_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     return step_of("fine-tune step", method, config, settings, teacher_shapes(teacher), batch, where)
 
 
-def stored_record(config: ml_collections.ConfigDict, rows: int) -> tuple[dict[str, Any], tuple[int, ...]]:
+def stored_record(config: ml_collections.ConfigDict, rows: int) -> tuple[Batch, tuple[int, ...]]:
     """A batch from the trajectory store, and where the student's points stand in it."""
     points, dtype, shape = (
         tuple(config.trajectories.points),
@@ -98,8 +100,8 @@ def step_of(
     method: Method,
     config: ml_collections.ConfigDict,
     settings: ml_collections.ConfigDict,
-    frozen: Any,
-    batch: dict[str, Any],
+    frozen: PyTree,
+    batch: Batch,
     where: Slice,
 ) -> Work:
     """A training stage's step; its first argument is the state."""
@@ -129,17 +131,19 @@ def trajectory_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     return Work("trajectory step", make_solver(teacher, config, mesh), arguments, mesh, rows, 2 * macs * rows)
 
 
-def drawn_rows(config: ml_collections.ConfigDict, rows: int, mesh: Mesh) -> dict[str, Any]:
+def drawn_rows(config: ml_collections.ConfigDict, rows: int, mesh: Mesh) -> Batch:
     """The shapes of a batch that is to be drawn: indices, the numbers of the conditions, and what they say."""
     numbers = rows_of(rows, (), "int32", mesh)
     return {"index": numbers, "label": numbers, "condition": condition_rows(make_teacher(config), rows, mesh)}
 
 
-def condition_rows(model: Backbone, rows: int, mesh: Mesh | None = None) -> Any:
+def condition_rows(model: Backbone, rows: int, mesh: Mesh | None = None) -> Condition:
     """The shapes of a batch of conditions."""
     return condition_like(model, rows, lambda shape, dtype: rows_of(shape[0], shape[1:], dtype, mesh))
 
 
-def rows_of(rows: int, shape: tuple[int, ...], dtype: Any, mesh: Mesh | None = None) -> jax.ShapeDtypeStruct:
+def rows_of(
+    rows: int, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, mesh: Mesh | None = None
+) -> jax.ShapeDtypeStruct:
     """The shape of a batch, split over a mesh if there is one."""
     return jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=batch_sharding(mesh) if mesh else None)

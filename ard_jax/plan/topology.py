@@ -19,7 +19,7 @@ SHAPES = {"v4": SOLID, "v5e": FLAT, "v5p": SOLID, "v6e": FLAT}
 
 # What libtpu is told beside the name: hosts of another size than 2×2 chips, and that a v4 chip's two cores are one
 # device, as on Cloud TPU.
-OPTIONS = {
+OPTIONS: dict[str, dict[str, str | tuple[int, ...]]] = {
     **{f"{chip}:1x1": {"chips_per_host_bounds": (1, 1, 1)} for chip in ("v5e", "v6e")},
     **{f"{chip}:2x4": {"chips_per_host_bounds": (2, 4, 1)} for chip in ("v5e", "v6e")},
     **{f"v4:{shape}": {"chip_config_name": "megacore"} for shape in SOLID},

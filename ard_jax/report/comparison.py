@@ -19,7 +19,7 @@ COST = (
 )
 
 
-MEASURED = ("fd", "precision", "recall", "psnr", "network_calls", "gmac_per_image")
+MEASURED: tuple[str, ...] = ("fd", "precision", "recall", "psnr", "network_calls", "gmac_per_image")
 MEASURED += ("training_examples", "training_flops", "training_seconds")
 HEAD = ("Method", "Steps", *words.headings(MEASURED))
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
@@ -136,7 +137,7 @@ def teaser(pictures: Mapping[str, np.ndarray], results: Mapping) -> bytes:
       UserError: if the pictures of the teacher or of all such students are missing.
     """
     models = results.get("models") or {}
-    names = [name for name in ("teacher", *words.pair(models, "x0")) if name in pictures]
+    names = [name for name in ("teacher", *words.pair(models, "x0")) if name and name in pictures]
     if names == ["teacher"]:
         rivals = (name for name, model in models.items() if words.objective_of(model) != "ard" and name in pictures)
         names += [*rivals][:1]
@@ -189,8 +190,9 @@ def block_maps(name: str, mass: np.ndarray) -> str:
     down = -(-layers // across)
     side = max(1.5, 0.5 * steps)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11}):
-        figure = Figure(figsize=(across * (side + 0.65), down * (side + 0.65)), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.12)
+        figure = Figure(
+            figsize=(across * (side + 0.65), down * (side + 0.65)), layout=ConstrainedLayoutEngine(h_pad=0.12)
+        )
         axes = figure.subplots(down, across, squeeze=False).reshape(-1)
         for layer, own in enumerate(axes):
             if layer < layers:
@@ -238,8 +240,15 @@ def line_chart(
         if log:
             axes.set_yscale("log")
         for line in kept:
-            style = {"linestyle": (0, (4, 2.4)) if line.dashed else "-", "marker": "o" if markers else None}
-            axes.plot(line.x, line.y, color=PALETTE[line.colour][0], linewidth=1.7, markersize=4.5, **style)
+            axes.plot(
+                line.x,
+                line.y,
+                color=PALETTE[line.colour][0],
+                linewidth=1.7,
+                linestyle=(0, (4, 2.4)) if line.dashed else "-",
+                marker="o" if markers else None,
+                markersize=4.5,
+            )
         _dress(axes, xlabel, ylabel, log, markers)
         return _inline_svg(figure, name, f"{ylabel} by {xlabel}: {', '.join(line.label for line in kept)}")
 

@@ -1,6 +1,6 @@
 """One HTML page that shows a run, or a sweep: no file beside it, no request to anywhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from ard_jax.report.pieces import Chart, Finals, Grid, Picture
 from ard_jax.report.render import render
 from ard_jax.report.words import number, significant
 
-MEASURED = ("fd", "degradation", "precision", "recall", "psnr", "network_calls", "gmac_per_image")
+MEASURED: tuple[str, ...] = ("fd", "degradation", "precision", "recall", "psnr", "network_calls", "gmac_per_image")
 MEASURED += ("seconds_per_image", "parameters")
 CURVE_POINTS = 300  # more cannot be told apart at the width of a chart
 
@@ -134,13 +134,19 @@ def _along(entries: Mapping[str, Mapping], over: str) -> list[Chart]:
         lines.setdefault(label, []).append((entry["over"], entry["results"]["fd"]))
     colours = ("ard", "step", "other1", "other2", "other3")
     series = [
-        Series(label, colours[index % len(colours)], *zip(*sorted(points), strict=True))
+        Series(label, colours[index % len(colours)], *_columns(points))
         for index, (label, points) in enumerate(lines.items())
     ]
-    teachers = sorted((entry["over"], entry["teacher"]["fd"]) for entry in entries.values())
-    series.append(Series("teacher", "teacher", *zip(*teachers, strict=True), dashed=True))
+    teachers = [(entry["over"], entry["teacher"]["fd"]) for entry in entries.values()]
+    series.append(Series("teacher", "teacher", *_columns(teachers), dashed=True))
     name = "Fréchet distance"
     return pieces.charts({"over": (f"{name} along {over}", series)}, over, name, log=True, markers=True)
+
+
+def _columns(points: Iterable[tuple[float, float]]) -> tuple[Sequence[float], Sequence[float]]:
+    """Points, sorted, as all x and all y."""
+    x, y = zip(*sorted(points), strict=True)
+    return x, y
 
 
 def _capital(phrase: str) -> str:
@@ -177,7 +183,7 @@ def _tiles(results: Mapping, models: Mapping[str, Mapping]) -> list[tuple[str, s
     degradations = [None if name is None else words.degradation(models, name) for name in pair]
     if words.finite(ratio) and all(map(words.is_positive, degradations)):
         tiles.append((f"{number(ratio, ',.1f')}×", "degradation, step distillation over ARD", "ink"))
-    step, ard = (models.get(name, {}) for name in pair)
+    step, ard = (models.get(name or "", {}) for name in pair)
     shown = {"the teacher": (words.teacher_of(models), "teacher"), "step distillation": (step, "step")}
     for of, (model, colour) in (shown | {"ARD": (ard, "ard")}).items():
         if model.get("fd") is not None:
@@ -197,7 +203,7 @@ def _pictures(
     models = {name: models.get(name, {}) for name in ("teacher", *models, *drawn)} | {
         "teacher": {"kind": "teacher", **models.get("teacher", {})}
     }
-    shown = {}
+    shown: dict[str, tuple[Finals, Sequence[Grid]]] = {}
     for target in words.TARGETS:
         names = [name for name in _students(models, target) if name in pictures]
         if names or (target == "x0" and not drawn):
@@ -317,7 +323,7 @@ def _given(models: Mapping[str, Mapping], prefix: str = "all") -> list[Chart]:
 def _attention(models: Mapping[str, Mapping], prefix: str = "all") -> list[Chart]:
     """Maps of attention; `prefix` as in `_given`."""
     titles = words.titles(models)
-    maps = []
+    maps: list[Chart] = []
     for name, model in models.items():
         if model.get("attention_mass"):
             svg = figures.block_maps(f"{prefix}-attention-{len(maps)}", np.asarray(model["attention_mass"], float))

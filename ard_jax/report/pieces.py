@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class Row(NamedTuple):
     """Images of one model; if the title is None, what parts those of the row above from the teacher's."""
 
     title: str | None
-    fd: Any
+    fd: float | None
     pictures: Sequence[Picture]
 
 
@@ -95,9 +95,8 @@ def final_images(
             apart = np.minimum(apart, 255).astype(np.uint8)
             shown = [picture(image, f"{title}, difference, sample {i + 1}") for i, image in enumerate(apart)]
             rows.append(Row(None, None, shown))
-    labels = pictures.get("label")
-    if labels is not None:
-        labels = [str(label) for label in np.asarray(labels)[:columns]]
+    given = pictures.get("label")
+    labels = None if given is None else [str(label) for label in np.asarray(given)[:columns]]
     return Finals(columns, labels, rows, differences)
 
 

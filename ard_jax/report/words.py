@@ -5,9 +5,9 @@ Plain text throughout; the templates escape it. A model is one entry of `results
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 ABSENT = "–"
 TARGETS = {"x0": "x0 points", "xt": "noisy points"}
@@ -20,7 +20,7 @@ RIVALS = {
 }
 
 
-def finite(value: Any) -> bool:
+def finite(value: Any) -> TypeGuard[float]:
     """Whether `value` is a number that can be compared and divided by."""
     try:
         return math.isfinite(value)
@@ -28,7 +28,7 @@ def finite(value: Any) -> bool:
         return False
 
 
-def is_positive(value: Any) -> bool:
+def is_positive(value: Any) -> TypeGuard[float]:
     return finite(value) and value > 0
 
 
@@ -67,7 +67,7 @@ def duration(seconds: Any) -> str:
 
 
 # Key of a model's measurements → the heading of their column, and how one is written.
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "fd": ("FD ↓", number),
     "degradation": ("Degradation ↓", number),
     "precision": ("Precision ↑", partial(number, spec=".3f")),

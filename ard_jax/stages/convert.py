@@ -42,7 +42,7 @@ from ard_jax.convert.write import drop_from_page_cache, files_sha256, save_param
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, read_json, write_json
 from ard_jax.models import MASKS
-from ard_jax.workdir import Stopwatch, compare, merge_done, network, read_done, recorded_config
+from ard_jax.workdir import Stopwatch, compare, finished, merge_done, network, read_done, recorded_config
 
 log = logging.getLogger("ard_jax")
 
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
 def _destinations(source: Source, args: argparse.Namespace) -> dict[str, pathlib.Path]:
     """Folders to be made, in this order; the model's comes last since it makes the workdir whole."""
     folders = {"vae": args.workdir / "vae"} if source.vae else {}
-    if source.model is not None:
+    if source.model is not None and source.config is not None:
         student = args.workdir / "distill" / source.config.student.name
         folders["model"] = student if source.model.is_student else args.workdir / "teacher"
     return folders
@@ -136,10 +136,10 @@ def _summary(source: Source, name: str, folders: dict[str, pathlib.Path]) -> lis
     """What a source is, line by line."""
     lines = [f"{name}: {source.what}"]
     if model := source.model:
-        config = source.config
-        network = model.backbone
+        config, tensors, network = source.config, source.tensors, model.backbone
+        assert config is not None and tensors is not None and network.image_size is not None
         side, tokens = network.image_size, (network.image_size // network.patch_size) ** 2
-        count = sum(math.prod(shape) for shape in source.tensors.shapes.values())
+        count = sum(math.prod(shape) for shape in tensors.shapes.values())
         objective = "velocity" if config.diffusion.process == "flow" else "noise"
         lines += [
             f"  images      {side}×{side}×{network.channels} ({config.data.space}), {network.num_classes} classes",
@@ -227,6 +227,7 @@ def _write_model(folder: pathlib.Path, source: Source, name: str, watch: Stopwat
     with concurrent.futures.ThreadPoolExecutor(1) as hasher:
         source_hash = hasher.submit(files_sha256, source.files)
         source_hash.add_done_callback(lambda _: drop_from_page_cache(source.files))
+        assert source.model is not None and source.tensors is not None and source.config is not None
         params_hash = save_parameters(folder / "checkpoints", stored_parameters(source.tensors, source.model))
         write_json(folder / "config.json", plain(source.config) | {"inputs": {"source": source_hash.result()}})
         _write_source(folder, name, source_hash.result(), source.license)
@@ -237,6 +238,7 @@ def _write_model(folder: pathlib.Path, source: Source, name: str, watch: Stopwat
 
 def _write_vae(folder: pathlib.Path, source: Source, name: str) -> None:
     """A VAE's folder in diffusers' format, float32, with today's names."""
+    assert source.vae is not None
     described = read_description(source.vae / "config.json")
     tensors = to_float32(open_tensors(source.vae), source.vae)
     state_dict, config = vae_to_diffusers(*vae_from_diffusers(tensors, described))
@@ -255,8 +257,9 @@ def _finish(folders: dict[str, pathlib.Path], source: Source, args: argparse.Nam
     if folder is None:
         print(f"done: {args.workdir / 'vae'}", flush=True)
         return
+    assert source.model is not None and source.config is not None
     if source.model.is_student:
-        merge_done(args.workdir / "distill", {folder.name: read_done(folder)})
+        merge_done(args.workdir / "distill", {folder.name: finished(folder, "convert")})
     students = [folder for folder in _models_of(args.workdir) if folder.parent.name == "distill"]
     file = args.workdir / "config.py"
     if source.model.is_student or not students or not file.exists():
@@ -280,4 +283,4 @@ def _config_text(config: ConfigDict, name: str) -> str:
 
 
 def _files_of(part: str, source: Source) -> tuple[pathlib.Path, ...]:
-    return part_files(source.vae) if part == "vae" else source.files
+    return part_files(source.vae) if part == "vae" and source.vae else source.files

@@ -7,7 +7,6 @@ stopped. `distill.objective` names other methods, see ard_jax/objectives/.
 
 import functools
 import pathlib
-from typing import Any
 
 import ml_collections
 import numpy as np
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 
 from ard_jax.build import make_conditions, make_student
 from ard_jax.conditions import draw_numbers
-from ard_jax.data import InMemory
+from ard_jax.data import InMemory, Source
 from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, make_method
 from ard_jax.models import init_from_teacher
@@ -23,6 +22,7 @@ from ard_jax.parallel import check_batch, is_first, make_mesh
 from ard_jax.sampling import trajectory_key
 from ard_jax.training.fit import Task, fit
 from ard_jax.trajectories.store import open_store, store_hash
+from ard_jax.types import Params
 from ard_jax.workdir import Stopwatch, claim, load_student, load_teacher, merge_done, write_done
 
 
@@ -41,6 +41,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     params, start = init_from_teacher(teacher_params, student), None
     if settings.start:
         params, inputs["start"], start = load_start(config, workdir, mesh)
+    source: Source
+    columns: tuple[int, ...] | None
     if settings.online:  # the stream's positions are all that is needed
         source, columns = InMemory({"nothing": np.zeros(1, np.int32)}), None
         numbers = functools.partial(draw_numbers, trajectory_key(config.seed), count=len(conditions))
@@ -58,7 +60,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         merge_done(workdir / "distill", {config.student.name: made})
 
 
-def load_start(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[Any, str, int]:
+def load_start(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[Params, str, int]:
     """The student that `distill.start` names: its averaged parameters, their hash, and its number of steps.
 
     Raises:
@@ -74,7 +76,7 @@ def load_start(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: M
     return params, sha256, len(before.student.points)
 
 
-def _form(config: ml_collections.ConfigDict) -> tuple[Any, ...]:
+def _form(config: ml_collections.ConfigDict) -> tuple[object, ...]:
     """What the shapes of a student's parameters depend on, and how it is sampled, beside the teacher."""
     student = config.student
     return (student.kind, *((len(student.points), student.heads) if student.kind == "history" else ()))

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -25,7 +24,7 @@ from jax.experimental import multihost_utils
 from ard_jax.build import example_shape
 from ard_jax.config import plain
 from ard_jax.convert.vae import diffusers_config
-from ard_jax.data import MODES, class_names
+from ard_jax.data import MODES, Source, class_names
 from ard_jax.drawing import open_images
 from ard_jax.errors import UserError
 from ard_jax.files import tree_sha256
@@ -33,6 +32,7 @@ from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_latents
 from ard_jax.parallel import equal_batches, is_first, make_mesh, put_batch, replicated, run_batches
 from ard_jax.sharded import DTYPES, Layout, data_folder, describe, number_of_shards, tensor
+from ard_jax.types import Batch, Params
 from ard_jax.version import __version__
 from ard_jax.workdir import Stopwatch, claim, load_vae, vae_folder, write_done
 
@@ -40,8 +40,6 @@ log = logging.getLogger("ard_jax")
 
 LAYOUT = Layout("latents", "Latents of labelled images, to train a diffusion model on.")
 AHEAD = 2  # batches whose images are read while another is encoded
-
-Batch = dict[str, np.ndarray]
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -119,7 +117,7 @@ def features_of(config: ml_collections.ConfigDict) -> tfds.features.FeaturesDict
     )
 
 
-def make_encoder(model: AutoencoderKL, config: ml_collections.ConfigDict) -> Callable[[Any, Batch], jax.Array]:
+def make_encoder(model: AutoencoderKL, config: ml_collections.ConfigDict) -> Callable[[Params, Batch], jax.Array]:
     """The jitted function (params, {"image", "index"}) → latents (batch, height, width, channel) as they are stored."""
     dtype, sample = jnp.dtype(DTYPES[config.encode.dtype]), config.encode.sample
     key = jax.random.fold_in(jax.random.key(config.seed), 2)  # trajectories have 0, samples 1
@@ -133,8 +131,8 @@ def make_encoder(model: AutoencoderKL, config: ml_collections.ConfigDict) -> Cal
 
 def make_latents(
     model: AutoencoderKL,
-    params: Any,
-    source: grain.sources.RandomAccessDataSource,
+    params: Params,
+    source: Source,
     config: ml_collections.ConfigDict,
     directory: pathlib.Path,
 ) -> None:
@@ -171,7 +169,7 @@ def make_latents(
 
 
 def read_ahead(
-    source: grain.sources.RandomAccessDataSource,
+    source: Source,
     batches: Iterable[tuple[np.ndarray, int]],
     views: int,
     threads: ThreadPoolExecutor,
@@ -188,14 +186,14 @@ def read_ahead(
         labels = np.asarray([image["label"] for image in images])
         return {"image": np.stack(pixels), "label": labels, "index": numbers, "flipped": flipped}
 
-    waiting = collections.deque()
+    waiting: collections.deque[tuple[np.ndarray, dict[int, Future], int]] = collections.deque()
     for numbers, count in batches:
         waiting.append((numbers, start(numbers), count))
         if len(waiting) > AHEAD:
-            *first, rows = waiting.popleft()
-            yield collect(*first), rows
-    for *first, rows in waiting:
-        yield collect(*first), rows
+            first, reading, rows = waiting.popleft()
+            yield collect(first, reading), rows
+    for first, reading, rows in waiting:
+        yield collect(first, reading), rows
 
 
 def check_finite(batch: Batch, dtype: str) -> None:

@@ -50,6 +50,7 @@ from ard_jax.sampling import (
     take_points,
     within_bounds,
 )
+from ard_jax.types import Params
 from ard_jax.workdir import Loaded, Stopwatch, find_vae, finished, load_student, load_teacher, vae_folder, write_done
 
 # Real and generated images that precision and recall compare, at most: their cost is quadratic.
@@ -261,7 +262,9 @@ class Paired:
             errors |= self.use_of_history(model, params, points, rollout)
         return errors, to_uint8(self.images(rollout[:pictures]))
 
-    def use_of_history(self, model: ARDStudent, params: Any, points: np.ndarray, rollout: np.ndarray) -> dict[str, Any]:
+    def use_of_history(
+        self, model: ARDStudent, params: Params, points: np.ndarray, rollout: np.ndarray
+    ) -> dict[str, Any]:
         """What an ARD student makes of the points before a step: the teacher's `points`, or its own `rollout`."""
         noise, condition = self.rows["noise"], self.condition()
         force = jax.jit(on_mesh(self.mesh)(functools.partial(teacher_forcing, model)))
@@ -281,7 +284,7 @@ class Paired:
             found["attention_mass"] = mass.mean(axis=0, dtype=np.float64).tolist()
         return found
 
-    def given_psnr(self, model: ARDStudent, params: Any, points: np.ndarray) -> list[float]:
+    def given_psnr(self, model: ARDStudent, params: Params, points: np.ndarray) -> list[float]:
         """PSNR of the final image to the teacher's when the first k points are the teacher's, for k = 0 … S−1."""
         roll = jax.jit(on_mesh(self.mesh)(functools.partial(sample_student_among, model)))
         steps, found = np.arange(model.steps), []

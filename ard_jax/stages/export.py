@@ -30,7 +30,7 @@ from ard_jax.files import file_sha256, read_json, whole_folder, write_json
 from ard_jax.models import count_parameters
 from ard_jax.pipeline import ARDPipeline
 from ard_jax.pipeline.files import WEIGHTS, in_dtype, open_workdir
-from ard_jax.workdir import load_weights, read_done, recorded_config, teacher_folder, vae_folder
+from ard_jax.workdir import finished, load_weights, read_done, recorded_config, teacher_folder, vae_folder
 
 log = logging.getLogger("ard_jax")
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: there is no such model or it is unfinished, it cannot have this form, or the output is not ours.
     """
     folder = model_folder(args.workdir, args.model)
-    done, config = read_done(folder), recorded_config(folder)
+    done, config = finished(folder, args.model), recorded_config(folder)
     output = args.output or args.workdir / "export" / args.model / args.format
     check_flags(args, done["sha256"])
     check_output(output)
@@ -154,7 +154,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     if args.weights != "ema" or not results.exists() or samples is None:
         return {}
     folder = model_folder(args.workdir, args.model)
-    if samples["models"].get(args.model, {}).get("ema_sha256") != read_done(folder)["sha256"]["ema"]:
+    if samples["models"].get(args.model, {}).get("ema_sha256") != finished(folder, args.model)["sha256"]["ema"]:
         log.warning("The results in %s are of older weights, and are left out of the card.", results)
         return {}
     return read_json(results)
@@ -180,6 +180,7 @@ def write_safetensors(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Na
 
 def write_diffusers(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
     """A `DiTPipeline`."""
+    assert pipe.vae is not None  # `run` refuses latents that cannot be decoded
     parts = {
         "transformer": dit_to_diffusers(pipe.model, pipe.params),
         "vae": vae_to_diffusers(pipe.vae, pipe.vae_params),
@@ -312,8 +313,8 @@ def check_output(output: pathlib.Path) -> None:
     """Raises UserError if writing there would delete what no earlier export wrote."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file, but an export is a folder: choose another --output.")
-    there = [path.relative_to(output) for path in sorted(output.rglob("*")) if path.is_file()]
-    there = [str(path) for path in there if "__pycache__" not in path.parts]
+    files = [path.relative_to(output) for path in sorted(output.rglob("*")) if path.is_file()]
+    there = [str(path) for path in files if "__pycache__" not in path.parts]
     if not there:
         return
     done = read_done(output) or {}

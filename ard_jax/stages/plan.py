@@ -85,7 +85,7 @@ def program_lines(cost: Cost) -> list[str]:
         ]
     spare, memory, seconds = cost.chip.hbm_bytes - cost.needed, cost.memory, cost.seconds
     verdict = f"fits, {gb(spare)} to spare" if cost.fits else f"DOES NOT FIT, {gb(-spare)} too much"
-    by = max(seconds, key=seconds.get)
+    by = max(seconds, key=seconds.__getitem__)
     model, counted = cost.work.flops / cost.work.mesh.size, cost.flops
     lines = [
         "",

@@ -46,7 +46,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
 
 def stage_seconds(workdir: pathlib.Path) -> dict[str, float]:
     """Seconds of every finished stage; one entry a model where a stage runs model by model."""
-    seconds = {}
+    seconds: dict[str, float] = {}
     for stage in ("teacher", "trajectories", "distill", "sample", "evaluate"):
         done = read_done(workdir / stage) or {}
         if "models" in done:

@@ -28,6 +28,7 @@ from ard_jax.parallel import batch_shards, is_first, make_mesh, put_batch
 from ard_jax.progress import progress_bar
 from ard_jax.report import image_grid
 from ard_jax.sampling import network_calls, sample_teacher, sampling_key
+from ard_jax.types import Params
 from ard_jax.workdir import Stopwatch, find_vae, load_student, load_teacher, merge_done, vae_folder
 
 log = logging.getLogger("ard_jax")
@@ -60,18 +61,19 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 def load_sampler(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, mesh: Mesh
-) -> tuple[Sampler, Any, dict[str, Any]]:
+) -> tuple[Sampler, Params, dict[str, Any]]:
     """A model's sampler, its parameters, and what it costs."""
     shape = example_shape(config)
+    facts: dict[str, Any]
     if name == "teacher":
-        model, params, sha, _ = load_teacher(config, workdir, mesh)
+        teacher, params, sha, _ = load_teacher(config, workdir, mesh)
         how = make_solve(config)
         evaluations = network_calls(how)
         facts = {"steps": how.steps, "network_calls": evaluations}
-        macs = evaluations * teacher_macs(model, shape)
+        macs = evaluations * teacher_macs(teacher, shape)
 
         def sampler(params, noise, condition):
-            return sample_teacher(model, params, noise, condition, how).xt[:, -1]
+            return sample_teacher(teacher, params, noise, condition, how).xt[:, -1]
 
     else:
         model, params, sha, trained = load_student(workdir / "distill" / name, mesh)
@@ -84,7 +86,7 @@ def load_sampler(
 
 
 def draw(
-    sampler: Sampler, params: Any, decoder: Decoder | None, config: ml_collections.ConfigDict, mesh: Mesh
+    sampler: Sampler, params: Params, decoder: Decoder | None, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Images 0 … count−1 with their labels, and the seconds that one takes once compiled.
 
@@ -130,7 +132,7 @@ def write(directory: pathlib.Path, images: np.ndarray, labels: np.ndarray, shown
         write_npz(directory / "samples.npz", latents=images, labels=labels)
         return ["samples.npz"]
     write_npz(directory / "samples.npz", arr_0=images, labels=labels)
-    shown = images[:shown]
-    grid = image_grid(shown, columns=int(np.ceil(len(shown) ** 0.5)))
+    images = images[:shown]
+    grid = image_grid(images, columns=int(np.ceil(len(images) ** 0.5)))
     atomic_write(directory / "grid.png", lambda temporary: grid.save(temporary))
     return ["samples.npz", "grid.png"]

@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 
 from ard_jax.errors import UserError, first_line
 from ard_jax.training.state import TrainState
+from ard_jax.types import PyTree
 
 log = logging.getLogger("ard_jax")
 
@@ -84,7 +85,7 @@ def restore_step(manager: ocp.CheckpointManager, step: int, like: TrainState) ->
     return TrainState(params=restored.params, ema=restored.ema, **restored.optimizer), restored.position
 
 
-def load_parameters(directory: pathlib.Path, part: str, like: Any) -> Any:
+def load_parameters(directory: pathlib.Path, part: str, like: PyTree) -> PyTree:
     """Reads "params" or "ema" of the newest checkpoint in a folder of checkpoints.
 
     Args:

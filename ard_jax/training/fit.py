@@ -10,10 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ard_jax.conditions import Conditions, WithConditions
-from ard_jax.data import Joined, in_memory, stream
+from ard_jax.data import Joined, Source, in_memory, stream
 from ard_jax.files import tree_sha256
 from ard_jax.objectives import Method
 from ard_jax.training.loop import train
+from ard_jax.types import Batches, Params, PyTree
 
 
 class Task(NamedTuple):
@@ -27,16 +28,16 @@ class Task(NamedTuple):
         numbers: positions in the stream (batch,) → labels, where the records have none.
     """
 
-    source: Any
+    source: Source | Mapping[str, Source]
     method: Method
     conditions: Conditions
-    frozen: Any = None
+    frozen: PyTree = None
     numbers: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def fit(
     task: Task,
-    params: Any,
+    params: Params,
     config: ml_collections.ConfigDict,
     settings: ml_collections.ConfigDict,
     directory: pathlib.Path,
@@ -80,7 +81,7 @@ def fit(
     }
 
 
-def open_stream(source: Any, config: ml_collections.ConfigDict, batch_size: int) -> Any:
+def open_stream(source: Source | Mapping[str, Source], config: ml_collections.ConfigDict, batch_size: int) -> Batches:
     """This process's rows of the batches of a `Task.source`, with one position to resume from.
 
     Of several sources, each has an order of its own, even if they have as many records.
@@ -92,7 +93,9 @@ def open_stream(source: Any, config: ml_collections.ConfigDict, batch_size: int)
     return open_one(source, config, batch_size, config.run.in_memory)
 
 
-def open_one(source: Any, config: ml_collections.ConfigDict, batch_size: int, memory: int, place: int = 0) -> Any:
+def open_one(
+    source: Source, config: ml_collections.ConfigDict, batch_size: int, memory: int, place: int = 0
+) -> Batches:
     return stream(
         in_memory(source, memory),
         batch_size=batch_size,

@@ -7,7 +7,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 
 from ard_jax.chips import peak_flops
 from ard_jax.errors import Preempted, UserError
-from ard_jax.objectives import Method
+from ard_jax.objectives import Method, Metrics
 from ard_jax.parallel import is_first, put_batch
 from ard_jax.training import checkpoints
 from ard_jax.training.metrics import MetricLog
 from ard_jax.training.state import TrainState, init_state, make_step, optimizer_of
+from ard_jax.types import Batches, Params, PyTree
 
 log = logging.getLogger("ard_jax")
 
@@ -39,15 +40,15 @@ class Trained(NamedTuple):
 
 def train(
     method: Method,
-    params: Any,
-    batches: Iterator[dict[str, Any]],
+    params: Params,
+    batches: Batches,
     *,
     settings: ml_collections.ConfigDict,
     run: ml_collections.ConfigDict,
     seed: int,
     directory: pathlib.Path,
     mesh: Mesh,
-    frozen: Any = None,
+    frozen: PyTree = None,
 ) -> Trained:
     """Trains until `settings.steps`, from the newest checkpoint if there is one.
 
@@ -121,8 +122,9 @@ class Meter:
     def __init__(self, batch_size: int, flops_per_example: float, metric_log: MetricLog | None):
         self.batch_size, self.flops_per_example, self.metric_log = batch_size, flops_per_example, metric_log
         self.peak = peak_flops()
-        self.pending = []
-        self.since, self.timed, self.waited = None, 0, 0.0  # the clock starts after the first step, which compiles
+        self.pending: list[tuple[int, Metrics]] = []
+        self.since: float | None = None  # the clock starts after the first step, which compiles
+        self.timed, self.waited = 0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -131,7 +133,7 @@ class Meter:
         yield
         self.waited += time.monotonic() - start
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: Metrics) -> None:
         self.pending.append((step, metrics))
         if self.since is None:
             jax.block_until_ready(metrics)
@@ -149,6 +151,7 @@ class Meter:
                         f"{name} is {value} at step {step}, so the run stopped and its last good checkpoint stays: "
                         f"lower the learning rate or the gradient clip, or look at the data, and start again."
                     )
+        assert self.since is not None  # `add` came before
         now = time.monotonic()
         spent = max(now - self.since, 1e-9)
         rate = self.timed / spent
@@ -179,13 +182,13 @@ class Preemption:
             self.before = signal.signal(signal.SIGTERM, self.note)
         return self
 
-    def note(self, *_: Any) -> None:
+    def note(self, *_: object) -> None:
         self.noted = True
 
     def asked(self, step: int) -> bool:
         """Whether to stop after this step; every host asks after every step."""
         return self.noted if self.alone else multihost_utils.reached_preemption_sync_point(step)
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.alone:
             signal.signal(signal.SIGTERM, self.before)

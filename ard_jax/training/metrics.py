@@ -6,11 +6,14 @@ import json
 import logging
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write
 from ard_jax.progress import progress_bar
+
+if TYPE_CHECKING:
+    from clu import metric_writers
 
 log = logging.getLogger("ard_jax")
 
@@ -78,7 +81,7 @@ class TensorBoard:
         self.thread.shutdown()
 
 
-def make_writer(directory: pathlib.Path) -> Any:
+def make_writer(directory: pathlib.Path) -> "metric_writers.MetricWriter":
     """clu's writer of TensorBoard files; this is the only place that imports TensorFlow."""
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nothing is computed with it, and it would say so at length
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -1,7 +1,7 @@
 """Training state, optimiser and the jitted step."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ import optax
 from jax.sharding import Mesh
 
 from ard_jax.errors import UserError
-from ard_jax.objectives import STUDENT, Joint, Method, Metrics, Objective
+from ard_jax.objectives import STUDENT, Begin, Joint, Method, Metrics, Objective
 from ard_jax.parallel import batch_sharding, on_mesh, replicated, sharding_of, split_in_turns
+from ard_jax.types import Batch, Params, PyTree
 
 # Optimisers by their names in optax, and whether they take weight decay.
 OPTIMIZERS = {
@@ -35,15 +36,15 @@ class TrainState(NamedTuple):
     """
 
     step: jax.Array
-    params: Any
-    ema: Any
-    opt_state: Any
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
     rng: jax.Array
-    others: dict[str, Any] | None = None
-    memory: Any = None
+    others: dict[str, Params] | None = None
+    memory: PyTree = None
 
     @property
-    def networks(self) -> Any:
+    def networks(self) -> Params:
         """What is trained: the parameters, or of a `Joint` objective those of every network by its name."""
         return self.params if self.others is None else {STUDENT: self.params, **self.others}
 
@@ -112,11 +113,12 @@ def optimizer_of(method: Method, settings: ml_collections.ConfigDict) -> optax.G
     return optax.partition({name: build(name, own) for name, own in every.items()}, names)
 
 
-Begin = Callable[[Any, Any, jax.Array], tuple[dict[str, Any], Any]]
-
-
 def start_state(
-    params: Any, optimizer: optax.GradientTransformation, seed: int, begin: Begin | None = None, frozen: Any = None
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    begin: Begin | None = None,
+    frozen: PyTree = None,
 ) -> TrainState:
     """The state before the first step; see `Method.begin`."""
     key = jax.random.key(seed)
@@ -134,12 +136,12 @@ def start_state(
 
 
 def init_state(
-    params: Any,
+    params: Params,
     optimizer: optax.GradientTransformation,
     seed: int,
     mesh: Mesh,
     begin: Begin | None = None,
-    frozen: Any = None,
+    frozen: PyTree = None,
 ) -> TrainState:
     """`start_state` on a mesh; every array owns its memory, so that the step may be given it for good."""
 
@@ -161,9 +163,9 @@ def make_step(
     ema_decay: float,
     mesh: Mesh,
     state: TrainState,
-    frozen: Any = None,
+    frozen: PyTree = None,
     accumulate: int = 1,
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]:
     """The jitted step (state, frozen, batch) → (state, metrics); the old state's memory is reused.
 
     Args:
@@ -217,7 +219,7 @@ def make_step(
     )
 
 
-def gradients_of(objective: Objective) -> Callable[..., tuple[Any, Any, Metrics]]:
+def gradients_of(objective: Objective) -> Callable[..., tuple[PyTree, PyTree, Metrics]]:
     """The `Joint.gradients` of a single network's loss."""
 
     def gradients(params, memory, frozen, batch, key, step):

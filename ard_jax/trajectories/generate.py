@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
 from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_solve
@@ -21,12 +23,13 @@ from ard_jax.parallel import batch_shards, equal_batches, on_mesh, put_batch, ru
 from ard_jax.sampling import draw_noise, sample_teacher, take_points, trajectory_key, within_bounds
 from ard_jax.sharded import Record
 from ard_jax.trajectories import store
+from ard_jax.types import Batch, Params
 from ard_jax.version import __version__
 
 
 def make_solver(
     model: Backbone, config: ml_collections.ConfigDict, mesh: Mesh
-) -> Callable[[Any, dict[str, jax.Array]], Record]:
+) -> Callable[[Params, Batch], tuple[dict[str, jax.Array], jax.Array]]:
     """The jitted function (params, {"index", "label": (batch,), "condition"}) → records, leaves (batch, …).
 
     The records have the store's type already, and "kept" says which are within bounds.
@@ -52,7 +55,7 @@ def make_solver(
 
 def make_store(
     model: Backbone,
-    params: Any,
+    params: Params,
     conditions: Conditions,
     config: ml_collections.ConfigDict,
     directory: pathlib.Path,
@@ -94,14 +97,16 @@ def make_store(
     )
 
 
-def features_of(config: ml_collections.ConfigDict):
+def features_of(config: ml_collections.ConfigDict) -> tfds.features.FeaturesDict:
     trajectories = config.trajectories
     return store.record_features(
         example_shape(config), len(trajectories.points), trajectories.dtype, trajectories.keep_noisy
     )
 
 
-def keep(batches: Iterator[tuple[Record, np.ndarray]], dropped: list[int], bar) -> Iterator[Record]:
+def keep(
+    batches: Iterator[tuple[dict[str, np.ndarray], np.ndarray]], dropped: list[int], bar: tqdm.tqdm
+) -> Iterator[Record]:
     """Yields the records that are within bounds, and notes the numbers of the others in `dropped`."""
     for records, kept in batches:
         for row, good in enumerate(kept):
@@ -114,7 +119,7 @@ def keep(batches: Iterator[tuple[Record, np.ndarray]], dropped: list[int], bar) 
 
 
 def manifest(
-    config: ml_collections.ConfigDict, settings: dict, teacher_hash: str, shards: list[dict]
+    config: ml_collections.ConfigDict, settings: dict[str, Any], teacher_hash: str, shards: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """How the store was made."""
     trajectories = config.trajectories

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from ard_jax.config import default_config
 from ard_jax.convert.lazy import Tensors
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, DiT
+from ard_jax.models import Network
 
 POINTS = {4: (15, 10, 5, 0), 2: (10, 0), 1: (0,)}  # the paper's, of 25 steps
 STUDENT_HINTS = ("points", "history_layers", "mask")  # that have a meaning for students alone
@@ -41,7 +41,7 @@ class Hints:
     license: str | None = None
     frequency_shift: float | None = None
 
-    def check_agreement(self, path: pathlib.Path, **known: Any) -> None:
+    def check_agreement(self, path: pathlib.Path, **known: object) -> None:
         """Raises UserError if a hint contradicts what the source says itself."""
         for name, value in known.items():
             hint = getattr(self, name)
@@ -82,7 +82,7 @@ class Source:
     what: str
     files: tuple[pathlib.Path, ...]
     config: ConfigDict | None = None
-    model: DiT | ARDStudent | None = None
+    model: Network | None = None
     tensors: Tensors | None = None
     vae: pathlib.Path | None = None
     labels: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ def first_known(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def config_of_model(model: DiT | ARDStudent, hints: Hints) -> ConfigDict:
+def config_of_model(model: Network, hints: Hints) -> ConfigDict:
     """A config for the later stages that makes this very model.
 
     Raises:

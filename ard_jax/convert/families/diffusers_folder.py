@@ -53,6 +53,7 @@ def recognise(path: pathlib.Path, hints: Hints) -> Source | None:
 
 def _open_pipeline(folder: pathlib.Path, hints: Hints) -> Source:
     source = _open_transformer(folder / "transformer", hints)
+    assert source.model is not None and source.config is not None
     index, scheduler, vae = folder / PIPELINE, folder / "scheduler" / "scheduler_config.json", folder / "vae"
     source.config.diffusion.update(_scheduler_settings(read_description(scheduler), scheduler))
     read_description(vae / PART)

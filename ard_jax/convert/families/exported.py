@@ -47,6 +47,7 @@ def _open_pipeline(folder: pathlib.Path, hints: Hints) -> Source:
     if name is None:
         raise UserError(f"{path} names neither a student nor a teacher: save the pipeline again.")
     source = _open_part(folder / name, hints)
+    assert source.model is not None
     return dataclasses.replace(
         source,
         what=f"the {name} of an ARDPipeline",
@@ -72,6 +73,7 @@ def _open_file(path: pathlib.Path, hints: Hints) -> Source | None:
     tensors = to_float32(without_prefixes(tensors), path)
     config = _parse_config(tensors.metadata["config"], path)
     source = _open_described(path, (path,), tensors, config, hints)
+    assert source.model is not None
     id2label = json.loads(tensors.metadata.get("id2label", "{}"))
     return dataclasses.replace(source, labels=class_names(id2label, source.model.backbone.num_classes, path))
 

@@ -16,7 +16,7 @@ from ard_jax.convert.lazy import Tensors
 from ard_jax.convert.published import check_names, expected_shapes, make_model
 from ard_jax.convert.tensors import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, open_tensors, to_float32, without_prefixes
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, DiT
+from ard_jax.models import Network
 from ard_jax.models.dit import SIZES
 
 CHECKPOINT_PARTS = ("ema", "model")  # of a training checkpoint
@@ -76,13 +76,14 @@ def _open_checkpoint(path: pathlib.Path, hints: Hints) -> tuple[Tensors, dict[st
     part = hints.weights or parts[0]
     if part not in parts:
         raise UserError(f"{path} has no {part!r}: it has {' and '.join(parts)}, choose that with --weights.")
+    assert isinstance(loaded, Mapping)  # it has parts
     arguments = loaded.get("args", {})
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     arguments = dict(arguments) if isinstance(arguments, Mapping) else {}
     return pickles.state_dict_tensors(loaded[part], path), arguments, part
 
 
-def _find_heads(model: DiT | ARDStudent, arguments: Mapping[str, Any], hints: Hints) -> int:
+def _find_heads(model: Network, arguments: Mapping[str, Any], hints: Hints) -> int:
     """Attention heads: no shape tells them, but the published sizes' widths and depths do.
 
     Raises:
@@ -99,7 +100,7 @@ def _find_heads(model: DiT | ARDStudent, arguments: Mapping[str, Any], hints: Hi
     return heads
 
 
-def _find_objective(path: pathlib.Path, model: DiT | ARDStudent, arguments: Mapping[str, Any], hints: Hints) -> str:
+def _find_objective(path: pathlib.Path, model: Network, arguments: Mapping[str, Any], hints: Hints) -> str:
     """ "noise" or "velocity", by the training's arguments, the flag, or the file's name; students predict from noise.
 
     Raises:
