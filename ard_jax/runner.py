@@ -118,18 +118,15 @@ def jobs_of(entries: Iterable[Entry]) -> list[Job]:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether what a stage would make is there; what was made otherwise is not, as the stage will say."""
+    """Whether what a stage would make is there; UserError if it was made otherwise."""
     models = job.models if job.stage == "evaluate" else ()
-    try:
-        return is_complete(job.stage, job.place.config, pathlib.Path(job.place.workdir), models)
-    except UserError:
-        return False
+    return is_complete(job.stage, job.place.config, pathlib.Path(job.place.workdir), models)
 
 
-def run_missing(jobs: Iterable[Job], run: Callable[[Job], None]) -> None:
-    """Runs, in their order, the stages whose work is not there."""
+def run_missing(jobs: Iterable[Job], run: Callable[[Job], None], finished: Callable[[Job], bool] = is_finished) -> None:
+    """Runs, in their order, the stages whose work is not there; `finished` says whether it is."""
     for job in jobs:
-        if not is_finished(job):
+        if not finished(job):
             run(job)
 
 

@@ -211,6 +211,14 @@ def planned(sweep: Sweep, entries: Iterable[Entry]) -> list[Job]:
 # -------------------------------------------------------------------------------------------------------------- running
 
 
+def is_finished(job: Job) -> bool:
+    """Whether what a stage would make is there; what was made otherwise is not, as its stage will say."""
+    try:
+        return runner.is_finished(job)
+    except UserError:
+        return False
+
+
 def run_command(typed: Words, job: Job) -> None:
     """Runs a stage in a process of its own, to which SIGTERM is passed on.
 
@@ -226,7 +234,7 @@ def run_command(typed: Words, job: Job) -> None:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    if status or not runner.is_finished(job):
+    if status or not is_finished(job):
         raise UserError(
             f"the stage {job.stage!r} has not finished (status {status}): see above, and run the same command to go on "
             f"from there."
@@ -339,6 +347,6 @@ def run(arguments: list[str]) -> None:
         print(f"== {shlex.join(typed)}", flush=True)
         run_command(typed, job)
 
-    runner.run_missing(jobs, run_job)
+    runner.run_missing(jobs, run_job, is_finished)
     if "evaluate" in sweep.stages:
         write_results(sweep, entries, pathlib.Path(args.workdir) / "sweep")

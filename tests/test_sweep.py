@@ -17,7 +17,7 @@ from ard_jax.command_line import parse
 from ard_jax.config import flatten
 from ard_jax.files import read_json, write_json
 from ard_jax.report import words
-from ard_jax.runner import Job, changed, is_finished
+from ard_jax.runner import Job, changed
 
 TUNED = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
 FILES = sorted(path.name for path in (ROOT / "configs" / "sweeps").glob("*.py"))
@@ -222,7 +222,7 @@ def stages(commands) -> list[tuple[str, str]]:
 
 def unfinished(read, workdir) -> list[Job]:
     """What is not there."""
-    return [job for job in sweep.planned(read, sweep.plan(read, str(workdir))) if not is_finished(job)]
+    return [job for job in sweep.planned(read, sweep.plan(read, str(workdir))) if not sweep.is_finished(job)]
 
 
 def stages_of(commands) -> list[tuple[str, str]]:
@@ -285,19 +285,19 @@ def test_fine_tunes_are_finished_until_their_student_is_another(workdir, tmp_pat
         ("finetune", "tuned"), ("sample", "tuned"), ("evaluate", "")
     ]  # fmt: skip
     job = todo[0]
-    assert run(*sweep.command(read, job)).status == 0 and is_finished(job)
+    assert run(*sweep.command(read, job)).status == 0 and sweep.is_finished(job)
     other = job.place._replace(config=changed(job.place.config, {"finetune.weight": 2.0}))
-    assert not is_finished(job._replace(place=other))
+    assert not sweep.is_finished(job._replace(place=other))
     store = workdir / "trajectories" / "manifest.json"
     manifest = read_json(store)
     first, *others = manifest["shards"]
     write_json(store, manifest | {"shards": [first | {"sha256": "0" * 64}, *others]})
-    assert not is_finished(job)
+    assert not sweep.is_finished(job)
     write_json(store, manifest)
-    assert is_finished(job)
+    assert sweep.is_finished(job)
     done = read_json(workdir / "distill" / "ard" / "done.json")
     write_json(workdir / "distill" / "ard" / "done.json", done | {"sha256": done["sha256"] | {"ema": "0" * 64}})
-    assert not is_finished(job)
+    assert not sweep.is_finished(job)
 
 
 def test_a_stage_that_fails_ends_the_sweep_in_a_sentence(tmp_path, capfd):
