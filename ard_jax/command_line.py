@@ -129,7 +129,7 @@ def usage(table: Flags, brackets: bool = True) -> str:
     return " ".join(f"[{text}]" if brackets and "required" not in texts[text] else text for text in texts)
 
 
-def make_parser(table: Flags, **texts: str) -> argparse.ArgumentParser:
+def make_parser(table: Flags, **texts: Any) -> argparse.ArgumentParser:
     """A parser of the flags of what takes no config; `texts` are argparse's prog, description and epilog."""
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
     for flag, options in table.items():
@@ -246,8 +246,10 @@ def parse(arguments: list[str], table: Flags = WORKDIR) -> tuple[Any, ...]:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["ard_jax", *arguments])
     for flag, options in table.items():
-        define, default = (flags.DEFINE_bool, False) if "action" in options else (flags.DEFINE_string, None)
-        define(flag.lstrip("-"), default, "", flag_values=values)
+        if "action" in options:
+            flags.DEFINE_bool(flag.lstrip("-"), False, "", flag_values=values)
+        else:
+            flags.DEFINE_string(flag.lstrip("-"), None, "", flag_values=values)
     check_flags(arguments, table)
     try:
         rest = values(["ard_jax", *arguments])[1:]

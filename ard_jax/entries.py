@@ -43,7 +43,7 @@ def entries_of(config: ml_collections.ConfigDict, flops: Flops, workdir: pathlib
     entries: dict[str, Entry] = {}
     for name in in_order(methods):
         with about(f"compare.methods.{name}"):
-            for entry in entries_of_method(name, methods[name], Place(workdir, config), entries, flops):
+            for entry in entries_of_method(name, methods[name], Place(str(workdir), config), entries, flops):
                 entries[entry.name] = entry
     if not any(entry.shown for entry in entries.values()):
         raise UserError(f"no method has any of the steps {tuple(config.compare.steps)}: change compare.steps.")

@@ -52,10 +52,9 @@ def place_by_flags(coordinator: str | None, count: str | None, index: str | None
     Raises:
         UserError: one of them is missing or cannot be used.
     """
-    values = coordinator, count, index
-    if values == (None, None, None):
+    if coordinator is count is index is None:
         return None
-    if None in values:
+    if coordinator is None or count is None or index is None:
         raise UserError(f"{', '.join(FLAGS)} belong together: give all of them, or none.")
     if not coordinator.rpartition(":")[0] or not coordinator.rpartition(":")[2].isdecimal():
         raise UserError(f"--coordinator is {coordinator!r}: give HOST:PORT of process 0, such as 10.0.0.2:8476.")

@@ -31,9 +31,14 @@ class Place(NamedTuple):
         settings: by dotted key, those that were given on the command line for it.
     """
 
-    workdir: str | pathlib.Path
+    workdir: str
     config: ml_collections.ConfigDict
     settings: Mapping[str, Any] = {}
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The workdir, where it can be read here."""
+        return pathlib.Path(self.workdir)
 
     def changed(self, settings: Mapping[str, Any]) -> "Place":
         """The same with other values of some settings, by dotted key."""
@@ -99,7 +104,7 @@ class Job(NamedTuple):
 def jobs_of(entries: Iterable[Entry]) -> list[Job]:
     """All that the entries need, in an order in which it can be run, none twice. What has a `dir` is not made."""
     jobs: list[Job] = []
-    measured: dict[str | pathlib.Path, tuple[Place, list[str]]] = {}
+    measured: dict[str, tuple[Place, list[str]]] = {}
     for entry in entries:
         if not entry.teacher.config.teacher.dir:
             jobs.append(Job("teacher", entry.teacher, (TEACHER,)))
@@ -120,7 +125,7 @@ def jobs_of(entries: Iterable[Entry]) -> list[Job]:
 def is_finished(job: Job) -> bool:
     """Whether what a stage would make is there; UserError if it was made otherwise."""
     models = job.models if job.stage == "evaluate" else ()
-    return is_complete(job.stage, job.place.config, pathlib.Path(job.place.workdir), models)
+    return is_complete(job.stage, job.place.config, job.place.path, models)
 
 
 def run_missing(jobs: Iterable[Job], run: Callable[[Job], None], finished: Callable[[Job], bool] = is_finished) -> None:
@@ -135,12 +140,12 @@ def run_missing(jobs: Iterable[Job], run: Callable[[Job], None], finished: Calla
 
 def results_of(place: Place) -> dict[str, Any]:
     """results.json of a workdir."""
-    return read_json(pathlib.Path(place.workdir) / "evaluate" / "results.json")
+    return read_json(place.path / "evaluate" / "results.json")
 
 
 def pictures_of(place: Place) -> dict[str, np.ndarray]:
     """What the models of a workdir make, as `report.page.build_report` takes it."""
-    return read_npz(pathlib.Path(place.workdir) / "evaluate" / "pictures.npz")
+    return read_npz(place.path / "evaluate" / "pictures.npz")
 
 
 def write_page(folder: pathlib.Path, name: str, results: Mapping[str, Any], table: str, page: str) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ import ml_collections
 
 from ard_jax import runner
 from ard_jax.checks import is_student, validate
-from ard_jax.command_line import known_keys, make_parser, parse, parse_flags
+from ard_jax.command_line import Flags, known_keys, make_parser, parse, parse_flags
 from ard_jax.config import OF_STUDENTS, ROWS, flatten, plain
 from ard_jax.errors import UserError, first_line
 from ard_jax.report import words
@@ -298,7 +298,7 @@ def write_results(sweep: Sweep, entries: list[Entry], folder: pathlib.Path) -> N
 
 
 PRINTED = {"python": ("python", "-m", "ard_jax"), "tpu_pod": ("launch/tpu_pod.sh",)}
-FLAGS = {
+FLAGS: Flags = {
     "file": dict(metavar="FILE", help="such as configs/sweeps/masks.py"),
     "--workdir": dict(required=True, metavar="DIR", help="of the whole sweep; with --print, gs://… too"),
     "--only": dict(nargs="+", metavar="NAME", help="just these entries"),

@@ -47,8 +47,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, quick: bool) -
     if quick:
         workdir, seeds = workdir / "quick", seeds[:1]
         config = quick_config(config)
-    homes = {seed: Place(workdir / f"seed{seed}", changed(config, {"seed": seed})) for seed in seeds}
-    entries = {seed: entries_of(home.config, training_flops, home.workdir) for seed, home in homes.items()}
+    homes = {seed: Place(str(workdir / f"seed{seed}"), changed(config, {"seed": seed})) for seed in seeds}
+    entries = {seed: entries_of(home.config, training_flops, home.path) for seed, home in homes.items()}
     for every in entries.values():
         runner.run_missing(runner.jobs_of(every.values()), functools.partial(run_stage, students=list(every)))
     comparison = compared(config, entries[seeds[0]], homes, quick)
@@ -79,7 +79,7 @@ def run_stage(job: Job, students: Sequence[str]) -> None:
         job: the stage.
         students: names of all that are trained in its workdir, in their order.
     """
-    workdir = job.place.workdir
+    workdir = job.place.path
     if job.stage in STAGES:
         number = students.index(job.models[0]) + 1
         log.info("%s: student %d of %d, %s.", workdir.name, number, len(students), *job.models)
@@ -141,11 +141,11 @@ def measurements(model: Mapping[str, Any]) -> dict[str, Any]:
 def training(entries: Mapping[str, Entry], home: Place, name: str) -> dict[str, Any]:
     """What a model's training took, with that of the students that it started from."""
     if name == TEACHER:
-        made = [finished(teacher_folder(home.config, home.workdir), "teacher")]
+        made = [finished(teacher_folder(home.config, home.path), "teacher")]
     else:
         made = []
         while name:
-            made.append(finished(home.workdir / "distill" / name, "distill"))
+            made.append(finished(home.path / "distill" / name, "distill"))
             name = entries[name].start
     # weights that were converted say nothing of their training
     known = {key: [one.get(key) for one in made] for key in TRAINED}
