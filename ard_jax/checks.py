@@ -10,12 +10,12 @@ from ard_jax.build import compute_dtype, make_process, make_rollout, make_studen
 from ard_jax.config import ROWS
 from ard_jax.diffusion import Guidance, find_solver
 from ard_jax.errors import UserError
-from ard_jax.models.attention import choose, target_platform
+from ard_jax.models.attention import choose_backend, target_platform
 from ard_jax.objectives import find_method
 from ard_jax.training.state import make_optimizer
 
 
-def check_points(points: tuple[int, ...], steps: int, key: str) -> None:
+def _check_points(points: tuple[int, ...], steps: int, key: str) -> None:
     """Points are respaced indices, strictly falling and ending at 0 (docs/METHOD.md section 3)."""
     whole = all(isinstance(point, int) for point in points)
     if not points or not whole or list(points) != sorted(set(points), reverse=True) or points[-1] or points[0] >= steps:
@@ -25,7 +25,7 @@ def check_points(points: tuple[int, ...], steps: int, key: str) -> None:
         )
 
 
-def check_interval(interval: tuple[float, ...], key: str) -> None:
+def _check_interval(interval: tuple[float, ...], key: str) -> None:
     """Raises UserError for anything but two rising numbers from 0 (data) to 1 (noise)."""
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         raise UserError(f"{key} is {tuple(interval)}: give two rising numbers from 0 (data) to 1 (noise).")
@@ -38,14 +38,14 @@ RESERVED = (
 )  # fmt: skip
 
 
-def names_folder(name: Any) -> bool:
+def is_folder_name(name: Any) -> bool:
     """Whether a model's name can be that of its folder."""
     return isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
 
 
-def is_student(name: Any) -> bool:
+def is_student_name(name: Any) -> bool:
     """Whether a student may have that name."""
-    return names_folder(name) and name not in RESERVED
+    return is_folder_name(name) and name not in RESERVED
 
 
 def check_values(config: ml_collections.ConfigDict) -> None:
@@ -57,7 +57,7 @@ def check_values(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"{key} is {shown}: {allowed.remedy}.")
 
 
-def check_mesh(config: ml_collections.ConfigDict) -> None:
+def _check_mesh(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for sizes of `config.mesh` that fit no number of devices."""
     for axis, size in config.mesh.items():
         if size < 1 and size != -1:
@@ -66,7 +66,7 @@ def check_mesh(config: ml_collections.ConfigDict) -> None:
         raise UserError("mesh has -1 more than once: only one axis can take what the others leave.")
 
 
-def check_finetune(config: ml_collections.ConfigDict) -> None:
+def _check_finetune(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for a fine-tune that cannot be."""
     settings, depth = config.finetune, make_teacher(config).depth
     make_optimizer(settings.discriminator_optimizer, settings.steps)
@@ -81,7 +81,7 @@ def check_finetune(config: ml_collections.ConfigDict) -> None:
             f"finetune.layers is {layers}, but the teacher has {depth} blocks: give different numbers from 0 to "
             f"{depth - 1}, or () for all."
         )
-    if not is_student(settings.name) or settings.name == (settings.start or config.student.name):
+    if not is_student_name(settings.name) or settings.name == (settings.start or config.student.name):
         raise UserError(
             f"finetune.name is {settings.name!r}, which must name a student's folder and its place in results.json: "
             f"use letters, digits, '-' and '_', another name than that of the student that it starts from, and none of "
@@ -89,7 +89,7 @@ def check_finetune(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def check_compare(config: ml_collections.ConfigDict) -> None:
+def _check_compare(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for seeds or numbers of steps that cannot be compared; entries.py checks the methods."""
     seeds, steps = tuple(config.compare.seeds), tuple(config.compare.steps)
     if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
@@ -110,14 +110,14 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
     """
     diffusion, trajectories, student = config.diffusion, config.trajectories, config.student
     check_values(config)
-    check_mesh(config)
-    check_compare(config)
+    _check_mesh(config)
+    _check_compare(config)
     for section in (config.teacher, config.distill, config.finetune):
         make_optimizer(section.optimizer, section.steps)
     make_optimizer(config.distill.distribution_matching.optimizer, config.distill.steps)
-    check_interval(config.distill.distribution_matching.interval, "distill.distribution_matching.interval")
-    check_points(tuple(trajectories.points), diffusion.steps, "trajectories.points")
-    check_points(tuple(student.points), diffusion.steps, "student.points")
+    _check_interval(config.distill.distribution_matching.interval, "distill.distribution_matching.interval")
+    _check_points(tuple(trajectories.points), diffusion.steps, "trajectories.points")
+    _check_points(tuple(student.points), diffusion.steps, "student.points")
     teacher = make_teacher(config)
     make_rollout(config, make_student(config))
     find_method(config.distill.objective)
@@ -132,7 +132,9 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
             f"data.image_size {size} is not a multiple of the patch size {patch_size}: choose a size that is."
         )
     tokens, head_dim = (size // patch_size) ** 2, teacher.hidden_size // teacher.num_heads
-    choose(teacher.attention, platform or target_platform(), compute_dtype(config.model.dtype), tokens, head_dim)
+    choose_backend(
+        teacher.attention, platform or target_platform(), compute_dtype(config.model.dtype), tokens, head_dim
+    )
     missing = sorted(set(student.points) - set(trajectories.points), reverse=True)
     if missing and not config.distill.online:
         raise UserError(
@@ -143,13 +145,13 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
         raise UserError(
             "student.target is 'xt', but the store keeps no noisy points: set trajectories.keep_noisy=True."
         )
-    check_finetune(config)
-    if not is_student(student.name):
+    _check_finetune(config)
+    if not is_student_name(student.name):
         raise UserError(
             f"student.name is {student.name!r}, which cannot name a student's folder and its place in results.json: "
             f"use letters, digits, '-' and '_', and none of {', '.join(RESERVED)}."
         )
-    if not config.sample.models or not all(names_folder(name) for name in config.sample.models):
+    if not config.sample.models or not all(is_folder_name(name) for name in config.sample.models):
         raise UserError(f"sample.models is {tuple(config.sample.models)}: name the teacher, or students, or both.")
     classes = range(config.data.num_classes)
     outside = [label for label in config.sample.labels if label not in classes]

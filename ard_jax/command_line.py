@@ -54,50 +54,50 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         The exit status: 0 done or saved before a preemption, 2 a user's mistake, 130 interrupted.
     """
     if {"-h", "--help"} & set(arguments):
-        module = stage_module(stage)
+        module = _stage_module(stage)
         about = (module.__doc__ or "").strip()
         if stage in WITHOUT_CONFIG:
             prog = f"python -m ard_jax {stage}"
             print(make_parser(module.FLAGS, prog=prog, description=about).format_help())
             return 0
-        print(f"python -m ard_jax {stage} --config FILE[:key=value,…] {usage(flags_of(stage))} [--config.key=value …]")
-        if has_workdir(stage):
+        print(f"python -m ard_jax {stage} --config FILE[:key=value,…] {usage(_flags_of(stage))} [--config.key=value …]")
+        if _has_workdir(stage):
             print(f"    on each of several hosts: [{usage(hosts.FLAGS, brackets=False)}]")
         print()
         print(about)
         return 0
     set_up_logging()
     set_up_libtpu()
-    if stage not in WITHOUT_CONFIG and not has_workdir(stage):
+    if stage not in WITHOUT_CONFIG and not _has_workdir(stage):
         jax.config.update("jax_platforms", "cpu")  # it runs nothing, so it takes no accelerator from others
     try:
         given: Sequence[Any]
         if stage in WITHOUT_CONFIG:
-            given = [parse_flags(stage_module(stage).FLAGS, arguments)]
+            given = [parse_flags(_stage_module(stage).FLAGS, arguments)]
             workdir = given[0].workdir
         else:
-            every = parse(arguments, {**flags_of(stage), **hosts.FLAGS})
+            every = parse_config(arguments, {**_flags_of(stage), **hosts.FLAGS})
             given, place = every[: -len(hosts.FLAGS)], hosts.place_by_flags(*every[-len(hosts.FLAGS) :])
             config, where = given[:2]
-            if not has_workdir(stage):  # it runs on one host, about another
+            if not _has_workdir(stage):  # it runs on one host, about another
                 workdir = None
                 validate(config, platform="cpu" if where == "cpu" else "tpu")
             else:
                 workdir = where
                 hosts.start(place or hosts.place_by_environment(), workdir / ".joining", config.run.join_timeout)
                 validate(config)
-                hosts.agree(flatten(plain(config)))
-        module = stage_module(stage)
+                hosts.check_same_settings(flatten(plain(config)))
+        module = _stage_module(stage)
     except UserError as error:
-        return fail(stage, str(error))
-    set_up_jax(workdir)
+        return _report_error(stage, str(error))
+    _set_up_jax(workdir)
     if not is_first():
         logging.getLogger("ard_jax").setLevel(logging.WARNING)
     try:
-        with stopping(stage):
+        with _stop_on_sigterm(stage):
             module.run(*given)
     except UserError as error:
-        return fail(stage, str(error))
+        return _report_error(stage, str(error))
     except Preempted as reason:
         print(f"{stage}: {reason}; its state is saved: resume by running the same command.", flush=True)
         if jax.process_count() > 1 and stage not in TRAINING:
@@ -106,21 +106,21 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         print(f"\nard_jax {stage}: interrupted; running the same command goes on from what is saved.", file=sys.stderr)
         return 130
     except Exception as error:
-        sentence = storage_trouble(error, workdir)
+        sentence = _describe_storage_error(error, workdir)
         if not sentence:
             raise
-        return fail(stage, sentence)
+        return _report_error(stage, sentence)
     return 0
 
 
-def flags_of(stage: str) -> Flags:
+def _flags_of(stage: str) -> Flags:
     """The flags of a stage that takes a config, beside that."""
     return FLAGS.get(stage, WORKDIR)
 
 
-def has_workdir(stage: str) -> bool:
+def _has_workdir(stage: str) -> bool:
     """Whether a stage that takes a config also takes a workdir."""
-    return "--workdir" in flags_of(stage)
+    return "--workdir" in _flags_of(stage)
 
 
 def usage(table: Flags, brackets: bool = True) -> str:
@@ -164,7 +164,7 @@ def parse_flags(table: Flags, arguments: list[str], **texts: str) -> argparse.Na
     return parser.parse_args(arguments)
 
 
-def stage_module(stage: str) -> types.ModuleType:
+def _stage_module(stage: str) -> types.ModuleType:
     """The module of a stage; UserError if what it needs beside the base requirements is not installed."""
     try:
         return importlib.import_module(f"ard_jax.stages.{stage}")
@@ -173,12 +173,12 @@ def stage_module(stage: str) -> types.ModuleType:
         raise UserError(f"this stage needs {error.name}, which is not installed: {remedy}.") from error
 
 
-def storage_trouble(error: Exception, workdir: pathlib.Path | None) -> str:
+def _describe_storage_error(error: Exception, workdir: pathlib.Path | None) -> str:
     """The sentence for a full disk or a path that cannot be used, "" for any other error.
 
     ArrayRecord and TensorStore raise errors of their own, with the system's words in them.
     """
-    said = one_line(error)
+    said = _one_line(error)
     if any(os.strerror(code) in said for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
         place = f"the disk of {workdir}" if workdir else "the disk"
         return f"{place} is full: free some space and run the same command again."
@@ -189,7 +189,7 @@ def storage_trouble(error: Exception, workdir: pathlib.Path | None) -> str:
 
 
 @contextlib.contextmanager
-def stopping(stage: str) -> Iterator[None]:
+def _stop_on_sigterm(stage: str) -> Iterator[None]:
     """Ends a stage at once on SIGTERM: what it has made so far is whole, and what it was making is dropped.
 
     A stage that trains replaces this while its loop runs; on several hosts the signal is then JAX's from the start.
@@ -209,7 +209,7 @@ def stopping(stage: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
-def fail(stage: str, sentence: str) -> int:
+def _report_error(stage: str, sentence: str) -> int:
     print(f"ard_jax {stage}: {sentence}", file=sys.stderr, flush=True)
     if jax.process_count() > 1:
         hosts.leave(2)
@@ -227,13 +227,13 @@ def set_up_logging() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-def set_up_jax(workdir: pathlib.Path | None) -> None:
+def _set_up_jax(workdir: pathlib.Path | None) -> None:
     """Keeps compiled programs under the workdir, if there is one, unless JAX_COMPILATION_CACHE_DIR says where."""
     if workdir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
 
 
-def parse(arguments: list[str], table: Flags = WORKDIR) -> tuple[Any, ...]:
+def parse_config(arguments: list[str], table: Flags = WORKDIR) -> tuple[Any, ...]:
     """Flags → (resolved config, the other flags' values in their order).
 
     Args:
@@ -250,16 +250,16 @@ def parse(arguments: list[str], table: Flags = WORKDIR) -> tuple[Any, ...]:
             flags.DEFINE_bool(flag.lstrip("-"), False, "", flag_values=values)
         else:
             flags.DEFINE_string(flag.lstrip("-"), None, "", flag_values=values)
-    check_flags(arguments, table)
+    _check_flags(arguments, table)
     try:
         rest = values(["ard_jax", *arguments])[1:]
         config = values.config
     except UserError:
         raise
     except flags.Error as error:
-        raise UserError(f"the command line cannot be used: {last_line(error)}.") from None
+        raise UserError(f"the command line cannot be used: {_last_line(error)}.") from None
     except Exception as error:  # a config file is code, which may raise anything
-        raise UserError(f"the config file cannot be used ({type(error).__name__}: {last_line(error)}).") from None
+        raise UserError(f"the config file cannot be used ({type(error).__name__}: {_last_line(error)}).") from None
     if rest:
         raise UserError(f"{rest[0]!r} is not understood: settings are given as --config.key=value.")
     if not isinstance(config, ml_collections.ConfigDict) or set(known_keys()) - set(flatten(config.to_dict()).keys()):
@@ -268,7 +268,7 @@ def parse(arguments: list[str], table: Flags = WORKDIR) -> tuple[Any, ...]:
     return config, *(table[flag].get("type", lambda value: value)(value) for flag, value in given.items())
 
 
-def check_flags(arguments: list[str], table: Flags) -> None:
+def _check_flags(arguments: list[str], table: Flags) -> None:
     """Says in words what ml_collections would say late or unclearly.
 
     Raises:
@@ -300,10 +300,10 @@ def known_keys() -> list[str]:
     return list(flatten(default_config().to_dict()))
 
 
-def last_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     """ml_collections puts a traceback before what matters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
 
 
-def one_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")

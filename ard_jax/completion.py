@@ -11,15 +11,15 @@ import ml_collections
 
 from ard_jax.config import keys_that_change, plain
 from ard_jax.files import read_json
-from ard_jax.methods import continued
+from ard_jax.methods import finetuned_config
 from ard_jax.trajectories.store import read_manifest, store_hash
 from ard_jax.workdir import (
     SECTIONS,
-    compare,
-    differing,
-    finished,
+    check_same_config,
+    config_differences,
     read_done,
     recorded_config,
+    require_done,
     store_folder,
     teacher_folder,
 )
@@ -51,9 +51,9 @@ def is_complete(
         return False
     recorded, read = read_json(directory / "config.json"), _inputs(stage, config, workdir)
     if stage == "finetune":
-        config = continued(config, recorded_config(workdir / "distill" / _start_of(stage, config)))
+        config = finetuned_config(config, recorded_config(workdir / "distill" / _start_of(stage, config)))
     recorded["inputs"] = {name: recorded.get("inputs", {}).get(name) for name in read}
-    compare(recorded, plain(config) | {"inputs": read}, (*SECTIONS[stage], "inputs"), directory)
+    check_same_config(recorded, plain(config) | {"inputs": read}, (*SECTIONS[stage], "inputs"), directory)
     return True
 
 
@@ -83,7 +83,7 @@ def _start_of(stage: str, config: ml_collections.ConfigDict) -> str:
 def _weights(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> str:
     """SHA-256 of a model's averaged parameters; UserError if it is not there."""
     directory = teacher_folder(config, workdir) if name == "teacher" else workdir / "distill" / name
-    return finished(directory, "teacher" if name == "teacher" else "distill")["sha256"]["ema"]
+    return require_done(directory, "teacher" if name == "teacher" else "distill")["sha256"]["ema"]
 
 
 def _is_sampled(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> bool:
@@ -98,7 +98,7 @@ def _is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, model
     """Whether the samples of these models, as they are now, have been measured."""
     if read_done(workdir / "evaluate") is None:
         return False
-    sampled = finished(workdir / "sample", "sample")["models"]
+    sampled = require_done(workdir / "sample", "sample")["models"]
     results = read_json(workdir / "evaluate" / "results.json")
     return _same_settings(results["config"], config, MEASURED) and all(
         name in sampled and results["models"].get(name, {}).get("ema_sha256") == sampled[name]["ema_sha256"]
@@ -108,4 +108,4 @@ def _is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, model
 
 def _same_settings(recorded: dict[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> bool:
     """Whether two configs have the same values under keys that begin so."""
-    return not any(key.startswith(keys) for key in differing(recorded, plain(config)))
+    return not any(key.startswith(keys) for key in config_differences(recorded, plain(config)))

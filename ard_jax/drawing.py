@@ -14,7 +14,7 @@ from ard_jax.errors import UserError
 from ard_jax.models import AutoencoderKL, Condition, Network
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.models.vae import to_images
-from ard_jax.parallel import in_turns, on_mesh, replicated
+from ard_jax.parallel import in_turns, on_mesh, replicated_sharding
 from ard_jax.sampling import Rollout, draw_noise, sampling_key
 from ard_jax.types import Batch, Params
 
@@ -38,7 +38,7 @@ def make_decoder(
     def decode(params, latents):
         return in_turns(functools.partial(to_images, model, params), latents, mesh, config.vae.batch_size)
 
-    return functools.partial(decode, jax.device_put(params, replicated(mesh)))
+    return functools.partial(decode, jax.device_put(params, replicated_sharding(mesh)))
 
 
 def student_sampler(rollout: Rollout) -> Sampler:

@@ -10,10 +10,10 @@ from typing import Any
 
 import ml_collections
 
-from ard_jax.checks import names_folder, validate
+from ard_jax.checks import is_folder_name, validate
 from ard_jax.config import OF_STUDENTS, flatten, method_defaults
 from ard_jax.errors import UserError
-from ard_jax.runner import TEACHER, Entry, Place, about, changed
+from ard_jax.runner import TEACHER, Entry, Place, prefix_errors, with_settings
 
 STAGES = ("distill", "finetune")  # that train students
 
@@ -37,27 +37,27 @@ def entries_of(config: ml_collections.ConfigDict, flops: Flops, workdir: pathlib
     Raises:
         UserError: a method is described wrongly or cannot be trained; the sentence names it.
     """
-    methods = {name: described(name, method) for name, method in config.compare.methods.items()}
+    methods = {name: _complete_method(name, method) for name, method in config.compare.methods.items()}
     if not methods:
         raise UserError("compare.methods is empty: name methods to compare, as configs/compare_digits.py does.")
     entries: dict[str, Entry] = {}
-    for name in in_order(methods):
-        with about(f"compare.methods.{name}"):
-            for entry in entries_of_method(name, methods[name], Place(str(workdir), config), entries, flops):
+    for name in _order_by_start(methods):
+        with prefix_errors(f"compare.methods.{name}"):
+            for entry in _entries_of_method(name, methods[name], Place(str(workdir), config), entries, flops):
                 entries[entry.name] = entry
     if not any(entry.shown for entry in entries.values()):
         raise UserError(f"no method has any of the steps {tuple(config.compare.steps)}: change compare.steps.")
     return entries
 
 
-def described(name: str, method: Any) -> dict[str, Any]:
+def _complete_method(name: str, method: Any) -> dict[str, Any]:
     """A method's description with the defaults filled in.
 
     Raises:
         UserError: it has an unknown key or a value of the wrong type, or its name cannot be one.
     """
     defaults = method_defaults()
-    if not names_folder(name) or name == TEACHER:
+    if not is_folder_name(name) or name == TEACHER:
         raise UserError(f"compare.methods has {name!r}, which cannot name a folder: use letters, digits, '-' and '_'.")
     if not isinstance(method, ml_collections.ConfigDict):
         raise UserError(f"compare.methods.{name} is {method!r}: give a dict of {', '.join(defaults)}.")
@@ -73,7 +73,7 @@ def described(name: str, method: Any) -> dict[str, Any]:
     return defaults | given
 
 
-def in_order(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _order_by_start(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Names of methods, each after the one that it starts from.
 
     Raises:
@@ -93,23 +93,23 @@ def in_order(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return order
 
 
-def entries_of_method(
+def _entries_of_method(
     name: str, method: Mapping[str, Any], home: Place, before: Mapping[str, Entry], flops: Flops
 ) -> Iterator[Entry]:
     """A method's entries; `before` holds those of the methods that came before it."""
     config = home.config
-    rounds = rounds_of(method, tuple(config.compare.steps))
+    rounds = _rounds_of(method, tuple(config.compare.steps))
     unknown = set(method["settings_at"]) - {str(len(points)) for points in config.compare.points}
     if unknown:
         raise UserError(f"settings_at has {min(unknown)!r}, a number of steps that compare.points has no points of.")
     budget = flops(config, None) / (len(rounds) if method["chain"] else 1)
     previous = None
     for steps in rounds:
-        start = previous or start_of(method, steps, before)
-        derived = derive(f"{name}_{steps}", method, steps, config, start)
+        start = previous or _start_of(method, steps, before)
+        derived = _derive_config(f"{name}_{steps}", method, steps, config, start)
         validate(derived)
         if method["stage"] == "distill":
-            derived = within(budget, derived, flops, start.steps if start else None)
+            derived = _fit_budget(budget, derived, flops, start.steps if start else None)
             validate(derived)  # a warm-up may be longer than the training that the budget pays for
         entry = Entry(
             name=f"{name}_{steps}",
@@ -126,7 +126,7 @@ def entries_of_method(
         previous = entry if method["chain"] else None
 
 
-def start_of(method: Mapping[str, Any], steps: int, before: Mapping[str, Entry]) -> Entry | None:
+def _start_of(method: Mapping[str, Any], steps: int, before: Mapping[str, Entry]) -> Entry | None:
     """The entry that a method's training starts from; None for the teacher.
 
     Raises:
@@ -140,14 +140,14 @@ def start_of(method: Mapping[str, Any], steps: int, before: Mapping[str, Entry])
     return before[name]
 
 
-def rounds_of(method: Mapping[str, Any], compared: tuple[int, ...]) -> tuple[int, ...]:
+def _rounds_of(method: Mapping[str, Any], compared: tuple[int, ...]) -> tuple[int, ...]:
     """S of a method's trainings in their order: those that are compared, and of a chain those on the way to them."""
     steps = method["steps"] or compared
     shown = [place for place, number in enumerate(steps) if number in compared]
     return steps[: max(shown, default=-1) + 1] if method["chain"] else tuple(steps[place] for place in shown)
 
 
-def derive(
+def _derive_config(
     name: str, method: Mapping[str, Any], steps: int, config: ml_collections.ConfigDict, start: Entry | None
 ) -> ml_collections.ConfigDict:
     """The config of an entry, but for the length of its training; that of a fine-tune is its start's config, changed.
@@ -158,18 +158,18 @@ def derive(
     stage = method["stage"]
     own: dict[str, Any] = {"student.name": name, f"{stage}.start": start.name if start else ""}
     if stage == "distill":
-        own["student.points"] = points_of(steps, config)
+        own["student.points"] = _points_of(steps, config)
     elif start:
         own["finetune.name"], config = name, start.config
     else:
         raise UserError("a fine-tune starts from a student: name its method as start.")
     for changes in (method["settings"], method["settings_at"].get(str(steps), {})):
-        check_changes(changes)
-        config = changed(config, changes)
-    return changed(config, own)
+        _check_changes(changes)
+        config = with_settings(config, changes)
+    return with_settings(config, own)
 
 
-def check_changes(changes: Mapping[str, Any]) -> None:
+def _check_changes(changes: Mapping[str, Any]) -> None:
     """Raises UserError if a method changes what all share, or what follows from its entry."""
     for key in flatten(changes):
         if key.split(".")[0] not in OF_STUDENTS:
@@ -178,7 +178,7 @@ def check_changes(changes: Mapping[str, Any]) -> None:
             raise UserError(f"{key} follows from the method's name, S and start and from the budget: leave it out.")
 
 
-def points_of(steps: int, config: ml_collections.ConfigDict) -> tuple[int, ...]:
+def _points_of(steps: int, config: ml_collections.ConfigDict) -> tuple[int, ...]:
     """The points of S, out of `compare.points`."""
     known = {len(points): tuple(points) for points in config.compare.points}
     if steps not in known:
@@ -186,7 +186,7 @@ def points_of(steps: int, config: ml_collections.ConfigDict) -> tuple[int, ...]:
     return known[steps]
 
 
-def within(
+def _fit_budget(
     budget: float, config: ml_collections.ConfigDict, flops: Flops, start: int | None
 ) -> ml_collections.ConfigDict:
     """A config whose training takes so many FLOPs.
@@ -194,8 +194,8 @@ def within(
     Raises:
         UserError: that is not enough for a single step.
     """
-    one = flops(changed(config, {"distill.steps": 1}), start)
+    one = flops(with_settings(config, {"distill.steps": 1}), start)
     steps = round(budget / one)
     if not steps:
         raise UserError(f"a step of it takes {one:.3g} FLOPs, but its budget is {budget:.3g}: lower its batch_size.")
-    return changed(config, {"distill.steps": steps})
+    return with_settings(config, {"distill.steps": steps})

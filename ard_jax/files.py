@@ -73,7 +73,7 @@ def tree_sha256(tree: PyTree) -> str:
     """
     digest = hashlib.sha256()
     for name, leaf in named_leaves(tree):
-        hash_leaf(digest, name, fetch(leaf))
+        hash_leaf(digest, name, to_host(leaf))
     return digest.hexdigest()
 
 
@@ -91,7 +91,7 @@ def hash_leaf(digest: "hashlib._Hash", name: str, array: np.ndarray) -> None:
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # no copy: stacks have gigabytes
 
 
-def fetch(array: jax.typing.ArrayLike) -> np.ndarray:
+def to_host(array: jax.typing.ArrayLike) -> np.ndarray:
     """An array of this process or of several, as a whole."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         return multihost_utils.process_allgather(array, tiled=True)

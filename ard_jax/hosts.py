@@ -32,7 +32,7 @@ SKEW = 5  # seconds by which clocks may differ
 FOREVER = 7 * 24 * 3600  # seconds; a host that dies is noticed by its missing heartbeats long before
 
 
-class Place(NamedTuple):
+class ProcessPlace(NamedTuple):
     """A process among all.
 
     Attributes:
@@ -46,7 +46,7 @@ class Place(NamedTuple):
     coordinator: str | None = None
 
 
-def place_by_flags(coordinator: str | None, count: str | None, index: str | None) -> Place | None:
+def place_by_flags(coordinator: str | None, count: str | None, index: str | None) -> ProcessPlace | None:
     """What the `FLAGS` say; None if none of them is there.
 
     Raises:
@@ -63,22 +63,22 @@ def place_by_flags(coordinator: str | None, count: str | None, index: str | None
             f"--process-id {index} of --num-processes {count} does not work: number the processes from 0 to one less "
             f"than there are."
         )
-    return Place(int(index), int(count), coordinator)
+    return ProcessPlace(int(index), int(count), coordinator)
 
 
-def place_by_environment() -> Place | None:
+def place_by_environment() -> ProcessPlace | None:
     """This process's place on Slurm (in a step of several tasks) or on a Cloud TPU of several hosts, or None."""
     environment = os.environ
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return Place(int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]))
+        return ProcessPlace(int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]))
     has_chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
     if has_chips and importlib.util.find_spec("libtpu") and "cpu" not in environment.get("JAX_PLATFORMS", ""):
         names = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-        return Place(int(environment.get("TPU_WORKER_ID", 0)), len(names))
+        return ProcessPlace(int(environment.get("TPU_WORKER_ID", 0)), len(names))
     return None
 
 
-def start(place: Place | None, folder: pathlib.Path, timeout: float) -> None:
+def start(place: ProcessPlace | None, folder: pathlib.Path, timeout: float) -> None:
     """Joins the other processes, before anything asks JAX for its devices; alone where there are no others.
 
     Args:
@@ -98,7 +98,7 @@ def start(place: Place | None, folder: pathlib.Path, timeout: float) -> None:
         options = {"coordinator_address": place.coordinator, "coordinator_bind_address": place.coordinator}
         options |= {"num_processes": place.count, "process_id": place.index, "cluster_detection_method": "deactivate"}
     try:
-        with roll_call(place, folder, timeout):
+        with _roll_call(place, folder, timeout):
             jax.distributed.initialize(
                 **options, initialization_timeout=int(timeout) + 60, shutdown_timeout_seconds=FOREVER
             )
@@ -110,7 +110,7 @@ def start(place: Place | None, folder: pathlib.Path, timeout: float) -> None:
 
 
 @contextlib.contextmanager
-def roll_call(place: Place, folder: pathlib.Path, timeout: float) -> Iterator[None]:
+def _roll_call(place: ProcessPlace, folder: pathlib.Path, timeout: float) -> Iterator[None]:
     """Ends the process if the block, in which it waits for the others, takes longer than `timeout`.
 
     JAX would end it without a word on who is missing. Those that wait touch a file each until they have met.
@@ -160,7 +160,7 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def agree(settings: dict[str, Any]) -> None:
+def check_same_settings(settings: dict[str, Any]) -> None:
     """Compares the settings of all hosts, and says once if their versions or clocks differ.
 
     Args:

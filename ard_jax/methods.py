@@ -59,7 +59,7 @@ def training_flops(config: ml_collections.ConfigDict, start: int | None = None) 
     return method.flops * settings.batch_size * settings.steps
 
 
-def continued(config: ml_collections.ConfigDict, before: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def finetuned_config(config: ml_collections.ConfigDict, before: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config of the fine-tuned student: its form is that of the student it starts from, whatever is asked now.
 
     Args:
@@ -82,9 +82,9 @@ def continued(config: ml_collections.ConfigDict, before: ml_collections.ConfigDi
 
 
 def make_finetune_method(config: ml_collections.ConfigDict, teacher: Backbone, columns: tuple[int, ...]) -> Method:
-    """The method of a `continued` config; `columns` as in `objectives.Given`."""
+    """The method of a config of `finetuned_config`; `columns` as in `objectives.Given`."""
     settings, student = config.finetune, make_student(config)
-    assert isinstance(student, ARDStudent)  # `continued` refuses the others
+    assert isinstance(student, ARDStudent)  # `finetuned_config` refuses the others
     return adversarial_method(
         student,
         make_judge(teacher, tuple(settings.layers), make_process(config), settings.feature_time),

@@ -17,7 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ard_jax.errors import UserError
-from ard_jax.models.partition import divided, logical_axes
+from ard_jax.models.partition import divisible_spec, logical_axes
 from ard_jax.types import PyTree
 
 AXES = ("data", "fsdp", "tensor")
@@ -68,10 +68,10 @@ def make_mesh(settings: Mapping[str, int] = DATA_ONLY, devices: Sequence[jax.Dev
     shape = tuple(sizes[axis] for axis in AXES)
     # a TPU's neighbours along an axis are then neighbours by wire
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    if crosses_hosts(grid):
+    if _crosses_hosts(grid):
         by_host = sorted(devices, key=lambda device: (device.process_index, device.id))
         grid = np.asarray(by_host).reshape(shape)
-    if crosses_hosts(grid):
+    if _crosses_hosts(grid):
         here = count // len({device.process_index for device in devices})
         raise UserError(
             f"mesh.tensor is {sizes['tensor']}, but a host has {here} devices: choose a divisor of that, since each "
@@ -80,7 +80,7 @@ def make_mesh(settings: Mapping[str, int] = DATA_ONLY, devices: Sequence[jax.Dev
     return Mesh(grid, AXES)
 
 
-def crosses_hosts(grid: np.ndarray) -> bool:
+def _crosses_hosts(grid: np.ndarray) -> bool:
     """Whether devices (data, fsdp, tensor) along the tensor axis belong to different hosts."""
     hosts = np.vectorize(lambda device: device.process_index)(grid)
     return bool((hosts != hosts[..., :1]).any())
@@ -108,7 +108,7 @@ def on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -139,12 +139,12 @@ def sharding_of(tree: PyTree, mesh: Mesh) -> PyTree:
     def sharding(path, leaf):
         spec = nn.logical_to_mesh_axes(logical_axes(path, len(leaf.shape)), RULES)
         assert spec is not None  # Flax has None for no names alone
-        return NamedSharding(mesh, divided(spec, leaf.shape, mesh))
+        return NamedSharding(mesh, divisible_spec(spec, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def placed(shapes: PyTree, mesh: Mesh) -> PyTree:
+def with_shardings(shapes: PyTree, mesh: Mesh) -> PyTree:
     """Shapes with the sharding that their arrays shall have, see `sharding_of`."""
 
     def place(leaf, sharding):

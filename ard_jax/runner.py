@@ -40,9 +40,9 @@ class Place(NamedTuple):
         """The workdir, where it can be read here."""
         return pathlib.Path(self.workdir)
 
-    def changed(self, settings: Mapping[str, Any]) -> "Place":
+    def with_settings(self, settings: Mapping[str, Any]) -> "Place":
         """The same with other values of some settings, by dotted key."""
-        return self._replace(config=changed(self.config, settings), settings={**self.settings, **settings})
+        return self._replace(config=with_settings(self.config, settings), settings={**self.settings, **settings})
 
 
 class Entry(NamedTuple):
@@ -113,7 +113,7 @@ def jobs_of(entries: Iterable[Entry]) -> list[Job]:
         jobs.append(Job(entry.stage, entry.trained, (entry.name,)))
         if entry.shown:
             for name in (TEACHER, entry.name):  # one by one, or what is drawn would be drawn again with what is not
-                jobs.append(Job("sample", entry.home.changed({"sample.models": (name,)}), (name,)))
+                jobs.append(Job("sample", entry.home.with_settings({"sample.models": (name,)}), (name,)))
             measured.setdefault(entry.home.workdir, (entry.home, [TEACHER]))[1].append(entry.name)
     jobs += [Job("evaluate", home, tuple(names)) for home, names in measured.values()]
     unique: dict[tuple, Job] = {}
@@ -161,7 +161,7 @@ def write_page(folder: pathlib.Path, name: str, results: Mapping[str, Any], tabl
 
 
 @contextlib.contextmanager
-def about(what: str) -> Iterator[None]:
+def prefix_errors(what: str) -> Iterator[None]:
     """Puts the name of what is wrong before a UserError's sentence."""
     try:
         yield
@@ -169,7 +169,7 @@ def about(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error}") from None
 
 
-def changed(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
+def with_settings(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """A copy of a config with some settings changed.
 
     Args:

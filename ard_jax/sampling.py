@@ -137,7 +137,7 @@ def take_points(states: jax.Array, points: tuple[int, ...], steps: int) -> jax.A
     return states[:, jnp.asarray([steps - 1 - point for point in points])]
 
 
-def within_bounds(points: jax.Array | np.ndarray, max_abs: float) -> jax.Array:
+def is_within_bounds(points: jax.Array | np.ndarray, max_abs: float) -> jax.Array:
     """Which trajectories are finite and stay within [-max_abs, max_abs] (0: any finite value) at their points.
 
     A few in a thousand of a teacher's solves blow up, because x̂_0 = (x − σ·ε̂)/α divides by α = 0.006 at the noise end;
@@ -167,7 +167,7 @@ def sample_student(
         (batch, steps, height, width, channel); the last step is the sample.
     """
     given = given or {}
-    return walk(model, params, noise, condition, lambda step, prediction: given.get(step, prediction))
+    return _run_steps(model, params, noise, condition, lambda step, prediction: given.get(step, prediction))
 
 
 def sample_student_among(
@@ -180,7 +180,7 @@ def sample_student_among(
         is_given: (step,), which of the student's own points are replaced.
         points: by which, (batch, step, height, width, channel).
     """
-    return walk(
+    return _run_steps(
         model,
         params,
         noise,
@@ -189,7 +189,7 @@ def sample_student_among(
     )
 
 
-def walk(
+def _run_steps(
     model: ARDStudent,
     params: Params,
     noise: jax.Array,

@@ -49,13 +49,13 @@ def data_folder(directory: pathlib.Path) -> pathlib.Path:
     return directory / VERSION
 
 
-def description_path(directory: pathlib.Path, shard: int) -> pathlib.Path:
+def _description_path(directory: pathlib.Path, shard: int) -> pathlib.Path:
     return directory / "shards" / f"{shard:05d}.json"
 
 
 def describe(directory: pathlib.Path, shards: int) -> list[dict[str, Any]]:
     """What every shard holds, in order; all of them must have been written."""
-    return [read_json(description_path(directory, shard)) for shard in range(shards)]
+    return [read_json(_description_path(directory, shard)) for shard in range(shards)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Layout:
                 "bytes": temporary.stat().st_size,
                 "sha256": file_sha256(temporary),
             }
-            write_json(description_path(directory, shard), description)
+            write_json(_description_path(directory, shard), description)
 
         atomic_write(path, write)
 
@@ -118,7 +118,7 @@ class Layout:
         """Which of some shards lie under their final names with the bytes that they were written with."""
         found = set()
         for shard in which:
-            path, description = self.shard_path(directory, shard, shards), description_path(directory, shard)
+            path, description = self.shard_path(directory, shard, shards), _description_path(directory, shard)
             if path.exists() and description.exists() and file_sha256(path) == read_json(description)["sha256"]:
                 found.add(shard)
         return found

@@ -31,22 +31,22 @@ import jax
 import ml_collections
 
 from ard_jax import runner
-from ard_jax.checks import is_student, validate
-from ard_jax.command_line import Flags, known_keys, make_parser, parse, parse_flags
+from ard_jax.checks import is_student_name, validate
+from ard_jax.command_line import Flags, known_keys, make_parser, parse_config, parse_flags
 from ard_jax.config import OF_STUDENTS, ROWS, flatten, plain
 from ard_jax.errors import UserError, first_line
 from ard_jax.report import words
 from ard_jax.report.page import build_sweep
 from ard_jax.report.pieces import markdown_table
 from ard_jax.runner import TEACHER, Entry, Job, Place
-from ard_jax.workdir import FREE, SECTIONS, differing, network
+from ard_jax.workdir import FREE, SECTIONS, config_differences, network_settings
 
 STAGES = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
 KEYS = ("config", "settings", "entries", "over", "stages")
 SET_BY_SWEEP = ("student.name", "finetune.name", "sample.models")
-# Sections that a teacher depends on by more than what `network` compares.
+# Sections that a teacher depends on by more than what `network_settings` compares.
 OF_TEACHERS = {
-    key.split(".")[0] for key, row in ROWS.items() if "teacher" in row.changes and "network" not in row.changes
+    key.split(".")[0] for key, _row in ROWS.items() if "teacher" in _row.changes and "network" not in _row.changes
 }
 MEASURED = ("fd", "degradation", "precision", "recall", "psnr")
 HEAD = ("Entry", "Steps", *words.headings(MEASURED))
@@ -88,18 +88,18 @@ def read_sweep(file: str) -> Sweep:
     except Exception as error:  # a sweep file is code, which may raise anything
         said = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{file} is no sweep ({said}): ard_jax/sweep.py says what one is.") from None
-    check_sweep(file, sweep)
+    _check_sweep(file, sweep)
     return Sweep(file, about, **{"settings": {}, **sweep})
 
 
-def check_sweep(file: str, sweep: Mapping[str, Any]) -> None:
+def _check_sweep(file: str, sweep: Mapping[str, Any]) -> None:
     """Raises UserError for the first thing in SWEEP that is not as the module says."""
     unknown = [key for key in sweep if key not in KEYS]
     if unknown or not sweep.get("config") or not sweep.get("entries"):
         what = f"has the key {unknown[0]!r}" if unknown else "lacks config or entries"
         raise UserError(f"SWEEP of {file} {what}: its keys are {', '.join(KEYS)}.")
     for name in sweep["entries"]:
-        if not is_student(name) or name in ("sweep", *STAGES):
+        if not is_student_name(name) or name in ("sweep", *STAGES):
             raise UserError(f"sweep entry {name!r} cannot name a student's folder: use letters, digits, '-' and '_'.")
     stages = sweep.get("stages", ())
     if [stage for stage in STAGES if stage in stages] != list(stages):
@@ -108,7 +108,7 @@ def check_sweep(file: str, sweep: Mapping[str, Any]) -> None:
         raise UserError(f"over of {file} is {sweep['over']!r}, which is no setting: name one such as distill.steps.")
 
 
-def words_of(sweep: Sweep, stage: str, workdir: str, settings: Mapping[str, Any]) -> Words:
+def _command_words(sweep: Sweep, stage: str, workdir: str, settings: Mapping[str, Any]) -> Words:
     """A stage and its flags, what a person would type after `python -m ard_jax`."""
     flags = (f"--config.{key}={value}" for key, value in settings.items())
     return stage, "--config", sweep.config, "--workdir", workdir, *flags
@@ -116,16 +116,16 @@ def words_of(sweep: Sweep, stage: str, workdir: str, settings: Mapping[str, Any]
 
 def command(sweep: Sweep, job: Job) -> Words:
     """The words of a job."""
-    return words_of(sweep, job.stage, job.place.workdir, job.place.settings)
+    return _command_words(sweep, job.stage, job.place.workdir, job.place.settings)
 
 
-def resolve(sweep: Sweep, workdir: str, settings: Mapping[str, Any]) -> Place:
+def _resolve(sweep: Sweep, workdir: str, settings: Mapping[str, Any]) -> Place:
     """A workdir with the config that its stages get by these settings.
 
     Raises:
         UserError: the stage that the sweep is about would refuse it.
     """
-    config, _ = parse(list(words_of(sweep, sweep.trained, workdir, settings)[1:]))
+    config, _ = parse_config(list(_command_words(sweep, sweep.trained, workdir, settings)[1:]))
     checked = config.copy_and_resolve_references()
     checked.model.attention = "auto"  # what the device can do is seen where the stage runs
     validate(checked)
@@ -146,39 +146,39 @@ def plan(sweep: Sweep, workdir: str, only: list[str] | None = None) -> list[Entr
     missing = [name for name in only or () if name not in sweep.entries]
     if missing:
         raise UserError(f"{sweep.file} has no entry {missing[0]!r}: its entries are {', '.join(sweep.entries)}.")
-    shared = resolve(sweep, workdir, sweep.settings)
+    shared = _resolve(sweep, workdir, sweep.settings)
     return [
-        plan_entry(sweep, name, settings, shared)
+        _plan_entry(sweep, name, settings, shared)
         for name, settings in sweep.entries.items()
         if only is None or name in only
     ]
 
 
-def plan_entry(sweep: Sweep, name: str, settings: Mapping[str, Any], shared: Place) -> Entry:
+def _plan_entry(sweep: Sweep, name: str, settings: Mapping[str, Any], shared: Place) -> Entry:
     """An entry, and what of it lies in the `shared` workdir; see `plan`."""
     taken = [key for key in (*sweep.settings, *settings) if key in SET_BY_SWEEP]
     if taken:
         raise UserError(f"sweep entry {name!r} sets {taken[0]}, which the sweep itself sets: leave it out.")
-    check_section(name, settings, sweep)
+    _check_section(name, settings, sweep)
     named = {"distill": "student.name", "finetune": "finetune.name"}[sweep.trained]
-    with runner.about(f"sweep entry {name!r}"):
-        own = resolve(sweep, shared.workdir, {**shared.settings, **settings, named: name})
-    differs = {key.split(".")[0] for key in differing_settings(shared.config, own.config)} - set(OF_STUDENTS)
+    with runner.prefix_errors(f"sweep entry {name!r}"):
+        own = _resolve(sweep, shared.workdir, {**shared.settings, **settings, named: name})
+    differs = {key.split(".")[0] for key in _differing_settings(shared.config, own.config)} - set(OF_STUDENTS)
     if not differs:
         return Entry(name, sweep.trained, own, home=shared, teacher=shared, store=shared)
-    same_teacher = not differs & OF_TEACHERS and network(shared.config) == network(own.config)
+    same_teacher = not differs & OF_TEACHERS and network_settings(shared.config) == network_settings(own.config)
     same_store = same_teacher and not differs & set(SECTIONS["trajectories"])
     elsewhere = {
         f"{stage}.dir": f"{shared.workdir}/{stage}"
         for stage, same in (("teacher", same_teacher), ("trajectories", same_store))
         if same and not shared.config[stage].dir
     }
-    home = own.changed(elsewhere)._replace(workdir=f"{shared.workdir}/{name}")
+    home = own.with_settings(elsewhere)._replace(workdir=f"{shared.workdir}/{name}")
     teacher, store = shared if same_teacher else home, shared if same_store else home
     return Entry(name, sweep.trained, home, home, teacher, store)
 
 
-def check_section(name: str, settings: Mapping[str, Any], sweep: Sweep) -> None:
+def _check_section(name: str, settings: Mapping[str, Any], sweep: Sweep) -> None:
     """Raises UserError if an entry sets what its student is not trained by, or what all fine-tunes start from."""
     section = {"distill": ("finetune",), "finetune": ("student", "distill")}[sweep.trained]
     wrong = [key for key in settings if key.split(".")[0] in section]
@@ -191,13 +191,13 @@ def check_section(name: str, settings: Mapping[str, Any], sweep: Sweep) -> None:
         )
 
 
-def differing_settings(base: ml_collections.ConfigDict, config: ml_collections.ConfigDict) -> list[str]:
+def _differing_settings(base: ml_collections.ConfigDict, config: ml_collections.ConfigDict) -> list[str]:
     """Keys of two configs that differ, but for those that may differ between two starts of the same run."""
     free = tuple(key for key in FREE if not key.endswith(".dir"))  # what lies elsewhere may be something else
-    return [key for key in differing(plain(base), plain(config)) if not key.startswith(free)]
+    return [key for key in config_differences(plain(base), plain(config)) if not key.startswith(free)]
 
 
-def planned(sweep: Sweep, entries: Iterable[Entry]) -> list[Job]:
+def plan_jobs(sweep: Sweep, entries: Iterable[Entry]) -> list[Job]:
     """What is to be run for the entries, in order."""
     every: list[Entry] = []
     for entry in entries:
@@ -252,14 +252,14 @@ def collect(sweep: Sweep, entries: Iterable[Entry]) -> dict[str, Any]:
         found[entry.name] = {
             "workdir": entry.home.workdir,
             "settings": dict(sweep.entries[entry.name]),
-            "over": position(sweep, entry),
+            "over": axis_position(sweep, entry),
             "teacher": models[TEACHER],
             "results": models[entry.name],
         }
     return {"sweep": sweep.file, "config": sweep.config, "settings": dict(sweep.settings), "entries": found}
 
 
-def position(sweep: Sweep, entry: Entry) -> float | None:
+def axis_position(sweep: Sweep, entry: Entry) -> float | None:
     """Where an entry stands along `over`: the value, or how many values where it is several, such as points."""
     if sweep.over is None:
         return None
@@ -267,25 +267,25 @@ def position(sweep: Sweep, entry: Entry) -> float | None:
     return len(value) if isinstance(value, list) else value
 
 
-def table_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
+def _table_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
     """The cells of the table, each teacher before the entries that have it."""
     several = len({entry["workdir"] for entry in results["entries"].values()}) > 1
     shown = set()
     for name, entry in results["entries"].items():
         if entry["workdir"] not in shown:
             shown.add(entry["workdir"])
-            yield row(f"teacher of {name}" if several else "teacher", entry["teacher"])
-        yield row(name, entry["results"])
+            yield _row(f"teacher of {name}" if several else "teacher", entry["teacher"])
+        yield _row(name, entry["results"])
 
 
-def row(name: str, model: Mapping[str, Any]) -> list[str]:
+def _row(name: str, model: Mapping[str, Any]) -> list[str]:
     return [name, words.number(model.get("steps"), ",.0f"), *words.cells(model, MEASURED)]
 
 
-def write_results(sweep: Sweep, entries: list[Entry], folder: pathlib.Path) -> None:
+def _write_results(sweep: Sweep, entries: list[Entry], folder: pathlib.Path) -> None:
     """Writes the table, results.json and the page, and prints the table."""
     results = collect(sweep, entries)
-    rows = list(table_rows(results))
+    rows = list(_table_rows(results))
     homes = {entry.home.workdir: entry.home for entry in entries}
     pictures = {workdir: runner.pictures_of(home) for workdir, home in homes.items()}
     page = build_sweep(sweep.about, (HEAD, rows), results, pictures, sweep.over)
@@ -334,7 +334,7 @@ def run(arguments: list[str]) -> None:
     sweep = sweep._replace(settings={**sweep.settings, **common})
     jax.config.update("jax_platforms", "cpu")  # it computes nothing, so it takes no accelerator from the stages
     entries = plan(sweep, args.workdir.rstrip("/"), args.only)
-    jobs = planned(sweep, entries)
+    jobs = plan_jobs(sweep, entries)
     if args.print:
         lines = (shlex.join((*PRINTED[args.print], *command(sweep, job))) for job in jobs)
         print("\n".join(lines), flush=True)
@@ -349,4 +349,4 @@ def run(arguments: list[str]) -> None:
 
     runner.run_missing(jobs, run_job, is_finished)
     if "evaluate" in sweep.stages:
-        write_results(sweep, entries, pathlib.Path(args.workdir) / "sweep")
+        _write_results(sweep, entries, pathlib.Path(args.workdir) / "sweep")

@@ -26,7 +26,7 @@ from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, tree_sha256, write_json
 from ard_jax.models import AutoencoderKL, Backbone, Network, init_from_teacher, inputs_like, parameter_shapes
-from ard_jax.parallel import is_first, placed
+from ard_jax.parallel import is_first, with_shardings
 from ard_jax.training.checkpoints import load_parameters
 from ard_jax.types import Params, PyTree
 
@@ -60,19 +60,19 @@ def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, stage: str
     path = directory / "config.json"
     now = plain(config) | {"inputs": inputs}
     if path.exists():
-        compare(read_json(path), now, (*SECTIONS[stage], "inputs"), directory)
+        check_same_config(read_json(path), now, (*SECTIONS[stage], "inputs"), directory)
     elif is_first():
         write_json(path, now)
         log.info("config:\n%s", config)
 
 
-def compare(before: dict, now: dict, sections: tuple[str, ...], directory: pathlib.Path) -> None:
+def check_same_config(before: dict, now: dict, sections: tuple[str, ...], directory: pathlib.Path) -> None:
     """Raises UserError if two configs differ in some sections, naming the first keys that do."""
     objective = flatten(now).get("distill.objective", "")
     found = [
         f"{key} {there!r} there, {here!r} here"
-        for key, (there, here) in differing(before, now).items()
-        if key.split(".")[0] in sections and not key.startswith(FREE) and not of_another_objective(key, objective)
+        for key, (there, here) in config_differences(before, now).items()
+        if key.split(".")[0] in sections and not key.startswith(FREE) and not _is_of_another_objective(key, objective)
     ]
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
@@ -82,14 +82,14 @@ def compare(before: dict, now: dict, sections: tuple[str, ...], directory: pathl
         )
 
 
-def differing(before: dict, now: dict) -> dict[str, tuple[object, object]]:
+def config_differences(before: dict, now: dict) -> dict[str, tuple[object, object]]:
     """Keys of two configs whose values differ, sorted: both values, None for a key that one has not."""
     before, now = flatten(before), flatten(now)
     every = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
     return {key: values for key, values in every.items() if values[0] != values[1]}
 
 
-def of_another_objective(key: str, objective: str) -> bool:
+def _is_of_another_objective(key: str, objective: str) -> bool:
     """Whether a setting is an option of a method of distillation that is not the one that is trained."""
     section, *inner = key.split(".")
     return section == "distill" and len(inner) > 1 and inner[0] not in ("optimizer", objective.rpartition(".")[2])
@@ -141,7 +141,7 @@ def vae_folder(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> path
     return pathlib.Path(config.vae.dir) if config.vae.dir else workdir / "vae"
 
 
-def finished(directory: pathlib.Path, stage: str) -> dict[str, Any]:
+def require_done(directory: pathlib.Path, stage: str) -> dict[str, Any]:
     """`done.json` of a stage that this one stands on.
 
     Raises:
@@ -179,11 +179,11 @@ def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh:
         UserError: it is not there, or the config describes another model.
     """
     directory = teacher_folder(config, workdir)
-    hashes = finished(directory, "teacher")["sha256"]
+    hashes = require_done(directory, "teacher")["sha256"]
     before = recorded_config(directory)
-    compare(network(before), network(config), ("data", "model", "diffusion"), directory)
+    check_same_config(network_settings(before), network_settings(config), ("data", "model", "diffusion"), directory)
     model = make_teacher(config)
-    like = placed(teacher_shapes(model), mesh)
+    like = with_shardings(teacher_shapes(model), mesh)
     return Loaded(model, load_weights(directory, like, hashes["ema"]), hashes["ema"], before)
 
 
@@ -197,7 +197,7 @@ def recorded_config(directory: pathlib.Path) -> ml_collections.ConfigDict:
     return config
 
 
-def network(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def network_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What a config says by `NETWORK`, by section: of the model that its name stands for and of the process it has."""
     process = {"process": config.diffusion.process, **dataclasses.asdict(make_process(config))}
     teacher = make_teacher(config)
@@ -215,9 +215,9 @@ def load_student(directory: pathlib.Path, mesh: Mesh) -> Loaded[Network]:
     Raises:
         UserError: it is not there.
     """
-    hashes = finished(directory, "distill")["sha256"]
+    hashes = require_done(directory, "distill")["sha256"]
     config = recorded_config(directory)
-    params = load_weights(directory, placed(student_shapes(config), mesh), hashes["ema"])
+    params = load_weights(directory, with_shardings(student_shapes(config), mesh), hashes["ema"])
     return Loaded(make_student(config), params, hashes["ema"], config)
 
 

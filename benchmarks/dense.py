@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ard_jax.models import ARDStudent, default_block_times, visible_blocks
-from ard_jax.models.backbone import take
+from ard_jax.models.backbone import take_layers
 from ard_jax.models.flops import student_macs
 from ard_jax.models.layers import layer_norm, patchify, position_table, sinusoids, unpatchify
 
@@ -69,7 +69,7 @@ def block(student: ARDStudent, params: Any, x: jax.Array, condition: jax.Array, 
 
 def predict(student: ARDStudent, params: Any, h: jax.Array, condition: jax.Array, step: int, shape) -> jax.Array:
     """Head `step`: tokens and conditions of one block, (batch, token, width) → the next point."""
-    head = take(params["final_layer"], step)
+    head = take_layers(params["final_layer"], step)
     shift, scale = modulations(head, condition, 2)
     tokens = dense(head["linear"], layer_norm(h, None) * (1 + scale) + shift)
     return unpatchify(tokens, student.backbone.patch_size, *shape[:2])[..., : student.backbone.channels]
@@ -125,8 +125,8 @@ def sample(student: ARDStudent, params: Any, noise: jax.Array, y: jax.Array) -> 
         def alone(h, own, condition=condition):
             return block(student, own, h, condition, lambda q, k, v: (attention(q, k, v, None), None))
 
-        h, kept = jax.lax.scan(with_history, h, (take(params["blocks"], slice(history)), earlier))
-        h, _ = jax.lax.scan(alone, h, take(params["blocks"], slice(history, None)))
+        h, kept = jax.lax.scan(with_history, h, (take_layers(params["blocks"], slice(history)), earlier))
+        h, _ = jax.lax.scan(alone, h, take_layers(params["blocks"], slice(history, None)))
         cache.append(kept)
         x = predict(student, params, h, condition, step, x.shape[1:])
         points.append(x)

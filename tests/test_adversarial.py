@@ -11,8 +11,8 @@ from quick import quick_jit
 
 from ard_jax.diffusion import FlowMatching, LinearVP
 from ard_jax.models import DiT, init_from_teacher, parameter_shapes
-from ard_jax.models.discriminator import normalised, power_iteration, spectral_norms
-from ard_jax.objectives.adversarial import DISCRIMINATOR, adversarial_method, flipped, make_judge
+from ard_jax.models.discriminator import normalise_kernels, power_iteration, spectral_norms
+from ard_jax.objectives.adversarial import DISCRIMINATOR, adversarial_method, flip_at_random, make_judge
 from ard_jax.objectives.ard import ard
 
 KEY = jax.random.key(0)
@@ -80,7 +80,7 @@ def written_out(given):
     def logits(heads, images, label):
         tokens, condition = judge.teacher.apply({"params": teacher}, images, jnp.zeros(BATCH), label, method="features")
         chosen = tokens[jnp.asarray([0, 2])]
-        return judge.heads.apply({"params": normalised(heads, vectors)}, chosen, condition)
+        return judge.heads.apply({"params": normalise_kernels(heads, vectors)}, chosen, condition)
 
     def fake(params):
         inputs = jnp.stack([trajectory["noise"], points[:, 0]], axis=1)
@@ -178,12 +178,12 @@ def computed_networks(made, inputs):
 def test_real_images_are_mirrored_by_key_and_position():
     images = jnp.asarray(np.random.default_rng(0).normal(size=(200, 2, 4, 1)), jnp.float32)
     positions = jnp.arange(200)
-    mirrored = flipped(KEY, positions, images)
+    mirrored = flip_at_random(KEY, positions, images)
     is_mirrored = np.abs(mirrored - images[:, :, ::-1]).max(axis=(1, 2, 3)) == 0
     np.testing.assert_array_equal(mirrored[~is_mirrored], images[~is_mirrored])
     assert 70 < is_mirrored.sum() < 130
-    np.testing.assert_array_equal(flipped(KEY, positions[50:60], images[50:60]), mirrored[50:60])
-    assert not np.array_equal(flipped(jax.random.key(1), positions, images), mirrored)
+    np.testing.assert_array_equal(flip_at_random(KEY, positions[50:60], images[50:60]), mirrored[50:60])
+    assert not np.array_equal(flip_at_random(jax.random.key(1), positions, images), mirrored)
 
 
 def test_only_the_real_images_are_mirrored(given, computed):

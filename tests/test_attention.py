@@ -13,7 +13,7 @@ from networks import ard_student
 
 from ard_jax.errors import UserError
 from ard_jax.models import MASKS, init_from_teacher
-from ard_jax.models.attention import attention, block_attention, choose
+from ard_jax.models.attention import attention, block_attention, choose_backend
 from ard_jax.models.dit import DiT
 from ard_jax.models.masks import visible_blocks
 from ard_jax.models.splash import BlockMask
@@ -117,7 +117,7 @@ def test_a_student_and_its_sampler_are_the_same_by_splash(remat):
     ],
 )
 def test_auto_takes_the_kernel_of_the_device_where_it_applies(platform, dtype, tokens, head_dim, chosen):
-    assert choose("auto", platform, jnp.dtype(dtype), tokens, head_dim) == chosen
+    assert choose_backend("auto", platform, jnp.dtype(dtype), tokens, head_dim) == chosen
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_auto_takes_the_kernel_of_the_device_where_it_applies(platform, dtype, t
 )
 def test_a_backend_that_cannot_run_is_refused(backend, platform, dtype, tokens, words):
     with pytest.raises(UserError, match=words):
-        choose(backend, platform, jnp.dtype(dtype), tokens, 64)
+        choose_backend(backend, platform, jnp.dtype(dtype), tokens, 64)
 
 
 def run_alone(program, **environment):

@@ -121,7 +121,7 @@ def test_every_setting_can_be_overridden():
     keys = ["seed=3", "data.split=train[:9]", "model.mlp_ratio=2", "student.points=(3,0)", "run.tensorboard=True",
             "sample.models=('teacher',)", "noconfig.trajectories.keep_noisy"]  # fmt: skip
     flags = [f"--{key}" if key.startswith("noconfig") else f"--config.{key}" for key in keys]
-    config, workdir = command_line.parse(["--config", SMOKE, "--workdir", "here", *flags])
+    config, workdir = command_line.parse_config(["--config", SMOKE, "--workdir", "here", *flags])
     assert (config.seed, config.data.split, config.model.mlp_ratio) == (3, "train[:9]", 2.0)
     assert tuple(config.student.points) == (3, 0) and tuple(config.sample.models) == ("teacher",)
     assert config.run.tensorboard is True and config.trajectories.keep_noisy is False
@@ -131,7 +131,7 @@ def test_every_setting_can_be_overridden():
 def test_a_flag_that_is_there_or_not():
     table = command_line.FLAGS["compare"]
     for given, expected in (([], False), (["--quick"], True), (["--quick=false"], False), (["--noquick"], False)):
-        _, workdir, quick = command_line.parse(["--config", SMOKE, "--workdir", "here", *given], table)
+        _, workdir, quick = command_line.parse_config(["--config", SMOKE, "--workdir", "here", *given], table)
         assert quick is expected and workdir == pathlib.Path("here")
     assert command_line.usage(table) == "--workdir DIR [--quick]"
     assert "did you mean --quick" in refused("compare", "--config", SMOKE, "--workdir", "here", "--quik")

@@ -25,7 +25,7 @@ from ard_jax.methods import training_flops
 from ard_jax.models import parameter_shapes
 from ard_jax.objectives import Given
 from ard_jax.report import build_comparison, markdown, words
-from ard_jax.runner import changed
+from ard_jax.runner import with_settings
 from configs import smoke
 
 STEP = {"title": "Step distillation", "steps": (2,), "settings": {"student": {"mask": "diagonal"}}}
@@ -195,7 +195,7 @@ def test_the_command_refuses_before_anything_is_made(tmp_path):
 
 def test_a_changed_config_is_a_copy():
     config = smoke.get_config()
-    other = changed(config, {"student": {"mask": "window"}, "distill.steps": 3})
+    other = with_settings(config, {"student": {"mask": "window"}, "distill.steps": 3})
     assert (other.student.mask, other.distill.steps) == ("window", 3)
     assert (config.student.mask, config.distill.steps) == ("causal", 20)
 
@@ -204,10 +204,10 @@ def test_a_student_does_not_depend_on_the_options_of_another_objective(tmp_path)
     trained = {"distill": {"objective": "my.huber", "huber": {"width": 0.03}, "optimizer": {"clip": 1.0}}}
     changes = {"other": {"decay": 0.5}, "huber": {"width": 0.1}, "optimizer": {"clip": 2.0}}
     now = [{"distill": trained["distill"] | {name: change}} for name, change in changes.items()]
-    workdir.compare(trained, now[0], ("distill",), tmp_path)
+    workdir.check_same_config(trained, now[0], ("distill",), tmp_path)
     for config, said in zip(now[1:], ("huber.width 0.03 there, 0.1 here", "optimizer.clip 1.0 there"), strict=True):
         with pytest.raises(UserError, match=said):
-            workdir.compare(trained, config, ("distill",), tmp_path)
+            workdir.check_same_config(trained, config, ("distill",), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ the objective of the docs

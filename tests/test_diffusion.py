@@ -15,12 +15,12 @@ from ard_jax.diffusion import SOLVERS, FlowMatching, Grid, Guidance, LinearVP, c
 from ard_jax.errors import UserError
 from ard_jax.models import DiT
 from ard_jax.sampling import (
+    is_within_bounds,
     network_calls,
     sample_teacher,
     sampling_key,
     take_points,
     trajectory_key,
-    within_bounds,
 )
 
 # --- reference numbers ---
@@ -397,5 +397,5 @@ def test_points_are_picked_by_respaced_index():
 def test_trajectories_out_of_bounds():
     points = np.zeros((5, 2, 1, 1, 1), np.float32)
     points[1:, 1, 0, 0, 0] = (-4.0, 4.1, np.nan, -np.inf)
-    np.testing.assert_array_equal(within_bounds(jnp.asarray(points), 4.0), [True, True, False, False, False])
-    np.testing.assert_array_equal(within_bounds(jnp.asarray(points), 0.0), [True, True, True, False, False])
+    np.testing.assert_array_equal(is_within_bounds(jnp.asarray(points), 4.0), [True, True, False, False, False])
+    np.testing.assert_array_equal(is_within_bounds(jnp.asarray(points), 0.0), [True, True, True, False, False])

@@ -11,7 +11,7 @@ from ard_jax.models import Discriminator, DiT, parameter_shapes
 from ard_jax.models.discriminator import (
     NORMALISED,
     norm_groups,
-    normalised,
+    normalise_kernels,
     power_iteration,
     random_vectors,
     spectral_norms,
@@ -63,7 +63,7 @@ def vectors_of(arrays, source, dtype=np.float32):
 
 @quick_jit
 def judge(params, vectors, tokens, condition):
-    return Discriminator(len(tokens)).apply({"params": normalised(params, vectors)}, tokens, condition)
+    return Discriminator(len(tokens)).apply({"params": normalise_kernels(params, vectors)}, tokens, condition)
 
 
 @pytest.mark.parametrize("rows", [4, 12, 16])
@@ -87,7 +87,7 @@ def test_normalised_kernels_and_sigma_equal_the_reference(golden):
     params, vectors = from_published(arrays), vectors_of(arrays, "param")
     sigma = spectral_norms(params, vectors)
     np.testing.assert_allclose([sigma[layer][0] for layer in NORMALISED], arrays["sigma"], rtol=1e-6)
-    heads = normalised(params, vectors)["heads"]
+    heads = normalise_kernels(params, vectors)["heads"]
     for layer in NORMALISED:
         expected = kernel_of(arrays[f"effective/{PUBLISHED[layer]}.weight"])
         np.testing.assert_allclose(heads[layer]["kernel"][0], expected, rtol=0, atol=1e-6)

@@ -28,7 +28,7 @@ from ard_jax.convert.vae import vae_shapes
 from ard_jax.files import file_sha256, read_json, tree_sha256, write_json
 from ard_jax.models import AutoencoderKL, init_from_teacher
 from ard_jax.training.checkpoints import make_manager
-from ard_jax.workdir import network, recorded_config, teacher_shapes
+from ard_jax.workdir import network_settings, recorded_config, teacher_shapes
 
 
 def export(workdir, model="ard", form="pipeline", *arguments):
@@ -290,7 +290,7 @@ def test_safetensors_have_published_names_and_tell_the_rest(workdir, tmp_path, m
     assert outcome.status == 0, outcome.err
     converted = back / original.relative_to(workdir)
     assert done(converted)["sha256"]["ema"] == done(original)["sha256"]["ema"]
-    assert network(recorded_config(converted)) == network(recorded_config(original))
+    assert network_settings(recorded_config(converted)) == network_settings(recorded_config(original))
     assert ARDPipeline.from_pretrained(converted).id2label == pipe.id2label == {n: str(n) for n in range(10)}
     front, _ = read_card(exported(back, model, "pipeline"))
     assert front["license"] == "apache-2.0"

@@ -153,13 +153,13 @@ def init(network):
 
 def finished(task, params, config, settings, directory):
     """Trains; the averaged parameters out of the last checkpoint."""
-    from ard_jax.parallel import placed
+    from ard_jax.parallel import with_shardings
     from ard_jax.training.checkpoints import load_parameters
 
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     start = tree_sha256(params)
     made = fit(task, params, config, settings, directory, make_mesh(), lambda: 0.0)
-    ema = load_parameters(directory / "checkpoints", "ema", placed(shapes, make_mesh()))
+    ema = load_parameters(directory / "checkpoints", "ema", with_shardings(shapes, make_mesh()))
     assert made["step"] == settings.steps and tree_sha256(ema) == made["sha256"]["ema"] != start
     return ema
 

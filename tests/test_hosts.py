@@ -17,13 +17,13 @@ from pipeline_fixtures import ROOT, SMOKE, copy, done, finish, process, smoke
 
 from ard_jax import hosts
 from ard_jax.errors import UserError
-from ard_jax.hosts import Place, agree, is_fresh, place_by_environment, place_by_flags
+from ard_jax.hosts import ProcessPlace, check_same_settings, is_fresh, place_by_environment, place_by_flags
 
 TWO = ("localhost:1234", "2", "1")
 
 
 def test_flags_say_the_place_among_others():
-    assert place_by_flags(*TWO) == Place(1, 2, "localhost:1234")
+    assert place_by_flags(*TWO) == ProcessPlace(1, 2, "localhost:1234")
     assert place_by_flags(None, None, None) is None
 
 
@@ -47,7 +47,7 @@ def test_flags_that_do_not_work(values, said):
         ({}, None),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # the batch script, no step of srun
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, Place(3, 4)),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, ProcessPlace(3, 4)),
         ({"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, None),  # no chips here
     ],
 )
@@ -65,7 +65,7 @@ def test_a_tpu_of_several_hosts(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c")
     monkeypatch.setenv("TPU_WORKER_ID", "2")
-    assert place_by_environment() == Place(2, 3)
+    assert place_by_environment() == ProcessPlace(2, 3)
 
 
 def test_files_of_killed_runs_do_not_count_as_waiting(tmp_path):
@@ -88,7 +88,7 @@ def two_hosts(monkeypatch):
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(hosts.multihost_utils, "sync_global_devices", lambda name: None)
         monkeypatch.setattr(hosts, "gather_json", gather)
-        agree(here)
+        check_same_settings(here)
 
     return compare
 

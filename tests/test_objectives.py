@@ -15,7 +15,7 @@ from ard_jax.errors import UserError
 from ard_jax.models import DiT, parameter_shapes
 from ard_jax.objectives.ard import ard, online_ard
 from ard_jax.objectives.denoising import denoising
-from ard_jax.sampling import sample_teacher, take_points, trajectory_key, within_bounds
+from ard_jax.sampling import is_within_bounds, sample_teacher, take_points, trajectory_key
 from ard_jax.training.state import learning_rate, make_optimizer
 
 OPTIMIZER = default_config().distill.optimizer.to_dict()
@@ -111,7 +111,7 @@ def test_online_distillation_equals_that_from_the_store(networks, target):
     # dropped trajectories count neither in the sum nor in the number
     largest = jnp.abs(records["x0"][:, jnp.asarray(columns)]).max(axis=(1, 2, 3, 4))
     max_abs = float(np.median(largest))
-    kept = np.flatnonzero(within_bounds(records["x0"][:, jnp.asarray(columns)], max_abs))
+    kept = np.flatnonzero(is_within_bounds(records["x0"][:, jnp.asarray(columns)], max_abs))
     assert len(kept) == 3
     rest = jax.tree.map(lambda array: array[kept], records)
     online = online_ard(student, teacher, target=target, max_abs=max_abs, **settings)

@@ -68,7 +68,7 @@ def small_config(**changes):
         config.data.update(space="latent", channels=4)
         for section, values in changes.items():
             config[section].update(values)
-    return ard_jax.pipeline.files.sections(config, is_student=True)
+    return ard_jax.pipeline.files.describe_model(config, is_student=True)
 
 
 def random_like(shapes, seed=0, scale=0.3):

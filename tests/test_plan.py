@@ -14,11 +14,11 @@ from pipeline_fixtures import ROOT, SMOKE, run, sentence
 from ard_jax.build import example_shape, make_student, make_teacher
 from ard_jax.chips import CHIPS, GIB, chip_of
 from ard_jax.errors import UserError
-from ard_jax.methods import continued, make_finetune_method
+from ard_jax.methods import finetuned_config, make_finetune_method
 from ard_jax.models import count_parameters, jaxprs
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.plan import hlo, ladder, recipe
-from ard_jax.plan.cost import Cost, Memory, measure, too_large
+from ard_jax.plan.cost import Cost, Memory, measure, needed_bytes
 from ard_jax.plan.programs import finetune_step, for_platform, sampler, training_step, trajectory_step
 from ard_jax.plan.topology import SHAPES, Slice, find_slice
 from configs import imagenet256, smoke
@@ -200,7 +200,7 @@ def test_a_fine_tune_s_step_has_the_teacher_and_the_discriminator():
     assert (
         work.flops
         == config.finetune.batch_size
-        * make_finetune_method(continued(config, config), make_teacher(config), (0, 1)).flops
+        * make_finetune_method(finetuned_config(config, config), make_teacher(config), (0, 1)).flops
     )
     # spectral norms are the batch's, and W's two gradients are taken apart
     assert 2 * counted(work) == pytest.approx(work.flops, rel=0.1)
@@ -251,7 +251,7 @@ def test_the_roofline():
     ],
 )
 def test_errors_about_memory(message, needed):
-    assert too_large(message) == needed
+    assert needed_bytes(message) == needed
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline_fixtures import ROOT, copy, done, run, smoke
 from test_latents import write_vae
 
-from ard_jax.command_line import FLAGS, known_keys, parse
+from ard_jax.command_line import FLAGS, known_keys, parse_config
 from ard_jax.files import read_json
 from ard_jax.plan.topology import SHAPES
 
@@ -119,7 +119,7 @@ def test_planning_as_written(tmp_path, monkeypatch):
     laptop, pod = [words[1:] for words in commands("python -m ard_jax ") if words[0] == "plan"]
     outcome = run("plan", *laptop)
     assert outcome.status == 0 and "chip-hours" in outcome.out, outcome.err
-    config, topology, file, finetune = parse(pod, FLAGS["plan"])
+    config, topology, file, finetune = parse_config(pod, FLAGS["plan"])
     assert config.model.name == "DiT-XL/2" and (topology, file, finetune) == ("v5e:4x4", "plan.json", False)
     chip, shape = topology.split(":")
     assert shape in SHAPES[chip]
@@ -129,7 +129,7 @@ def test_comparing_and_sweeping_as_written(monkeypatch):
     """Both take minutes, so of the comparison the words alone, and of the sweep what it would run."""
     monkeypatch.chdir(ROOT)
     (words,) = [words[1:] for words in commands("python -m ard_jax ") if words[0] == "compare"]
-    config, workdir, quick = parse(words, FLAGS["compare"])
+    config, workdir, quick = parse_config(words, FLAGS["compare"])
     assert len(config.compare.methods) == 7 and (str(workdir), quick) == ("runs/compare", True)
     (words,) = commands("python launch/sweep.py ")
     words = words[: words.index("#")] + ["--print", "python"]

@@ -13,11 +13,11 @@ import pytest
 from pipeline_fixtures import ROOT, SMOKE, run
 
 from ard_jax import sweep
-from ard_jax.command_line import parse
+from ard_jax.command_line import parse_config
 from ard_jax.config import flatten
 from ard_jax.files import read_json, write_json
 from ard_jax.report import words
-from ard_jax.runner import Job, changed
+from ard_jax.runner import Job, with_settings
 
 TUNED = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
 FILES = sorted(path.name for path in (ROOT / "configs" / "sweeps").glob("*.py"))
@@ -121,7 +121,7 @@ def printed(capsys, *arguments) -> list[list[str]]:
 
 def parsed(command: list[str]):
     """A printed command's stage, config and workdir."""
-    config, _ = parse(command[1:])
+    config, _ = parse_config(command[1:])
     return command[0], config, command[command.index("--workdir") + 1]
 
 
@@ -196,7 +196,7 @@ def test_every_sweep_of_the_repository_is_valid_and_says_what_it_costs(file):
     entries = sweep.plan(read._replace(config=str(ROOT / read.config)), "runs/x")
     assert len(entries) == len(read.entries) > 1
     assert "minutes on two CPU cores" in read.about
-    positions = [sweep.position(read, entry) for entry in entries]
+    positions = [sweep.axis_position(read, entry) for entry in entries]
     assert (None in positions) == (read.over is None)
 
 
@@ -222,7 +222,7 @@ def stages(commands) -> list[tuple[str, str]]:
 
 def unfinished(read, workdir) -> list[Job]:
     """What is not there."""
-    return [job for job in sweep.planned(read, sweep.plan(read, str(workdir))) if not sweep.is_finished(job)]
+    return [job for job in sweep.plan_jobs(read, sweep.plan(read, str(workdir))) if not sweep.is_finished(job)]
 
 
 def stages_of(commands) -> list[tuple[str, str]]:
@@ -286,7 +286,7 @@ def test_fine_tunes_are_finished_until_their_student_is_another(workdir, tmp_pat
     ]  # fmt: skip
     job = todo[0]
     assert run(*sweep.command(read, job)).status == 0 and sweep.is_finished(job)
-    other = job.place._replace(config=changed(job.place.config, {"finetune.weight": 2.0}))
+    other = job.place._replace(config=with_settings(job.place.config, {"finetune.weight": 2.0}))
     assert not sweep.is_finished(job._replace(place=other))
     store = workdir / "trajectories" / "manifest.json"
     manifest = read_json(store)
@@ -360,7 +360,7 @@ def test_a_sweep_from_nothing_to_its_table_interrupted_on_the_way(tmp_path, caps
     assert sweep.main([file, "--workdir", str(workdir)]) == 0
     assert not set(first) & set(ran) and {path: path.stat().st_mtime_ns for path in before} == before
     read = sweep.read_sweep(file)
-    every = sweep.planned(read, sweep.plan(read, str(workdir)))
+    every = sweep.plan_jobs(read, sweep.plan(read, str(workdir)))
     assert {*first, *ran} == {sweep.command(read, job) for job in every}
 
     out = capsys.readouterr().out

@@ -66,15 +66,15 @@ class Facts:
 def model_card(facts: Facts) -> str:
     """The README.md, in Markdown."""
     sections = {
-        "How to use it": "\n\n".join([usage(facts), *facts.notes]),
+        "How to use it": "\n\n".join([_usage(facts), *facts.notes]),
         "Results": results(facts),
         "Settings": settings(facts),
-        "Where it comes from": origin(facts),
-        "Licence": license_words(facts.license),
+        "Where it comes from": _origin(facts),
+        "Licence": _license_words(facts.license),
         "Citation": CITATION,
     }
     body = "\n\n".join(f"## {title}\n\n{words}" for title, words in sections.items() if words)
-    return f"{front_matter(facts)}\n# {title(facts)}\n\n{description(facts)}\n\n{body}\n"
+    return f"{_front_matter(facts)}\n# {title(facts)}\n\n{_description(facts)}\n\n{body}\n"
 
 
 def choose_license(source: Mapping[str, Any], asked: str) -> str:
@@ -91,19 +91,19 @@ def choose_license(source: Mapping[str, Any], asked: str) -> str:
         )
     if known and asked.lower() not in ("", known.lower()):
         raise UserError(
-            f"--license is {asked!r}, but these weights come from {origin_name(source)} under {known!r}, which is "
+            f"--license is {asked!r}, but these weights come from {_origin_name(source)} under {known!r}, which is "
             f"passed on: leave --license out."
         )
     return known or asked
 
 
-def origin_name(source: Mapping[str, Any]) -> str:
+def _origin_name(source: Mapping[str, Any]) -> str:
     """Where a teacher comes from: a repository as it is, of a path just the last part, since cards are published."""
     name = str(source.get("source", ""))
     return name if name.startswith("hf:") else pathlib.PurePath(name).name
 
 
-def front_matter(facts: Facts) -> str:
+def _front_matter(facts: Facts) -> str:
     method = ["autoregressive-distillation", "arxiv:2504.11295"] if facts.is_student else ["diffusion"]
     tags = ["dit", "class-conditional", "jax", *method]
     return "\n".join(
@@ -130,7 +130,7 @@ def title(facts: Facts) -> str:
     return f"{facts.name}: a diffusion transformer distilled to {count(len(facts.config.student.points), 'step')}"
 
 
-def description(facts: Facts) -> str:
+def _description(facts: Facts) -> str:
     """What it is, in two sentences."""
     config = facts.config
     classes = f"of {config.data.num_classes} classes"
@@ -157,7 +157,7 @@ def description(facts: Facts) -> str:
     )
 
 
-def usage(facts: Facts) -> str:
+def _usage(facts: Facts) -> str:
     """Lines that work in the folder."""
     if facts.form == "stablehlo":
         return STABLEHLO_USAGE
@@ -255,20 +255,20 @@ def settings(facts: Facts) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def origin(facts: Facts) -> str:
+def _origin(facts: Facts) -> str:
     """The weights' hash, and the teacher's source."""
     part = {"ema": "the running average of the weights", "params": "the weights of the last step, not averaged"}
     words = f"Exported by ard_jax: {part[facts.part]}, SHA-256 of the arrays `{facts.sha256}`."
     if facts.source:
         which = "They" if facts.converted else "The teacher's weights"
-        words += f" {which} come from `{origin_name(facts.source)}`, SHA-256 `{facts.source.get('sha256')}`."
+        words += f" {which} come from `{_origin_name(facts.source)}`, SHA-256 `{facts.source.get('sha256')}`."
     elif facts.is_student:
         known = facts.source is not None
         words += " The teacher was trained with ard_jax." if known else " Where its teacher comes from is not known."
     return words
 
 
-def license_words(license: str) -> str:
+def _license_words(license: str) -> str:
     if license:
         return f"`{license}`, the licence of the teacher's weights."
     return (

@@ -106,8 +106,8 @@ def dit_to_diffusers(model: Network, params: Params) -> tuple[dict[str, np.ndarr
         )
     published = to_torch(model, params)
     found: dict[str, np.ndarray] = {}
-    for name, theirs in diffusers_names(model).items():
-        arrays = np.split(published[name], 3) if is_qkv(name) else [published[name]] * len(theirs)
+    for name, theirs in _diffusers_names(model).items():
+        arrays = np.split(published[name], 3) if _is_qkv(name) else [published[name]] * len(theirs)
         found |= zip(theirs, arrays, strict=True)
     return found, {
         "_class_name": CLASSES[0],
@@ -180,7 +180,7 @@ def published_names(state_dict: Mapping[str, np.ndarray], model: DiT) -> Tensors
         UserError: the names or shapes are not those of `model`; the blocks' embedders differ, once one is read.
     """
     found, dtypes = shapes_of(state_dict), dtypes_of(state_dict)
-    expected = diffusers_shapes(model)
+    expected = _diffusers_shapes(model)
     optional = {TABLE: None} if TABLE in found else {}
     check_names(found, expected | optional, "its config describes", "the names and shapes of diffusers' DiT")
 
@@ -190,17 +190,17 @@ def published_names(state_dict: Mapping[str, np.ndarray], model: DiT) -> Tensors
         return Stored(shape, dtype, lambda: np.concatenate([state_dict[name] for name in names]))
 
     def shared(names):
-        return Stored(found[names[0]], dtypes[names[0]], lambda: the_one(state_dict, names))
+        return Stored(found[names[0]], dtypes[names[0]], lambda: _the_one(state_dict, names))
 
-    stored = {name: (joined if is_qkv(name) else shared)(theirs) for name, theirs in diffusers_names(model).items()}
-    stored["pos_embed"] = shared([TABLE]) if optional else fixed_table(model)
+    stored = {name: (joined if _is_qkv(name) else shared)(theirs) for name, theirs in _diffusers_names(model).items()}
+    stored["pos_embed"] = shared([TABLE]) if optional else _fixed_table(model)
     return Tensors(stored)
 
 
-def diffusers_names(model: DiT) -> dict[str, list[str]]:
+def _diffusers_names(model: DiT) -> dict[str, list[str]]:
     """Published names, the position table aside: diffusers' names of the same array.
 
-    They are one, or a copy in each block, or the q, k and v that make up the published array if `is_qkv` of its name.
+    They are one, or a copy in each block, or the q, k and v that make up the published array if `_is_qkv` of its name.
     """
     names = {f"{name}.{kind}": [f"{theirs}.{kind}"] for name, theirs in OUTSIDE.items() for kind in KINDS}
     blocks = [f"transformer_blocks.{layer}" for layer in range(model.depth)]
@@ -212,23 +212,23 @@ def diffusers_names(model: DiT) -> dict[str, list[str]]:
     return names
 
 
-def is_qkv(published_name: str) -> bool:
+def _is_qkv(published_name: str) -> bool:
     return ".attn.qkv." in published_name
 
 
-def diffusers_shapes(model: DiT) -> dict[str, tuple[int, ...] | None]:
+def _diffusers_shapes(model: DiT) -> dict[str, tuple[int, ...] | None]:
     """diffusers' names and shapes of a model."""
     published = expected_shapes(model)
     shapes: dict[str, tuple[int, ...] | None] = {}
-    for name, theirs in diffusers_names(model).items():
+    for name, theirs in _diffusers_names(model).items():
         shape = published[name]
         assert shape is not None  # of the position table alone
         rows, *rest = shape
-        shapes |= dict.fromkeys(theirs, (rows // 3 if is_qkv(name) else rows, *rest))
+        shapes |= dict.fromkeys(theirs, (rows // 3 if _is_qkv(name) else rows, *rest))
     return shapes
 
 
-def the_one(state_dict: Mapping[str, np.ndarray], names: list[str]) -> np.ndarray:
+def _the_one(state_dict: Mapping[str, np.ndarray], names: list[str]) -> np.ndarray:
     """The array that all of the names hold; UserError if they hold different ones."""
     first = np.asarray(state_dict[names[0]])
     for name in names[1:]:
@@ -240,7 +240,7 @@ def the_one(state_dict: Mapping[str, np.ndarray], names: list[str]) -> np.ndarra
     return first
 
 
-def fixed_table(model: DiT) -> Stored:
+def _fixed_table(model: DiT) -> Stored:
     """The published position table, which diffusers computes itself."""
     assert model.image_size is not None  # `dit_model` sets it
     side = model.image_size // model.patch_size

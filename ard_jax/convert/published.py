@@ -60,7 +60,7 @@ def from_torch(
     """
     model = make_model(shapes_of(state_dict), num_heads=num_heads, history_layers=history_layers, **fields)
     check_names(shapes_of(state_dict), expected_shapes(model))
-    return model, read_tree(state_dict, model)
+    return model, _read_tree(state_dict, model)
 
 
 def parameters(
@@ -79,7 +79,7 @@ def parameters(
         UserError: names are missing or unexpected, shapes do not fit, or the position table is not the fixed one.
     """
     check_names(shapes_of(state_dict), expected_shapes(model), "the config describes")
-    return read_tree(state_dict, model, array)
+    return _read_tree(state_dict, model, array)
 
 
 def to_torch(model: Network, params: Params) -> dict[str, np.ndarray]:
@@ -101,13 +101,13 @@ def to_torch(model: Network, params: Params) -> dict[str, np.ndarray]:
     side = network.image_size // network.patch_size
     table = position_table(side, side, network.hidden_size)[None]
     state_dict = {"pos_embed": table.astype(params["label_embed"]["embedding"].dtype)}
-    for keys, names in places(model).items():
+    for keys, names in _places(model).items():
         leaf = params
         for key in keys:
             leaf = leaf[key]
         slices = [leaf] if isinstance(names, str) else np.asarray(leaf)
         for name, array in zip([names] if isinstance(names, str) else names, slices, strict=True):
-            state_dict[name] = np.ascontiguousarray(to_theirs(keys, np.asarray(array), network))
+            state_dict[name] = np.ascontiguousarray(_to_theirs(keys, np.asarray(array), network))
     return state_dict
 
 
@@ -138,7 +138,7 @@ def make_model(
         "channels": channels,
         "patch_size": patch_size,
         "hidden_size": width,
-        "depth": 1 + highest(shapes, r"blocks\.(\d+)\.", none=-1),
+        "depth": 1 + _highest(shapes, r"blocks\.(\d+)\.", none=-1),
         "num_heads": num_heads,
         "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
         "mlp_ratio": (shapes.get("blocks.0.mlp.fc1.weight") or (4 * width,))[0] / width,
@@ -146,7 +146,7 @@ def make_model(
         "image_size": patch_size * math.isqrt(tokens),
         **fields,
     }
-    heads = highest(shapes, r"final_layer(\d+)\.", none=1)
+    heads = _highest(shapes, r"final_layer(\d+)\.", none=1)
     if heads == 1 and steps is None:
         return DiT(**fields)
     if heads > 1 and steps not in (None, heads):
@@ -157,12 +157,12 @@ def make_model(
     return ARDStudent(DiT(**fields), steps=steps or heads, history_layers=history_layers, **own)
 
 
-def highest(names: Iterable[str], pattern: str, none: int) -> int:
+def _highest(names: Iterable[str], pattern: str, none: int) -> int:
     """The highest number in names that start with `pattern`, so that a gap below it shows as missing names."""
     return max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=none)
 
 
-def places(model: Network) -> Places:
+def _places(model: Network) -> Places:
     """Where each of our leaves lies in a published state dict."""
     found: Places = {
         ("patch_embed", "kernel"): "x_embedder.proj.weight",
@@ -175,24 +175,24 @@ def places(model: Network) -> Places:
         for ours, theirs in BLOCK_NAMES.items():
             found["blocks", ours, leaf] = [f"blocks.{layer}.{theirs}.{kind}" for layer in range(model.backbone.depth)]
         for ours, theirs in FINAL_NAMES.items():
-            names = [f"{head}.{theirs}.{kind}" for head in head_names(model)]
+            names = [f"{head}.{theirs}.{kind}" for head in _head_names(model)]
             found["final_layer", ours, leaf] = names if model.stacked_heads else names[0]
     return found
 
 
-def head_names(model: Network) -> list[str]:
+def _head_names(model: Network) -> list[str]:
     return ["final_layer"] + [f"final_layer{block}" for block in range(2, model.stacked_heads + 1)]
 
 
-def to_ours(keys: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+def _to_ours(keys: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     """A published array in our layout, as a view where that can be."""
     if keys == ("patch_embed", "kernel"):
         return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
     return array.T if keys[-1] == "kernel" else array
 
 
-def to_theirs(keys: tuple[str, ...], array: np.ndarray, network: Backbone) -> np.ndarray:
-    """The inverse of `to_ours`."""
+def _to_theirs(keys: tuple[str, ...], array: np.ndarray, network: Backbone) -> np.ndarray:
+    """The inverse of `_to_ours`."""
     if keys == ("patch_embed", "kernel"):
         return array.reshape(network.patch_size, network.patch_size, network.channels, -1).transpose(3, 2, 0, 1)
     return array.T if keys[-1] == "kernel" else array
@@ -205,31 +205,31 @@ def stored_parameters(state_dict: Mapping[str, np.ndarray], model: Network) -> P
         UserError: as `parameters`.
     """
     check_names(shapes_of(state_dict), expected_shapes(model), "the config describes")
-    return stored_tree(state_dict, model)
+    return _stored_tree(state_dict, model)
 
 
-def read_tree(
+def _read_tree(
     state_dict: Mapping[str, np.ndarray],
     model: Network,
     array: Callable[[np.ndarray], jax.typing.ArrayLike] = jnp.asarray,
 ) -> Params:
     """The parameters, once the names and shapes are known to be right."""
-    return jax.tree.map(lambda leaf: array(leaf.read()), stored_tree(state_dict, model))
+    return jax.tree.map(lambda leaf: array(leaf.read()), _stored_tree(state_dict, model))
 
 
-def stored_tree(state_dict: Mapping[str, np.ndarray], model: Network) -> Params:
+def _stored_tree(state_dict: Mapping[str, np.ndarray], model: Network) -> Params:
     """The parameters as `Stored`, once the names and shapes are known to be right."""
-    check_position_table(np.asarray(state_dict["pos_embed"]), model)
+    _check_position_table(np.asarray(state_dict["pos_embed"]), model)
     tree: dict[str, Any] = {}
-    for keys, names in places(model).items():
+    for keys, names in _places(model).items():
         branch = tree
         for key in keys[:-1]:
             branch = branch.setdefault(key, {})
-        branch[keys[-1]] = stored_leaf(state_dict, keys, names)
+        branch[keys[-1]] = _stored_leaf(state_dict, keys, names)
     return tree
 
 
-def stored_leaf(state_dict: Mapping[str, np.ndarray], keys: tuple[str, ...], names: str | list[str]) -> Stored:
+def _stored_leaf(state_dict: Mapping[str, np.ndarray], keys: tuple[str, ...], names: str | list[str]) -> Stored:
     """One leaf; each of its arrays will be read once and copied once, into its slice of a stack.
 
     Most of the time is the kernel's, which finds memory for it, so several threads share the slices.
@@ -237,10 +237,10 @@ def stored_leaf(state_dict: Mapping[str, np.ndarray], keys: tuple[str, ...], nam
     shapes, dtypes = shapes_of(state_dict), dtypes_of(state_dict)
 
     def read(name):
-        return to_ours(keys, np.asarray(state_dict[name]))
+        return _to_ours(keys, np.asarray(state_dict[name]))
 
     def shape(name):
-        return to_ours(keys, np.broadcast_to(np.empty(()), shapes[name])).shape
+        return _to_ours(keys, np.broadcast_to(np.empty(()), shapes[name])).shape
 
     if isinstance(names, str):
         return Stored(shape(names), dtypes[names], lambda: np.ascontiguousarray(read(names)))
@@ -250,14 +250,14 @@ def stored_leaf(state_dict: Mapping[str, np.ndarray], keys: tuple[str, ...], nam
     def stacked():
         leaf = np.empty(stack, dtype)
         with ThreadPoolExecutor(THREADS) as threads:
-            for _ in threads.map(lambda layer: fill(leaf[layer], read(names[layer])), range(len(names))):
+            for _ in threads.map(lambda layer: _fill(leaf[layer], read(names[layer])), range(len(names))):
                 pass  # an error of a thread comes out here
         return leaf
 
     return Stored(stack, dtype, stacked)
 
 
-def fill(target: np.ndarray, array: np.ndarray, strip: int = 128) -> None:
+def _fill(target: np.ndarray, array: np.ndarray, strip: int = 128) -> None:
     """target[...] = array, in strips of columns: a transposed matrix is copied three times as fast so, out of cache."""
     for first in range(0, array.shape[-1], strip):
         target[..., first : first + strip] = array[..., first : first + strip]
@@ -278,7 +278,7 @@ def expected_shapes(model: Network) -> dict[str, tuple[int, ...] | None]:
             "mlp_out": (width, hidden),
         }
         dense |= {f"blocks.{layer}.{BLOCK_NAMES[name]}": shape for name, shape in sizes.items()}
-    for head in head_names(model):
+    for head in _head_names(model):
         dense |= {f"{head}.adaLN_modulation.1": (2 * width, width), f"{head}.linear": (out, width)}
     shapes: dict[str, tuple[int, ...] | None] = {
         "pos_embed": None,
@@ -316,7 +316,7 @@ def check_names(
         )
 
 
-def check_position_table(table: np.ndarray, model: Network) -> None:
+def _check_position_table(table: np.ndarray, model: Network) -> None:
     """Raises UserError unless it is the fixed table of the model's image size, in whichever precision it was kept."""
     network = model.backbone
     side = network.image_size // network.patch_size if network.image_size else math.isqrt(math.prod(table.shape[:-1]))

@@ -24,12 +24,12 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 ANY = "any"  # the batch size of a module that takes every one
 
 # (weights, noise, labels) → images in [0, 1]
-Sampler = Callable[[PyTree, jax.Array, jax.Array], jax.Array]
+ExportedSampler = Callable[[PyTree, jax.Array, jax.Array], jax.Array]
 
 
 def write_sampler(
     folder: pathlib.Path,
-    sampler: Sampler,
+    sampler: ExportedSampler,
     weights: PyTree,
     *,
     shape: tuple[int, int, int],
@@ -57,9 +57,9 @@ def write_sampler(
         return sampler(jax.tree.unflatten(structure, leaves), noise, labels)
 
     for size, file in modules.items():
-        exported = export_program(program, leaves, shape, size, platforms)
+        exported = _export_program(program, leaves, shape, size, platforms)
         (folder / file).write_bytes(exported.serialize())
-    (folder / "noise.stablehlo").write_bytes(export_noise(shape, platforms).serialize())
+    (folder / "noise.stablehlo").write_bytes(_export_noise(shape, platforms).serialize())
     arrays = write_weights(folder / "weights.npz", weights)
     shutil.copyfile(standalone.__file__, folder / "run.py")
     image = exported.out_avals[0]
@@ -81,7 +81,7 @@ def write_sampler(
     )
 
 
-def export_program(
+def _export_program(
     program: Callable[[list[jax.Array], jax.Array, jax.Array], jax.Array],
     leaves: list[jax.Array],
     shape: tuple[int, int, int],
@@ -98,7 +98,7 @@ def export_program(
     return export.export(jax.jit(program), platforms=platforms)(*inputs)
 
 
-def export_noise(shape: tuple[int, int, int], platforms: Sequence[str]) -> export.Exported:
+def _export_noise(shape: tuple[int, int, int], platforms: Sequence[str]) -> export.Exported:
     """(seed, image numbers (batch,)) → noise (batch, height, width, channel), as the pipeline draws it."""
 
     def draw(seed, index):
@@ -115,12 +115,12 @@ def write_weights(path: pathlib.Path, weights: PyTree) -> list[dict[str, Any]]:
         jax.tree_util.keystr(place, simple=True, separator="/"): leaf
         for place, leaf in jax.tree_util.tree_leaves_with_path(weights)
     }
-    arrays = {name: storable(np.asarray(leaf)) for name, leaf in named.items()}
+    arrays = {name: _storable(np.asarray(leaf)) for name, leaf in named.items()}
     np.savez(path, **arrays)  # type: ignore[arg-type]  # see `files.write_npz`
     return [{"name": name, "shape": list(leaf.shape), "dtype": leaf.dtype.name} for name, leaf in named.items()]
 
 
-def storable(array: np.ndarray) -> np.ndarray:
+def _storable(array: np.ndarray) -> np.ndarray:
     """NumPy's files know no bfloat16: its bits are kept as integers."""
     return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
 

@@ -5,7 +5,7 @@ import numpy as np
 from ard_jax.errors import UserError
 
 
-def checked_features(features: np.ndarray, name: str = "features") -> np.ndarray:
+def check_features(features: np.ndarray, name: str = "features") -> np.ndarray:
     """The features as (N, F) float64.
 
     Raises:

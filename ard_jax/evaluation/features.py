@@ -92,7 +92,7 @@ class FeatureExtractor:
         Raises:
             UserError: images of another dtype or shape, or a batch size below 1.
         """
-        images = _checked_images(images)
+        images = _check_images(images)
         if images.shape[1:] != self.image_shape:
             raise UserError(
                 f"The images have shape (height, width, channel) = {images.shape[1:]}, but the feature network was "
@@ -125,7 +125,7 @@ def train_feature_net(
     Raises:
         UserError: wrong dtype or shape, fewer than 2 images, labels out of range, or fewer than 1 step.
     """
-    images, labels = _checked_images(images), _checked_labels(labels, len(images), num_classes)
+    images, labels = _check_images(images), _check_labels(labels, len(images), num_classes)
     if steps < 1:
         raise UserError(f"The feature network was to train for {steps} steps, but needs at least 1: set steps=800.")
     rng = np.random.default_rng(seed)
@@ -207,7 +207,7 @@ def _accuracy(net, params, images, labels, rows):
     return float((classes == labels[rows]).mean())
 
 
-def _checked_images(images):
+def _check_images(images):
     if not isinstance(images, np.ndarray):
         images = np.asarray(images)
     if images.dtype != np.uint8:
@@ -223,7 +223,7 @@ def _checked_images(images):
     return images
 
 
-def _checked_labels(labels, num_images, num_classes):
+def _check_labels(labels, num_images, num_classes):
     labels = np.asarray(labels)
     if num_images < 2:
         raise UserError(

@@ -6,7 +6,7 @@ import numpy as np
 import scipy.linalg
 
 from ard_jax.errors import UserError
-from ard_jax.evaluation._checks import checked_features
+from ard_jax.evaluation._checks import check_features
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ def feature_statistics(features: np.ndarray) -> FeatureStatistics:
     Raises:
         UserError: features that are not (N, F), not finite, or too few.
     """
-    features = checked_features(features)
+    features = check_features(features)
     count, width = features.shape
     if count <= width:
         raise UserError(

@@ -5,7 +5,7 @@ from sklearn.metrics import pairwise_distances_chunked
 from sklearn.neighbors import NearestNeighbors
 
 from ard_jax.errors import UserError
-from ard_jax.evaluation._checks import checked_features
+from ard_jax.evaluation._checks import check_features
 
 CHUNK_MEBIBYTES = 128
 
@@ -28,8 +28,8 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tup
     Raises:
         UserError: features that are not (N, F), not finite, of different F, or k outside 1 … min(N, M) - 1.
     """
-    real = checked_features(real, "real features")
-    generated = checked_features(generated, "generated features")
+    real = check_features(real, "real features")
+    generated = check_features(generated, "generated features")
     if real.shape[1] != generated.shape[1]:
         raise UserError(
             f"The real samples have {real.shape[1]} features and the generated {generated.shape[1]}, but they must "

@@ -22,8 +22,8 @@ BACKENDS = ("auto", "xla", "cudnn", "splash", "splash_interpreted")
 LONG = 1024  # tokens from which "auto" takes the TPU kernel
 
 
-def obstacle(backend: str, platform: str, dtype: jnp.dtype, tokens: int, head_dim: int) -> str | None:
-    """What keeps a backend from running there, None if nothing does; arguments as in `choose`."""
+def _why_unsupported(backend: str, platform: str, dtype: jnp.dtype, tokens: int, head_dim: int) -> str | None:
+    """What keeps a backend from running there, None if nothing does; arguments as in `choose_backend`."""
     if backend == "cudnn":
         if platform not in ("gpu", "cuda"):
             return f"it needs an NVIDIA GPU, and this is {platform}"
@@ -41,7 +41,7 @@ def obstacle(backend: str, platform: str, dtype: jnp.dtype, tokens: int, head_di
     return None
 
 
-def choose(backend: str, platform: str, dtype: jnp.dtype, tokens: int, head_dim: int) -> str:
+def choose_backend(backend: str, platform: str, dtype: jnp.dtype, tokens: int, head_dim: int) -> str:
     """The backend that computes attention.
 
     Args:
@@ -58,9 +58,9 @@ def choose(backend: str, platform: str, dtype: jnp.dtype, tokens: int, head_dim:
         raise UserError(f"model.attention is {backend!r}: choose one of {', '.join(BACKENDS)}.")
     if backend == "auto":
         wanted = ["cudnn"] + ["splash"] * (tokens >= LONG)
-        able = [name for name in wanted if not obstacle(name, platform, dtype, tokens, head_dim)]
+        able = [name for name in wanted if not _why_unsupported(name, platform, dtype, tokens, head_dim)]
         return (*able, "xla")[0]
-    reason = obstacle(backend, platform, dtype, tokens, head_dim)
+    reason = _why_unsupported(backend, platform, dtype, tokens, head_dim)
     if reason:
         raise UserError(f"model.attention {backend!r} cannot run here: {reason}; choose auto.")
     return backend
@@ -81,10 +81,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, backend: str = "xla") ->
     """Every query meets every key of its row: (rows, query or key, heads, head width).
 
     Raises:
-        UserError: what `choose` raises.
+        UserError: what `choose_backend` raises.
     """
     tokens = math.gcd(q.shape[1], k.shape[1])
-    backend = choose(backend, target_platform(), q.dtype, tokens, q.shape[-1])
+    backend = choose_backend(backend, target_platform(), q.dtype, tokens, q.shape[-1])
     if backend == "xla":
         return xla_attention(q, k, v)
     if backend == "cudnn":
@@ -106,10 +106,10 @@ def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: str, steps: 
         backend: a name in `BACKENDS`.
 
     Raises:
-        UserError: what `choose` raises.
+        UserError: what `choose_backend` raises.
     """
     tokens = q.shape[1]
-    if choose(backend, target_platform(), q.dtype, tokens, q.shape[-1]).startswith("splash"):
+    if choose_backend(backend, target_platform(), q.dtype, tokens, q.shape[-1]).startswith("splash"):
         from ard_jax.models.splash import BlockMask, splash_attention
 
         q_rows, k_rows, v_rows = (x.reshape(-1, steps * tokens, *x.shape[2:]) for x in (q, k, v))
@@ -165,11 +165,11 @@ def cached_attention(
         The output, (rows, token, heads, head width), and what to keep of this block.
 
     Raises:
-        UserError: what `choose` raises.
+        UserError: what `choose_backend` raises.
     """
     own = k.swapaxes(1, 2), v.swapaxes(1, 2)
     seen = (*earlier, own)
-    if choose(backend, target_platform(), q.dtype, q.shape[1], q.shape[-1]) != "xla":
+    if choose_backend(backend, target_platform(), q.dtype, q.shape[1], q.shape[-1]) != "xla":
         keys, values = (jnp.concatenate(blocks, axis=2).swapaxes(1, 2) for blocks in zip(*seen, strict=True))
         return attention(q, keys, values, backend), own
     # block by block, so that the cache is neither put together nor turned around in each step

@@ -175,7 +175,7 @@ class Backbone(nn.Module):
 
         def pick(block, x, context, layer_and_memory):
             layer, memory = layer_and_memory
-            return nn.map_variables(body, "params", trans_in_fn=lambda stack: take(stack, layer))(
+            return nn.map_variables(body, "params", trans_in_fn=lambda stack: take_layers(stack, layer))(
                 block, x, context, memory
             )
 
@@ -193,7 +193,7 @@ class Backbone(nn.Module):
             unroll=unroll,
         )
         if length < self.depth:
-            run = nn.map_variables(run, "params", trans_in_fn=lambda stack: take(stack, slice(first, last)))
+            run = nn.map_variables(run, "params", trans_in_fn=lambda stack: take_layers(stack, slice(first, last)))
         return run(self.blocks, x, context, memory)
 
     def attend_within_rows(self) -> layers.Attend:
@@ -272,7 +272,7 @@ def inputs_like(model: Backbone, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, 
     return jax.ShapeDtypeStruct(image, "float32"), jax.ShapeDtypeStruct((batch,), "float32"), condition
 
 
-def take(tree: PyTree, index: int | slice) -> PyTree:
+def take_layers(tree: PyTree, index: int | slice) -> PyTree:
     """Indexes the leading axis of every leaf."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
 

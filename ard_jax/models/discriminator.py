@@ -38,7 +38,7 @@ NORMALISED = ("pointwise", "windowed", "logit")  # layers whose kernels have a s
 Vectors = dict[str, dict[str, jax.Array]]
 
 
-def torch_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
+def _torch_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
     """PyTorch's own initialisation of convolutions, U(±1/√inputs): small enough for spectral norm to enlarge."""
     bound = 1 / math.sqrt(math.prod(shape[:-1]))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -56,7 +56,7 @@ class CircularConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        kernel = self.param("kernel", torch_uniform, (WINDOW, width, width))
+        kernel = self.param("kernel", _torch_uniform, (WINDOW, width, width))
         bias = self.param("bias", nn.initializers.zeros, (width,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         matrix = x.reshape(-1, width)
@@ -97,7 +97,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         def dense(features, name):
-            return Dense(features, kernel_init=torch_uniform, dtype=self.dtype, name=name)
+            return Dense(features, kernel_init=_torch_uniform, dtype=self.dtype, name=name)
 
         def activate(x, name):
             return nn.leaky_relu(GroupedBatchNorm(self.dtype, name=name)(x), LEAK)
@@ -138,7 +138,7 @@ class Discriminator(nn.Module):
         return stack(self.dtype, name="heads")(tokens, condition)
 
 
-def matrices(params: Params) -> dict[str, jax.Array]:
+def _matrices(params: Params) -> dict[str, jax.Array]:
     """The kernels that are normalised, {layer: (head, inputs, out)}: a convolution's inputs are its whole window's."""
     kernels = {layer: params["heads"][layer]["kernel"] for layer in NORMALISED}
     return {layer: kernel.reshape(len(kernel), -1, kernel.shape[-1]) for layer, kernel in kernels.items()}
@@ -150,15 +150,15 @@ einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 def random_vectors(params: Params, key: jax.Array) -> Vectors:
     """Unit vectors to start a `power_iteration` of a discriminator's parameters from."""
-    shapes = {layer: matrix.shape for layer, matrix in matrices(params).items()}
+    shapes = {layer: matrix.shape for layer, matrix in _matrices(params).items()}
     keys = {layer: jax.random.split(jax.random.fold_in(key, place)) for place, layer in enumerate(shapes)}
     return {
-        "u": {layer: unit(jax.random.normal(keys[layer][0], shape[::2])) for layer, shape in shapes.items()},
-        "v": {layer: unit(jax.random.normal(keys[layer][1], shape[:2])) for layer, shape in shapes.items()},
+        "u": {layer: _normalise(jax.random.normal(keys[layer][0], shape[::2])) for layer, shape in shapes.items()},
+        "v": {layer: _normalise(jax.random.normal(keys[layer][1], shape[:2])) for layer, shape in shapes.items()},
     }
 
 
-def unit(vectors: jax.Array) -> jax.Array:
+def _normalise(vectors: jax.Array) -> jax.Array:
     """Vectors (head, …) divided by their lengths."""
     return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
@@ -172,11 +172,11 @@ def power_iteration(params: Params, vectors: Vectors, times: int = 1) -> Vectors
             0 and may be negative.
         times: rounds.
     """
-    kernels = jax.lax.stop_gradient(matrices(params))
+    kernels = jax.lax.stop_gradient(_matrices(params))
 
     def turn(_, vectors):
-        v = {layer: unit(einsum("hio,ho->hi", kernels[layer], u)) for layer, u in vectors["u"].items()}
-        return {"u": {layer: unit(einsum("hio,hi->ho", kernels[layer], v[layer])) for layer in v}, "v": v}
+        v = {layer: _normalise(einsum("hio,ho->hi", kernels[layer], u)) for layer, u in vectors["u"].items()}
+        return {"u": {layer: _normalise(einsum("hio,hi->ho", kernels[layer], v[layer])) for layer in v}, "v": v}
 
     return jax.lax.fori_loop(0, times, turn, vectors)
 
@@ -186,11 +186,11 @@ def spectral_norms(params: Params, vectors: Vectors) -> dict[str, jax.Array]:
     u, v = (jax.lax.stop_gradient(vectors[side]) for side in ("u", "v"))
     return {
         layer: einsum("ho,ho->h", einsum("hio,hi->ho", matrix, v[layer]), u[layer])
-        for layer, matrix in matrices(params).items()
+        for layer, matrix in _matrices(params).items()
     }
 
 
-def normalised(params: Params, vectors: Vectors) -> Params:
+def normalise_kernels(params: Params, vectors: Vectors) -> Params:
     """The parameters that a `Discriminator` is applied with: its kernels over their spectral norms."""
     heads = dict(params["heads"])
     for layer, sigma in spectral_norms(params, vectors).items():

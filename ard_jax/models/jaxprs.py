@@ -21,16 +21,16 @@ def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
     that multiplies most; the body of a loop whose turns are not known before it runs counts once.
     """
     for equation in jaxpr.eqns:
-        inner = [part for value in equation.params.values() for part in parts(value)]
+        inner = [part for value in equation.params.values() for part in _parts(value)]
         if equation.primitive.name == "cond":
             inner = [max(inner, key=macs)]
         for part in inner:
-            yield from equations(part, times * turns(equation))
+            yield from equations(part, times * _turns(equation))
         if not inner:
             yield equation, times
 
 
-def turns(equation: Any) -> int:
+def _turns(equation: Any) -> int:
     """How often the inner computations of an equation run."""
     if equation.primitive.name == "scan":
         return equation.params["length"]
@@ -39,7 +39,7 @@ def turns(equation: Any) -> int:
     return 1
 
 
-def parts(value: Any) -> Iterator[Any]:
+def _parts(value: Any) -> Iterator[Any]:
     """The jaxprs in an equation's parameter."""
     for item in value if isinstance(value, tuple | list) else (value,):
         item = getattr(item, "jaxpr", item)

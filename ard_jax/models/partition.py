@@ -61,7 +61,7 @@ def logical_axes(path: tuple[jax.tree_util.KeyEntry, ...], ndim: int) -> tuple[s
     return axes if len(axes) == ndim else (None,) * ndim
 
 
-def divided(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def divisible_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The spec, where the mesh divides an axis of the shape; else the axis stays whole."""
 
     def parts(axes):

@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import Mask, MultiHeadMask
 
 from ard_jax.models.masks import TILES
-from ard_jax.models.partition import divided
+from ard_jax.models.partition import divisible_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,5 +60,5 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: BlockMask, 
         return local(q, k, v)
     axes = nn.logical_to_mesh_axes(("batch", None, "heads", None))
     assert axes is not None  # Flax has None for no names alone
-    spec = divided(axes, q.shape, mesh)
+    spec = divisible_spec(axes, q.shape, mesh)
     return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ard_jax.errors import UserError
 from ard_jax.models.attention import KeysAndValues, block_attention, block_mass, cached_attention
-from ard_jax.models.backbone import Backbone, Condition, Context, take
+from ard_jax.models.backbone import Backbone, Condition, Context, take_layers
 from ard_jax.models.layers import Attend, Dtype
 from ard_jax.models.masks import MASKS, visible_blocks
 from ard_jax.models.partition import constrain
@@ -107,7 +107,7 @@ class ARDStudent(nn.Module):
                             axis_size=self.steps)  # fmt: skip
             return stack(self.backbone.final_layer, h, context)[block]
         if self.heads == "separate":
-            run = nn.map_variables(run, "params", trans_in_fn=lambda stack: take(stack, block))
+            run = nn.map_variables(run, "params", trans_in_fn=lambda stack: take_layers(stack, block))
         return run(self.backbone.final_layer, h, context)
 
     def predict(self, h: jax.Array, context: Context, block: int, images: jax.Array) -> jax.Array:

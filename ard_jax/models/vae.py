@@ -34,7 +34,7 @@ class Posterior(NamedTuple):
     log_variance: jax.Array
 
 
-def convolution(features: int, size: int, dtype: Dtype | None, name: str | None = None) -> nn.Conv:
+def _convolution(features: int, size: int, dtype: Dtype | None, name: str | None = None) -> nn.Conv:
     """A convolution that keeps height and width."""
     return nn.Conv(features, (size, size), padding=size // 2, dtype=dtype, name=name)
 
@@ -54,11 +54,11 @@ class Resnet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         h = nn.silu(group_norm(self.groups, self.dtype, "norm1")(x))
-        h = convolution(self.features, 3, self.dtype, "conv1")(h)
+        h = _convolution(self.features, 3, self.dtype, "conv1")(h)
         h = nn.silu(group_norm(self.groups, self.dtype, "norm2")(h))
-        h = convolution(self.features, 3, self.dtype, "conv2")(h)
+        h = _convolution(self.features, 3, self.dtype, "conv2")(h)
         if x.shape[-1] != self.features:
-            x = convolution(self.features, 1, self.dtype, "conv_shortcut")(x)
+            x = _convolution(self.features, 1, self.dtype, "conv_shortcut")(x)
         return x + h
 
 
@@ -111,7 +111,7 @@ class Upsampler(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return convolution(x.shape[-1], 3, self.dtype, "conv")(x)
+        return _convolution(x.shape[-1], 3, self.dtype, "conv")(x)
 
 
 class Block(nn.Module):
@@ -160,13 +160,13 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = convolution(self.widths[0], 3, self.dtype, "conv_in")(x)
+        x = _convolution(self.widths[0], 3, self.dtype, "conv_in")(x)
         for i, width in enumerate(self.widths):
             sampler = "downsamplers_0" if i + 1 < len(self.widths) else ""
             x = Block(width, self.resnets, self.groups, sampler, self.dtype, name=f"down_blocks_{i}")(x)
         x = MidBlock(self.groups, self.add_attention, self.dtype, name="mid_block")(x)
         x = nn.silu(group_norm(self.groups, self.dtype, "conv_norm_out")(x))
-        return convolution(self.out_channels, 3, self.dtype, "conv_out")(x)
+        return _convolution(self.out_channels, 3, self.dtype, "conv_out")(x)
 
 
 class Decoder(nn.Module):
@@ -181,13 +181,13 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        x = convolution(self.widths[-1], 3, self.dtype, "conv_in")(z)
+        x = _convolution(self.widths[-1], 3, self.dtype, "conv_in")(z)
         x = MidBlock(self.groups, self.add_attention, self.dtype, name="mid_block")(x)
         for i, width in enumerate(reversed(self.widths)):
             sampler = "upsamplers_0" if i + 1 < len(self.widths) else ""
             x = Block(width, self.resnets, self.groups, sampler, self.dtype, name=f"up_blocks_{i}")(x)
         x = nn.silu(group_norm(self.groups, self.dtype, "conv_norm_out")(x))
-        return convolution(self.out_channels, 3, self.dtype, "conv_out")(x)
+        return _convolution(self.out_channels, 3, self.dtype, "conv_out")(x)
 
 
 class AutoencoderKL(nn.Module):
@@ -240,9 +240,9 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(moments, layers, *shared)
         self.decoder = Decoder(self.out_channels, layers + 1, *shared)
         if self.use_quant_conv:
-            self.quant_conv = convolution(moments, 1, self.dtype)
+            self.quant_conv = _convolution(moments, 1, self.dtype)
         if self.use_post_quant_conv:
-            self.post_quant_conv = convolution(self.latent_channels, 1, self.dtype)
+            self.post_quant_conv = _convolution(self.latent_channels, 1, self.dtype)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images → the images that their mean latents decode to; `init` makes all parameters through it."""
@@ -254,7 +254,7 @@ class AutoencoderKL(nn.Module):
         Raises:
             UserError: the sides are no multiple of `downscale`, or the channels are not the model's.
         """
-        check_channels(images, self.in_channels, "images")
+        _check_channels(images, self.in_channels, "images")
         height, width = images.shape[1:3]
         if height % self.downscale or width % self.downscale:
             raise UserError(
@@ -275,13 +275,13 @@ class AutoencoderKL(nn.Module):
         Raises:
             UserError: the channels are not the model's.
         """
-        check_channels(z, self.latent_channels, "latents")
+        _check_channels(z, self.latent_channels, "latents")
         if self.use_post_quant_conv:
             z = self.post_quant_conv(z)
         return self.decoder(z)
 
 
-def check_channels(x: jax.Array, channels: int, name: str) -> None:
+def _check_channels(x: jax.Array, channels: int, name: str) -> None:
     if x.shape[-1] != channels:
         raise UserError(
             f"{name} of {x.shape[-1]} channels were given to an autoencoder whose {name} have {channels}: "

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from ard_jax.diffusion import Process
 from ard_jax.models import ARDStudent, Backbone, Condition, Discriminator
 from ard_jax.models.backbone import condition_like
-from ard_jax.models.discriminator import Vectors, normalised, power_iteration, random_vectors
+from ard_jax.models.discriminator import Vectors, normalise_kernels, power_iteration, random_vectors
 from ard_jax.models.flops import discriminator_macs, student_macs, teacher_macs
 from ard_jax.objectives import STUDENT, Joint, Method, Metrics
 from ard_jax.objectives.ard import summarise
@@ -62,7 +62,7 @@ class Judge(NamedTuple):
 
     def logits(self, params: Params, vectors: Vectors, tokens: jax.Array, summary: jax.Array) -> jax.Array:
         """(head, batch, token); `params` are the heads'."""
-        return self.heads.apply({"params": normalised(params, vectors)}, tokens, summary)  # type: ignore[return-value]
+        return self.heads.apply({"params": normalise_kernels(params, vectors)}, tokens, summary)  # type: ignore[return-value]
 
 
 def make_judge(teacher: Backbone, layers: tuple[int, ...], process: Process, share: float) -> Judge:
@@ -142,18 +142,19 @@ def adversarial(
         vectors = power_iteration(networks[DISCRIMINATOR], memory)
         flip_key, real_key, fake_key = jax.random.split(jax.random.fold_in(key, 3), 3)
         real, trajectory = batch["real"], batch["trajectory"]
-        images = flipped(flip_key, real["position"], real["image"]) if horizontal_flip else real["image"]
+        images = flip_at_random(flip_key, real["position"], real["image"]) if horizontal_flip else real["image"]
 
-        student_pass = forward(student, networks[STUDENT], trajectory, target, columns)
+        student_pass = _student_forward(student, networks[STUDENT], trajectory, target, columns)
         tokens, pull_features, summary = jax.vjp(
             lambda fake: judge.features(frozen, fake, trajectory["condition"], fake_key, trajectory["position"]),
             student_pass.fake,
             has_aux=True,
         )
         seen = judge.features(frozen, images, real["condition"], real_key, real["position"])
-        heads, to_tokens, judged = compete(judge, networks[DISCRIMINATOR], vectors, seen, (tokens, summary))
+        params = networks[DISCRIMINATOR]
+        heads, to_tokens, judged = _discriminator_gradient(judge, params, vectors, seen, (tokens, summary))
         (to_fake,) = pull_features(to_tokens)
-        gradient, factor = combine(student_pass, to_fake, weight * (step >= warmup))
+        gradient, factor = _combine_gradients(student_pass, to_fake, weight * (step >= warmup))
         loss = student_pass.loss + factor * judged["loss_generator"]
         regression = {"loss_regression": student_pass.loss, **student_pass.metrics}
         metrics = {"loss": loss, "adaptive_weight": factor, **regression, **judged}
@@ -162,7 +163,7 @@ def adversarial(
     return Joint(gradients)
 
 
-def compete(
+def _discriminator_gradient(
     judge: Judge,
     params: Params,
     vectors: Vectors,
@@ -222,7 +223,9 @@ class StudentPass(NamedTuple):
     pull_trunk: Callable[[PyTree], tuple[Params]]
 
 
-def forward(student: ARDStudent, params: Params, batch: Batch, target: str, columns: tuple[int, ...]) -> StudentPass:
+def _student_forward(
+    student: ARDStudent, params: Params, batch: Batch, target: str, columns: tuple[int, ...]
+) -> StudentPass:
     """Runs the student on the teacher's points; arguments as of `adversarial`."""
     noise = batch["noise"].astype(jnp.float32)
     points = batch[target][:, jnp.asarray(columns)].astype(jnp.float32)
@@ -246,30 +249,30 @@ def forward(student: ARDStudent, params: Params, batch: Batch, target: str, colu
     return StudentPass(loss, metrics, predictions[:, -1], to_predictions, pull_heads, pull_trunk)
 
 
-def combine(student_pass: StudentPass, to_fake: jax.Array, weight: jax.Array) -> tuple[Params, jax.Array]:
+def _combine_gradients(student_pass: StudentPass, to_fake: jax.Array, weight: jax.Array) -> tuple[Params, jax.Array]:
     """The student's gradient of L_regression + λ·L_G, and λ.
 
     Args:
-        student_pass: what `forward` made.
+        student_pass: what `_student_forward` made.
         to_fake: the gradient of L_G at the last prediction.
         weight: of λ, see `adversarial`.
     """
     last = jnp.zeros_like(student_pass.to_predictions).at[:, -1].set(to_fake)
     regression, generator = (student_pass.pull_heads(at) for at in (student_pass.to_predictions, last))
-    norms = [jnp.linalg.norm(last_kernel(heads).astype(jnp.float32)) for heads, _ in (regression, generator)]
+    norms = [jnp.linalg.norm(_last_kernel(heads).astype(jnp.float32)) for heads, _ in (regression, generator)]
     factor = jax.lax.stop_gradient(weight * jnp.clip(norms[0] / (norms[1] + 1e-4), 0.0, 1e4))
     heads, hidden = jax.tree.map(lambda a, b: a + factor.astype(b.dtype) * b, regression, generator)
     (trunk,) = student_pass.pull_trunk(hidden)
     return {**trunk, **heads}, factor
 
 
-def last_kernel(heads: Params) -> jax.Array:
+def _last_kernel(heads: Params) -> jax.Array:
     """W, (width, features): of the last step's head, or of the one that all steps share."""
     kernel = heads["final_layer"]["linear"]["kernel"]
     return kernel[-1] if kernel.ndim == 3 else kernel
 
 
-def flipped(key: jax.Array, positions: jax.Array, images: jax.Array) -> jax.Array:
+def flip_at_random(key: jax.Array, positions: jax.Array, images: jax.Array) -> jax.Array:
     """Mirrors half of the images (batch, height, width, channel), by the key and their positions in the data."""
 
     def flip(position, image):

@@ -13,11 +13,11 @@ from ard_jax.objectives import Given, Method, Metrics, Objective, require_kind
 from ard_jax.sampling import (
     Solve,
     draw_noise,
+    is_within_bounds,
     network_calls,
     sample_teacher,
     take_points,
     trajectory_key,
-    within_bounds,
 )
 from ard_jax.types import Params
 
@@ -62,7 +62,7 @@ def teacher_forcing(
     return student.apply({"params": params}, inputs, condition)  # type: ignore[return-value]  # Flax: a pair only where state is `mutable`
 
 
-def loss_per_step(
+def _loss_per_step(
     student: ARDStudent, params: Params, noise: jax.Array, points: jax.Array, condition: Condition, weight: jax.Array
 ) -> jax.Array:
     """Mean squared error of each step over the rows, weighted, (step,); see `teacher_forcing`."""
@@ -90,7 +90,7 @@ def ard(student: ARDStudent, *, target: str, columns: tuple[int, ...]) -> Object
     def loss(params, frozen, batch, key):
         noise = batch["noise"].astype(jnp.float32)
         points = batch[target][:, jnp.asarray(columns)].astype(jnp.float32)
-        return summarise(loss_per_step(student, params, noise, points, batch["condition"], jnp.ones(len(noise))))
+        return summarise(_loss_per_step(student, params, noise, points, batch["condition"], jnp.ones(len(noise))))
 
     return loss
 
@@ -123,10 +123,10 @@ def online_ard(
     def loss(params, frozen, batch, key):
         noise, condition = draw_noise(trajectory_key(seed), batch["position"], shape), batch["condition"]
         solution = sample_teacher(teacher, frozen, noise, condition, how)
-        kept = within_bounds(take_points(solution.x0, points, how.steps), max_abs)
+        kept = is_within_bounds(take_points(solution.x0, points, how.steps), max_abs)
         states = take_points(getattr(solution, target), points, how.steps)
         # a dropped row may hold anything, and 0 · inf is not 0
         states = jnp.where(kept[:, None, None, None, None], jax.lax.stop_gradient(states), 0.0)
-        return summarise(loss_per_step(student, params, noise, states, condition, kept.astype(jnp.float32)))
+        return summarise(_loss_per_step(student, params, noise, states, condition, kept.astype(jnp.float32)))
 
     return loss

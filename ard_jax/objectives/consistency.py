@@ -74,7 +74,7 @@ def consistency(given: Given) -> Joint:
         following = at_node(*teacher(x, node), grid, node + 1)
         aim = teacher_predictor(student, target, condition, grid, process, NO_GUIDANCE)(following, node + 1).x0
         prediction = teacher_predictor(student, params, condition, grid, process, NO_GUIDANCE)(x, node).x0
-        return jnp.mean(distance(prediction, aim, options["huber"]))
+        return jnp.mean(_distance(prediction, aim, options["huber"]))
 
     def gradients(networks, memory, frozen, batch, key, step):
         memory = follow(memory, networks[STUDENT], options["decay"], step)
@@ -102,7 +102,7 @@ def fine_grid(given: Given) -> Grid:
     return grid._replace(times=np.append(grid.times, process.data_time))
 
 
-def distance(left: jax.Array, right: jax.Array, huber: float) -> jax.Array:
+def _distance(left: jax.Array, right: jax.Array, huber: float) -> jax.Array:
     """Pseudo-Huber distance √(m + c²) − c of the rows, m being their mean square and c `huber`; m itself if that is 0.
 
     Song and Dhariwal (2024), section 3.3, divided by the square root of the number of dimensions, as c is.

@@ -51,13 +51,13 @@ def build(given: Given) -> Method:
         distribution_matching(given),
         flops,
         reads="teacher",
-        begin=begin,
+        begin=_begin,
         optimizers={FAKE: given.options["optimizer"]},
         every={STUDENT: ratio},
     )
 
 
-def begin(params: Params, frozen: Params, key: jax.Array) -> tuple[dict[str, Params], None]:
+def _begin(params: Params, frozen: Params, key: jax.Array) -> tuple[dict[str, Params], None]:
     """The fake score starts as the teacher; nothing is remembered."""
     return {FAKE: jax.tree.map(jnp.copy, frozen)}, None
 
@@ -71,7 +71,7 @@ def distribution_matching(given: Given) -> Joint:
     learn_fake = jax.value_and_grad(
         denoising(given.teacher, given.solve.process, label_dropout=0.0, horizontal_flip=False), has_aux=True
     )
-    grid, nodes = given.solve.process.grid(given.options["grid"]), scored_nodes(given)
+    grid, nodes = given.solve.process.grid(given.options["grid"]), _scored_nodes(given)
     guidance, ratio = given.solve.guidance, given.options["ratio"]
 
     def difference(images, fake, teacher, batch, key):
@@ -86,7 +86,7 @@ def distribution_matching(given: Given) -> Joint:
 
     def gradients(networks, memory, frozen, batch, key, step):
         input_key, score_key, fake_key = jax.random.split(key, 3)
-        images, pull_back = jax.vjp(lambda params: generate(given, params, batch, input_key), networks[STUDENT])
+        images, pull_back = jax.vjp(lambda params: _generate(given, params, batch, input_key), networks[STUDENT])
 
         def move():
             change = difference(images, networks[FAKE], frozen, batch, score_key)
@@ -103,7 +103,7 @@ def distribution_matching(given: Given) -> Joint:
     return Joint(gradients)
 
 
-def generate(given: Given, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+def _generate(given: Given, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
     """The student's x̂_0 from the teacher's samples noised at one of its nodes, (batch, height, width, channel)."""
     assert isinstance(given.student, Backbone)  # of the kind "stochastic"
     process = few_step_process(given.solve.process)
@@ -120,7 +120,7 @@ def matching_gradient(fake: jax.Array, real: jax.Array, images: jax.Array) -> ja
     return (fake - real) / jnp.maximum(scale, 1e-6)  # where the student is perfect, both are 0
 
 
-def scored_nodes(given: Given) -> range:
+def _scored_nodes(given: Given) -> range:
     """Nodes of the grid at which scores are compared.
 
     Raises:

@@ -67,7 +67,7 @@ def progressive(given: Given) -> Objective:
         x0, condition = teacher_samples(given, batch), batch["condition"]
         node, noise = draw_nodes(key, batch["position"], range(steps), given.shape)
         x = at_node(x0, noise, grid, node)
-        target = two_steps_in_one(
+        target = _two_step_target(
             teacher_predictor(given.teacher, frozen, condition, halves, *seen), x, halves, 2 * node
         )
         prediction = teacher_predictor(student, params, condition, grid, process, NO_GUIDANCE)(x, node).x0
@@ -77,7 +77,7 @@ def progressive(given: Given) -> Objective:
     return loss
 
 
-def two_steps_in_one(predict: Predict, x: jax.Array, grid: Grid, node: jax.Array) -> jax.Array:
+def _two_step_target(predict: Predict, x: jax.Array, grid: Grid, node: jax.Array) -> jax.Array:
     """x̃: the x_0 with which one DDIM step arrives where two do.
 
     Args:

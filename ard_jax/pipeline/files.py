@@ -45,18 +45,18 @@ Opened = dict[str, Any]
 
 def open_pipeline(source: str | os.PathLike, dtype: jax.typing.DTypeLike | None = None) -> Opened:
     """What `ARDPipeline.from_pretrained` opens, see there."""
-    folder = locate(source)
-    check_dtype(dtype)
-    return in_dtype(reader(folder)(folder), dtype)
+    folder = _find_folder(source)
+    _check_dtype(dtype)
+    return with_dtype(_choose_opener(folder)(folder), dtype)
 
 
-def in_dtype(opened: Opened, dtype: jax.typing.DTypeLike | None) -> Opened:
+def with_dtype(opened: Opened, dtype: jax.typing.DTypeLike | None) -> Opened:
     """The parts set to compute in a type, and their parameters kept in it if it is bfloat16; None changes nothing.
 
     Raises:
         UserError: the type is neither float32 nor bfloat16.
     """
-    name = check_dtype(dtype)
+    name = _check_dtype(dtype)
     if name is None:
         return opened
     opened["config"].model.dtype = name
@@ -68,7 +68,7 @@ def in_dtype(opened: Opened, dtype: jax.typing.DTypeLike | None) -> Opened:
     return opened
 
 
-def check_dtype(dtype: jax.typing.DTypeLike | None) -> str | None:
+def _check_dtype(dtype: jax.typing.DTypeLike | None) -> str | None:
     """The name of a compute type, None for None."""
     if dtype is None:
         return None
@@ -81,7 +81,7 @@ def check_dtype(dtype: jax.typing.DTypeLike | None) -> str | None:
     return name
 
 
-def locate(source: str | os.PathLike) -> pathlib.Path:
+def _find_folder(source: str | os.PathLike) -> pathlib.Path:
     """The folder that is meant, downloaded if it is the name of a hub repository.
 
     Raises:
@@ -103,14 +103,14 @@ def locate(source: str | os.PathLike) -> pathlib.Path:
         raise UserError(f"there is no folder {name}, and {error}") from None
 
 
-def reader(folder: pathlib.Path) -> Callable[[pathlib.Path], Opened]:
+def _choose_opener(folder: pathlib.Path) -> Callable[[pathlib.Path], Opened]:
     """Which kind of folder it is.
 
     Raises:
         UserError: none that we know.
     """
     if (folder / "model_index.json").is_file():
-        return open_folder
+        return _open_folder
     if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
         return open_workdir
     paths = folder / "teacher", *sorted(folder.glob("distill/*")), *sorted(folder.glob("*"))
@@ -122,7 +122,7 @@ def reader(folder: pathlib.Path) -> Callable[[pathlib.Path], Opened]:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-def open_folder(folder: pathlib.Path) -> Opened:
+def _open_folder(folder: pathlib.Path) -> Opened:
     """A folder of ours or of diffusers, which `convert` reads too."""
     source = open_source(folder)
     assert source.model is not None and source.tensors is not None  # a pipeline is no autoencoder alone
@@ -130,7 +130,7 @@ def open_folder(folder: pathlib.Path) -> Opened:
     card = folder / "README.md"
     return {
         "params": parameters(source.tensors, source.model, array=np.asarray),
-        "config": sections(source.config, source.model.backbone is not source.model),
+        "config": describe_model(source.config, source.model.backbone is not source.model),
         "vae": vae,
         "vae_params": vae_params,
         "id2label": dict(enumerate(source.labels)),
@@ -138,7 +138,7 @@ def open_folder(folder: pathlib.Path) -> Opened:
     }
 
 
-def sections(config: ml_collections.ConfigDict, is_student: bool) -> ml_collections.ConfigDict:
+def describe_model(config: ml_collections.ConfigDict, is_student: bool) -> ml_collections.ConfigDict:
     """What of a config describes a model; where its data lay on some machine does not."""
     names = ("data", "model", "diffusion", *(("student",) if is_student else ()))
     described = ml_collections.ConfigDict({name: config[name].to_dict() for name in names})
@@ -164,14 +164,14 @@ def open_workdir(folder: pathlib.Path) -> Opened:
     vae, vae_params = find_vae(config, workdir) or (None, None)  # latents can be made without one
     return {
         "params": params,
-        "config": sections(config, is_student),
+        "config": describe_model(config, is_student),
         "vae": vae,
         "vae_params": vae_params,
-        "id2label": read_names(folder / "labels.json") or read_names(teacher_folder(config, workdir) / "labels.json"),
+        "id2label": _read_names(folder / "labels.json") or _read_names(teacher_folder(config, workdir) / "labels.json"),
     }
 
 
-def read_names(path: pathlib.Path) -> dict[int, str]:
+def _read_names(path: pathlib.Path) -> dict[int, str]:
     """Names by class number, none if there is no such file."""
     return dict(enumerate(read_json(path))) if path.is_file() else {}
 
@@ -199,7 +199,7 @@ def write_pipeline(
         UserError: something is there that is no earlier pipeline of ours.
     """
     folder = pathlib.Path(folder).expanduser()
-    check_place(folder)
+    _check_place(folder)
     with whole_folder(folder) as new:
         name = "student" if config.get("student") else "teacher"
         model = make_student(config) if name == "student" else make_teacher(config)
@@ -208,7 +208,7 @@ def write_pipeline(
             "_ard_jax_version": __version__,
             name: ["ard_jax", PARTS[name]],
         }
-        described = {"_class_name": PARTS[name], "config": plain(sections(config, name == "student"))}
+        described = {"_class_name": PARTS[name], "config": plain(describe_model(config, name == "student"))}
         write_json(new / name / "config.json", described)
         write_tensors(new / name / WEIGHTS, to_torch(model, params))
         if vae is not None:
@@ -221,7 +221,7 @@ def write_pipeline(
         write_json(new / "model_index.json", index)
 
 
-def check_place(folder: pathlib.Path) -> None:
+def _check_place(folder: pathlib.Path) -> None:
     """Raises UserError if writing there would delete something that is not ours."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, but a pipeline is a folder: choose another name.")

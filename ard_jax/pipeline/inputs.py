@@ -35,12 +35,12 @@ def resolve_labels(labels: Any, id2label: Mapping[int, str], num_classes: int) -
     given = [labels] if one else list(labels)
     if not given:
         raise UserError("class_labels is empty: give at least one class, by number or name.")
-    return np.asarray([resolve_label(label, id2label, num_classes) for label in given], np.int32)
+    return np.asarray([_resolve_label(label, id2label, num_classes) for label in given], np.int32)
 
 
-def resolve_label(label: SupportsIndex | str, id2label: Mapping[int, str], num_classes: int) -> int:
+def _resolve_label(label: SupportsIndex | str, id2label: Mapping[int, str], num_classes: int) -> int:
     if isinstance(label, str):
-        return find_name(label, id2label, num_classes)
+        return _find_name(label, id2label, num_classes)
     try:
         number = operator.index(label)
     except TypeError:
@@ -50,29 +50,29 @@ def resolve_label(label: SupportsIndex | str, id2label: Mapping[int, str], num_c
     return number
 
 
-def find_name(name: str, id2label: Mapping[int, str], num_classes: int) -> int:
+def _find_name(name: str, id2label: Mapping[int, str], num_classes: int) -> int:
     """A class by its whole entry, or else by one of the names in it; upper and lower case are the same."""
     if not id2label:
         raise UserError(
             f"the class {name!r} cannot be looked up, since this pipeline has no names of its classes: "
             f"give a number from 0 to {num_classes - 1}."
         )
-    wanted = normal(name)
-    entries = {number: normal(entry) for number, entry in id2label.items()}
+    wanted = _normal(name)
+    entries = {number: _normal(entry) for number, entry in id2label.items()}
     found = [number for number, entry in entries.items() if entry == wanted]
     found = found or [number for number, entry in entries.items() if wanted in entry.split(", ")]
     if len(found) > 1:
         choices = " or ".join(f"{number} ({id2label[number]})" for number in found)
         raise UserError(f"the class name {name!r} stands for several classes: choose {choices} by number.")
     if not found:
-        known = {normal(part): part.strip() for entry in id2label.values() for part in entry.split(",")}
+        known = {_normal(part): part.strip() for entry in id2label.values() for part in entry.split(",")}
         close = [known[match] for match in difflib.get_close_matches(wanted, known, n=3)]
         hint = f"did you mean {' or '.join(map(repr, close))}" if close else "the pipeline's id2label lists the names"
         raise UserError(f"there is no class named {name!r}: {hint}.")
     return found[0]
 
 
-def normal(name: str) -> str:
+def _normal(name: str) -> str:
     """A name as names are compared: "Golden  Retriever" → "golden retriever"."""
     return ", ".join(" ".join(part.split()) for part in name.casefold().split(","))
 
@@ -93,9 +93,9 @@ def read_image(image: Image.Image | str | os.PathLike | npt.ArrayLike, size: int
         UserError: it is of another size, or no such image.
     """
     if isinstance(image, (str, os.PathLike)):
-        image = open_image(image)
+        image = _open_image(image)
     if isinstance(image, Image.Image):
-        check_size(image.height, image.width, size)
+        _check_size(image.height, image.width, size)
         levels = np.asarray(image.convert(MODES[channels]), np.float32)
         return levels.reshape(size, size, channels) / 127.5 - 1
     array = np.asarray(image)
@@ -108,7 +108,7 @@ def read_image(image: Image.Image | str | os.PathLike | npt.ArrayLike, size: int
             f"of floats from 0 to 1."
         )
     height, width, found = array.shape
-    check_size(height, width, size)
+    _check_size(height, width, size)
     if found != channels:
         raise UserError(f"the image to edit has {found} channels, but this model makes {channels}: convert it.")
     if floats and not ((array >= 0) & (array <= 1)).all():
@@ -118,7 +118,7 @@ def read_image(image: Image.Image | str | os.PathLike | npt.ArrayLike, size: int
     return array.astype(np.float32) * 2 - 1 if floats else array.astype(np.float32) / 127.5 - 1
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+def _open_image(path: str | os.PathLike) -> Image.Image:
     try:
         image = Image.open(pathlib.Path(path).expanduser())
         image.load()
@@ -129,7 +129,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     return image
 
 
-def check_size(height: int, width: int, size: int) -> None:
+def _check_size(height: int, width: int, size: int) -> None:
     if (height, width) != (size, size):
         raise UserError(
             f"the image to edit is {width}×{height} pixels, but this model works on {size}×{size}: crop it with "

@@ -16,7 +16,7 @@ from ard_jax.build import example_shape, make_process, make_solve, make_student,
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, AutoencoderKL, Backbone
 from ard_jax.models.vae import to_images, to_latents
-from ard_jax.parallel import equal_batches, make_mesh, put_batch, replicated, run_batches
+from ard_jax.parallel import equal_batches, make_mesh, put_batch, replicated_sharding, run_batches
 from ard_jax.pipeline.files import open_pipeline, write_pipeline
 from ard_jax.pipeline.inputs import read_image, require_int, resolve_labels
 from ard_jax.pipeline.outputs import OUTPUT_TYPES, PipelineOutput, concatenate, convert_output
@@ -54,7 +54,7 @@ class ARDPipeline:
         self.is_student = config.get("student") is not None
         self.model = make_student(config) if self.is_student else make_teacher(config)
         self.mesh = make_mesh(devices=jax.local_devices())
-        self.params, self.vae_params = jax.device_put((params, vae_params), replicated(self.mesh))
+        self.params, self.vae_params = jax.device_put((params, vae_params), replicated_sharding(self.mesh))
         self.vae = vae
         self.id2label = {int(number): name for number, name in (id2label or {}).items()}
         self.card = card

@@ -94,7 +94,7 @@ def measure(work: Work, chip: Chip) -> Cost:
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = too_large(str(error))
+        needed = needed_bytes(str(error))
         if not needed:
             raise UserError(
                 f"the {work.name} cannot be compiled for this topology ({first_line(error)}): change the config's mesh "
@@ -115,7 +115,7 @@ def measure(work: Work, chip: Chip) -> Cost:
     return Cost(work, chip, memory, memory.total, flops, moved, traffic, seconds)
 
 
-def too_large(message: str) -> float:
+def needed_bytes(message: str) -> float:
     """Bytes of memory that a compiler's error says the program needs, 0 if it is about something else."""
     said = re.search(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of", message)
     if not said or "RESOURCE_EXHAUSTED" not in message:

@@ -96,19 +96,19 @@ def parse(text: str) -> Program:
         elif line.startswith("}"):
             current = None
         elif current is not None and " = " in line:
-            instruction = parse_line(line)
+            instruction = _parse_line(line)
             current[instruction.name] = instruction
     partitions = re.search(r"num_partitions=(\d+)", text[: text.index("\n")])
     return Program(computations, entry, int(partitions.group(1)) if partitions else 1)
 
 
-def parse_line(line: str) -> Instruction:
+def _parse_line(line: str) -> Instruction:
     """`[ROOT] %name = shape opcode(operands), attributes` → the instruction."""
     left, _, right = re.sub(r"/\*.*?\*/", "", line).strip().partition(" = ")
-    end = closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
+    end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
     shape, right = right[:end], right[end:].strip()
     start = right.index("(")
-    end = closing(right, start)
+    end = _closing(right, start)
     operands = tuple(re.findall(r"%([\w.\-]+)", right[start:end]))
     name = left.removeprefix("ROOT ").lstrip("%")
     return Instruction(name, shape, right[:start], operands, right[start + 1 :], left.startswith("ROOT "))
@@ -122,7 +122,7 @@ def part(pattern: str, text: str) -> str:
     return found[1]
 
 
-def closing(text: str, start: int) -> int:
+def _closing(text: str, start: int) -> int:
     """Where the parenthesis that opens at `start` closes."""
     depth = 0
     for place in range(start, len(text)):
@@ -142,12 +142,12 @@ def arrays(shape: str) -> list[tuple[float, bool]]:
     return found
 
 
-def size(shape: str) -> float:
+def _size(shape: str) -> float:
     """Bytes of a shape."""
     return sum(amount for amount, _ in arrays(shape))
 
 
-def in_main_memory(shape: str) -> float:
+def _in_main_memory(shape: str) -> float:
     """Bytes of a shape's arrays that lie in main memory."""
     return sum(amount for amount, main in arrays(shape) if main)
 
@@ -155,24 +155,24 @@ def in_main_memory(shape: str) -> float:
 # ------------------------------------------------------------------------------------------------- how often it runs
 
 
-def instructions(program: Program) -> Iterator[tuple[Computation, Instruction, int, bool]]:
+def _instructions(program: Program) -> Iterator[tuple[Computation, Instruction, int, bool]]:
     """Every instruction with its computation, how often it runs, and whether it is inside a fusion.
 
     Of a conditional, each branch counts.
     """
-    yield from walk(program, program.entry, 1, False)
+    yield from _walk(program, program.entry, 1, False)
 
 
-def walk(program: Program, name: str, times: int, fused: bool) -> Iterator[tuple[Computation, Instruction, int, bool]]:
+def _walk(program: Program, name: str, times: int, fused: bool) -> Iterator[tuple[Computation, Instruction, int, bool]]:
     computation = program.computations[name]
     for instruction in computation.values():
         yield computation, instruction, times, fused
-        turns = trip_count(program, computation, instruction) if instruction.opcode == "while" else 1
-        for called in called_computations(instruction):
-            yield from walk(program, called, times * turns, fused or instruction.opcode == "fusion")
+        turns = _trip_count(program, computation, instruction) if instruction.opcode == "while" else 1
+        for called in _called_computations(instruction):
+            yield from _walk(program, called, times * turns, fused or instruction.opcode == "fusion")
 
 
-def called_computations(instruction: Instruction) -> list[str]:
+def _called_computations(instruction: Instruction) -> list[str]:
     """Names of the computations whose instructions run as this one does; those of reductions are no such thing."""
     found = re.findall(r"\b(?:calls|body|true_computation|false_computation)=%([\w.\-]+)", instruction.rest)
     if instruction.opcode == "call":
@@ -182,7 +182,7 @@ def called_computations(instruction: Instruction) -> list[str]:
     return found
 
 
-def trip_count(program: Program, computation: Computation, loop: Instruction) -> int:
+def _trip_count(program: Program, computation: Computation, loop: Instruction) -> int:
     """Turns of a loop that counts from 0, as JAX's scans do; 1 where the text does not tell."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known.group(1))
@@ -210,31 +210,31 @@ def collectives(program: Program) -> dict[str, Traffic]:
     """What one run sends between chips, by kind; collectives of a single chip are left out."""
     found: dict[str, Traffic] = {}
     chains: set[str] = set()
-    for computation, instruction, times, _ in instructions(program):
+    for computation, instruction, times, _ in _instructions(program):
         kind = instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES or (group := group_size(program, instruction)) == 1:
+        if kind not in COLLECTIVES or (group := _group_size(program, instruction)) == 1:
             continue
         # TPU's compiler spreads a collective over the fusions beside which it goes on, and names it in each of them
         chain = part(r"(\bchannel_id=\d+|$)", instruction.rest) if "chain_id=" in instruction.rest else ""
         if chain in chains:
             continue
         chains |= {chain} - {""}
-        amount = sum(size(computation[operand].shape) for operand in instruction.operands)
+        amount = sum(_size(computation[operand].shape) for operand in instruction.operands)
         amount *= group if kind == "all-gather" else 1
         before = found.get(kind, Traffic(0, 0.0, 0.0))
-        sent = amount * sent_share(kind, group)
+        sent = amount * _sent_share(kind, group)
         found[kind] = Traffic(before.count + times, before.bytes + times * amount, before.sent + times * sent)
     return found
 
 
-def sent_share(kind: str, group: int) -> float:
+def _sent_share(kind: str, group: int) -> float:
     """What each of a group of chips in a ring must send, over the bytes of the collective."""
     if kind == "collective-permute":
         return 1.0
     return (2 if kind == "all-reduce" else 1) * (group - 1) / group
 
 
-def group_size(program: Program, instruction: Instruction) -> int:
+def _group_size(program: Program, instruction: Instruction) -> int:
     """How many devices take part in a collective together.
 
     Groups are written as lists {{0,1},{2,3}}, as an array of groups [2,2]<=[4], or as axes of a mesh,
@@ -259,13 +259,13 @@ def group_size(program: Program, instruction: Instruction) -> int:
 def memory_bytes(program: Program) -> float:
     """Bytes that one run reads from and writes to main memory, an instruction's operands and results each once."""
     return sum(
-        times * traffic(program, computation, instruction)
-        for computation, instruction, times, fused in instructions(program)
+        times * _traffic(program, computation, instruction)
+        for computation, instruction, times, fused in _instructions(program)
         if not fused
     )
 
 
-def traffic(program: Program, computation: Computation, instruction: Instruction) -> float:
+def _traffic(program: Program, computation: Computation, instruction: Instruction) -> float:
     """Bytes of one instruction: of slices and updates in place just what is touched."""
     opcode, operands = instruction.opcode, instruction.operands
     if opcode in FREE or opcode.endswith("-done"):
@@ -275,20 +275,20 @@ def traffic(program: Program, computation: Computation, instruction: Instruction
         ends = arrays(instruction.shape)[:2]
         return sum(main for _, main in ends) * min(amount for amount, _ in ends)
     if opcode in ("dynamic-slice", "gather", "slice"):
-        return in_main_memory(instruction.shape) + min(size(instruction.shape), in_main_memory(shapes[0]))
+        return _in_main_memory(instruction.shape) + min(_size(instruction.shape), _in_main_memory(shapes[0]))
     if opcode in ("dynamic-update-slice", "scatter"):
         update = shapes[1 if opcode == "dynamic-update-slice" else -1]
-        return in_main_memory(update) + min(size(update), in_main_memory(instruction.shape))
+        return _in_main_memory(update) + min(_size(update), _in_main_memory(instruction.shape))
     if opcode == "fusion":
-        called = program.computations[called_computations(instruction)[0]]
-        read = sum(read_bytes(program, called, number, shape) for number, shape in enumerate(shapes))
-        return read + written_bytes(called, instruction.shape)
-    return sum(map(in_main_memory, (*shapes, instruction.shape)))
+        called = program.computations[_called_computations(instruction)[0]]
+        read = sum(_read_bytes(program, called, number, shape) for number, shape in enumerate(shapes))
+        return read + _written_bytes(called, instruction.shape)
+    return sum(map(_in_main_memory, (*shapes, instruction.shape)))
 
 
-def read_bytes(program: Program, fused: Computation, number: int, shape: str) -> float:
+def _read_bytes(program: Program, fused: Computation, number: int, shape: str) -> float:
     """What a fusion reads of its operand of the given shape: only slices, if it does nothing else with it."""
-    whole = in_main_memory(shape)
+    whole = _in_main_memory(shape)
     if not whole or number not in fused.parameters:
         return whole
     name, total = fused.parameters[number], 0.0
@@ -296,37 +296,37 @@ def read_bytes(program: Program, fused: Computation, number: int, shape: str) ->
         if user.opcode == "bitcast":
             return whole
         if user.opcode == "dynamic-slice" and user.operands[0] == name:
-            total += size(user.shape)
+            total += _size(user.shape)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             continue  # what is replaced is not read, the rest stays where it is
         elif user.opcode == "tuple" or user.opcode in COLLECTIVES:
             continue  # handed on to the next fusion of a collective that goes on beside them
         elif user.opcode == "fusion":
-            inner = program.computations[called_computations(user)[0]]
+            inner = program.computations[_called_computations(user)[0]]
             places = [place for place, operand in enumerate(user.operands) if operand == name]
-            total += sum(read_bytes(program, inner, place, shape) for place in places)
+            total += sum(_read_bytes(program, inner, place, shape) for place in places)
         else:
             return whole
     return min(total, whole)
 
 
-def written_bytes(fused: Computation, shape: str) -> float:
+def _written_bytes(fused: Computation, shape: str) -> float:
     """What a fusion writes of its result: of a slice that it updates in place, the slice."""
     root = fused.root
     results = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
     wholes = [amount * main for amount, main in arrays(shape)]
     if len(results) != len(wholes):
         return sum(wholes)
-    return sum(min(whole, updated(fused, result)) for whole, result in zip(wholes, results, strict=True))
+    return sum(min(whole, _updated(fused, result)) for whole, result in zip(wholes, results, strict=True))
 
 
-def updated(fused: Computation, result: Instruction) -> float:
+def _updated(fused: Computation, result: Instruction) -> float:
     """Bytes of the update, if a result is an update in place; none if it is handed on as it came."""
     while result.opcode == "bitcast":
         result = fused[result.operands[0]]
     if result.opcode == "parameter" or result.opcode in COLLECTIVES:
         return 0
-    return size(fused[result.operands[1]].shape) if result.opcode == "dynamic-update-slice" else math.inf
+    return _size(fused[result.operands[1]].shape) if result.opcode == "dynamic-update-slice" else math.inf
 
 
 def traffic_in_all(found: Iterable[Traffic]) -> float:

@@ -46,7 +46,7 @@ def rung_of(config: ml_collections.ConfigDict, where: Slice) -> Rung:
     return Rung(config.model.remat, mesh.shape["fsdp"], config.distill.accumulate)
 
 
-def rungs(config: ml_collections.ConfigDict, where: Slice) -> Iterator[Rung]:
+def _rungs(config: ml_collections.ConfigDict, where: Slice) -> Iterator[Rung]:
     """All settings worth trying: fsdp as it is or over all chips that tensor leaves, microbatches of a row and up."""
     mesh = make_mesh(config.mesh, where.devices)
     share = config.distill.batch_size // batch_shards(mesh)
@@ -74,12 +74,12 @@ def cheapest(
         The settings and their cost, None if nothing fits.
     """
     given = rung_of(config, where)
-    candidates = [rung for rung in rungs(config, where) if rung != given]
+    candidates = [rung for rung in _rungs(config, where) if rung != given]
     flops = {
         remat: count_flops(training_step(given._replace(remat=remat).apply(config), where)) for remat in REMAT_POLICIES
     }
     candidates.sort(key=lambda rung: (flops[rung.remat] * (1 + 0.02 * (rung.accumulate - 1)), -rung.fsdp))
-    activations = {given.remat: temporaries(failed) * given.accumulate}
+    activations = {given.remat: _temporaries(failed) * given.accumulate}
     for tried in range(MOST_COMPILED):
         candidates = [
             rung for rung in candidates if activations.get(rung.remat, 0) / rung.accumulate <= failed.chip.hbm_bytes
@@ -91,10 +91,10 @@ def cheapest(
         cost = compiled(training_step(rung.apply(config), where), failed.chip)
         if cost.fits:
             return rung, cost
-        activations[rung.remat] = min(temporaries(cost) * rung.accumulate, activations.get(rung.remat, math.inf))
+        activations[rung.remat] = min(_temporaries(cost) * rung.accumulate, activations.get(rung.remat, math.inf))
     return None
 
 
-def temporaries(cost: Cost) -> float:
+def _temporaries(cost: Cost) -> float:
     """Bytes that a step needs beside its arguments, as far as it is known."""
     return cost.memory.temporaries if cost.memory else cost.needed

@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_rollout, make_solve, make_student, make_teacher
 from ard_jax.drawing import make_drawing, rollout_macs, student_sampler
-from ard_jax.methods import columns_of, continued, make_finetune_method, make_method
+from ard_jax.methods import columns_of, finetuned_config, make_finetune_method, make_method
 from ard_jax.models.backbone import Backbone, Condition, condition_like
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import Method
-from ard_jax.parallel import batch_sharding, batch_shards, local_mesh, make_mesh, placed
+from ard_jax.parallel import batch_sharding, batch_shards, local_mesh, make_mesh, with_shardings
 from ard_jax.plan.topology import Slice
 from ard_jax.sampling import network_calls
 from ard_jax.training.state import make_step, optimizer_of, start_state
@@ -56,14 +56,14 @@ def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """The step of the stage `distill`; from a store, or with the teacher inside (`distill.online`)."""
     settings, teacher, params = config.distill, make_teacher(config), student_shapes(config)
     columns: tuple[int, ...] | None
-    record, columns = stored_record(config, settings.batch_size)
+    record, columns = _stored_record(config, settings.batch_size)
     if settings.online:
         record, columns = {name: record[name] for name in ("label", "position", "condition")}, None
     # of the methods, progressive distillation alone asks of how many steps its start is, and wants twice its own
     start_steps = 2 * len(config.student.points) if settings.start else None
     method = make_method(config, make_student(config), teacher, columns, start_steps)
     frozen = {"": None, "teacher": teacher_shapes(teacher), "start": params}[method.reads]
-    return step_of("training step", method, config, settings, frozen, record, where)
+    return _step_of("training step", method, config, settings, frozen, record, where)
 
 
 def finetune_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
@@ -73,29 +73,29 @@ def finetune_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
         UserError: the config's student is none that it could start from.
     """
     settings, teacher = config.finetune, make_teacher(config)
-    trajectory, columns = stored_record(config, settings.batch_size)
-    method = make_finetune_method(continued(config, config), teacher, columns)
+    trajectory, columns = _stored_record(config, settings.batch_size)
+    method = make_finetune_method(finetuned_config(config, config), teacher, columns)
     labels = {name: trajectory[name] for name in ("label", "position", "condition")}
-    real = {"image": rows_of(settings.batch_size, example_shape(config), "float32"), **labels}
+    real = {"image": _rows_of(settings.batch_size, example_shape(config), "float32"), **labels}
     batch = {"trajectory": trajectory, "real": real}
-    return step_of("fine-tune step", method, config, settings, teacher_shapes(teacher), batch, where)
+    return _step_of("fine-tune step", method, config, settings, teacher_shapes(teacher), batch, where)
 
 
-def stored_record(config: ml_collections.ConfigDict, rows: int) -> tuple[Batch, tuple[int, ...]]:
+def _stored_record(config: ml_collections.ConfigDict, rows: int) -> tuple[Batch, tuple[int, ...]]:
     """A batch from the trajectory store, and where the student's points stand in it."""
     points, dtype, shape = (
         tuple(config.trajectories.points),
         store.DTYPES[config.trajectories.dtype],
         example_shape(config),
     )
-    record = {"label": rows_of(rows, (), "int32"), "position": rows_of(rows, (), "int32")}
-    record["condition"] = condition_rows(make_teacher(config), rows)
-    record |= {"noise": rows_of(rows, shape, dtype), "x0": rows_of(rows, (len(points), *shape), dtype)}
+    record = {"label": _rows_of(rows, (), "int32"), "position": _rows_of(rows, (), "int32")}
+    record["condition"] = _condition_rows(make_teacher(config), rows)
+    record |= {"noise": _rows_of(rows, shape, dtype), "x0": _rows_of(rows, (len(points), *shape), dtype)}
     record |= {"xt": record["x0"]} if config.trajectories.keep_noisy else {}
     return record, columns_of(points, config)
 
 
-def step_of(
+def _step_of(
     name: str,
     method: Method,
     config: ml_collections.ConfigDict,
@@ -116,7 +116,7 @@ def sampler(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """The student's sampler as the stage `sample` runs it, without decoding."""
     mesh, student = make_mesh(config.mesh, where.devices), make_student(config)
     rows = config.sample.batch_size * batch_shards(mesh)
-    arguments = placed(student_shapes(config), mesh), drawn_rows(config, rows, mesh)
+    arguments = with_shardings(student_shapes(config), mesh), _drawn_rows(config, rows, mesh)
     draw = make_drawing(student_sampler(make_rollout(config, student)), config, mesh)
     macs = rollout_macs(config, student)
     return Work("sampler", draw, arguments, mesh, rows, 2 * macs * rows)
@@ -126,23 +126,23 @@ def trajectory_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """A batch of the trajectory job, which every host does alone on its own devices."""
     mesh, teacher = local_mesh(config.mesh, where.host), make_teacher(config)
     rows = config.trajectories.batch_size * batch_shards(mesh)
-    arguments = placed(teacher_shapes(teacher), mesh), drawn_rows(config, rows, mesh)
+    arguments = with_shardings(teacher_shapes(teacher), mesh), _drawn_rows(config, rows, mesh)
     macs = network_calls(make_solve(config)) * teacher_macs(teacher, example_shape(config))
     return Work("trajectory step", make_solver(teacher, config, mesh), arguments, mesh, rows, 2 * macs * rows)
 
 
-def drawn_rows(config: ml_collections.ConfigDict, rows: int, mesh: Mesh) -> Batch:
+def _drawn_rows(config: ml_collections.ConfigDict, rows: int, mesh: Mesh) -> Batch:
     """The shapes of a batch that is to be drawn: indices, the numbers of the conditions, and what they say."""
-    numbers = rows_of(rows, (), "int32", mesh)
-    return {"index": numbers, "label": numbers, "condition": condition_rows(make_teacher(config), rows, mesh)}
+    numbers = _rows_of(rows, (), "int32", mesh)
+    return {"index": numbers, "label": numbers, "condition": _condition_rows(make_teacher(config), rows, mesh)}
 
 
-def condition_rows(model: Backbone, rows: int, mesh: Mesh | None = None) -> Condition:
+def _condition_rows(model: Backbone, rows: int, mesh: Mesh | None = None) -> Condition:
     """The shapes of a batch of conditions."""
-    return condition_like(model, rows, lambda shape, dtype: rows_of(shape[0], shape[1:], dtype, mesh))
+    return condition_like(model, rows, lambda shape, dtype: _rows_of(shape[0], shape[1:], dtype, mesh))
 
 
-def rows_of(
+def _rows_of(
     rows: int, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, mesh: Mesh | None = None
 ) -> jax.ShapeDtypeStruct:
     """The shape of a batch, split over a mesh if there is one."""

@@ -67,10 +67,10 @@ def chip_hours(
     distill = steps["distill"]
     seconds = {
         "teacher": config.teacher.steps * teacher_flops / (distill.chip.flops * distill.utilisation),
-        "trajectories": runs(config.trajectories.count, trajectory) * of_all_chips(trajectory),
+        "trajectories": runs(config.trajectories.count, trajectory) * _of_all_chips(trajectory),
     }
-    seconds |= {stage: config[stage].steps * of_all_chips(step) for stage, step in steps.items()}
-    seconds["sample"] = runs(config.sample.count, sampler) * of_all_chips(sampler)
+    seconds |= {stage: config[stage].steps * _of_all_chips(step) for stage, step in steps.items()}
+    seconds["sample"] = runs(config.sample.count, sampler) * _of_all_chips(sampler)
     return {stage: spent / 3600 for stage, spent in seconds.items()}
 
 
@@ -79,6 +79,6 @@ def runs(count: int, cost: Cost) -> int:
     return math.ceil(count / cost.work.rows)
 
 
-def of_all_chips(cost: Cost) -> float:
+def _of_all_chips(cost: Cost) -> float:
     """Chip-seconds of one run."""
     return cost.bound * cost.work.mesh.size

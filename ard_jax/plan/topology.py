@@ -66,11 +66,11 @@ def find_slice(name: str) -> Slice:
         UserError: there is no such slice, or libtpu is not installed or does not know it.
     """
     if name == "cpu":
-        return Slice(name, jax.devices("cpu"), cpu_chip(), "cpu")
+        return Slice(name, jax.devices("cpu"), _cpu_chip(), "cpu")
     chip, _, shape = name.partition(":")
     axes = 3 if SHAPES.get(chip) is SOLID else 2
     if chip not in SHAPES or not re.fullmatch("x".join([r"[1-9]\d*"] * axes), shape):
-        raise UserError(f"there is no topology {name!r}: choose {known()}.")
+        raise UserError(f"there is no topology {name!r}: choose {_known()}.")
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise UserError(
             f"planning for {name} needs libtpu, TPU's compiler, which is not installed: "
@@ -83,16 +83,16 @@ def find_slice(name: str) -> Slice:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # whatever libtpu does not like
-        raise UserError(f"libtpu refuses {name} ({first_line(error)}): choose {known()}.") from None
+        raise UserError(f"libtpu refuses {name} ({first_line(error)}): choose {_known()}.") from None
     return Slice(name, list(described.devices), CHIPS[chip], "tpu")
 
 
-def known() -> str:
+def _known() -> str:
     """The topologies that there are, in words."""
     return "; ".join(f"{chip}:{', '.join(shapes)}" for chip, shapes in SHAPES.items()) + "; or cpu"
 
 
-def cpu_chip() -> Chip:
+def _cpu_chip() -> Chip:
     """What this machine's CPU can do, measured; its devices share its cores and its memory."""
     count = len(jax.devices("cpu"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

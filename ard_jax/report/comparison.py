@@ -8,7 +8,7 @@ import numpy as np
 
 from ard_jax.report import pieces, words
 from ard_jax.report.figures import Series
-from ard_jax.report.pieces import Chart, Finals
+from ard_jax.report.pieces import Chart, FinalImages
 from ard_jax.report.render import render
 from ard_jax.report.words import number
 
@@ -191,7 +191,7 @@ def _lines(comparison: Mapping, key: str) -> list[Series]:
     return series
 
 
-def _pictures(comparison: Mapping, pictures: Mapping[str, np.ndarray]) -> dict[str, Finals]:
+def _pictures(comparison: Mapping, pictures: Mapping[str, np.ndarray]) -> dict[str, FinalImages]:
     """By the number of steps in words: what the students of so many steps make, with the FD of their own seed."""
     seed = str(comparison["seeds"][0])
     models = {

@@ -7,7 +7,7 @@ import numpy as np
 
 from ard_jax.report import figures, pieces, words
 from ard_jax.report.figures import Series
-from ard_jax.report.pieces import Chart, Finals, Grid, Picture
+from ard_jax.report.pieces import Chart, FinalImages, Picture, PictureGrid
 from ard_jax.report.render import render
 from ard_jax.report.words import number, significant
 
@@ -195,7 +195,7 @@ def _tiles(results: Mapping, models: Mapping[str, Mapping]) -> list[tuple[str, s
 
 def _pictures(
     models: Mapping[str, Mapping], pictures: Mapping[str, np.ndarray]
-) -> dict[str, tuple[Finals, Sequence[Grid]]]:
+) -> dict[str, tuple[FinalImages, Sequence[PictureGrid]]]:
     """By kind of point the final images, and for the first few samples every step; empty if nothing can be shown."""
     drawn = [name for name in pictures if name not in ("label", "noise", "teacher", "teacher_xt")]
     if not drawn and "teacher" not in pictures:
@@ -203,7 +203,7 @@ def _pictures(
     models = {name: models.get(name, {}) for name in ("teacher", *models, *drawn)} | {
         "teacher": {"kind": "teacher", **models.get("teacher", {})}
     }
-    shown: dict[str, tuple[Finals, Sequence[Grid]]] = {}
+    shown: dict[str, tuple[FinalImages, Sequence[PictureGrid]]] = {}
     for target in words.TARGETS:
         names = [name for name in _students(models, target) if name in pictures]
         if names or (target == "x0" and not drawn):
@@ -214,7 +214,7 @@ def _pictures(
 
 def _progressions(
     models: Mapping[str, Mapping], pictures: Mapping[str, np.ndarray], names: Sequence[str], target: str
-) -> list[Grid]:
+) -> list[PictureGrid]:
     """For the first few samples: the noise and then every step, a row a model."""
     titles = words.titles(models)
     shown = {titles[name]: np.asarray(pictures[name]) for name in names}
@@ -235,7 +235,7 @@ def _teacher_points(pictures: Mapping[str, np.ndarray], target: str) -> np.ndarr
     return np.asarray(points) if target == "x0" else np.asarray(points)[:, -1:]
 
 
-def _progression(rows: Mapping[str, np.ndarray], noise: np.ndarray | None, steps: int, sample: int) -> Grid:
+def _progression(rows: Mapping[str, np.ndarray], noise: np.ndarray | None, steps: int, sample: int) -> PictureGrid:
     start = [] if noise is None else [pieces.picture(np.asarray(noise)[sample], f"noise {sample + 1}")]
     heads = ["", *(["noise"] if start else []), *(f"step {step}" for step in range(1, steps + 1))]
     placed = []
@@ -247,8 +247,8 @@ def _progression(rows: Mapping[str, np.ndarray], noise: np.ndarray | None, steps
             place = round((step + 1) * steps / own)
             alt = f"{title}, sample {sample + 1}, step {step + 1} of {own}"
             cells[place - 1] = pieces.picture(points[sample, step], alt)
-        placed.append((words.short(title), [*start, *cells]))
-    return Grid(heads, placed)
+        placed.append((words.short_title(title), [*start, *cells]))
+    return PictureGrid(heads, placed)
 
 
 def _measurements(models: Mapping[str, Mapping]) -> list[list[str]]:
@@ -308,7 +308,7 @@ def _by_step(
                 if model.get(key):
                     y = [np.nan if value is None else float(value) for value in model[key]]
                     x = range(first, first + len(y))
-                    label = words.short(titles[name]) + suffix
+                    label = words.short_title(titles[name]) + suffix
                     series.append(Series(label, colours[name], x, y, dashed=key == "forced_mse"))
         drawn[f"{prefix}-{target}"] = _capital(word), series
     return pieces.charts(drawn, xlabel, ylabel, log=log, markers=True)
@@ -331,7 +331,7 @@ def _attention(models: Mapping[str, Mapping], prefix: str = "all") -> list[Chart
     return maps
 
 
-def _edits(models: Mapping[str, Mapping], edits: Mapping[str, np.ndarray]) -> dict[str, Grid]:
+def _edits(models: Mapping[str, Mapping], edits: Mapping[str, np.ndarray]) -> dict[str, PictureGrid]:
     """By the student's title its edited images, a row a source."""
     names = [name for name in edits if name not in ("source", "label")]
     if not names or "source" not in edits:
@@ -351,7 +351,7 @@ def _edits(models: Mapping[str, Mapping], edits: Mapping[str, np.ndarray]) -> di
             ]
             label = f"into {edits['label'][row]}" if "label" in edits else None
             rows.append((label, [pieces.picture(source, f"source {row + 1}"), *made]))
-        grids[titles[name]] = Grid(["", "source", *heads], rows)
+        grids[titles[name]] = PictureGrid(["", "source", *heads], rows)
     return grids
 
 

@@ -35,7 +35,7 @@ class Row(NamedTuple):
     pictures: Sequence[Picture]
 
 
-class Finals(NamedTuple):
+class FinalImages(NamedTuple):
     """Rows of final images, a column a noise. Labels may be fewer than columns, or None."""
 
     columns: int
@@ -45,7 +45,7 @@ class Finals(NamedTuple):
     gain: int = DIFFERENCE_GAIN
 
 
-class Grid(NamedTuple):
+class PictureGrid(NamedTuple):
     """Pictures under headings, whose first stands over the rows' titles; a title or a picture may be None."""
 
     heads: Sequence[str]
@@ -69,7 +69,7 @@ def final_images(
     names: Sequence[str],
     *,
     differences: bool = True,
-) -> Finals:
+) -> FinalImages:
     """The last images of the teacher and of these students, and if asked what parts each student from the teacher.
 
     Args:
@@ -97,7 +97,7 @@ def final_images(
             rows.append(Row(None, None, shown))
     given = pictures.get("label")
     labels = None if given is None else [str(label) for label in np.asarray(given)[:columns]]
-    return Finals(columns, labels, rows, differences)
+    return FinalImages(columns, labels, rows, differences)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

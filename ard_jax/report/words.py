@@ -127,7 +127,7 @@ def titles(models: Mapping[str, Mapping]) -> dict[str, str]:
     return {name: f"{title} ({name})" if title in shared else title for name, title in named.items()}
 
 
-def short(title: str) -> str:
+def short_title(title: str) -> str:
     """A title where the heading above it already says which kind of point is meant."""
     return title.removesuffix(NOISY)
 

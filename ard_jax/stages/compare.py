@@ -25,8 +25,8 @@ from ard_jax.errors import UserError
 from ard_jax.files import file_sha256
 from ard_jax.methods import training_flops
 from ard_jax.report import build_comparison, markdown
-from ard_jax.runner import TEACHER, Entry, Job, Place, about, changed
-from ard_jax.workdir import Stopwatch, finished, teacher_folder, write_done
+from ard_jax.runner import TEACHER, Entry, Job, Place, prefix_errors, with_settings
+from ard_jax.workdir import Stopwatch, require_done, teacher_folder, write_done
 
 log = logging.getLogger("ard_jax")
 
@@ -47,11 +47,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, quick: bool) -
     if quick:
         workdir, seeds = workdir / "quick", seeds[:1]
         config = quick_config(config)
-    homes = {seed: Place(str(workdir / f"seed{seed}"), changed(config, {"seed": seed})) for seed in seeds}
+    homes = {seed: Place(str(workdir / f"seed{seed}"), with_settings(config, {"seed": seed})) for seed in seeds}
     entries = {seed: entries_of(home.config, training_flops, home.path) for seed, home in homes.items()}
     for every in entries.values():
-        runner.run_missing(runner.jobs_of(every.values()), functools.partial(run_stage, students=list(every)))
-    comparison = compared(config, entries[seeds[0]], homes, quick)
+        runner.run_missing(runner.jobs_of(every.values()), functools.partial(_run_stage, students=list(every)))
+    comparison = _compare_models(config, entries[seeds[0]], homes, quick)
     title = f"{config.report.title}: methods of distillation compared"
     page = build_comparison(title, comparison, runner.pictures_of(homes[seeds[0]]))
     folder = workdir / "compare"
@@ -68,11 +68,11 @@ def quick_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
     changes = config.compare.quick.to_dict()
     if not flatten(changes):
         raise UserError("compare.quick is empty: say there what --quick makes smaller, or leave --quick out.")
-    with about("compare.quick"):
-        return changed(config, changes)
+    with prefix_errors("compare.quick"):
+        return with_settings(config, changes)
 
 
-def run_stage(job: Job, students: Sequence[str]) -> None:
+def _run_stage(job: Job, students: Sequence[str]) -> None:
     """Runs a stage, which is imported when it is its turn, as the command line does.
 
     Args:
@@ -90,7 +90,7 @@ def run_stage(job: Job, students: Sequence[str]) -> None:
 # --- gathering --------------------------------------------------------------------------------------------------------
 
 
-def compared(
+def _compare_models(
     config: ml_collections.ConfigDict, entries: Mapping[str, Entry], homes: Mapping[int, Place], quick: bool
 ) -> dict[str, Any]:
     """What compare.json holds: of every model the measurements by seed, their mean, the least and the greatest."""
@@ -100,10 +100,10 @@ def compared(
     rows = []
     for name in (TEACHER, *shown):
         by_seed = {
-            seed: measurements(results[seed]["models"][name]) | training(entries, home, name)
+            seed: measurements(results[seed]["models"][name]) | _training_cost(entries, home, name)
             for seed, home in homes.items()
         }
-        rows.append(described(name, shown.get(name), first["models"][name]) | summarised(by_seed))
+        rows.append(_describe_model(name, shown.get(name), first["models"][name]) | _summarise_seeds(by_seed))
     return {
         "quick": flatten(plain(config)["compare"]["quick"]) if quick else {},
         "seeds": list(homes),
@@ -116,7 +116,7 @@ def compared(
     }
 
 
-def described(name: str, entry: Entry | None, model: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_model(name: str, entry: Entry | None, model: Mapping[str, Any]) -> dict[str, Any]:
     """What a row says of its model beside the measurements."""
     if entry is None:
         return {"name": name, "kind": "teacher", "method": name, "title": "Teacher", "steps": model["steps"]}
@@ -138,21 +138,21 @@ def measurements(model: Mapping[str, Any]) -> dict[str, Any]:
     return {key: model.get(key) for key in MEASURED}
 
 
-def training(entries: Mapping[str, Entry], home: Place, name: str) -> dict[str, Any]:
+def _training_cost(entries: Mapping[str, Entry], home: Place, name: str) -> dict[str, Any]:
     """What a model's training took, with that of the students that it started from."""
     if name == TEACHER:
-        made = [finished(teacher_folder(home.config, home.path), "teacher")]
+        made = [require_done(teacher_folder(home.config, home.path), "teacher")]
     else:
         made = []
         while name:
-            made.append(finished(home.path / "distill" / name, "distill"))
+            made.append(require_done(home.path / "distill" / name, "distill"))
             name = entries[name].start
     # weights that were converted say nothing of their training
     known = {key: [one.get(key) for one in made] for key in TRAINED}
     return {f"training_{key}": None if None in values else sum(values) for key, values in known.items()}
 
 
-def summarised(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def _summarise_seeds(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Measurements by seed, and over the seeds; None where a seed has none."""
     keys = next(iter(by_seed.values()))
     columns = {key: [values[key] for values in by_seed.values()] for key in keys}

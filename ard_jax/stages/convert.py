@@ -42,7 +42,15 @@ from ard_jax.convert.write import drop_from_page_cache, files_sha256, save_param
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, read_json, write_json
 from ard_jax.models import MASKS
-from ard_jax.workdir import Stopwatch, compare, finished, merge_done, network, read_done, recorded_config
+from ard_jax.workdir import (
+    Stopwatch,
+    check_same_config,
+    merge_done,
+    network_settings,
+    read_done,
+    recorded_config,
+    require_done,
+)
 
 log = logging.getLogger("ard_jax")
 
@@ -179,7 +187,7 @@ def _is_converted(part: str, folder: pathlib.Path, source: Source) -> bool:
             f"that folder."
         )
     if part == "model":
-        compare(read_json(folder / "config.json"), plain(source.config), tuple(SETTLED), folder)
+        check_same_config(read_json(folder / "config.json"), plain(source.config), tuple(SETTLED), folder)
     print(f"{folder} holds this already.", flush=True)
     return True
 
@@ -190,7 +198,8 @@ def _check_compatible(missing: dict[str, pathlib.Path], source: Source, args: ar
         return
     for folder in _models_of(args.workdir):
         others = recorded_config(folder)
-        compare(network(others), network(source.config), ("data", "model", "diffusion"), folder)
+        found, given = network_settings(others), network_settings(source.config)
+        check_same_config(found, given, ("data", "model", "diffusion"), folder)
     file = args.workdir / "config.py"
     if file.exists() and not file.read_text().startswith(WRITTEN_BY):
         raise UserError(f"{file} was not written by convert, which would replace it: move it away.")
@@ -259,7 +268,7 @@ def _finish(folders: dict[str, pathlib.Path], source: Source, args: argparse.Nam
         return
     assert source.model is not None and source.config is not None
     if source.model.is_student:
-        merge_done(args.workdir / "distill", {folder.name: finished(folder, "convert")})
+        merge_done(args.workdir / "distill", {folder.name: require_done(folder, "convert")})
     students = [folder for folder in _models_of(args.workdir) if folder.parent.name == "distill"]
     file = args.workdir / "config.py"
     if source.model.is_student or not students or not file.exists():

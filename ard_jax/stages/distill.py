@@ -40,7 +40,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     inputs = {"teacher": teacher_hash, "store": ""}
     params, start = init_from_teacher(teacher_params, student), None
     if settings.start:
-        params, inputs["start"], start = load_start(config, workdir, mesh)
+        params, inputs["start"], start = _load_start(config, workdir, mesh)
     source: Source
     columns: tuple[int, ...] | None
     if settings.online:  # the stream's positions are all that is needed
@@ -60,7 +60,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         merge_done(workdir / "distill", {config.student.name: made})
 
 
-def load_start(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[Params, str, int]:
+def _load_start(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> tuple[Params, str, int]:
     """The student that `distill.start` names: its averaged parameters, their hash, and its number of steps.
 
     Raises:

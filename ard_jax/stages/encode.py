@@ -30,7 +30,7 @@ from ard_jax.errors import UserError
 from ard_jax.files import tree_sha256
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_latents
-from ard_jax.parallel import equal_batches, is_first, make_mesh, put_batch, replicated, run_batches
+from ard_jax.parallel import equal_batches, is_first, make_mesh, put_batch, replicated_sharding, run_batches
 from ard_jax.sharded import DTYPES, Layout, data_folder, describe, number_of_shards, tensor
 from ard_jax.types import Batch, Params
 from ard_jax.version import __version__
@@ -51,18 +51,20 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """
     watch, directory, settings = Stopwatch(), workdir / "latents", config.encode
     model, params = load_vae(config, workdir)
-    check(config, model, vae_folder(config, workdir))
+    _check(config, model, vae_folder(config, workdir))
     source = open_images(config, model)
     vae_hash = tree_sha256({"params": params, "config": diffusers_config(model)})
     claim(directory, config, "encode", vae=vae_hash, images=str(len(source)))
-    count = len(source) * views(config)
-    make_latents(model, params, source, config, directory)
+    count = len(source) * _views(config)
+    _make_latents(model, params, source, config, directory)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("all shards are written")
     if not is_first():
         return
     described = describe(directory, number_of_shards(count, settings.shard_size))
-    LAYOUT.finish(directory, features_of(config), described, manifest(config, model, vae_hash, len(source), described))
+    LAYOUT.finish(
+        directory, _features_of(config), described, _manifest(config, model, vae_hash, len(source), described)
+    )
     log.info(
         "%d latents written; train on them with --config.data.source=tfds --config.data.space=latent "
         "--config.data.dir=%s",
@@ -72,12 +74,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     write_done(directory, {shard["file"]: shard["sha256"] for shard in described}, watch(), records=count)
 
 
-def views(config: ml_collections.ConfigDict) -> int:
+def _views(config: ml_collections.ConfigDict) -> int:
     """Records an image."""
     return 2 if config.encode.horizontal_flip else 1
 
 
-def check(config: ml_collections.ConfigDict, model: AutoencoderKL, folder: pathlib.Path) -> None:
+def _check(config: ml_collections.ConfigDict, model: AutoencoderKL, folder: pathlib.Path) -> None:
     """Raises UserError if the latents of `encode`'s images are not what `data` describes."""
     size, data = config.encode.image_size, config.data
     if data.space != "latent":
@@ -104,7 +106,7 @@ def check(config: ml_collections.ConfigDict, model: AutoencoderKL, folder: pathl
         )
 
 
-def features_of(config: ml_collections.ConfigDict) -> tfds.features.FeaturesDict:
+def _features_of(config: ml_collections.ConfigDict) -> tfds.features.FeaturesDict:
     """The record: latent (H, W, C), label, index, and whether it is of the mirror image."""
     names, classes = class_names(config.encode), config.data.num_classes
     return tfds.features.FeaturesDict(
@@ -117,7 +119,7 @@ def features_of(config: ml_collections.ConfigDict) -> tfds.features.FeaturesDict
     )
 
 
-def make_encoder(model: AutoencoderKL, config: ml_collections.ConfigDict) -> Callable[[Params, Batch], jax.Array]:
+def _make_encoder(model: AutoencoderKL, config: ml_collections.ConfigDict) -> Callable[[Params, Batch], jax.Array]:
     """The jitted function (params, {"image", "index"}) → latents (batch, height, width, channel) as they are stored."""
     dtype, sample = jnp.dtype(DTYPES[config.encode.dtype]), config.encode.sample
     key = jax.random.fold_in(jax.random.key(config.seed), 2)  # trajectories have 0, samples 1
@@ -129,7 +131,7 @@ def make_encoder(model: AutoencoderKL, config: ml_collections.ConfigDict) -> Cal
     return jax.jit(encode)
 
 
-def make_latents(
+def _make_latents(
     model: AutoencoderKL,
     params: Params,
     source: Source,
@@ -138,7 +140,7 @@ def make_latents(
 ) -> None:
     """Makes this process's shards that are missing, truncated or altered."""
     settings, mesh = config.encode, make_mesh(devices=jax.local_devices())
-    encoder, params = make_encoder(model, config), jax.device_put(params, replicated(mesh))
+    encoder, params = _make_encoder(model, config), jax.device_put(params, replicated_sharding(mesh))
     threads = ThreadPoolExecutor(config.run.workers)
 
     def encode(batch):
@@ -147,7 +149,7 @@ def make_latents(
 
     def records(numbers, _, bar):
         batches = equal_batches(numbers, settings.batch_size * mesh.size)
-        for batch in run_batches(encode, read_ahead(source, batches, views(config), threads)):
+        for batch in run_batches(encode, read_ahead(source, batches, _views(config), threads)):
             check_finite(batch, settings.dtype)
             for row in range(len(batch["index"])):
                 yield {name: values[row] for name, values in batch.items()}
@@ -156,8 +158,8 @@ def make_latents(
     try:
         LAYOUT.make_shards(
             directory,
-            features_of(config),
-            len(source) * views(config),
+            _features_of(config),
+            len(source) * _views(config),
             settings.shard_size,
             records,
             "latents",
@@ -206,7 +208,7 @@ def check_finite(batch: Batch, dtype: str) -> None:
         )
 
 
-def manifest(
+def _manifest(
     config: ml_collections.ConfigDict,
     model: AutoencoderKL,
     vae_hash: str,

@@ -44,14 +44,23 @@ from ard_jax.objectives.ard import teacher_forcing
 from ard_jax.parallel import batch_shards, equal_batches, is_first, local_mesh, on_mesh, put_batch, run_batches
 from ard_jax.sampling import (
     draw_noise,
+    is_within_bounds,
     sample_student_among,
     sample_teacher,
     sampling_key,
     take_points,
-    within_bounds,
 )
 from ard_jax.types import Params
-from ard_jax.workdir import Loaded, Stopwatch, find_vae, finished, load_student, load_teacher, vae_folder, write_done
+from ard_jax.workdir import (
+    Loaded,
+    Stopwatch,
+    find_vae,
+    load_student,
+    load_teacher,
+    require_done,
+    vae_folder,
+    write_done,
+)
 
 # Real and generated images that precision and recall compare, at most: their cost is quadratic.
 NEIGHBOUR_LIMIT = 10_000
@@ -75,19 +84,19 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
             f"evaluate compares images, but there is no VAE in {vae_folder(config, workdir)} to decode latents with: "
             f"convert one into the workdir, or set vae.dir, and run 'sample' again."
         )
-    sampled = finished(workdir / "sample", "sample")["models"]
+    sampled = require_done(workdir / "sample", "sample")["models"]
     sampled = {name: facts for name, facts in sampled.items() if name in (models or sampled)}
     teacher = load_teacher(config, workdir, mesh)
     students = {name: load_student(workdir / "distill" / name, mesh) for name in sampled if name != "teacher"}
     hashes = {"teacher": teacher.sha256} | {name: student.sha256 for name, student in students.items()}
-    samples = {name: read_samples(workdir / "sample" / name, sampled[name], hashes[name], config) for name in sampled}
+    samples = {name: _read_samples(workdir / "sample" / name, sampled[name], hashes[name], config) for name in sampled}
     real_images = image_source(config.data) if vae is None else open_images(config, vae[0])
     real, labels = labels_and_images(real_images, limit=REAL_LIMIT)
     paired = Paired(config, teacher, students, make_decoder(vae, config, mesh), mesh)
     extractor = train_feature_net(real, labels, config.data.num_classes, steps=config.evaluate.feature_steps)
     kept = ("ema_sha256", "steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
     measured: dict[str, dict[str, Any]] = {
-        name: {key: facts[key] for key in kept} | distances(extractor, real, samples[name], config)
+        name: {key: facts[key] for key in kept} | _distances(extractor, real, samples[name], config)
         for name, facts in sampled.items()
     }
     pictures = paired.teacher_pictures(config.evaluate.pictures)
@@ -96,7 +105,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         errors, images = paired.compare(student, config.evaluate.pictures)
         measured[name] |= errors
         pictures[name] = images
-        if can_edit(student):
+        if _can_edit(student):
             edits[name] = paired.edits(student, config.evaluate.pictures)
     results = {
         "features": f"features of a small classifier trained on the same images "
@@ -104,7 +113,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         "real_images": len(real),
         "samples": config.sample.count,
         "paired": paired.count,
-        "models": add_degradation(measured),
+        "models": _add_degradation(measured),
         **degradation_ratios(measured),
         "config": plain(config),
     }
@@ -117,7 +126,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())
 
 
-def read_samples(
+def _read_samples(
     directory: pathlib.Path, facts: dict[str, Any], sha256: str, config: ml_collections.ConfigDict
 ) -> np.ndarray:
     """A model's samples, uint8 (count, height, width, channel).
@@ -145,7 +154,7 @@ def read_samples(
     return images
 
 
-def distances(
+def _distances(
     extractor: FeatureExtractor, real: np.ndarray, images: np.ndarray, config: ml_collections.ConfigDict
 ) -> dict[str, float]:
     """Fréchet distance to the real images, precision and recall."""
@@ -194,7 +203,7 @@ class Paired:
         numbers = draw_numbers(key, index, len(self.conditions))
         rows = self.batches(functools.partial(trajectories, params), index, self.conditions.rows(numbers))
         rows["label"] = numbers
-        kept = np.asarray(within_bounds(self.points(rows["x0"], config), config.trajectories.max_abs))
+        kept = np.asarray(is_within_bounds(self.points(rows["x0"], config), config.trajectories.max_abs))
         if not kept.any():
             raise UserError(
                 f"none of the teacher's {len(index)} trajectories stays within trajectories.max_abs="
@@ -326,13 +335,13 @@ class Paired:
         return np.average(errors, axis=0, weights=[len(points[part]) for part in parts])
 
 
-def can_edit(student: Loaded) -> bool:
+def _can_edit(student: Loaded) -> bool:
     """Whether a source image can stand among a student's points: it has a history, and x0-predictions in it."""
     model, config = student.model, student.config
     return config.student.kind == "history" and model.layers_with_history > 0 and config.student.target == "x0"
 
 
-def add_degradation(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _add_degradation(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Adds each student's Fréchet distance minus the teacher's, where the teacher has been sampled."""
     teacher = models.get("teacher")
     for name, model in models.items():

@@ -29,8 +29,8 @@ from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, whole_folder, write_json
 from ard_jax.models import count_parameters
 from ard_jax.pipeline import ARDPipeline
-from ard_jax.pipeline.files import WEIGHTS, in_dtype, open_workdir
-from ard_jax.workdir import finished, load_weights, read_done, recorded_config, teacher_folder, vae_folder
+from ard_jax.pipeline.files import WEIGHTS, open_workdir, with_dtype
+from ard_jax.workdir import load_weights, read_done, recorded_config, require_done, teacher_folder, vae_folder
 
 log = logging.getLogger("ard_jax")
 
@@ -41,16 +41,16 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: there is no such model or it is unfinished, it cannot have this form, or the output is not ours.
     """
-    folder = model_folder(args.workdir, args.model)
-    done, config = finished(folder, args.model), recorded_config(folder)
+    folder = _model_folder(args.workdir, args.model)
+    done, config = require_done(folder, args.model), recorded_config(folder)
     output = args.output or args.workdir / "export" / args.model / args.format
-    check_flags(args, done["sha256"])
-    check_output(output)
-    source = teacher_source(folder, args)
+    _check_flags(args, done["sha256"])
+    _check_output(output)
+    source = _teacher_source(folder, args)
     license = choose_license(source or {}, args.license)
     is_student = args.model != "teacher"
     if args.format == "diffusers":
-        check_diffusers(config, is_student)
+        _check_diffusers(config, is_student)
     pipe = load(folder, args, done["sha256"])
     images = pipe.image_shape
     if images is None and args.format in ("diffusers", "stablehlo"):
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             f"{args.format} could make images of them with: put one there with 'convert', or choose --format pipeline "
             f"or safetensors."
         )
-    notes = differences(config) if args.format == "diffusers" else []
+    notes = _differences(config) if args.format == "diffusers" else []
     for note in notes:
         log.warning("%s", note)
     facts = Facts(
@@ -74,21 +74,21 @@ def run(args: argparse.Namespace) -> None:
         converted=(folder / "source.json").exists(),
         source=source,
         license=license,
-        results=measured(args),
+        results=_measured(args),
         notes=notes,
     )
     pipe.card = model_card(facts)
     with whole_folder(output) as temporary:
         FORMATS[args.format](pipe, temporary, args)
         (temporary / "README.md").write_text(pipe.card)
-        finish(temporary, args, facts.sha256)
-    print(f"done: {output}: {how_to_open(output, args)}", flush=True)
+        _finish(temporary, args, facts.sha256)
+    print(f"done: {output}: {_how_to_open(output, args)}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- what is exported
 
 
-def model_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
+def _model_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
     """The folder of a finished model.
 
     Raises:
@@ -109,7 +109,7 @@ def model_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
     return folders[name]
 
 
-def check_flags(args: argparse.Namespace, sha256: dict[str, str]) -> None:
+def _check_flags(args: argparse.Namespace, sha256: dict[str, str]) -> None:
     """Raises UserError for flags that do not go with the format or the model."""
     for flag in ("batch_sizes", "platforms"):
         if getattr(args, flag) is not None and args.format != "stablehlo":
@@ -122,7 +122,7 @@ def check_flags(args: argparse.Namespace, sha256: dict[str, str]) -> None:
         )
 
 
-def teacher_source(folder: pathlib.Path, args: argparse.Namespace) -> dict[str, Any] | None:
+def _teacher_source(folder: pathlib.Path, args: argparse.Namespace) -> dict[str, Any] | None:
     """`source.json` of a converted model, or of the teacher that it comes from.
 
     {} if that was trained with ard_jax, None if the teacher is not there any more.
@@ -138,23 +138,23 @@ def load(folder: pathlib.Path, args: argparse.Namespace, sha256: dict[str, str])
     """The model with the weights and in the type that are asked for."""
     opened = open_workdir(folder)
     if args.weights != "ema":
-        like = jax.tree.map(abstract, opened.pop("params"))
+        like = jax.tree.map(_abstract, opened.pop("params"))
         opened["params"] = load_weights(folder, like, sha256[args.weights], args.weights)
     dtype = args.dtype or ("float32" if args.format == "stablehlo" else None)
-    return ARDPipeline(**in_dtype(opened, dtype))
+    return ARDPipeline(**with_dtype(opened, dtype))
 
 
-def abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def measured(args: argparse.Namespace) -> dict[str, Any]:
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
     """The workdir's results.json, or {} if it is not of these weights."""
     results, samples = args.workdir / "evaluate" / "results.json", read_done(args.workdir / "sample")
     if args.weights != "ema" or not results.exists() or samples is None:
         return {}
-    folder = model_folder(args.workdir, args.model)
-    if samples["models"].get(args.model, {}).get("ema_sha256") != finished(folder, args.model)["sha256"]["ema"]:
+    folder = _model_folder(args.workdir, args.model)
+    if samples["models"].get(args.model, {}).get("ema_sha256") != require_done(folder, args.model)["sha256"]["ema"]:
         log.warning("The results in %s are of older weights, and are left out of the card.", results)
         return {}
     return read_json(results)
@@ -167,18 +167,18 @@ def write_pipeline(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Names
     pipe.save_pretrained(folder)
 
 
-def write_safetensors(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
+def _write_safetensors(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
     """Published names; the metadata says what their shapes do not: the model's whole config, and its classes."""
     metadata = {
         "format": "pt",
         "num_heads": str(pipe.model.backbone.num_heads),
         "config": json.dumps(plain(pipe.config)),
-        "id2label": json.dumps(label_names(pipe)),
+        "id2label": json.dumps(_label_names(pipe)),
     }
     write_tensors(folder / f"{args.model}.safetensors", to_torch(pipe.model, pipe.params), metadata)
 
 
-def write_diffusers(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
+def _write_diffusers(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
     """A `DiTPipeline`."""
     assert pipe.vae is not None  # `run` refuses latents that cannot be decoded
     parts = {
@@ -188,10 +188,10 @@ def write_diffusers(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Name
     for name, (state_dict, config) in parts.items():
         write_json(folder / name / "config.json", config)
         write_tensors(folder / name / WEIGHTS, state_dict, {"format": "pt"})
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(pipe.config))
+    write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(pipe.config))
     index = {
         "_class_name": "DiTPipeline",
-        "id2label": label_names(pipe),
+        "id2label": _label_names(pipe),
         "scheduler": ["diffusers", "DDIMScheduler"],
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -199,12 +199,12 @@ def write_diffusers(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Name
     write_json(folder / "model_index.json", index)
 
 
-def label_names(pipe: ARDPipeline) -> dict[str, str]:
+def _label_names(pipe: ARDPipeline) -> dict[str, str]:
     """Names by class number, as JSON keeps them."""
     return {str(number): name for number, name in pipe.id2label.items()}
 
 
-def write_stablehlo(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
+def _write_stablehlo(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
     """The program that the pipeline runs."""
     pipe.model = pipe.model.with_backbone(attention="xla")  # a kernel of the device at hand would run on no other
     generate = pipe.generate_function()
@@ -228,9 +228,9 @@ def write_stablehlo(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Name
 Writer = Callable[[ARDPipeline, pathlib.Path, argparse.Namespace], None]
 FORMATS: dict[str, Writer] = {
     "pipeline": write_pipeline,
-    "diffusers": write_diffusers,
-    "safetensors": write_safetensors,
-    "stablehlo": write_stablehlo,
+    "diffusers": _write_diffusers,
+    "safetensors": _write_safetensors,
+    "stablehlo": _write_stablehlo,
 }
 
 FLAGS = {
@@ -248,7 +248,7 @@ FLAGS = {
 }
 
 
-def check_diffusers(config: Any, is_student: bool) -> None:
+def _check_diffusers(config: Any, is_student: bool) -> None:
     """Raises UserError for a model that `DiTPipeline` cannot run."""
     if is_student:
         raise UserError("diffusers has no ARD students: choose --format pipeline, safetensors or stablehlo.")
@@ -263,7 +263,7 @@ def check_diffusers(config: Any, is_student: bool) -> None:
         )
 
 
-def scheduler_config(config: Any) -> dict[str, Any]:
+def _scheduler_config(config: Any) -> dict[str, Any]:
     """Of diffusers' `DDIMScheduler`, which walks in strides of ⌊T/steps⌋ whatever its timesteps are."""
     diffusion = config.diffusion
     return {
@@ -280,7 +280,7 @@ def scheduler_config(config: Any) -> dict[str, Any]:
     }
 
 
-def differences(config: Any) -> list[str]:
+def _differences(config: Any) -> list[str]:
     """Where `DiTPipeline` samples otherwise than this teacher's settings say; a sentence each."""
     diffusion, channels, classes = config.diffusion, config.data.channels, config.data.num_classes
     found = []
@@ -309,7 +309,7 @@ def differences(config: Any) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- the folder
 
 
-def check_output(output: pathlib.Path) -> None:
+def _check_output(output: pathlib.Path) -> None:
     """Raises UserError if writing there would delete what no earlier export wrote."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file, but an export is a folder: choose another --output.")
@@ -326,7 +326,7 @@ def check_output(output: pathlib.Path) -> None:
         )
 
 
-def finish(folder: pathlib.Path, args: argparse.Namespace, sha256: str) -> None:
+def _finish(folder: pathlib.Path, args: argparse.Namespace, sha256: str) -> None:
     """Writes done.json, with the hash of the weights as the workdir has them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     write_json(
@@ -340,7 +340,7 @@ def finish(folder: pathlib.Path, args: argparse.Namespace, sha256: str) -> None:
     )
 
 
-def how_to_open(output: pathlib.Path, args: argparse.Namespace) -> str:
+def _how_to_open(output: pathlib.Path, args: argparse.Namespace) -> str:
     return {
         "pipeline": f'open it with ARDPipeline.from_pretrained("{output}").',
         "diffusers": f'open it with DiTPipeline.from_pretrained("{output}").',

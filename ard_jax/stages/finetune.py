@@ -15,11 +15,20 @@ import numpy as np
 from ard_jax.build import make_conditions
 from ard_jax.data import image_source
 from ard_jax.errors import UserError
-from ard_jax.methods import columns_of, continued, make_finetune_method
+from ard_jax.methods import columns_of, finetuned_config, make_finetune_method
 from ard_jax.parallel import check_batch, is_first, make_mesh
 from ard_jax.training.fit import Task, fit
 from ard_jax.trajectories.store import open_store, store_hash
-from ard_jax.workdir import Stopwatch, claim, compare, load_student, load_teacher, merge_done, network, write_done
+from ard_jax.workdir import (
+    Stopwatch,
+    check_same_config,
+    claim,
+    load_student,
+    load_teacher,
+    merge_done,
+    network_settings,
+    write_done,
+)
 
 log = logging.getLogger("ard_jax")
 
@@ -39,8 +48,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     teacher, teacher_params, teacher_hash, _ = load_teacher(config, workdir, mesh)
     start = workdir / "distill" / (settings.start or config.student.name)
     _, params, start_hash, before = load_student(start, mesh)
-    compare(network(before), network(config), ("data", "model", "diffusion"), start)
-    config = continued(config, before)
+    check_same_config(network_settings(before), network_settings(config), ("data", "model", "diffusion"), start)
+    config = finetuned_config(config, before)
     source, manifest = open_store(config, workdir, teacher_hash)
     real = image_source(config.data)
     check_real(real, source, config)
@@ -61,8 +70,8 @@ def check_real(real: Any, trajectories: Any, config: ml_collections.ConfigDict) 
         UserError: they differ in shape, the real ones are of a larger scale, or the trajectories have labels that the
             data have not.
     """
-    images = np.stack([real[row]["image"] for row in spread(len(real))])
-    records = [trajectories[row] for row in spread(len(trajectories))]
+    images = np.stack([real[row]["image"] for row in _spread(len(real))])
+    records = [trajectories[row] for row in _spread(len(trajectories))]
     samples = np.stack([record["x0"][-1] for record in records]).astype(np.float32)
     labels = max(int(record["label"]) for record in records)
     remedy = "use the data that the teacher was trained on, and a store of its trajectories"
@@ -83,6 +92,6 @@ def check_real(real: Any, trajectories: Any, config: ml_collections.ConfigDict) 
         log.warning("%s: if the teacher is good, they are not of one scale.", said)
 
 
-def spread(length: int) -> np.ndarray:
+def _spread(length: int) -> np.ndarray:
     """Rows spread evenly over a source."""
     return np.unique(np.linspace(0, length - 1, LOOKED_AT).astype(int))

@@ -41,80 +41,80 @@ def run(config: ml_collections.ConfigDict, topology: str, json_file: str | None,
     works = {stage: make(config, where) for stage, make in makers.items()}
     for stage, work in works.items():
         check_batch(config[stage], work.mesh, stage)
-    print("\n".join(heading(config, where)), flush=True)
+    print("\n".join(_heading(config, where)), flush=True)
     first = measure(works["distill"], where.chip)
-    print("\n".join(program_lines(first)), flush=True)
+    print("\n".join(_program_lines(first)), flush=True)
     advice = None
     if not first.fits:
         advice = ladder.cheapest(config, where, first)
-        print("\n".join(advice_lines(advice)), flush=True)
+        print("\n".join(_advice_lines(advice)), flush=True)
         if advice is None:
             return
         config, first = advice[0].apply(config), advice[1]
     steps, others = {"distill": first}, []
     if finetune:
         steps["finetune"] = measure(finetune_step(config, where), where.chip)
-        print("\n".join(program_lines(steps["finetune"])), flush=True)
+        print("\n".join(_program_lines(steps["finetune"])), flush=True)
     for program in (sampler, trajectory_step):
         others.append(measure(program(config, where), where.chip))
-        print("\n".join(program_lines(others[-1])), flush=True)
-    print("\n".join(recipe_lines(config, where, steps, others)), flush=True)
+        print("\n".join(_program_lines(others[-1])), flush=True)
+    print("\n".join(_recipe_lines(config, where, steps, others)), flush=True)
     if json_file:
-        line = json.dumps(figures(config, topology, advice, steps, others)) + "\n"
+        line = json.dumps(_figures(config, topology, advice, steps, others)) + "\n"
         atomic_write(json_file, lambda temporary: pathlib.Path(temporary).write_text(line))
 
 
-def heading(config: ml_collections.ConfigDict, where: Slice) -> list[str]:
+def _heading(config: ml_collections.ConfigDict, where: Slice) -> list[str]:
     chip, settings = where.chip, ladder.rung_of(config, where)
     return [
         f"{where.name}: {len(where.devices)} devices; each {chip.flops / 1e12:.4g} TFLOP/s, "
-        f"{gb(chip.hbm_bytes)} at {gb(chip.hbm_bandwidth)}/s, links {gb(chip.ici_bandwidth)}/s",
+        f"{_gb(chip.hbm_bytes)} at {_gb(chip.hbm_bandwidth)}/s, links {_gb(chip.ici_bandwidth)}/s",
         f"student of {recipe.parameters(config) / 1e6:.1f} M parameters, {config.model.dtype}, batch "
         f"{config.distill.batch_size}; remat {settings.remat}, fsdp {settings.fsdp}, accumulate {settings.accumulate}",
     ]
 
 
-def program_lines(cost: Cost) -> list[str]:
+def _program_lines(cost: Cost) -> list[str]:
     """One program's part of the report."""
     name = f"{cost.work.name}, {cost.work.rows} rows on {cost.work.mesh.size} devices"
     if cost.memory is None:
         return [
             "",
             name,
-            f"  DOES NOT FIT: temporaries alone want {cost.needed / 1e9:.2f} of {gb(cost.chip.hbm_bytes)}",
+            f"  DOES NOT FIT: temporaries alone want {cost.needed / 1e9:.2f} of {_gb(cost.chip.hbm_bytes)}",
         ]
     spare, memory, seconds = cost.chip.hbm_bytes - cost.needed, cost.memory, cost.seconds
-    verdict = f"fits, {gb(spare)} to spare" if cost.fits else f"DOES NOT FIT, {gb(-spare)} too much"
+    verdict = f"fits, {_gb(spare)} to spare" if cost.fits else f"DOES NOT FIT, {_gb(-spare)} too much"
     by = max(seconds, key=seconds.__getitem__)
     model, counted = cost.work.flops / cost.work.mesh.size, cost.flops
     lines = [
         "",
         f"{name}: {verdict}",
-        f"  memory a chip    {gb(cost.needed)}: arguments {gb(memory.arguments)}, temporaries "
-        f"{gb(memory.temporaries)}, results {gb(memory.results)}, code {gb(memory.code)}",
+        f"  memory a chip    {_gb(cost.needed)}: arguments {_gb(memory.arguments)}, temporaries "
+        f"{_gb(memory.temporaries)}, results {_gb(memory.results)}, code {_gb(memory.code)}",
         f"  FLOPs a chip     {counted / 1e12:.4g} T counted, {model / 1e12:.4g} T by formula ({counted / model:.2f}×)",
-        f"  bytes a chip     {gb(cost.bytes)} between memory and cores",
+        f"  bytes a chip     {_gb(cost.bytes)} between memory and cores",
     ]
     lines += [
-        f"  {kind:<18} {traffic.count:>6} × , {gb(traffic.bytes)} in all, {gb(traffic.sent)} to be sent by each chip"
+        f"  {kind:<18} {traffic.count:>6} × , {_gb(traffic.bytes)} in all, {_gb(traffic.sent)} to be sent by each chip"
         for kind, traffic in sorted(cost.traffic.items())
     ]
     return [
         *lines,
-        f"  bound            {milliseconds(cost.bound)} by {by} (compute {milliseconds(seconds['compute'])}, memory "
-        f"{milliseconds(seconds['memory'])}, links {milliseconds(seconds['links'])})",
+        f"  bound            {_milliseconds(cost.bound)} by {by} (compute {_milliseconds(seconds['compute'])}, memory "
+        f"{_milliseconds(seconds['memory'])}, links {_milliseconds(seconds['links'])})",
         f"  utilisation      at most {cost.utilisation:.0%} of peak, {cost.work.rows / cost.bound:.4g} rows/s",
         f"  compiled in      {cost.compile_seconds:.0f} s",
     ]
 
 
-def advice_lines(advice: tuple[ladder.Rung, Cost] | None) -> list[str]:
+def _advice_lines(advice: tuple[ladder.Rung, Cost] | None) -> list[str]:
     if advice is None:
         return ["", "Nothing that was tried fits: take more chips, larger ones, or a smaller batch."]
-    return ["", f"What fits: {advice[0].flags}", *program_lines(advice[1])]
+    return ["", f"What fits: {advice[0].flags}", *_program_lines(advice[1])]
 
 
-def recipe_lines(
+def _recipe_lines(
     config: ml_collections.ConfigDict, where: Slice, steps: dict[str, Cost], others: list[Cost]
 ) -> list[str]:
     """The whole recipe's part of the report."""
@@ -134,11 +134,11 @@ def recipe_lines(
     lines.append("on disk")
     kept = f"{config.run.keep_checkpoints} checkpoints"
     for folder, size in storage(config, steps).items():
-        lines.append(f"  {folder:<16} {gb(size):>13}   {'the store' if folder == 'trajectories' else kept}")
+        lines.append(f"  {folder:<16} {_gb(size):>13}   {'the store' if folder == 'trajectories' else kept}")
     return lines
 
 
-def figures(
+def _figures(
     config: ml_collections.ConfigDict,
     topology: str,
     advice: tuple[ladder.Rung, Cost] | None,
@@ -179,9 +179,9 @@ def storage(config: ml_collections.ConfigDict, steps: dict[str, Cost]) -> dict[s
     return recipe.storage(config, {stage: cost.work for stage, cost in steps.items()})
 
 
-def gb(amount: float) -> str:
+def _gb(amount: float) -> str:
     return f"{amount / 1e9:.2f} GB" if amount >= 1e7 else f"{amount / 1e6:.3f} MB"
 
 
-def milliseconds(seconds: float) -> str:
+def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"

@@ -13,7 +13,7 @@ import ml_collections
 from ard_jax.files import atomic_write, file_sha256, read_json, read_npz, write_json
 from ard_jax.parallel import is_first
 from ard_jax.report import build_report, teaser
-from ard_jax.workdir import Stopwatch, finished, read_done, teacher_folder, write_done
+from ard_jax.workdir import Stopwatch, read_done, require_done, teacher_folder, write_done
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -25,11 +25,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if not is_first():
         return
     watch, directory = Stopwatch(), workdir / "report"
-    finished(workdir / "evaluate", "evaluate")
-    results = read_json(workdir / "evaluate" / "results.json") | {"seconds": stage_seconds(workdir)}
+    require_done(workdir / "evaluate", "evaluate")
+    results = read_json(workdir / "evaluate" / "results.json") | {"seconds": _stage_seconds(workdir)}
     paths = (workdir / "evaluate" / name for name in ("pictures.npz", "edits.npz"))
     pictures, edits = (read_npz(path) if path.exists() else {} for path in paths)  # an earlier version made no edits
-    curves = read_curves(config, workdir, results["models"])
+    curves = _read_curves(config, workdir, results["models"])
     html = build_report(config.report.title, results, pictures, curves, edits)
     atomic_write(directory / "index.html", lambda temporary: temporary.write_text(html, encoding="utf-8"))
     atomic_write(directory / "teaser.png", lambda temporary: temporary.write_bytes(teaser(pictures, results)))
@@ -44,7 +44,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     return results["models"] | rest
 
 
-def stage_seconds(workdir: pathlib.Path) -> dict[str, float]:
+def _stage_seconds(workdir: pathlib.Path) -> dict[str, float]:
     """Seconds of every finished stage; one entry a model where a stage runs model by model."""
     seconds: dict[str, float] = {}
     for stage in ("teacher", "trajectories", "distill", "sample", "evaluate"):
@@ -56,7 +56,7 @@ def stage_seconds(workdir: pathlib.Path) -> dict[str, float]:
     return seconds
 
 
-def read_curves(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: dict) -> dict[str, list[dict]]:
+def _read_curves(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: dict) -> dict[str, list[dict]]:
     """The lines of every training's metrics.jsonl, by model."""
     folders = {name: workdir / "distill" / name for name in models if name != "teacher"}
     folders = {"teacher": teacher_folder(config, workdir), **folders}

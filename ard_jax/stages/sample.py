@@ -21,7 +21,7 @@ from ard_jax.conditions import draw_numbers
 from ard_jax.config import plain
 from ard_jax.data import to_uint8
 from ard_jax.drawing import Decoder, Sampler, make_decoder, make_drawing, rollout_macs, student_sampler
-from ard_jax.files import atomic_write, fetch, file_sha256, write_json, write_npz
+from ard_jax.files import atomic_write, file_sha256, to_host, write_json, write_npz
 from ard_jax.models import count_parameters
 from ard_jax.models.flops import teacher_macs
 from ard_jax.parallel import batch_shards, is_first, make_mesh, put_batch
@@ -46,20 +46,20 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         there = vae_folder(config, workdir)
         log.warning("there is no VAE in %s, so latents are written: convert one, or set vae.dir, for images.", there)
     decoder = make_decoder(vae, config, mesh)
-    loaded = {name: load_sampler(config, workdir, name, mesh) for name in config.sample.models}
+    loaded = {name: _load_sampler(config, workdir, name, mesh) for name in config.sample.models}
     for name, (sampler, params, facts) in loaded.items():
         watch, directory = Stopwatch(), workdir / "sample" / name
         images, labels, seconds_per_image = draw(sampler, params, decoder, config, mesh)
         if not is_first():
             continue
         write_json(directory / "config.json", plain(config) | {"inputs": {"ema": facts["ema_sha256"]}})
-        files = write(directory, images, labels, config.sample.grid)
+        files = _write(directory, images, labels, config.sample.grid)
         hashes = {file: file_sha256(directory / file) for file in files}
         made = {"sha256": hashes, "seconds": round(watch(), 2), "seconds_per_image": seconds_per_image, **facts}
         merge_done(workdir / "sample", {name: made})
 
 
-def load_sampler(
+def _load_sampler(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, mesh: Mesh
 ) -> tuple[Sampler, Params, dict[str, Any]]:
     """A model's sampler, its parameters, and what it costs."""
@@ -112,7 +112,7 @@ def draw(
     started = time.perf_counter()
     with progress_bar(settings.count, "image") as bar:
         for first in range(0, settings.count, batch_size):
-            image, label = in_order(*jax.tree.map(fetch, sample(batch_of(first))))
+            image, label = _in_order(*jax.tree.map(to_host, sample(batch_of(first))))
             images.append(image.astype(np.float32) if is_latent else to_uint8(np.nan_to_num(image)))
             labels.append(label)
             bar.update(min(batch_size, settings.count - first))
@@ -120,13 +120,13 @@ def draw(
     return np.concatenate(images)[: settings.count], np.concatenate(labels)[: settings.count], seconds
 
 
-def in_order(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _in_order(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows in the order of their indices: which host has which rows of a batch is up to the mesh."""
     order = np.argsort(index)
     return image[order], label[order]
 
 
-def write(directory: pathlib.Path, images: np.ndarray, labels: np.ndarray, shown: int) -> list[str]:
+def _write(directory: pathlib.Path, images: np.ndarray, labels: np.ndarray, shown: int) -> list[str]:
     """Writes a model's samples, float32 latents or uint8 images of which `shown` go on a grid; the files' names."""
     if images.dtype == np.float32:
         write_npz(directory / "samples.npz", latents=images, labels=labels)

@@ -33,13 +33,13 @@ def save(manager: ocp.CheckpointManager, state: TrainState, position: dict[str, 
         args=ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             ema=ocp.args.StandardSave(state.ema),
-            optimizer=ocp.args.StandardSave(rest_of(state)),
+            optimizer=ocp.args.StandardSave(_other_state(state)),
             position=ocp.args.JsonSave(position),
         ),
     )
 
 
-def rest_of(state: TrainState) -> dict[str, Any]:
+def _other_state(state: TrainState) -> dict[str, Any]:
     """What is kept beside the parameters and their average; of a plain objective no other networks, no memory."""
     rest = state._asdict()
     return {name: rest[name] for name in rest if name not in ("params", "ema") and rest[name] is not None}
@@ -78,7 +78,7 @@ def restore_step(manager: ocp.CheckpointManager, step: int, like: TrainState) ->
         args=ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),
             ema=ocp.args.StandardRestore(abstract.ema),
-            optimizer=ocp.args.StandardRestore(rest_of(abstract)),
+            optimizer=ocp.args.StandardRestore(_other_state(abstract)),
             position=ocp.args.JsonRestore(),
         ),
     )

@@ -62,7 +62,7 @@ def fit(
     trained = train(
         task.method,
         params,
-        WithConditions(open_stream(task.source, config, settings.batch_size), task.conditions, task.numbers),
+        WithConditions(_open_stream(task.source, config, settings.batch_size), task.conditions, task.numbers),
         settings=settings,
         run=config.run,
         seed=config.seed,
@@ -81,7 +81,7 @@ def fit(
     }
 
 
-def open_stream(source: Source | Mapping[str, Source], config: ml_collections.ConfigDict, batch_size: int) -> Batches:
+def _open_stream(source: Source | Mapping[str, Source], config: ml_collections.ConfigDict, batch_size: int) -> Batches:
     """This process's rows of the batches of a `Task.source`, with one position to resume from.
 
     Of several sources, each has an order of its own, even if they have as many records.
@@ -89,11 +89,11 @@ def open_stream(source: Source | Mapping[str, Source], config: ml_collections.Co
     if isinstance(source, Mapping):
         parts = enumerate(source.items())
         share = config.run.in_memory // len(source)
-        return Joined({name: open_one(part, config, batch_size, share, place) for place, (name, part) in parts})
-    return open_one(source, config, batch_size, config.run.in_memory)
+        return Joined({name: _open_one(part, config, batch_size, share, place) for place, (name, part) in parts})
+    return _open_one(source, config, batch_size, config.run.in_memory)
 
 
-def open_one(
+def _open_one(
     source: Source, config: ml_collections.ConfigDict, batch_size: int, memory: int, place: int = 0
 ) -> Batches:
     return stream(

@@ -68,7 +68,7 @@ class TensorBoard:
 
     def __init__(self, directory: pathlib.Path):
         self.thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
-        self.writer = self.thread.submit(make_writer, directory)
+        self.writer = self.thread.submit(_make_writer, directory)
         self.last = self.writer
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -81,7 +81,7 @@ class TensorBoard:
         self.thread.shutdown()
 
 
-def make_writer(directory: pathlib.Path) -> "metric_writers.MetricWriter":
+def _make_writer(directory: pathlib.Path) -> "metric_writers.MetricWriter":
     """clu's writer of TensorBoard files; this is the only place that imports TensorFlow."""
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nothing is computed with it, and it would say so at length
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

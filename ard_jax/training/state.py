@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ard_jax.errors import UserError
 from ard_jax.objectives import STUDENT, Begin, Joint, Method, Metrics, Objective
-from ard_jax.parallel import batch_sharding, on_mesh, replicated, sharding_of, split_in_turns
+from ard_jax.parallel import batch_sharding, on_mesh, replicated_sharding, sharding_of, split_in_turns
 from ard_jax.types import Batch, Params, PyTree
 
 # Optimisers by their names in optax, and whether they take weight decay.
@@ -19,6 +19,8 @@ OPTIMIZERS = {
     "adamw": True, "adam": False, "sgd": False, "lion": True, "adafactor": False, "nadamw": True, "nadam": False,
     "adan": True, "radam": False, "adabelief": False, "adamax": False, "adamaxw": True, "amsgrad": False, "yogi": False,
     "adagrad": False, "adadelta": True, "rmsprop": False, "novograd": True, "lamb": True, "lars": True,
+    "rprop": False, "sign_sgd": False, "signum": False, "noisy_sgd": False, "fromage": False,
+    "optimistic_adam_v2": False, "optimistic_gradient_descent": False,
 }  # fmt: skip
 
 
@@ -178,7 +180,7 @@ def make_step(
             but for rounding.
     """
 
-    gradients = objective.gradients if isinstance(objective, Joint) else gradients_of(objective)
+    gradients = objective.gradients if isinstance(objective, Joint) else _gradients_of(objective)
 
     def mean_gradients(networks, memory, frozen, batch, key, step):
         turns = jax.tree.map(lambda rows: split_in_turns(rows, mesh, accumulate), batch)
@@ -215,11 +217,11 @@ def make_step(
         step,
         donate_argnums=0,
         in_shardings=(lies, sharding_of(frozen, mesh), batch_sharding(mesh)),
-        out_shardings=(lies, replicated(mesh)),
+        out_shardings=(lies, replicated_sharding(mesh)),
     )
 
 
-def gradients_of(objective: Objective) -> Callable[..., tuple[PyTree, PyTree, Metrics]]:
+def _gradients_of(objective: Objective) -> Callable[..., tuple[PyTree, PyTree, Metrics]]:
     """The `Joint.gradients` of a single network's loss."""
 
     def gradients(params, memory, frozen, batch, key, step):

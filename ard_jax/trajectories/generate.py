@@ -20,7 +20,7 @@ from ard_jax.build import example_shape, make_solve
 from ard_jax.conditions import Conditions, draw_numbers
 from ard_jax.models import Backbone
 from ard_jax.parallel import batch_shards, equal_batches, on_mesh, put_batch, run_batches
-from ard_jax.sampling import draw_noise, sample_teacher, take_points, trajectory_key, within_bounds
+from ard_jax.sampling import draw_noise, is_within_bounds, sample_teacher, take_points, trajectory_key
 from ard_jax.sharded import Record
 from ard_jax.trajectories import store
 from ard_jax.types import Batch, Params
@@ -48,7 +48,7 @@ def make_solver(
         record |= {"label": batch["label"], "index": batch["index"]}
         if trajectories.keep_noisy:
             record["xt"] = take_points(solution.xt, points, how.steps).astype(dtype)
-        return record, within_bounds(x0, min(trajectories.max_abs or jnp.inf, float(jnp.finfo(dtype).max)))
+        return record, is_within_bounds(x0, min(trajectories.max_abs or jnp.inf, float(jnp.finfo(dtype).max)))
 
     return solve
 
@@ -83,7 +83,7 @@ def make_store(
 
     def records(indices, dropped, bar):
         batches = equal_batches(indices, trajectories.batch_size * batch_shards(mesh))
-        return keep(run_batches(solve, batches), dropped, bar)
+        return _drop_out_of_bounds(run_batches(solve, batches), dropped, bar)
 
     store.LAYOUT.make_shards(
         directory,
@@ -104,7 +104,7 @@ def features_of(config: ml_collections.ConfigDict) -> tfds.features.FeaturesDict
     )
 
 
-def keep(
+def _drop_out_of_bounds(
     batches: Iterator[tuple[dict[str, np.ndarray], np.ndarray]], dropped: list[int], bar: tqdm.tqdm
 ) -> Iterator[Record]:
     """Yields the records that are within bounds, and notes the numbers of the others in `dropped`."""

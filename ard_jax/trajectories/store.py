@@ -67,10 +67,10 @@ def check_shards(directory: pathlib.Path, manifest: dict[str, Any], checksums: b
             problem = "does not have the checksum that it was written with"
         else:
             continue
-        raise broken_shard(path, problem)
+        raise _broken_shard(path, problem)
 
 
-def broken_shard(path: pathlib.Path, problem: str) -> UserError:
+def _broken_shard(path: pathlib.Path, problem: str) -> UserError:
     return UserError(
         f"shard {path} {problem}: delete that file and run the stage 'trajectories' again, "
         f"which makes only what is missing."
@@ -96,7 +96,7 @@ class Store:
             return self.records[index]
         except RuntimeError as error:
             path = self.paths[np.searchsorted(self.ends, index, side="right")]
-            raise broken_shard(path, f"cannot be read ({str(error).splitlines()[0]})") from error
+            raise _broken_shard(path, f"cannot be read ({str(error).splitlines()[0]})") from error
 
 
 def open_store(
@@ -109,8 +109,8 @@ def open_store(
     """
     folder = store_folder(config, workdir)
     manifest = read_manifest(folder)
-    check_store(manifest, config, teacher_hash)
-    check_shards(folder, manifest, checksums=total_bytes(manifest) <= config.run.in_memory)
+    _check_store(manifest, config, teacher_hash)
+    check_shards(folder, manifest, checksums=_total_bytes(manifest) <= config.run.in_memory)
     return Store(folder, manifest), manifest
 
 
@@ -119,11 +119,11 @@ def store_hash(manifest: dict[str, Any]) -> str:
     return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
 
 
-def total_bytes(manifest: dict[str, Any]) -> int:
+def _total_bytes(manifest: dict[str, Any]) -> int:
     return sum(shard["bytes"] for shard in manifest["shards"])
 
 
-def check_store(manifest: dict[str, Any], config: ml_collections.ConfigDict, teacher_hash: str) -> None:
+def _check_store(manifest: dict[str, Any], config: ml_collections.ConfigDict, teacher_hash: str) -> None:
     """Compares a store with the config that wants to train on it.
 
     Raises:
