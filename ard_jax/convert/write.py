@@ -3,9 +3,7 @@
 import asyncio
 import concurrent.futures
 import hashlib
-import os
 import pathlib
-from collections.abc import Iterable
 
 import jax
 import orbax.checkpoint as ocp
@@ -59,20 +57,7 @@ class _StoredHandler(ocp.type_handlers.NumpyHandler):
                 for writing in await super().serialize([array], [info], [arg]):
                     await asyncio.to_thread(writing.result)
                 await asyncio.wrap_future(hashing)
-                drop_from_page_cache(pathlib.Path(info.parent_dir).rglob("*"))
         return []
-
-
-def drop_from_page_cache(paths: Iterable[pathlib.Path]) -> None:
-    """Gives back the memory in which the system caches files that have been read, or are on disk.
-
-    What is written next takes as much of it, and on virtual machines memory that was just in use is several times
-    faster to get than fresh memory.
-    """
-    if hasattr(os, "posix_fadvise"):
-        for path in filter(pathlib.Path.is_file, paths):
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def files_sha256(files: tuple[pathlib.Path, ...]) -> str:

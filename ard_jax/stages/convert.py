@@ -38,7 +38,7 @@ from ard_jax.convert.published import stored_parameters
 from ard_jax.convert.sources import open_source
 from ard_jax.convert.tensors import open_tensors, to_float32, write_tensors
 from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
-from ard_jax.convert.write import drop_from_page_cache, files_sha256, save_parameters
+from ard_jax.convert.write import files_sha256, save_parameters
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, read_json, write_json
 from ard_jax.models import MASKS
@@ -235,7 +235,6 @@ def _write_model(folder: pathlib.Path, source: Source, name: str, watch: Stopwat
     folder.mkdir()
     with concurrent.futures.ThreadPoolExecutor(1) as hasher:
         source_hash = hasher.submit(files_sha256, source.files)
-        source_hash.add_done_callback(lambda _: drop_from_page_cache(source.files))
         assert source.model is not None and source.tensors is not None and source.config is not None
         params_hash = save_parameters(folder / "checkpoints", stored_parameters(source.tensors, source.model))
         write_json(folder / "config.json", plain(source.config) | {"inputs": {"source": source_hash.result()}})
