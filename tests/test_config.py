@@ -164,7 +164,7 @@ def test_what_a_store_shares_with_whoever_trains_on_it():
 def test_what_weights_mean(process):
     config = default_config()
     config.diffusion.process = {LinearVP: "vp", FlowMatching: "flow"}[process]
-    network = workdir.network(config)
+    network = workdir.network_settings(config)
     assert network["data"].keys() == {"image_size", "channels", "num_classes", "space"}
     assert network["model"].keys() == {
         "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "learn_sigma", "frequency_shift",

@@ -358,7 +358,7 @@ def test_a_job_started_again_makes_nothing_twice(second):
 
 def test_a_job_that_was_interrupted_makes_what_is_missing(pipeline, tmp_path, monkeypatch):
     workdir = copy(pipeline, tmp_path, "teacher")
-    keep = generate.keep
+    keep = generate.drop_out_of_bounds
 
     def interrupted(batches, dropped, bar):
         for record in keep(batches, dropped, bar):
@@ -366,12 +366,12 @@ def test_a_job_that_was_interrupted_makes_what_is_missing(pipeline, tmp_path, mo
                 raise KeyboardInterrupt
             yield record
 
-    monkeypatch.setattr(generate, "keep", interrupted)
+    monkeypatch.setattr(generate, "drop_out_of_bounds", interrupted)
     assert smoke("trajectories", workdir).status == 130
     (first,) = (workdir / "trajectories" / "1.0.0").iterdir()
     before = first.stat().st_mtime_ns
     assert not (workdir / "trajectories" / "manifest.json").exists()
-    monkeypatch.setattr(generate, "keep", keep)
+    monkeypatch.setattr(generate, "drop_out_of_bounds", keep)
     assert smoke("trajectories", workdir).status == 0
     assert first.stat().st_mtime_ns == before
     assert shard_hashes(workdir / "trajectories") == shard_hashes(pipeline / "trajectories")

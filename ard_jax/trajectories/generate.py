@@ -83,7 +83,7 @@ def make_store(
 
     def records(indices, dropped, bar):
         batches = equal_batches(indices, trajectories.batch_size * batch_shards(mesh))
-        return _drop_out_of_bounds(run_batches(solve, batches), dropped, bar)
+        return drop_out_of_bounds(run_batches(solve, batches), dropped, bar)
 
     store.LAYOUT.make_shards(
         directory,
@@ -104,7 +104,7 @@ def features_of(config: ml_collections.ConfigDict) -> tfds.features.FeaturesDict
     )
 
 
-def _drop_out_of_bounds(
+def drop_out_of_bounds(
     batches: Iterator[tuple[dict[str, np.ndarray], np.ndarray]], dropped: list[int], bar: tqdm.tqdm
 ) -> Iterator[Record]:
     """Yields the records that are within bounds, and notes the numbers of the others in `dropped`."""
