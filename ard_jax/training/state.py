@@ -19,7 +19,7 @@ OPTIMIZERS = {
     "adamw": True, "adam": False, "sgd": False, "lion": True, "adafactor": False, "nadamw": True, "nadam": False,
     "adan": True, "radam": False, "adabelief": False, "adamax": False, "adamaxw": True, "amsgrad": False, "yogi": False,
     "adagrad": False, "adadelta": True, "rmsprop": False, "novograd": True, "lamb": True, "lars": True,
-    "rprop": False, "sign_sgd": False, "signum": False, "noisy_sgd": False, "fromage": False,
+    "sign_sgd": False, "signum": False, "noisy_sgd": False, "fromage": False,
     "optimistic_adam_v2": False, "optimistic_gradient_descent": False,
 }  # fmt: skip
 
