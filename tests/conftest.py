@@ -1,5 +1,6 @@
 """What several test files share: the CPU, float64 for one test, and the reference numbers of tests/golden/."""
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -13,6 +14,8 @@ jax.config.update("jax_platforms", "cpu")  # the tests never ask for an accelera
 os.environ["JAX_PLATFORMS"] = "cpu"  # nor do the processes that they start
 # Compiling is most of the time that tests take: each flag halves it. Slow tests run some programs optimised.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+
+gc.set_threshold(100_000)  # tracing makes many small objects that live, and looking through them took a tenth of the time
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

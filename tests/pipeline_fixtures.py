@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import io
 import json
 import logging
@@ -16,6 +17,7 @@ import jax
 import pytest
 
 from ard_jax.__main__ import main
+from ard_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = str(ROOT / "configs" / "smoke.py")
@@ -113,6 +115,14 @@ def compile_cache(tmp_path_factory):
     for name, value in settings.items():
         value = os.environ.setdefault(name, value)
         jax.config.update(name.lower(), value if name.endswith("DIR") else int(value))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def peak_flops():
+    """What this machine can do is measured once, not in each run that trains."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "peak_flops", functools.cache(loop.peak_flops))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from scipy.integrate import solve_ivp
 from ard_jax.convert import from_torch
 from ard_jax.diffusion import SOLVERS, FlowMatching, Grid, Guidance, LinearVP, calls, guided_output, solve
 from ard_jax.errors import UserError
-from ard_jax.models import DiT
+from ard_jax.models import DiT, parameter_shapes
 from ard_jax.sampling import (
     is_within_bounds,
     network_calls,
@@ -309,19 +310,19 @@ def test_bad_processes_and_guidance():
 def teacher():
     model = DiT(channels=4, patch_size=2, hidden_size=8, depth=1, num_heads=2, num_classes=5)
     x, y = jnp.zeros((2, 4, 4, 4)), jnp.zeros(2, jnp.int32)
-    params = quick_jit(model.init)(jax.random.key(0), x, jnp.zeros(2), y)["params"]
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), params)
+    draw = lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32)  # noqa: E731
+    params = jax.tree.map(draw, parameter_shapes(model, x, jnp.zeros(2), y))
     return model, params, jnp.asarray(rng.normal(size=x.shape), jnp.float32), jnp.asarray([1, 4])
 
 
 def test_guidance_of_three_and_of_all_channels_and_within_an_interval(teacher):
     model, params, x, y = teacher
-    process, call = LinearVP(), quick_jit(model.apply)
+    process, call = LinearVP(), jax.jit(model.apply)
+    compiled = SimpleNamespace(apply=call, unconditional=model.unconditional)  # once for all settings
 
     def run(*settings):
-        with jax.disable_jit():  # one network and many settings: compiling each takes longer than running it
-            return guided_output(model, params, x, *settings)
+        return guided_output(compiled, params, x, *settings)
 
     time, scale = 999.0, 2.5
     conditional, unconditional = (

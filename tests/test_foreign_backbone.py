@@ -148,7 +148,7 @@ def teacher(config, tmp_path_factory):
 
 def init(network):
     image, time, condition = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs_like(network))
-    return network.init(jax.random.key(0), image, time, condition)["params"]
+    return jax.jit(network.init)(jax.random.key(0), image, time, condition)["params"]
 
 
 def finished(task, params, config, settings, directory):

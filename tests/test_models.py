@@ -256,6 +256,9 @@ def dense_student(model, params, points, y, masses=None):
     return np.stack(out, axis=1)
 
 
+ROWS = 60  # batch · steps where nothing is compiled as a whole: with other sizes each operation is compiled anew
+
+
 def forward(model, params, points, y):
     """The training forward without compiling it as a whole, which takes longer than running it a few times."""
     with jax.disable_jit():
@@ -264,7 +267,7 @@ def forward(model, params, points, y):
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks_equal_a_dense_masked_reference(x64, mask):
-    points, y = student_inputs(4, batch=15)
+    points, y = student_inputs(4, batch=ROWS // 4)
     predictions = []
     for history_layers in range(3):
         model = ard_student(**SMALL, steps=4, history_layers=history_layers, mask=mask)
@@ -281,7 +284,7 @@ def test_masks_equal_a_dense_masked_reference(x64, mask):
 
 @pytest.mark.parametrize("mask", [mask for mask in MASKS if mask != "diagonal"])
 def test_attention_mass_equals_a_dense_reference(x64, mask):
-    steps, batch = 4, 3
+    steps, batch = 4, ROWS // 4
     points, y = student_inputs(steps, batch=batch)
     model = ard_student(**SMALL | {"depth": 3}, steps=steps, history_layers=2, mask=mask)
     params, dense = random_params(model), []
@@ -312,7 +315,7 @@ def test_a_student_without_history_has_no_attention_mass():
 def test_given_points_take_the_place_of_the_students_own(x64):
     """From the plain rollout, where none are given, to the teacher-forced last step, where all before it are."""
     steps = 3
-    points, y = student_inputs(steps, batch=4)
+    points, y = student_inputs(steps, batch=ROWS // steps)
     model = ard_student(**SMALL, steps=steps, history_layers=1)
     params = random_params(model)
     with jax.disable_jit():
@@ -369,8 +372,7 @@ def test_block_times_heads_and_width_of_the_mlp(x64):
 
 @pytest.mark.parametrize("steps", [1, 2, 4, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (3, 5, 6))])
 def test_cached_sampler_equals_the_training_forward_on_its_own_predictions(x64, steps):
-    rows = 60  # rows of a step, and as many rows (batch · block) of the training forward: fewer shapes to compile
-    points, y = student_inputs(steps, batch=rows)
+    points, y = student_inputs(steps, batch=ROWS)  # as many rows of a step as of the training forward, of `some`
     rollouts = []
     for mask, history_layers in itertools.product(MASKS, range(3)):
         model = ard_student(**SMALL, steps=steps, history_layers=history_layers, mask=mask)
@@ -379,7 +381,7 @@ def test_cached_sampler_equals_the_training_forward_on_its_own_predictions(x64, 
         params = random_params(model, seed=steps)
         with jax.disable_jit():
             rollout = sample_student(model, params, points[:, 0], y)
-        some = slice(rows // steps)
+        some = slice(ROWS // steps)
         inputs = np.concatenate([points[some, :1], rollout[some, :-1]], axis=1)
         assert_close(rollout[some], forward(model, params, inputs, y[some]), 1e-12)
         rollouts.append(rollout)

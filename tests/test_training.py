@@ -513,7 +513,7 @@ def kill_at_random(stage, workdir, delay):
 
 
 def resumed_like_the_pipeline(stage, workdir, pipeline):
-    resumed = finish(process(stage, workdir))
+    resumed = smoke(stage, workdir)
     assert resumed.status == 0, resumed.err
     assert done(workdir / stage)["sha256"] == done(pipeline / stage)["sha256"]
     steps = [line["step"] for line in lines(training_folder(workdir, stage))]
