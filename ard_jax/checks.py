@@ -2,7 +2,6 @@
 
 import functools
 from operator import getitem
-from typing import Any
 
 import ml_collections
 
@@ -38,12 +37,12 @@ RESERVED = (
 )  # fmt: skip
 
 
-def is_folder_name(name: Any) -> bool:
+def is_folder_name(name: object) -> bool:
     """Whether a model's name can be that of its folder."""
     return isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
 
 
-def is_student_name(name: Any) -> bool:
+def is_student_name(name: object) -> bool:
     """Whether a student may have that name."""
     return is_folder_name(name) and name not in RESERVED
 

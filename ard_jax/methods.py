@@ -82,7 +82,7 @@ def finetuned_config(config: ml_collections.ConfigDict, before: ml_collections.C
 
 
 def make_finetune_method(config: ml_collections.ConfigDict, teacher: Backbone, columns: tuple[int, ...]) -> Method:
-    """The method of a config of `finetuned_config`; `columns` as in `objectives.Given`."""
+    """The method of a `finetuned_config` config; `columns` as in `objectives.Given`."""
     settings, student = config.finetune, make_student(config)
     assert isinstance(student, ARDStudent)  # `finetuned_config` refuses the others
     return adversarial_method(

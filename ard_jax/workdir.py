@@ -95,7 +95,7 @@ def _is_of_another_objective(key: str, objective: str) -> bool:
     return section == "distill" and len(inner) > 1 and inner[0] not in ("optimizer", objective.rpartition(".")[2])
 
 
-def write_done(directory: pathlib.Path, sha256: dict[str, str], seconds: float, **made: Any) -> None:
+def write_done(directory: pathlib.Path, sha256: dict[str, str], seconds: float, **made: object) -> None:
     """Ends a stage: `done.json` says what it made, with its SHA-256."""
     if is_first():
         write_json(directory / "done.json", {"sha256": sha256, "seconds": round(seconds, 2), **made})

@@ -5,7 +5,7 @@ for noise-predicting and velocity networks alike; Heun is the trapezoidal step i
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,9 @@ def solve(solver: str, predict: Predict, grid: Grid, noise: jax.Array) -> Soluti
         nodes, alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], alpha[before], sigma[before], nodes == grid.steps - 1
     )
 
-    def walk(carry: tuple[jax.Array, jax.Array], c: Coefficients) -> tuple[Any, Any]:
+    def walk(
+        carry: tuple[jax.Array, jax.Array], c: Coefficients
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
         x, x0 = step(predict, carry[0], c, carry[1])
         return (x, x0), (x0, x)
 

@@ -7,7 +7,6 @@ and a seed alone.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import optax
 from flax import linen as nn
 
 from ard_jax.errors import UserError
+from ard_jax.types import Params
 
 NUM_FEATURES = 64
 BATCH_SIZE = 64
@@ -74,7 +74,7 @@ class FeatureExtractor:
     """
 
     net: FeatureNet
-    params: Any
+    params: Params
     image_shape: tuple[int, int, int]
     train_accuracy: float
     held_out_accuracy: float

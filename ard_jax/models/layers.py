@@ -120,7 +120,7 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 def layer_norm(x: jax.Array, dtype: Dtype | None, eps: float = 1e-6) -> jax.Array:
     """Layer norm without affine parameters; its statistics are at least float32 whatever `dtype` is."""
     norm = nn.LayerNorm(use_bias=False, use_scale=False, epsilon=eps, dtype=dtype, use_fast_variance=False)
-    return norm.apply({}, x)  # type: ignore[return-value]  # Flax: a pair only where state is `mutable`
+    return norm.apply({}, x)  # type: ignore[return-value]  # Flax returns a pair only if `mutable`
 
 
 # A function (q, k, v, memory) → (output, memory), all of q, k, v and output (rows, token, heads, head width).

@@ -303,7 +303,7 @@ def to_latents(model: AutoencoderKL, params: Params, images: jax.Array, key: jax
     """
     mean: jax.Array
     log_variance: jax.Array
-    mean, log_variance = model.apply({"params": params}, images, method="encode")  # type: ignore[assignment]  # Flax
+    mean, log_variance = model.apply({"params": params}, images, method="encode")  # type: ignore[assignment]
     if key is not None:
         draw = functools.partial(jax.random.normal, shape=mean.shape[key.ndim :], dtype=mean.dtype)
         noise = jax.vmap(draw)(key) if key.ndim else draw(key)
@@ -330,4 +330,4 @@ def to_images(model: AutoencoderKL, params: Params, latents: jax.Array) -> jax.A
 
 
 def decode(model: AutoencoderKL, params: Params, z: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, z, method="decode")  # type: ignore[return-value]  # Flax: a pair only where state is `mutable`
+    return model.apply({"params": params}, z, method="decode")  # type: ignore[return-value]  # see layers.layer_norm

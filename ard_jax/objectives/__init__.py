@@ -39,7 +39,7 @@ class Joint(NamedTuple):
             `step` is the number of steps done; among the metrics is "loss".
     """
 
-    gradients: Callable[..., tuple[PyTree, PyTree, Metrics]]
+    gradients: Callable[..., tuple[dict[str, Params], PyTree, Metrics]]
 
 
 STUDENT = "student"  # its name among the networks of a `Joint`

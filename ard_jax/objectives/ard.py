@@ -59,7 +59,7 @@ def teacher_forcing(
         Of the shape of `points`.
     """
     inputs = jnp.concatenate([noise[:, None], points[:, :-1]], axis=1)
-    return student.apply({"params": params}, inputs, condition)  # type: ignore[return-value]  # Flax: a pair only where state is `mutable`
+    return student.apply({"params": params}, inputs, condition)  # type: ignore[return-value]  # see layers.layer_norm
 
 
 def _loss_per_step(

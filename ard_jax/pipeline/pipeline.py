@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import numpy.typing as npt
+from PIL import Image
 
 from ard_jax.build import example_shape, make_process, make_solve, make_student, make_teacher
 from ard_jax.errors import UserError
@@ -22,10 +24,10 @@ from ard_jax.pipeline.inputs import read_image, require_int, resolve_labels
 from ard_jax.pipeline.outputs import OUTPUT_TYPES, PipelineOutput, concatenate, convert_output
 from ard_jax.progress import progress_bar
 from ard_jax.sampling import Solve, draw_noise, sample_student, sample_teacher, sampling_key
-from ard_jax.types import Params
+from ard_jax.types import Params, PyTree
 
 # (params, vae_params, noise, labels, …) → images, or images and trajectories
-Program = Callable[..., Any]
+Program = Callable[..., PyTree]
 
 
 class ARDPipeline:
@@ -58,7 +60,7 @@ class ARDPipeline:
         self.vae = vae
         self.id2label = {int(number): name for number, name in (id2label or {}).items()}
         self.card = card
-        self._jitted: dict[Any, Program] = {}
+        self._jitted: dict[object, Program] = {}
 
     def __repr__(self) -> str:
         what = f"student of {self.model.steps} steps" if self.is_student else "teacher"
@@ -125,7 +127,7 @@ class ARDPipeline:
         guidance_scale: float | None = None,
         solver: str | None = None,
         guided_channels: int | None = None,
-        latents: Any = None,
+        latents: jax.typing.ArrayLike | None = None,
         batch_size: int | None = None,
     ) -> PipelineOutput:
         """Makes images. The first call compiles; later ones of as many images and the same settings do not.
@@ -157,7 +159,7 @@ class ARDPipeline:
 
     def edit(
         self,
-        image: Any,
+        image: Image.Image | str | os.PathLike | npt.ArrayLike,
         source_step: int,
         class_labels: int | str | Sequence[int | str],
         seed: int = 0,
@@ -247,7 +249,7 @@ class ARDPipeline:
         node = steps - student.points[source_step - 1]  # respaced indices count down from the noise
         return float(grid.alpha[node]), float(grid.sigma[node])
 
-    def _presenter(self, latent: bool, trajectory: bool) -> Callable[[Any, jax.Array, jax.Array], Any]:
+    def _presenter(self, latent: bool, trajectory: bool) -> Callable[[PyTree, jax.Array, jax.Array], PyTree]:
         """(vae_params, points (batch, step, …), sample (batch, …)) → what a program hands back."""
         vae, is_student = self.vae, self.is_student
 
@@ -270,7 +272,7 @@ class ARDPipeline:
 
     # ------------------------------------------------------------------------------------------- running them
 
-    def _compiled(self, maker: Callable[..., Program], **settings: Any) -> Program:
+    def _compiled(self, maker: Callable[..., Program], **settings: object) -> Program:
         """`maker(**settings)`, jitted once: jit itself then compiles once a shape."""
         key = (maker.__name__, *settings.items())
         if key not in self._jitted:
@@ -284,7 +286,7 @@ class ARDPipeline:
         labels: np.ndarray,
         output_type: str,
         batch_size: int,
-        *rest: Any,
+        *rest: PyTree,
     ) -> PipelineOutput:
         """Runs a program over all labels in batches of one size, which all devices share.
 
@@ -322,7 +324,7 @@ class ARDPipeline:
         shape = example_shape(self.config)
         return lambda key, index: draw_noise(key, index, shape)
 
-    def _own_noise(self, latents: Any, count: int) -> Callable[[np.ndarray], jax.Array]:
+    def _own_noise(self, latents: jax.typing.ArrayLike, count: int) -> Callable[[np.ndarray], jax.Array]:
         """Image numbers → rows of the caller's noise."""
         array, expected = np.asarray(latents), (count, *example_shape(self.config))
         if array.shape != expected or not jnp.issubdtype(array.dtype, jnp.floating):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import ml_collections
@@ -14,6 +13,7 @@ from ard_jax.models.flops import teacher_macs
 from ard_jax.plan.cost import Cost
 from ard_jax.plan.programs import Work
 from ard_jax.training.state import make_optimizer, start_state
+from ard_jax.types import PyTree
 from ard_jax.workdir import student_shapes, teacher_shapes
 
 
@@ -26,7 +26,7 @@ def store_bytes(config: ml_collections.ConfigDict) -> int:
     return settings.count * (states * math.prod(example_shape(config)) * width + label_and_index)
 
 
-def state_bytes(state: Any) -> int:
+def state_bytes(state: PyTree) -> int:
     """Bytes of one checkpoint of a training's state: every network, their averages, the optimisers' state."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 

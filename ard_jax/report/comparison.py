@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 
@@ -70,7 +69,7 @@ def _students(comparison: Mapping) -> list[Mapping]:
     return sorted(students, key=lambda row: (row["steps"], _rank(row["mean"]["fd"])))
 
 
-def _rank(value: Any) -> float:
+def _rank(value: float | None) -> float:
     return value if words.finite(value) else np.inf
 
 

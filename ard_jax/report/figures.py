@@ -3,7 +3,7 @@
 import io
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -240,15 +240,9 @@ def line_chart(
         if log:
             axes.set_yscale("log")
         for line in kept:
-            axes.plot(
-                line.x,
-                line.y,
-                color=PALETTE[line.colour][0],
-                linewidth=1.7,
-                linestyle=(0, (4, 2.4)) if line.dashed else "-",
-                marker="o" if markers else None,
-                markersize=4.5,
-            )
+            style: dict[str, Any] = {"linestyle": (0, (4, 2.4)) if line.dashed else "-"}
+            style["marker"] = "o" if markers else None
+            axes.plot(line.x, line.y, color=PALETTE[line.colour][0], linewidth=1.7, markersize=4.5, **style)
         _dress(axes, xlabel, ylabel, log, markers)
         return _inline_svg(figure, name, f"{ylabel} by {xlabel}: {', '.join(line.label for line in kept)}")
 

@@ -1,7 +1,6 @@
 """Fills the templates of the pages (Jinja2); whatever they are given is escaped."""
 
 import json
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -9,12 +8,12 @@ from ard_jax.report import words
 from ard_jax.report.figures import PALETTE
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, **values: object) -> str:
     """The whole page that a file of `templates/` makes of these values."""
     return _ENVIRONMENT.get_template(template).render(values)
 
 
-def _json(values: Any) -> str:
+def _json(values: object) -> str:
     return json.dumps(values, indent=2, default=str)
 
 

@@ -39,7 +39,7 @@ from ard_jax.evaluation import (
     train_feature_net,
 )
 from ard_jax.files import file_sha256, read_npz, write_json, write_npz
-from ard_jax.models import ARDStudent
+from ard_jax.models import ARDStudent, Condition
 from ard_jax.objectives.ard import teacher_forcing
 from ard_jax.parallel import batch_shards, equal_batches, is_first, local_mesh, on_mesh, put_batch, run_batches
 from ard_jax.sampling import (
@@ -50,7 +50,7 @@ from ard_jax.sampling import (
     sampling_key,
     take_points,
 )
-from ard_jax.types import Params
+from ard_jax.types import Params, PyTree
 from ard_jax.workdir import (
     Loaded,
     Stopwatch,
@@ -211,7 +211,7 @@ class Paired:
             )
         self.rows, self.count = {name: array[kept] for name, array in rows.items()}, int(kept.sum())
 
-    def batches(self, function: Callable[..., Any], *arrays: Any) -> Any:
+    def batches(self, function: Callable[..., PyTree], *arrays: PyTree) -> PyTree:
         """A jitted function of rows of arrays, or of pytrees of them, called in batches of one size; NumPy arrays."""
         count = len(jax.tree.leaves(arrays)[0])
         shards = batch_shards(self.mesh)
@@ -223,7 +223,7 @@ class Paired:
         parts = run_batches(run, equal_batches(np.arange(count), size))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
-    def condition(self) -> Any:
+    def condition(self) -> Condition:
         """What the networks are told of the rows."""
         return self.conditions.rows(self.rows["label"])
 

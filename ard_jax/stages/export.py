@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from ard_jax.build import example_shape
 from ard_jax.config import plain
@@ -248,7 +249,7 @@ FLAGS = {
 }
 
 
-def _check_diffusers(config: Any, is_student: bool) -> None:
+def _check_diffusers(config: ConfigDict, is_student: bool) -> None:
     """Raises UserError for a model that `DiTPipeline` cannot run."""
     if is_student:
         raise UserError("diffusers has no ARD students: choose --format pipeline, safetensors or stablehlo.")
@@ -263,7 +264,7 @@ def _check_diffusers(config: Any, is_student: bool) -> None:
         )
 
 
-def _scheduler_config(config: Any) -> dict[str, Any]:
+def _scheduler_config(config: ConfigDict) -> dict[str, Any]:
     """Of diffusers' `DDIMScheduler`, which walks in strides of ⌊T/steps⌋ whatever its timesteps are."""
     diffusion = config.diffusion
     return {
@@ -280,7 +281,7 @@ def _scheduler_config(config: Any) -> dict[str, Any]:
     }
 
 
-def _differences(config: Any) -> list[str]:
+def _differences(config: ConfigDict) -> list[str]:
     """Where `DiTPipeline` samples otherwise than this teacher's settings say; a sentence each."""
     diffusion, channels, classes = config.diffusion, config.data.channels, config.data.num_classes
     found = []

@@ -7,13 +7,12 @@ student. Started again, it goes on where it stopped. The losses are in ard_jax/o
 
 import logging
 import pathlib
-from typing import Any
 
 import ml_collections
 import numpy as np
 
 from ard_jax.build import make_conditions
-from ard_jax.data import image_source
+from ard_jax.data import Source, image_source
 from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, finetuned_config, make_finetune_method
 from ard_jax.parallel import check_batch, is_first, make_mesh
@@ -63,7 +62,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         merge_done(workdir / "distill", {settings.name: made})
 
 
-def check_real(real: Any, trajectories: Any, config: ml_collections.ConfigDict) -> None:
+def check_real(real: Source, trajectories: Source, config: ml_collections.ConfigDict) -> None:
     """Compares some real examples with the teacher's samples in the store.
 
     Raises:
@@ -72,7 +71,7 @@ def check_real(real: Any, trajectories: Any, config: ml_collections.ConfigDict) 
     """
     images = np.stack([real[row]["image"] for row in _spread(len(real))])
     records = [trajectories[row] for row in _spread(len(trajectories))]
-    samples = np.stack([record["x0"][-1] for record in records]).astype(np.float32)
+    samples = np.stack([np.asarray(record["x0"])[-1] for record in records]).astype(np.float32)
     labels = max(int(record["label"]) for record in records)
     remedy = "use the data that the teacher was trained on, and a store of its trajectories"
     if images.shape[1:] != samples.shape[1:]:

@@ -6,7 +6,6 @@ on where it stopped.
 """
 
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from ard_jax.objectives import Method
 from ard_jax.objectives.denoising import denoising
 from ard_jax.parallel import check_batch, is_first, make_mesh, sharding_of
 from ard_jax.training.fit import Task, fit
+from ard_jax.types import Params
 from ard_jax.workdir import Stopwatch, claim, write_done
 
 
@@ -48,7 +48,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     write_done(directory, **fit(task, params, config, settings, directory, mesh, watch))
 
 
-def init_parameters(model: Backbone, shape: tuple[int, int, int], seed: int, mesh: Mesh) -> Any:
+def init_parameters(model: Backbone, shape: tuple[int, int, int], seed: int, mesh: Mesh) -> Params:
     """Fresh parameters, made where they lie, so that no device ever holds all of them."""
 
     def init():

@@ -57,7 +57,7 @@ def folder_license(folder: pathlib.Path) -> str | None:
     return f"see {files[0]}" if files else None
 
 
-def class_names(id2label: Any, count: int, path: pathlib.Path) -> tuple[str, ...]:
+def class_names(id2label: object, count: int, path: pathlib.Path) -> tuple[str, ...]:
     """Names by class index, () if there are none; a class without one is called by its number.
 
     Raises:
