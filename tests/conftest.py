@@ -20,6 +20,10 @@ gc.set_threshold(100_000)  # tracing makes many small objects that live, and loo
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what was imported is there to stay
+
+
 def pytest_collection_modifyitems(items):
     if not all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
         reason = "needs the oracles: pip install torch==2.13.0, then pip install -e '.[oracles]'"
