@@ -15,11 +15,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # nor do the processes that they start
 # Compiling is most of the time that tests take: each flag halves it. Slow tests run some programs optimised.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
-gc.set_threshold(
-    100_000
-)  # tracing makes many small objects that live, and looking through them took a tenth of the time
+gc.set_threshold(100_000)  # tracing makes many small objects that live; looking through them took a tenth of the time
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported is there to stay
 
 
 def pytest_collection_modifyitems(items):

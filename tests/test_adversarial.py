@@ -73,7 +73,7 @@ def computed(given):
 def written_out(given):
     """Losses by plain forward passes, and their gradients, each differentiated whole."""
     student, judge, networks, memory, teacher, batch = given
-    vectors = power_iteration(networks[DISCRIMINATOR], memory)
+    vectors = quick_jit(power_iteration)(networks[DISCRIMINATOR], memory)
     trajectory, real = batch["trajectory"], batch["real"]
     points = trajectory["x0"][:, jnp.asarray(COLUMNS)]
 
