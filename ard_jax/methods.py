@@ -1,6 +1,7 @@
 """Training methods from a config: what the stages distill and finetune train, and what a training costs."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import ml_collections
 
@@ -82,9 +83,9 @@ def finetuned_config(config: ml_collections.ConfigDict, before: ml_collections.C
 
 
 def make_finetune_method(config: ml_collections.ConfigDict, teacher: Backbone, columns: tuple[int, ...]) -> Method:
-    """The method of a `finetuned_config` config; `columns` as in `objectives.Given`."""
-    settings, student = config.finetune, make_student(config)
-    assert isinstance(student, ARDStudent)  # `finetuned_config` refuses the others
+    """The method of a config of `finetuned_config`; `columns` as in `objectives.Given`."""
+    settings = config.finetune
+    student = cast(ARDStudent, make_student(config))  # `finetuned_config` refuses the others
     return adversarial_method(
         student,
         make_judge(teacher, tuple(settings.layers), make_process(config), settings.feature_time),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -229,22 +230,21 @@ def student_rollout(kind: str, model: Network, steps: int, process: Process) -> 
     if kind not in KINDS:
         raise UserError(f"student.kind is {kind!r}: choose one of {', '.join(KINDS)}.")
     if kind == "history":
-        assert isinstance(model, ARDStudent)
-        return functools.partial(sample_student, model)
-    assert isinstance(model, Backbone)
+        return functools.partial(sample_student, cast(ARDStudent, model))
+    network = cast(Backbone, model)
     process = few_step_process(process)
     grid = process.grid(steps)
     if kind == "deterministic":
 
         def deterministic(params, noise, condition):
             return solve(
-                "ddim", teacher_predictor(model, params, condition, grid, process, NO_GUIDANCE), grid, noise
+                "ddim", teacher_predictor(network, params, condition, grid, process, NO_GUIDANCE), grid, noise
             ).x0
 
         return deterministic
 
     def stochastic(params, noise, condition):
-        predict = teacher_predictor(model, params, condition, grid, process, NO_GUIDANCE)
+        predict = teacher_predictor(network, params, condition, grid, process, NO_GUIDANCE)
         x, points = noise, []
         for node in range(steps):
             points.append(predict(x, node).x0)

@@ -4,6 +4,8 @@ With one block it is knowledge distillation; with the diagonal mask or no histor
 baseline.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 
@@ -25,8 +27,7 @@ from ard_jax.types import Params
 def build(given: Given) -> Method:
     """ARD from a store, or with the teacher inside the training step where there is none."""
     require_kind(given, "history")
-    student = given.student
-    assert isinstance(student, ARDStudent)
+    student = cast(ARDStudent, given.student)
     flops = 6 * student_macs(student, given.shape)
     if given.columns is not None:
         return Method(ard(student, target=given.target, columns=given.columns), flops)

@@ -17,6 +17,8 @@ Samples of S > 1 steps are the paper's algorithm 1, at S of the grid's nodes. Wh
   trained on photographs.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,8 +65,7 @@ def consistency(given: Given) -> Joint:
     "position" (batch,).
     """
     options, process, guidance = given.options, few_step_process(given.solve.process), given.solve.guidance
-    grid, student = fine_grid(given), given.student
-    assert isinstance(student, Backbone)  # of the kind "stochastic"
+    grid, student = fine_grid(given), cast(Backbone, given.student)  # of the kind "stochastic"
 
     def loss(params, target, frozen, batch, key):
         x0, condition = teacher_samples(given, batch), batch["condition"]

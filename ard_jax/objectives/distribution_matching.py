@@ -18,6 +18,8 @@ moves. What differs from DMD2:
 - The student predicts v, so that at the noise end its first guess is not divided by α.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,12 +107,12 @@ def distribution_matching(given: Given) -> Joint:
 
 def _generate(given: Given, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
     """The student's x̂_0 from the teacher's samples noised at one of its nodes, (batch, height, width, channel)."""
-    assert isinstance(given.student, Backbone)  # of the kind "stochastic"
+    student = cast(Backbone, given.student)  # of the kind "stochastic"
     process = few_step_process(given.solve.process)
     grid = process.grid(len(given.points))
     node, noise = draw_nodes(key, batch["position"], range(grid.steps), given.shape)
     x = at_node(teacher_samples(given, batch), noise, grid, node)
-    return teacher_predictor(given.student, params, batch["condition"], grid, process, NO_GUIDANCE)(x, node).x0
+    return teacher_predictor(student, params, batch["condition"], grid, process, NO_GUIDANCE)(x, node).x0
 
 
 def matching_gradient(fake: jax.Array, real: jax.Array, images: jax.Array) -> jax.Array:

@@ -15,6 +15,8 @@ The first round learns from the guided diffusion teacher at 2S steps, each later
   appendix D), so that holds for the first round alone: give it as many steps as the budget allows.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,8 +59,7 @@ def progressive(given: Given) -> Objective:
     "position" (batch,).
     """
     process = few_step_process(given.solve.process)
-    steps, student = len(given.points), given.student
-    assert isinstance(student, Backbone)  # of the kind "deterministic"
+    steps, student = len(given.points), cast(Backbone, given.student)  # of the kind "deterministic"
     grid, halves = process.grid(steps), process.grid(2 * steps)
     seen = (given.solve.process, given.solve.guidance) if given.start is None else (process, NO_GUIDANCE)
     weights = jnp.asarray(np.maximum((grid.alpha[:-1] / grid.sigma[:-1]) ** 2, 1.0), jnp.float32)

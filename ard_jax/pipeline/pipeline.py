@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -214,11 +214,9 @@ class ARDPipeline:
 
         def generate(params, vae_params, noise, labels):
             if is_student:
-                assert isinstance(model, ARDStudent)
-                points = sample_student(model, params, noise, labels)
+                points = sample_student(cast(ARDStudent, model), params, noise, labels)
                 return present(vae_params, points, points[:, -1])
-            assert isinstance(model, Backbone)
-            solution = sample_teacher(model, params, noise, labels, how)
+            solution = sample_teacher(cast(Backbone, model), params, noise, labels, how)
             return present(vae_params, solution.x0, solution.xt[:, -1])
 
         return generate
@@ -228,8 +226,7 @@ class ARDPipeline:
 
         The image is (1, height, width, channel) in [-1, 1].
         """
-        model, vae, present = self.model, self.vae, self._presenter(latent, trajectory)
-        assert isinstance(model, ARDStudent)
+        model, vae, present = cast(ARDStudent, self.model), self.vae, self._presenter(latent, trajectory)
         alpha, sigma = self._source_coefficients(source_step)
 
         def edit(params, vae_params, noise, labels, image):
