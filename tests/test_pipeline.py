@@ -1,428 +1,795 @@
-"""The whole pipeline on configs/smoke.py: what every stage leaves behind, and that its numbers are what they say."""
+"""ARDPipeline: the same images as the stages and as diffusers, what it refuses, and its folders."""
 
+import dataclasses
+import functools
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import draw_noise_and_labels
+from jax import export
 from PIL import Image
-from pipeline_fixtures import STAGES, copy, done, files, sentence, smoke
+from pipeline_fixtures import ROOT, copy, files
 
-from ard_jax.build import make_solve, make_student, make_teacher
-from ard_jax.data import image_source, labels_and_images, stream, to_uint8
+import ard_jax.pipeline.files
+from ard_jax import ARDPipeline
+from ard_jax.build import make_process, make_solve, make_student, make_teacher
+from ard_jax.convert import vae_to_diffusers
+from ard_jax.convert.tensors import write_tensors
+from ard_jax.data import center_crop
 from ard_jax.errors import UserError
-from ard_jax.evaluation import feature_statistics, frechet_distance, precision_recall, train_feature_net
-from ard_jax.files import file_sha256, read_json, read_npz, tree_sha256, write_npz
-from ard_jax.models import init_from_teacher
-from ard_jax.objectives.ard import ard, online_ard, teacher_forcing
-from ard_jax.parallel import make_mesh
-from ard_jax.sampling import sample_student, sample_teacher, sampling_key
-from ard_jax.training.checkpoints import load_parameters
-from ard_jax.trajectories import store
-from ard_jax.workdir import load_student, load_teacher
+from ard_jax.files import read_json, write_json
+from ard_jax.models import AutoencoderKL, init_from_teacher, parameter_shapes
+from ard_jax.models.vae import to_images, to_latents
+from ard_jax.pipeline.inputs import resolve_labels
+from ard_jax.sampling import draw_noise, sample_student, sample_teacher, sampling_key
+from ard_jax.workdir import teacher_shapes
 from configs import smoke as smoke_config
 
-CONFIG = smoke_config.get_config()
-SHAPE = (8, 8, 1)
-
-
-@pytest.fixture(scope="module")
-def teacher(pipeline):
-    """(model, averaged parameters)."""
-    return load_teacher(CONFIG, pipeline, make_mesh())[:2]
+LABELS = [3, 1, 4, 1]  # as many in nearly every test, since another number would have to be compiled
+SMALL = {"block_out_channels": (2, 4), "norm_num_groups": 2, "layers_per_block": 1, "mid_block_add_attention": False}
+NAMES = dict(
+    enumerate(
+        [
+            "tench, Tinca tinca",
+            "golden retriever",
+            "crane",
+            "crane",
+            "missile",
+            "projectile, missile",
+            "6",
+            "7",
+            "8",
+            "9",
+        ]
+    )
+)
 
 
 @pytest.fixture(scope="module")
 def student(pipeline):
-    return load_student(pipeline / "distill" / "ard", make_mesh())[:2]
+    return ARDPipeline.from_pretrained(pipeline / "distill" / "ard")
 
 
 @pytest.fixture(scope="module")
-def trajectories(pipeline):
-    """The store's records by index, as arrays (record, …)."""
-    source = store.Store(pipeline / "trajectories", store.read_manifest(pipeline / "trajectories"))
-    rows = sorted((source[row] for row in range(len(source))), key=lambda record: record["index"])
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def teacher(pipeline):
+    return ARDPipeline.from_pretrained(pipeline / "teacher")
 
 
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def small_config(**changes):
+    """configs/smoke.py's, on latents of 4 channels, with changes such as student={"target": "xt"}."""
+    config = smoke_config.get_config()
+    with config.unlocked():
+        config.data.update(space="latent", channels=4)
+        for section, values in changes.items():
+            config[section].update(values)
+    return ard_jax.pipeline.files.describe_model(config, is_student=True)
 
 
-# --------------------------------------------------------------------------------------------- what stages leave
+def random_like(shapes, seed=0, scale=0.3):
+    """Parameters strong enough for everything to matter: no gate is zero."""
+    generator = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: np.float32(scale * generator.standard_normal(leaf.shape)), shapes)
 
 
-def test_every_stage_ends_by_saying_where_its_results_lie(pipeline):
-    for stage in STAGES:
-        log = (pipeline / f"{stage}.log").read_text()
-        assert log.endswith(f"done: {pipeline / stage}\n") and "Traceback" not in log
-        assert (pipeline / stage / "done.json").exists()
-    assert not [name for name in files(pipeline) if ".partial" in name or "orbax-checkpoint-tmp" in name]
-    assert read_json(pipeline / "teacher" / "labels.json") == [str(digit) for digit in range(10)]
+def small_pipeline(vae=True, **changes):
+    """A random student of latents, with a random VAE of 16×16 pixels."""
+    config = small_config(**changes)
+    model = make_student(config)
+    shapes = jax.eval_shape(lambda params: init_from_teacher(params, model), teacher_shapes(make_teacher(config)))
+    if not vae:
+        return ARDPipeline(random_like(shapes), config)
+    autoencoder = AutoencoderKL(**SMALL, scaling_factor=0.5)
+    image = jax.ShapeDtypeStruct((1, 16, 16, 3), "float32")
+    vae_params = random_like(parameter_shapes(autoencoder, image), seed=1, scale=0.6)
+    return ARDPipeline(random_like(shapes), config, vae=autoencoder, vae_params=vae_params)
 
 
-@pytest.mark.parametrize("folder", ["teacher", "distill/ard"])
-def test_done_names_the_hashes_of_the_parameters(pipeline, folder, teacher, student):
-    params, _ = (teacher if folder == "teacher" else student)[1], None
-    hashes = done(pipeline / folder)["sha256"]
-    assert hashes["ema"] == tree_sha256(params)
-    raw = load_parameters(pipeline / folder / "checkpoints", "params", params)
-    assert hashes["params"] == tree_sha256(raw) != hashes["ema"]
-    assert done(pipeline / folder)["step"] == 20
+@pytest.fixture(scope="module")
+def latent_student():
+    return small_pipeline()
 
 
-def test_done_of_distill_lists_every_student(pipeline):
-    whole, one = done(pipeline / "distill"), done(pipeline / "distill" / "ard")
-    assert whole["sha256"] == {f"ard/{name}": sha for name, sha in one["sha256"].items()}
-    assert whole["models"]["ard"]["step"] == 20 and whole["seconds"] == one["seconds"] > 0
+def refused(function, *arguments, **settings) -> str:
+    """The one sentence that a call ends in."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **settings)
+    said = str(caught.value)
+    assert "\n" not in said and said.endswith("."), said
+    return said
 
 
-@pytest.mark.parametrize("stage", ["trajectories", "sample", "evaluate", "report"])
-def test_done_names_the_hashes_of_the_files(pipeline, stage):
-    folder = pipeline / stage / "1.0.0" if stage == "trajectories" else pipeline / stage
-    hashes = done(pipeline / stage)["sha256"]
-    expected = {
-        "trajectories": [f"trajectories-train.array_record-0000{shard}-of-00003" for shard in range(3)],
-        "sample": [f"{name}/{file}" for name in ("ard", "teacher") for file in ("grid.png", "samples.npz")],
-        "evaluate": ["edits.npz", "pictures.npz", "results.json"],
-        "report": ["index.html", "results.json", "teaser.png"],
+class Compilations:
+    """How many programs were compiled since it was made, or fetched from the cache of compiled ones."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self.hear)
+
+    def hear(self, event, *_, **__):
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture
+def compilations():
+    counted = Compilations()
+    yield counted
+    jax.monitoring.unregister_event_duration_listener(counted.hear)
+
+
+def noise_of(seed, count=4):
+    """Noise of images 0, 1, …, as the stage `sample` draws it."""
+    return jax.jit(lambda: draw_noise(sampling_key(seed), np.arange(count), (8, 8, 1)))()
+
+
+# ------------------------------------------------------------------------------------------------ what it makes
+
+
+@pytest.mark.parametrize("name", ["ard", "teacher"])
+def test_images_are_those_of_the_sample_stage(pipeline, student, teacher, name):
+    pipe = teacher if name == "teacher" else student
+    with np.load(pipeline / "sample" / name / "samples.npz") as file:
+        images, labels = file["arr_0"][:24], file["labels"][:24]
+    made = pipe(list(labels), seed=1)
+    assert [image.mode for image in made.images] == ["L"] * 24
+    np.testing.assert_array_equal(np.stack(made.images)[..., None], images)
+    np.testing.assert_array_equal(made.labels, labels)
+
+
+def test_noise_is_that_of_the_sample_stage_bit_for_bit(student):
+    expected = noise_of(7)
+    assert student(LABELS, seed=7, output_type="latent").images.tobytes() == (
+        student(LABELS, latents=expected, output_type="latent").images.tobytes()
+    )
+
+
+def test_output_types_show_the_same_images(student):
+    latent, array, pictures = (student(LABELS, output_type=kind).images for kind in ("latent", "np", "pil"))
+    assert latent.shape == array.shape == (4, 8, 8, 1) and latent.dtype == array.dtype == np.float32
+    np.testing.assert_allclose(array, np.clip((latent + 1) / 2, 0, 1), atol=1e-6)
+    np.testing.assert_array_equal(np.stack(pictures), np.rint(array[..., 0] * 255))
+
+
+def test_images_of_a_label_lie_side_by_side_and_differ(student):
+    made = student([3, 8], num_images_per_label=2, output_type="np")
+    assert made.labels.tolist() == [3, 3, 8, 8]
+    np.testing.assert_array_equal(made.images, student([3, 3, 8, 8], output_type="np").images)
+    assert np.abs(made.images[0] - made.images[1]).max() > 0.1
+
+
+def test_the_trajectory_of_a_student_is_its_predictions(student):
+    made = student(LABELS, output_type="latent", return_trajectory=True)
+    noise = noise_of(0)
+    expected = jax.jit(lambda: sample_student(student.model, student.params, noise, jnp.asarray(LABELS)))()
+    np.testing.assert_allclose(made.trajectory, expected, atol=1e-5)
+    assert made.trajectory.shape == (4, 3, 8, 8, 1)
+    assert np.abs(made.trajectory[:, 0] - made.trajectory[:, 2]).max() > 0.01
+    np.testing.assert_array_equal(made.images, made.trajectory[:, -1])
+    assert student(LABELS, output_type="latent").trajectory is None
+
+
+def test_a_trajectory_is_of_the_same_type_as_the_images(student):
+    array = student(LABELS, output_type="np", return_trajectory=True)
+    pictures = student(LABELS, output_type="pil", return_trajectory=True)
+    levels = [[np.asarray(step) for step in row] for row in pictures.trajectory]
+    np.testing.assert_array_equal(levels, np.rint(array.trajectory[..., 0] * 255))
+    np.testing.assert_array_equal(np.stack(pictures.images), np.rint(array.images[..., 0] * 255))
+
+
+def test_the_trajectory_of_a_teacher_is_its_x0_predictions(teacher):
+    made = teacher(LABELS, output_type="latent", return_trajectory=True)
+    assert made.trajectory.shape == (4, 5, 8, 8, 1)
+    np.testing.assert_allclose(made.trajectory, solve(teacher).x0, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(made.images, solve(teacher).xt[:, -1], rtol=1e-5, atol=1e-5)
+
+
+@functools.cache
+def solve(pipe, **changes):
+    how = make_solve(pipe.config)
+    guidance = {
+        name.split("_")[1]: changes.pop(name) for name in ("guidance_scale", "guided_channels") if name in changes
     }
-    assert sorted(hashes) == expected[stage]
-    assert hashes == {file: file_sha256(folder / file) for file in hashes}
-
-
-@pytest.mark.parametrize("folder", ["teacher", "trajectories", "distill/ard", "sample/ard", "sample/teacher"])
-def test_the_resolved_config_lies_beside_what_it_made(pipeline, folder):
-    config = read_json(pipeline / folder / "config.json")
-    inputs = config.pop("inputs")
-    assert config == json.loads(json.dumps(CONFIG.to_dict()))
-    made_by = {"sample/ard": ("ema", "distill/ard"), "sample/teacher": ("ema", "teacher")}
-    if folder != "teacher":
-        name, source = made_by.get(folder, ("teacher", "teacher"))
-        assert inputs[name] == done(pipeline / source)["sha256"]["ema"]
-
-
-def test_the_log_shows_config_parameters_and_speed(pipeline):
-    log = (pipeline / "teacher.log").read_text()
-    assert "learning_rate: 0.002" in log and "schedule: cosine" in log
-    assert "blocks/qkv/kernel" in log and "(2, 16, 48)" in log and "Total: 14,948" in log
-    assert all(word in log for word in ("step 20/20", "steps_per_s", "samples_per_s", "utilisation"))
-    log = (pipeline / "trajectories.log").read_text()
-    assert "shard 3 of 3 written" in log and "trajectories/s" in log and "24 trajectories kept, 0 dropped." in log
+    how = dataclasses.replace(how, **changes, guidance=dataclasses.replace(how.guidance, **guidance))
+    noise = noise_of(0)
+    run = jax.jit(lambda params, noise, labels: sample_teacher(pipe.model, params, noise, labels, how))
+    return run(pipe.params, noise, jnp.asarray(LABELS))
 
 
 @pytest.mark.parametrize(
-    ("folder", "own"), [("teacher", set()), ("distill/ard", {"loss_step_1", "loss_step_2", "loss_step_3"})]
+    ("asked", "meant"),
+    [
+        ({"num_inference_steps": 3, "guidance_scale": 4, "solver": "heun"}, {"steps": 3, "guidance_scale": 4.0}),
+        ({"guidance_scale": 1, "solver": "dpm++2m"}, {"guidance_scale": 1.0}),
+    ],
 )
-def test_metrics_are_logged(pipeline, folder, own):
-    logged = lines(pipeline / folder)
-    assert [line["step"] for line in logged] == [5, 10, 15, 20]
-    fields = {"step", "loss", "gradient_norm", "parameter_norm"} | own
-    fields |= {"steps_per_s", "samples_per_s", "utilisation", "input_wait"}
-    assert all(set(line) == fields for line in logged)
-    if own:
-        for line in logged:
-            assert line["loss"] == pytest.approx(np.mean([line[name] for name in own]), rel=1e-5)
+def test_a_teacher_runs_with_any_settings(teacher, asked, meant):
+    images = teacher(LABELS, output_type="latent", **asked).images
+    np.testing.assert_allclose(images, solve(teacher, solver=asked["solver"], **meant).xt[:, -1], rtol=1e-5, atol=1e-5)
+    assert np.abs(images - solve(teacher).xt[:, -1]).max() > 1e-2
 
 
-def test_the_teacher_learns(pipeline):
-    losses = [line["loss"] for line in lines(pipeline / "teacher")]
-    assert losses[-1] < 0.9 * losses[0]
+def test_batches_of_one_size_give_the_same_images(student, compilations):
+    labels = [i % 10 for i in range(11)]
+    whole = student(labels, output_type="np", return_trajectory=True)
+    student(LABELS, output_type="np", return_trajectory=True)
+    compilations.count = 0
+    split = student(labels, output_type="np", return_trajectory=True, batch_size=4)
+    assert compilations.count == 0  # every batch is of 4 images, the last 3 fill one up
+    np.testing.assert_allclose(split.images, whole.images, atol=1e-6)
+    np.testing.assert_allclose(split.trajectory, whole.trajectory, atol=1e-6)
+    assert split.images.shape == (11, 8, 8, 1) and split.labels.tolist() == labels
 
 
-# ----------------------------------------------------------------------------------------------------- sampling
+def test_later_calls_of_the_same_shape_do_not_compile(pipeline, compilations):
+    pipe = ARDPipeline.from_pretrained(pipeline / "teacher")
+    compilations.count = 0
+    first = pipe(LABELS, output_type="np").images
+    assert compilations.count >= 2  # the noise and the network
+    compilations.count = 0
+    others = [
+        pipe(LABELS, seed=1, output_type="np"),
+        pipe([9, 8, 7, 6], output_type="np"),
+        pipe(LABELS, num_inference_steps=5, solver="ddim", output_type="pil"),  # what the config says already
+    ]
+    assert compilations.count == 0
+    assert np.abs(others[0].images - first).max() > 0.1 and np.abs(others[1].images - first).max() > 0.1
+    pipe(LABELS, num_inference_steps=4)
+    assert compilations.count == 1
 
 
-def test_samples_are_pictures(pipeline):
-    for name in ("teacher", "ard"):
-        with np.load(pipeline / "sample" / name / "samples.npz", allow_pickle=False) as file:
-            images, labels = file["arr_0"], file["labels"]
-        assert images.shape == (72, 8, 8, 1) and images.dtype == np.uint8 and len(np.unique(images)) > 2
-        assert labels.shape == (72,) and set(labels) == set(range(10))
-        grid = np.asarray(Image.open(pipeline / "sample" / name / "grid.png"))
-        assert grid.shape == (4 * 64 + 3 * 2, 4 * 64 + 3 * 2)  # 16 pictures, enlarged 8 times, gutters of 2
-        for row, column in ((0, 0), (1, 2), (3, 3)):  # picture 4·row + column, enlarged by whole pixels
-            top, left = row * 66, column * 66
-            shown = grid[top : top + 64 : 8, left : left + 64 : 8]
-            np.testing.assert_array_equal(shown, images[4 * row + column, ..., 0])
+def test_the_program_can_be_exported_for_any_batch(student, teacher):
+    batch = export.symbolic_shape("batch")
+    inputs = jax.ShapeDtypeStruct((*batch, 8, 8, 1), "float32"), jax.ShapeDtypeStruct(batch, "int32")
+    for pipe, steps in ((student, 3), (teacher, 5)):
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), pipe.params)
+        exported = export.export(jax.jit(pipe.generate_function(trajectory=True)))(shapes, None, *inputs)
+        assert [leaf.shape for leaf in exported.out_avals] == [(*batch, 8, 8, 1), (*batch, steps, 8, 8, 1)]
 
 
-def test_teacher_and_student_start_from_the_same_noise_and_label(pipeline, teacher, student):
-    """Image i is what the samplers give for noise and label i of the sampling seed, in every batch."""
-    noise, label = draw_noise_and_labels(sampling_key(1), np.arange(72), SHAPE, 10)
-    expected = {
-        "teacher": jax.jit(lambda: sample_teacher(*teacher, noise, label, make_solve(CONFIG)).xt[:, -1])(),
-        "ard": jax.jit(lambda: sample_student(*student, noise, label)[:, -1])(),
-    }
-    for name, images in expected.items():
-        with np.load(pipeline / "sample" / name / "samples.npz") as file:
-            np.testing.assert_array_equal(file["labels"], label)
-            different = np.abs(file["arr_0"].astype(int) - to_uint8(images))
-        assert different.max() <= 1 and (different > 0).mean() < 0.01  # rounding at the edge of a grey level
+# ------------------------------------------------------------------------------------------------------- latents
 
 
-def test_samples_do_not_depend_on_the_batch(pipeline, tmp_path):
-    workdir = copy(pipeline, tmp_path, "teacher")
-    assert smoke("sample", workdir, "sample.models=('teacher',)", "sample.count=30").status == 0
-    few, many = (np.load(folder / "sample" / "teacher" / "samples.npz") for folder in (workdir, pipeline))
-    for name in ("arr_0", "labels"):  # 30 is no multiple of the batch of 24
-        np.testing.assert_array_equal(few[name], many[name][:30])
+def test_latents_are_decoded_by_the_vae(latent_student):
+    pipe = latent_student
+    latents = pipe(LABELS, output_type="latent").images
+    array, pictures = (pipe(LABELS, output_type=kind, return_trajectory=True) for kind in ("np", "pil"))
+    decoded = jax.jit(lambda z: to_images(pipe.vae, pipe.vae_params, z))(latents)
+    assert latents.shape == (4, 8, 8, 4)
+    assert array.images.shape == (4, 16, 16, 3) and array.trajectory.shape == (4, 3, 16, 16, 3)
+    np.testing.assert_allclose(array.images, np.clip((decoded + 1) / 2, 0, 1), atol=1e-5)
+    np.testing.assert_array_equal(array.images, array.trajectory[:, -1])
+    assert np.abs(decoded).max() > 1 and array.images.min() == 0  # what leaves [-1, 1] is clipped
+    assert pictures.images[0].mode == "RGB" and pictures.images[0].size == (16, 16)
 
 
-def test_labels_are_drawn_in_turn_where_they_are_given(pipeline, tmp_path):
-    workdir = copy(pipeline, tmp_path, "teacher")
-    overrides = ["sample.models=('teacher',)", "sample.count=7", "sample.labels=(3,1,4)", "sample.batch_size=4"]
-    assert smoke("sample", workdir, *overrides).status == 0
-    with np.load(workdir / "sample" / "teacher" / "samples.npz") as file:
-        assert file["labels"].tolist() == [3, 1, 4, 3, 1, 4, 3]
-        assert file["arr_0"].shape == (7, 8, 8, 1)
-    assert Image.open(workdir / "sample" / "teacher" / "grid.png").size == (3 * 64 + 2 * 2, 3 * 64 + 2 * 2)
+def test_without_a_vae_latents_can_be_made_but_no_pictures():
+    pipe = small_pipeline(vae=False)
+    assert pipe(LABELS, output_type="latent").images.shape == (4, 8, 8, 4)
+    assert "has no VAE and cannot make pictures" in refused(pipe, LABELS)
+    picture = Image.new("RGB", (16, 16))
+    assert "has no VAE and cannot edit images" in refused(pipe.edit, picture, 1, 3, output_type="latent")
 
 
-@pytest.mark.parametrize("broken", ["absent", "cut", "empty", "text", "objects"])
-def test_arrays_that_cannot_be_read_are_named_in_a_sentence(tmp_path, broken):
-    path = tmp_path / "samples.npz"
-    write_npz(path, arr_0=np.arange(1000))
-    assert read_npz(path)["arr_0"].tolist() == list(range(1000))
-    if broken == "objects":
-        np.savez(path, arr_0=np.array([{}], dtype=object))
-    else:
-        path.write_bytes({"cut": path.read_bytes()[:600], "text": b"no arrays"}.get(broken, b""))
-    if broken == "absent":
-        path.unlink()
-    with pytest.raises(
-        UserError, match=r"samples.npz cannot be read \(.+\), since it was altered or lost: run the stage"
-    ):
-        read_npz(path)
+def test_editing_encodes_to_the_mean(latent_student):
+    pipe = latent_student
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    made = pipe.edit(picture, 1, LABELS, output_type="latent", return_trajectory=True)
+    pixels = np.asarray(picture, np.float32)[None] / 127.5 - 1
+    source = jax.jit(lambda x: to_latents(pipe.vae, pipe.vae_params, x))(pixels)
+    np.testing.assert_allclose(made.trajectory[:, 0], np.broadcast_to(source, (4, 8, 8, 4)), atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------ evaluation and report
+# ------------------------------------------------------------------------------------------------------- editing
 
 
-def test_results_are_those_of_the_samples(pipeline):
-    """Computed again from the files with the evaluation functions."""
-    results = read_json(pipeline / "evaluate" / "results.json")
-    images, labels = labels_and_images(image_source(CONFIG.data))
-    net = train_feature_net(images, labels, 10, steps=20)
-    real = net(images)
-    for name in ("teacher", "ard"):
-        with np.load(pipeline / "sample" / name / "samples.npz") as file:
-            features = net(file["arr_0"])
-        model = results["models"][name]
-        assert model["fd"] == pytest.approx(frechet_distance(feature_statistics(real), feature_statistics(features)))
-        spread = real[[row * 1796 // 71 for row in range(72)]]  # 72 of the 1797, evenly
-        assert (model["precision"], model["recall"]) == precision_recall(spread, features, k=3)
-    assert results["models"]["ard"]["degradation"] == pytest.approx(
-        results["models"]["ard"]["fd"] - results["models"]["teacher"]["fd"]
+def test_an_edit_goes_on_from_the_source(student):
+    """Against the training forward of its own prediction with the image in place of the second."""
+    source = student(LABELS, output_type="np").images[0]
+    made = student.edit(source, 2, LABELS, seed=2, output_type="latent", return_trajectory=True)
+    noise, labels = noise_of(2), jnp.asarray(LABELS)
+    own = student(LABELS, seed=2, output_type="latent", return_trajectory=True).trajectory
+    points = np.stack([noise, own[:, 0], np.stack([2 * source - 1] * 4)], axis=1)
+    last = jax.jit(lambda: student.model.apply({"params": student.params}, points, labels)[:, -1])()
+    np.testing.assert_allclose(made.trajectory, np.stack([points[:, 1], points[:, 2], last], axis=1), atol=1e-5)
+    np.testing.assert_array_equal(made.images, made.trajectory[:, -1])
+    assert np.abs(made.images - own[:, -1]).max() > 1e-2 and np.abs(own[:, 1] - points[:, 2]).max() > 0.1
+
+
+def test_a_later_source_leaves_more_of_the_predictions_before_it(student):
+    source = student(LABELS, output_type="np").images[0]
+    early, late = (student.edit(source, s, LABELS, output_type="latent", return_trajectory=True) for s in (1, 2))
+    own = student(LABELS, output_type="latent", return_trajectory=True).trajectory
+    np.testing.assert_allclose(late.trajectory[:, 0], own[:, 0], atol=1e-6)
+    for made, step in ((early, 0), (late, 1)):
+        np.testing.assert_allclose(made.trajectory[:, step], np.stack([2 * source - 1] * 4), atol=1e-6)
+
+
+def test_a_noisy_point_is_the_image_with_the_trajectorys_noise(student):
+    """Points 3 and 1 of a grid of 5 steps are what the solver arrives at after 2 and 4 of them."""
+    config = student.config.copy_and_resolve_references()
+    config.student.target = "xt"
+    pipe = ARDPipeline(student.params, config)
+    picture = np.random.default_rng(0).random((8, 8, 1), np.float32)
+    noise = np.asarray(noise_of(0))
+    grid = make_process(config).grid(5)
+    for step, node in ((1, 2), (2, 4)):
+        made = pipe.edit(picture, step, LABELS, output_type="latent", return_trajectory=True)
+        expected = grid.alpha[node] * (2 * picture - 1) + grid.sigma[node] * noise
+        np.testing.assert_allclose(made.trajectory[:, step - 1], expected, atol=1e-5)
+
+
+def test_every_kind_of_image_can_be_edited(student, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    picture = Image.fromarray(levels)
+    picture.save(tmp_path / "picture.png")
+    kinds = [picture, picture.convert("RGB"), tmp_path / "picture.png", str(tmp_path / "picture.png"), levels]
+    kinds += [levels[..., None], levels / 255, np.float32(levels[..., None]) / 255]
+    first, *others = [student.edit(kind, 1, LABELS, output_type="np").images for kind in kinds]
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=1e-5)
+    darker = student.edit(levels // 2, 1, LABELS, output_type="np").images
+    assert np.abs(darker - first).max() > 1e-2
+
+
+def test_what_cannot_be_edited(student, teacher, tmp_path):
+    square = np.zeros((8, 8), np.uint8)
+    assert "is 16×8 pixels, but this model works on 8×8: crop it with ard_jax.data.center_crop(image, 8)" in refused(
+        student.edit, Image.new("L", (16, 8)), 1, 3
     )
-    assert results["real_images"] == 1797 and results["samples"] == 72 and results["paired"] == 8
-    assert f"{net.held_out_accuracy:.3f}" in results["features"] and "not comparable" in results["features"]
+    assert student.edit(center_crop(Image.new("L", (16, 8)), 8), 1, LABELS).images[0].size == (8, 8)
+    assert "is 12×12 pixels" in refused(student.edit, np.zeros((12, 12, 1)), 1, 3)
+    values = np.linspace(0, 255, 64).reshape(8, 8)
+    assert "values from 0 to 255: floats must lie in [0, 1]" in refused(student.edit, values, 1, 3)
+    assert "has 3 channels" in refused(student.edit, np.zeros((8, 8, 3)), 1, 3)
+    assert "array of int64 (8, 8, 1)" in refused(student.edit, square.astype(np.int64), 1, 3)
+    assert "none.png cannot be read" in refused(student.edit, tmp_path / "none.png", 1, 3)
+    assert "source_step is 0: give a whole number from 1 to 2" in refused(student.edit, square, 0, 3)
+    assert "source_step is 3: give" in refused(student.edit, square, 3, 3)
+    assert "source_step is 1.0: give" in refused(student.edit, square, 1.0, 3)
+    assert "a teacher cannot edit images" in refused(teacher.edit, square, 1, 3)
+    assert "from 0 to 9" in refused(student.edit, square, 1, 10)
+    one = small_pipeline(student={"points": (0,), "history_layers": 0})
+    assert "a student of 1 step cannot edit images" in refused(one.edit, np.zeros((16, 16, 3)), 1, 3)
 
 
-def test_errors_are_paired_with_the_teacher(pipeline, teacher, student):
-    """Per step, from the same noise: on the teacher's history, and on the student's own."""
-    model = read_json(pipeline / "evaluate" / "results.json")["models"]["ard"]
-    noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
-    solved = jax.jit(lambda: sample_teacher(*teacher, noise, label, make_solve(CONFIG)).x0)()
-    points = np.asarray(solved, np.float64)[:, [1, 3, 4]]  # respaced 3, 1, 0 of steps 4 … 0
-    rollout = np.asarray(jax.jit(lambda: sample_student(*student, noise, label))(), np.float64)
-    forced = np.asarray(jax.jit(lambda: teacher_forcing(*student, noise, jnp.asarray(points, jnp.float32), label))())
-    mse = ((rollout - points) ** 2).mean(axis=(0, 2, 3, 4))
-    assert model["mse_per_step"] == pytest.approx(mse, rel=1e-4) == model["rollout_mse"]
-    assert model["forced_mse"] == pytest.approx(((forced - points) ** 2).mean(axis=(0, 2, 3, 4)), rel=1e-4)
-    assert model["forced_mse"][0] == pytest.approx(model["rollout_mse"][0], rel=1e-5)  # the first step has no history
-    assert model["psnr_per_step"] == pytest.approx(10 * np.log10(4 / mse), abs=1e-3)  # images span [-1, 1]
-    assert model["psnr"] == model["psnr_per_step"][-1]
+# -------------------------------------------------------------------------------------------------------- labels
 
 
-def test_the_first_points_of_the_teacher_help_the_last(pipeline, teacher, student):
-    """PSNR of the final image when the first k points are the teacher's: the plain rollout, …, the forced last step."""
-    model = read_json(pipeline / "evaluate" / "results.json")["models"]["ard"]
-    assert len(model["given_psnr"]) == 3
-    assert model["given_psnr"][0] == pytest.approx(model["psnr"], abs=1e-4)
-    assert model["given_psnr"][-1] == pytest.approx(10 * np.log10(4 / model["forced_mse"][-1]), abs=1e-4)
-    noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
-    solved = jax.jit(lambda: sample_teacher(*teacher, noise, label, make_solve(CONFIG)).x0)()
-    points = solved[:, jnp.asarray([1, 3, 4])]
-    final = jax.jit(lambda: sample_student(*student, noise, label, {1: points[:, 0]}))()[:, -1]
-    mse = np.mean((np.asarray(final, np.float64) - points[:, -1]) ** 2)
-    assert model["given_psnr"][1] == pytest.approx(10 * np.log10(4 / mse), abs=1e-3)
+@pytest.mark.parametrize(
+    ("given", "numbers"),
+    [
+        ("golden retriever", [1]),
+        ("Golden  Retriever", [1]),
+        (["tinca tinca", "tench", 4, "tench, Tinca tinca"], [0, 0, 4, 0]),
+        ("missile", [4]),  # the whole entry comes before a name among others
+        (np.array([5, 0]), [5, 0]),
+        (np.int32(2), [2]),
+        (3, [3]),
+    ],
+)
+def test_labels_resolve(given, numbers):
+    labels = resolve_labels(given, NAMES, 6)
+    assert labels.tolist() == numbers and labels.dtype == np.int32
 
 
-def test_attention_mass_is_that_on_the_students_own_points(pipeline, student):
-    mass = np.asarray(read_json(pipeline / "evaluate" / "results.json")["models"]["ard"]["attention_mass"])
-    assert mass.shape == (1, 3, 3)
-    np.testing.assert_allclose(mass.sum(axis=-1), 1, atol=1e-6)
-    np.testing.assert_array_equal(mass[0] > 0, np.tril(np.ones((3, 3), bool)))
-    model, params = student
-    noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
-    rollout = jax.jit(lambda: sample_student(model, params, noise, label))()
-    inputs = jnp.concatenate([noise[:, None], rollout[:, :-1]], axis=1)
-    expected = jax.jit(lambda: model.apply({"params": params}, inputs, label, method="attention_mass"))()
-    np.testing.assert_allclose(mass, np.asarray(expected).mean(axis=0), atol=1e-5)
+def test_labels_that_do_not(student):
+    assert "no class named 'golden retreiver': did you mean 'golden retriever'" in refused(
+        resolve_labels, "golden retreiver", NAMES, 6
+    )
+    assert "no class named 'xyzzy': the pipeline's id2label lists the names" in refused(
+        resolve_labels, "xyzzy", NAMES, 6
+    )
+    assert "'crane' stands for several classes: choose 2 (crane) or 3 (crane) by number" in refused(
+        resolve_labels, "crane", NAMES, 6
+    )
+    assert "class label 10 is out of range: choose one from 0 to 9" in refused(student, [3, 10])
+    assert "class label -1 is out of range" in refused(student, -1)
+    assert "class label 1.5 is neither a whole number nor a name" in refused(student, [1.5])
+    assert "class_labels is empty" in refused(student, [])
+    nameless = ARDPipeline(student.params, student.config)
+    assert "'three' cannot be looked up, since this pipeline has no names" in refused(nameless, "three")
 
 
-def test_edits_put_the_source_in_place_of_a_step(pipeline, teacher, student):
-    with np.load(pipeline / "evaluate" / "edits.npz", allow_pickle=False) as file:
-        edits = dict(file)
-    noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
-    source = jax.jit(lambda: sample_teacher(*teacher, noise, label, make_solve(CONFIG)).xt[:4, -1])()
-    np.testing.assert_array_equal(edits["label"], (label[:4] + 5) % 10)
-    assert np.abs(edits["source"].astype(int) - to_uint8(source)).max() <= 1
-    other = jnp.roll(noise, 1, axis=0)[:4]
-    for step, given in enumerate([{}, {1: source}, {2: source}]):
-        final = jax.jit(lambda given=given: sample_student(*student, other, edits["label"], given))()[:, -1]
-        assert np.abs(edits["ard"][:, step].astype(int) - to_uint8(final)).max() <= 1
-    assert edits["ard"].shape == (4, 3, 8, 8, 1) and (edits["ard"][:, 0] != edits["ard"][:, 2]).any()
+# ------------------------------------------------------------------------------------------------- what is refused
 
 
-def test_the_report_holds_what_outside_checks_use(pipeline):
-    results = read_json(pipeline / "report" / "results.json")
-    evaluated = read_json(pipeline / "evaluate" / "results.json")
-    assert results["teacher"]["fd"] == evaluated["models"]["teacher"]["fd"]
-    assert {"fd", "psnr", "degradation", "precision", "recall"} <= set(results["ard"])
-    assert results["degradation_ratio"] is None  # there is no student without history here
-    seconds = {"teacher", "trajectories", "distill/ard", "sample/teacher", "sample/ard", "evaluate"}
-    assert set(results["seconds"]) == seconds and min(results["seconds"].values()) > 0
-    assert results["seconds"]["teacher"] == done(pipeline / "teacher")["seconds"]
-    assert results["ard"]["parameters"] == 16172 and results["teacher"]["parameters"] == 14948
-    assert results["teacher"]["network_calls"] == 10 and results["ard"]["network_calls"] == 3
-    page = (pipeline / "report" / "index.html").read_text()
-    assert "Smoke test" in page and "http://" not in page.replace("http://www.w3.org", "") and "<script src" not in page
-    assert Image.open(pipeline / "report" / "teaser.png").size[0] > 100
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"num_inference_steps": 4}, "num_inference_steps is 4, but this student was trained for 3 steps"),
+        ({"guidance_scale": 2.0}, "guidance_scale is a teacher's setting, and this is a student"),
+        ({"solver": "ddim"}, "solver is a teacher's setting"),
+        ({"guided_channels": 0}, "guided_channels is a teacher's setting"),
+        ({"output_type": "pt"}, "output_type is 'pt': choose one of pil, np, latent"),
+        ({"num_images_per_label": 0}, "num_images_per_label is 0: give a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size is 0: give a whole number of at least 1"),
+        ({"batch_size": 2.5}, "batch_size is 2.5: give"),
+        ({"seed": -1}, "seed is -1: give a whole number from 0 to 2147483647"),
+        (
+            {"latents": np.zeros((4, 1, 8, 8))},
+            "(4, 1, 8, 8), but these labels need floats (4, 8, 8, 1)",
+        ),
+        ({"latents": np.zeros((4, 8, 8, 1), int)}, "array of int64"),
+    ],
+)
+def test_what_a_student_refuses(student, compilations, asked, said):
+    assert said in refused(student, LABELS, **asked)
+    assert compilations.count == 0
 
 
-def test_few_samples_or_other_ones_are_refused(pipeline, tmp_path):
-    workdir = copy(pipeline, tmp_path, "teacher", "distill", "sample")
-    said = sentence(smoke("evaluate", workdir, "sample.count=80"), "evaluate")
-    assert "sample/teacher holds 72 images, but sample.count is 80: run 'sample' again" in said
-    assert not (workdir / "evaluate").exists()
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps is 0: give a whole number of at least 1"),
+        ({"num_inference_steps": 1001}, "steps are 1001, but its process has 1000 timesteps"),
+        ({"guidance_scale": -1}, "guidance_scale is -1: give a number of at least 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guided_channels": -1}, "guided_channels is -1: give a whole number of at least 0"),
+        ({"solver": "euler"}, "solver is 'euler', which does not exist: choose one of ddim, heun, dpm++2m"),
+    ],
+)
+def test_what_a_teacher_refuses(teacher, compilations, asked, said):
+    assert said in refused(teacher, LABELS, **asked)
+    assert compilations.count == 0
 
 
-# ---------------------------------------------------------------------------------------------- other settings
+def test_a_student_takes_its_own_number_of_steps(student):
+    made = student(LABELS, output_type="latent", num_inference_steps=3)
+    np.testing.assert_array_equal(made.images, student(LABELS, output_type="latent").images)
 
 
-@pytest.mark.parametrize("solver", ["heun", "dpm++2m"])
-def test_every_solver_makes_trajectories(pipeline, tmp_path, trajectories, solver):
-    workdir = copy(pipeline, tmp_path, "teacher")
-    assert smoke("trajectories", workdir, f"diffusion.solver={solver}", "trajectories.count=4").status == 0
-    made = store.Store(workdir / "trajectories", store.read_manifest(workdir / "trajectories"))
-    for index in range(4):
-        record = made[index]
-        np.testing.assert_array_equal(record["noise"], trajectories["noise"][index])  # the same start
-        np.testing.assert_array_equal(record["x0"][-1], record["xt"][-1])  # index 0 is the sample, in both
-        assert np.isfinite(record["x0"]).all()
-        assert np.abs(record["xt"][0].astype(float) - trajectories["xt"][index][0]).max() > 0.01  # another way
+def test_a_model_that_has_diverged_makes_no_pictures(student):
+    noise = np.full((4, 8, 8, 1), np.nan)
+    assert "pixels are NaN" in refused(student, LABELS, latents=noise)
 
 
-def first_loss(workdir, config, student_name):
-    """Loss per step of the untrained student on the first batch, from the store's records, by index."""
-    directory = workdir / "trajectories"
-    source = store.Store(directory, store.read_manifest(directory))
-    stored = store.read_manifest(directory)["points"]
-    batch = next(stream(source, batch_size=config.distill.batch_size, seed=config.seed))
-    model = make_student(config)
-    teacher_params = load_teacher(config, workdir, make_mesh())[1]
-    columns = [stored.index(point) for point in config.student.points]
-    points = batch[config.student.target][:, columns].astype(np.float32)
-    params = init_from_teacher(teacher_params, model)
-    predicted = teacher_forcing(model, params, batch["noise"].astype(np.float32), points, batch["label"])
-    return ((np.asarray(predicted) - points) ** 2).mean(axis=(0, 2, 3, 4))
+# --------------------------------------------------------------------------------------------------------- folders
 
 
-def test_one_store_serves_other_steps_and_noisy_targets(pipeline, tmp_path):
-    """A student of two steps with noisy points as its target, from the store that served three steps and x0."""
-    workdir = copy(pipeline, tmp_path, "teacher", "trajectories")
-    overrides = ["student.points=(2,0)", "distill.steps=1", "student.history_layers=2"]
-    assert smoke("distill", workdir, *overrides, arguments="student=two,target=xt,mask=window").status == 0
-    config = smoke_config.get_config("student=two,target=xt,mask=window")
-    config.student.update(points=(2, 0), history_layers=2)
-    (line,) = lines(workdir / "distill" / "two")
-    expected = first_loss(workdir, config, "two")
-    assert [line["loss_step_1"], line["loss_step_2"]] == pytest.approx(expected, rel=2e-3)
-    assert "loss_step_3" not in line and line["loss"] == pytest.approx(expected.mean(), rel=2e-3)
-    assert list(done(workdir / "distill")["models"]) == ["two"]
+def same(first, second):
+    """Whether two trees of parameters are equal bit for bit, types too."""
+
+    def equal(a, b):
+        return a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+    return jax.tree.all(jax.tree.map(equal, first, second))
 
 
-def test_the_first_loss_of_a_run_is_that_of_its_first_batch(pipeline):
-    """The mean of five steps is logged, and this student hardly moves in five steps: to a few percent."""
-    expected = first_loss(pipeline, CONFIG, "ard")
-    line = lines(pipeline / "distill" / "ard")[0]
-    assert line["loss"] == pytest.approx(expected.mean(), rel=0.3)
+@pytest.mark.parametrize("name", ["distill/ard", "teacher"])
+def test_a_saved_pipeline_is_the_same(pipeline, tmp_path, name, request):
+    opened = request.getfixturevalue("teacher" if name == "teacher" else "student")
+    config = opened.config.copy_and_resolve_references()
+    if opened.is_student:
+        config.student.name = "another"
+    pipe = ARDPipeline(opened.params, config, id2label=NAMES, card="# A card\n")
+    pipe.save_pretrained(tmp_path / "saved")
+    again = ARDPipeline.from_pretrained(tmp_path / "saved")
+    assert same(pipe.params, again.params) and again.config == pipe.config and again.is_student == pipe.is_student
+    assert again.id2label == NAMES and again.card == "# A card\n" and again.vae is None
+    np.testing.assert_array_equal(again(LABELS, output_type="np").images, opened(LABELS, output_type="np").images)
+    part = "teacher" if name == "teacher" else "student"
+    written = ["README.md", "model_index.json", f"{part}/config.json", f"{part}/diffusion_pytorch_model.safetensors"]
+    assert files(tmp_path) == [f"saved/{file}" for file in written]
+    index = read_json(tmp_path / "saved" / "model_index.json")
+    kind = "DiT" if part == "teacher" else "ARDStudent"
+    assert (
+        index["_class_name"] == "ARDPipeline"
+        and index[part] == ["ard_jax", kind]
+        and index["id2label"]["4"] == "missile"
+    )
 
 
-def test_online_distillation_sees_the_trajectories_that_the_job_stores(teacher, trajectories):
-    """Position i is record i: the same loss, from the teacher inside the step or from the store."""
-    model = make_student(CONFIG)
-    params = init_from_teacher(teacher[1], model)
-    settings = dict(points=(3, 1, 0), shape=SHAPE, seed=0, max_abs=0.0, how=make_solve(CONFIG))
-    online = online_ard(model, teacher[0], target="x0", **settings)
-    stored = ard(model, target="x0", columns=(0, 2, 3))
-    key = jax.random.key(0)
-    rows = np.array([3, 17, 4, 0])
-    batch = {name: jnp.asarray(trajectories[name][rows]) for name in ("noise", "x0")}
-    batch["condition"] = label = jnp.asarray(trajectories["label"][rows], jnp.int32)
-    ours, own = jax.jit(lambda: online(params, teacher[1], {"position": jnp.asarray(rows), "condition": label}, key))()
-    theirs, other = jax.jit(lambda: stored(params, None, batch, key))()
-    assert float(ours) == pytest.approx(float(theirs), rel=2e-3)  # the store is float16
-    for name in other:
-        assert float(own[name]) == pytest.approx(float(other[name]), rel=2e-3)
+def test_a_saved_vae_is_the_same(latent_student, tmp_path):
+    latent_student.save_pretrained(tmp_path / "saved")
+    again = ARDPipeline.from_pretrained(str(tmp_path / "saved"))
+    assert same(again.vae_params, latent_student.vae_params) and again.vae == latent_student.vae
+    assert same(again.params, latent_student.params)
+    images, expected = (pipe(LABELS, output_type="np", return_trajectory=True) for pipe in (again, latent_student))
+    np.testing.assert_array_equal(images.trajectory, expected.trajectory)
+    assert "from_pretrained" in (tmp_path / "saved" / "README.md").read_text()
 
 
 @pytest.mark.slow
-def test_online_distillation_of_a_flow_matching_teacher(tmp_path):
-    """No store at all, and the other process, from training to samples."""
-    few = ["teacher.steps=10", "distill.online=True", "distill.steps=2", "trajectories.max_abs=100.0"]
-    few.append("run.log_every=1")
-    for stage in ("teacher", "distill"):
-        outcome = smoke(stage, tmp_path, *few, arguments="process=flow")
-        assert outcome.status == 0, outcome.err
-    assert not (tmp_path / "trajectories").exists()
-    assert read_json(tmp_path / "distill" / "ard" / "config.json")["inputs"]["store"] == ""
-    config = smoke_config.get_config("process=flow")
-    model, params, *_ = load_teacher(config, tmp_path, make_mesh())
-    noise, label = draw_noise_and_labels(jax.random.fold_in(jax.random.key(0), 0), np.arange(8), SHAPE, 10)
-    solved = sample_teacher(make_teacher(config), params, noise, label, make_solve(config))
-    points = np.asarray(solved.x0)[:, [1, 3, 4]]
-    student = make_student(config)
-    assert student.noise_time == 1000.0
-    predicted = teacher_forcing(student, init_from_teacher(params, student), noise, points, label)
-    expected = ((np.asarray(predicted) - points) ** 2).mean(axis=(0, 2, 3, 4))
-    first, second = lines(tmp_path / "distill" / "ard")
-    assert [first[f"loss_step_{step}"] for step in (1, 2, 3)] == pytest.approx(expected, rel=1e-3)
-    assert second["loss"] != first["loss"]
-    assert model.num_classes == 10
+def test_bfloat16_is_half_the_memory(latent_student, tmp_path):
+    latent_student.save_pretrained(tmp_path / "saved")
+    half = ARDPipeline.from_pretrained(tmp_path / "saved", dtype="bfloat16")
+    leaves = jax.tree.leaves((half.params, half.vae_params))
+    assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
+    assert half.model.backbone.dtype == half.vae.dtype == jnp.bfloat16 and half.config.model.dtype == "bfloat16"
+    latents, expected = (pipe(LABELS, output_type="latent").images for pipe in (half, latent_student))
+    assert latents.dtype == np.float32 and 0 < np.abs(latents - expected).mean() < 0.05 * np.abs(expected).mean()
+    half.save_pretrained(tmp_path / "half")
+    again = ARDPipeline.from_pretrained(tmp_path / "half", dtype=jnp.bfloat16)
+    assert same(again.params, half.params) and same(again.vae_params, half.vae_params)
+    wide = ARDPipeline.from_pretrained(tmp_path / "half", dtype="float32")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((wide.params, wide.vae_params))} == {"float32"}
+    assert wide.model.backbone.dtype == jnp.float32
+    assert "dtype is 'float16': choose float32 or bfloat16" in refused(
+        ARDPipeline.from_pretrained, tmp_path / "saved", dtype="float16"
+    )
 
 
-def test_step_distillation_is_ard_without_history(pipeline, teacher, trajectories):
-    """The diagonal mask gives what no history layers give, and what the teacher's own layers give block by block."""
-    diagonal = smoke_config.get_config("mask=diagonal")
-    none = smoke_config.get_config()
-    none.student.history_layers = 0
-    points = trajectories["x0"][:4, [0, 2, 3]].astype(np.float32)
-    noise, label = trajectories["noise"][:4].astype(np.float32), trajectories["label"][:4]
-    made = [
-        np.asarray(teacher_forcing(model, init_from_teacher(teacher[1], model), noise, points, label))
-        for model in (make_student(diagonal), make_student(none))
-    ]
-    np.testing.assert_allclose(made[0], made[1], rtol=1e-5, atol=1e-5)
-    alone = make_teacher(CONFIG).apply({"params": teacher[1]}, noise, np.full(4, 999.0, np.float32), label)
-    np.testing.assert_allclose(made[0][:, 0], alone, rtol=1e-4, atol=1e-4)
+def test_a_workdir_of_latents_brings_its_vae_and_names(pipeline, tmp_path):
+    """A teacher whose config is changed to say latents of 1 channel, and a VAE of such beside it."""
+    workdir = copy(pipeline, tmp_path, "teacher", "distill")
+    for folder in (workdir / "teacher", workdir / "distill" / "ard"):
+        config = read_json(folder / "config.json")
+        config["data"]["space"] = "latent"
+        write_json(folder / "config.json", config)
+    write_json(workdir / "teacher" / "labels.json", ["nought", "one"])
+    assert ARDPipeline.from_pretrained(workdir / "teacher").vae is None
+    autoencoder = AutoencoderKL(**SMALL, latent_channels=1)
+    image = jax.ShapeDtypeStruct((1, 16, 16, 3), "float32")
+    vae_params = random_like(parameter_shapes(autoencoder, image))
+    state_dict, settings = vae_to_diffusers(autoencoder, vae_params)
+    write_tensors(workdir / "vae" / "diffusion_pytorch_model.safetensors", state_dict)
+    write_json(workdir / "vae" / "config.json", settings)
+    for name in ("teacher", "distill/ard"):
+        pipe = ARDPipeline.from_pretrained(workdir / name)
+        assert pipe.vae == autoencoder and same(pipe.vae_params, vae_params)
+        assert pipe.id2label == {0: "nought", 1: "one"} and pipe.image_shape == (16, 16, 3)
+        assert pipe.config.data.dir == "" and pipe.is_student == (name != "teacher")
+    write_json(workdir / "distill" / "ard" / "labels.json", ["its", "own"])  # as converted students have
+    assert ARDPipeline.from_pretrained(workdir / "distill" / "ard").id2label == {0: "its", 1: "own"}
 
 
-def test_a_folder_of_images_trains_a_teacher(tmp_path):
-    """As the README says: a sub-folder a class."""
-    for label in ("left", "right"):
-        (tmp_path / "images" / label).mkdir(parents=True)
-        for number in range(4):
-            image = np.zeros((12, 10), np.uint8)
-            image[:, :5] = 255 if label == "left" else 16 * number
-            Image.fromarray(image).save(tmp_path / "images" / label / f"{number}.png")
-    data = [f"data.{key}" for key in ("source=folder", f"dir={tmp_path / 'images'}", "num_classes=2")]
-    outcome = smoke("teacher", tmp_path / "run", *data, "teacher.steps=2", "data.horizontal_flip=True")
-    assert outcome.status == 0, outcome.err
-    assert done(tmp_path / "run" / "teacher")["step"] == 2
-    said = sentence(smoke("teacher", tmp_path / "other", *data[:2], "data.num_classes=3"), "teacher")
-    assert "num_classes" in said
+def test_an_earlier_pipeline_is_replaced_and_nothing_else_is(student, tmp_path):
+    folder = tmp_path / "saved"
+    student.save_pretrained(folder)
+    ARDPipeline(student.params, student.config, id2label=NAMES).save_pretrained(folder)
+    assert ARDPipeline.from_pretrained(folder).id2label == NAMES
+    (folder / "mine.txt").write_text("kept")
+    assert "has more in it than an earlier pipeline of ours (mine.txt)" in refused(student.save_pretrained, folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    student.save_pretrained(other)  # an empty folder is as good as none
+    shutil.rmtree(other / "student")
+    write_json(other / "model_index.json", {"_class_name": "DiTPipeline"})
+    assert "is no earlier pipeline of ours" in refused(student.save_pretrained, other)
+    assert "is a file" in refused(student.save_pretrained, other / "model_index.json")
+    assert (folder / "mine.txt").read_text() == "kept" and sorted(path.name for path in tmp_path.iterdir()) == [
+        "other", "saved"
+    ]  # fmt: skip
+
+
+def test_a_pipeline_is_saved_whole_or_not_at_all(student, tmp_path, monkeypatch):
+    student.save_pretrained(tmp_path / "saved")
+    before = {file: (tmp_path / file).read_bytes() for file in files(tmp_path)}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ard_jax.pipeline.files, "default_card", full)  # the weights are written by then
+    for name in ("saved", "new"):
+        with pytest.raises(OSError, match="No space"):
+            student.save_pretrained(tmp_path / name)
+    assert {file: (tmp_path / file).read_bytes() for file in files(tmp_path)} == before
+
+
+def broken_index(folder):
+    (folder / "model_index.json").write_text("{")
+
+
+def no_part(folder):
+    write_json(folder / "model_index.json", {"_class_name": "ARDPipeline"})
+
+
+def another_kind(folder):
+    write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+
+
+def no_config(folder):
+    (folder / "student" / "config.json").unlink()
+
+
+def newer_config(folder):
+    described = read_json(folder / "student" / "config.json")
+    described["config"]["model"]["rope"] = True
+    write_json(folder / "student" / "config.json", described)
+
+
+def no_section(folder):
+    described = read_json(folder / "student" / "config.json")
+    del described["config"]["student"]
+    write_json(folder / "student" / "config.json", described)
+
+
+def no_weights(folder):
+    (folder / "student" / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def truncated_weights(folder):
+    path = folder / "student" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def another_size(folder):
+    described = read_json(folder / "student" / "config.json")
+    described["config"]["model"]["depth"] = 3
+    write_json(folder / "student" / "config.json", described)
+
+
+def no_vae(folder):
+    index = read_json(folder / "model_index.json")
+    write_json(folder / "model_index.json", index | {"vae": ["diffusers", "AutoencoderKL"]})
+
+
+def no_index(folder):
+    (folder / "model_index.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (broken_index, "model_index.json is no JSON object"),
+        (no_part, "names neither a student nor a teacher"),
+        (another_kind, "holds a StableDiffusionPipeline: only a DiTPipeline or ARDPipeline"),
+        (no_config, "student/config.json is missing, so"),
+        (newer_config, "describes no model of this version of ard_jax"),
+        (no_section, "does not fit the architecture that its config describes"),
+        (no_weights, "holds no weights"),
+        (truncated_weights, "truncated or corrupt"),
+        (another_size, "missing: blocks.2.adaLN_modulation.1.weight"),
+        (no_vae, "vae/config.json is missing"),
+        (no_index, "is no pipeline: name one with a model_index.json, or a finished one"),
+    ],
+)
+def test_a_broken_folder_is_refused(student, tmp_path, damage, said):
+    student.save_pretrained(tmp_path / "saved")
+    damage(tmp_path / "saved")
+    assert said in refused(ARDPipeline.from_pretrained, tmp_path / "saved")
+
+
+def test_settings_that_came_later_have_their_defaults(student, tmp_path):
+    student.save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "student" / "config.json"
+    described = read_json(path)
+    del described["config"]["model"]["mlp_norm_eps"]
+    write_json(path, described)
+    assert ARDPipeline.from_pretrained(tmp_path / "saved").model.backbone.mlp_norm_eps == 1e-6
+
+
+def test_a_folder_that_is_no_pipeline(pipeline, tmp_path):
+    said = refused(ARDPipeline.from_pretrained, pipeline)
+    assert f"is no pipeline: name {pipeline}/teacher or {pipeline}/distill/ard." in said
+    assert f"name {pipeline}/distill/ard." in refused(ARDPipeline.from_pretrained, pipeline / "distill")
+    workdir = copy(pipeline, tmp_path, "teacher")
+    (workdir / "teacher" / "done.json").unlink()
+    assert "has no done.json: run the stage 'teacher' to its end" in refused(
+        ARDPipeline.from_pretrained, workdir / "teacher"
+    )
+    assert "there is no folder /none/of/these" in refused(ARDPipeline.from_pretrained, "/none/of/these")
+    assert "config.json is a file" in refused(ARDPipeline.from_pretrained, pipeline / "teacher" / "config.json")
+
+
+def test_a_repository_is_downloaded(student, tmp_path, monkeypatch):
+    student.save_pretrained(tmp_path / "saved")
+    asked = []
+
+    def fetch(source):
+        asked.append(source)
+        if source == "hf:ORG/none":
+            raise UserError("hf:ORG/none cannot be downloaded (no net): see that there is a net.")
+        return tmp_path / "saved"
+
+    monkeypatch.setattr(ard_jax.pipeline.files, "fetch_source", fetch)
+    monkeypatch.chdir(tmp_path)
+    for source in ("ORG/NAME", "hf:ORG/NAME"):
+        assert same(ARDPipeline.from_pretrained(source).params, student.params)
+    assert asked == ["hf:ORG/NAME", "hf:ORG/NAME"]
+    said = refused(ARDPipeline.from_pretrained, "ORG/none")
+    assert (
+        said == "there is no folder ORG/none, and hf:ORG/none cannot be downloaded (no net): see that there is a net."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- diffusers
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A random DiTPipeline, strong enough for every setting to matter, and its folder.
+
+    A weak schedule keeps what a network of random weights makes of noise at a size of ten or so.
+    """
+    import diffusers
+    import torch
+
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8
+    ).eval()
+    first, second = (block.norm1.emb for block in transformer.transformer_blocks)
+    second.load_state_dict(first.state_dict())  # as published: one embedder, copied
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = diffusers.AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, sample_size=16, **kinds).eval()
+    with torch.no_grad():
+        for module in (transformer, vae):
+            for name, parameter in module.named_parameters():
+                parameter.mul_(1 if parameter.ndim == 1 or "embed" in name else 1.5)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, beta_end=0.004)
+    pipe = diffusers.DiTPipeline(transformer, vae, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    folder = tmp_path_factory.mktemp("dit")
+    pipe.save_pretrained(folder)
+    names = {str(number): f"class {number}, number {number}" for number in range(1000)}
+    index = read_json(folder / "model_index.json")
+    write_json(folder / "model_index.json", index | {"id2label": names})  # as the published folders have it
+    return pipe, folder
+
+
+@pytest.mark.oracle
+def test_a_dit_pipeline_makes_the_same_images(theirs):
+    """DDIM, 10 steps, guidance 4.0 of all four channels, from the same noise: latents and images within 1e-4."""
+    import torch
+
+    pipe, folder = theirs
+    latents, decode = [], pipe.vae.decode
+    pipe.vae.decode = lambda z: latents.append(z * pipe.vae.config.scaling_factor) or decode(z)
+    settings = {"num_inference_steps": 10, "guidance_scale": 4.0}
+    labels = [207, 360, 999]
+    images = pipe(labels, generator=torch.manual_seed(3), output_type="np", **settings).images
+    noise = torch.randn((3, 4, 8, 8), generator=torch.manual_seed(3)).permute(0, 2, 3, 1)
+    ours = ARDPipeline.from_pretrained(folder)
+    names = [f"number {label}" for label in labels]
+    made = {kind: ours(names, latents=noise, output_type=kind, **settings) for kind in ("latent", "np")}
+    assert made["np"].labels.tolist() == labels
+    expected = latents[0].permute(0, 2, 3, 1).numpy()
+    assert expected.std() > 3 and images.std() > 0.1 and made["np"].images.shape == images.shape == (3, 16, 16, 3)
+    np.testing.assert_allclose(made["latent"].images, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(made["np"].images, images, rtol=0, atol=1e-4)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("vae", "vae/config.json is missing"),
+        ("transformer", "transformer/config.json is missing"),
+        ("scheduler", "scheduler/scheduler_config.json is missing"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae holds no weights"),
+    ],
+)
+def test_a_dit_pipeline_that_is_not_whole(theirs, tmp_path, missing, said):
+    folder = shutil.copytree(theirs[1], tmp_path / "dit")
+    shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
+    assert said in refused(ARDPipeline.from_pretrained, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------- import
+
+
+def test_the_package_is_imported_without_jax():
+    code = "import sys, ard_jax; print(sorted({'jax', 'numpy'} & set(sys.modules)), 'ARDPipeline' in ard_jax.__all__)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said == "[] True\n"
+    with pytest.raises(AttributeError, match="no attribute 'Pipeline'"):
+        ard_jax.Pipeline  # noqa: B018
+
+
+@pytest.mark.slow
+def test_devices_share_a_batch(pipeline, student):
+    """Three images on two devices: the batch is filled up to four, and they are those of one device."""
+    code = f"""
+import jax, numpy as np
+from ard_jax import ARDPipeline
+pipe = ARDPipeline.from_pretrained({str(pipeline / "distill" / "ard")!r})
+made = pipe([3, 1, 4], output_type="np", return_trajectory=True)
+source = pipe.edit(made.images[0], 1, [3, 1, 4], output_type="np")
+print(len(jax.devices()), made.trajectory.shape, all(leaf.is_fully_replicated for leaf in jax.tree.leaves(pipe.params)))
+print(made.images.tolist() + source.images.tolist())
+"""
+    flags = f"--xla_force_host_platform_device_count=2 {os.environ['XLA_FLAGS']}"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts, images = done.stdout.splitlines()
+    assert facts == "2 (3, 3, 8, 8, 1) True"
+    made = student([3, 1, 4], output_type="np")
+    edited = student.edit(made.images[0], 1, [3, 1, 4], output_type="np")
+    np.testing.assert_allclose(json.loads(images), [*made.images, *edited.images], atol=1e-6)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipeline_fixtures import ROOT, copy, done, run, smoke
-from test_latents import write_vae
+from test_stages_latents import write_vae
 
 from ard_jax.command_line import FLAGS, known_keys, parse_config
 from ard_jax.files import read_json

@@ -123,9 +123,9 @@ def test_the_same_records_give_the_same_file(tmp_path):
 def test_a_shard_killed_in_the_middle_is_not_there(tmp_path):
     code = """if True:
         import os, pathlib, signal, sys
-        import test_store
+        import test_trajectories
         def some():
-            yield from test_store.records(count=3)
+            yield from test_trajectories.records(count=3)
             os.kill(os.getpid(), signal.SIGKILL)
         test_store.write(pathlib.Path(sys.argv[1]), some())
     """

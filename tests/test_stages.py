@@ -1,0 +1,428 @@
+"""The whole pipeline on configs/smoke.py: what every stage leaves behind, and that its numbers are what they say."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import draw_noise_and_labels
+from PIL import Image
+from pipeline_fixtures import STAGES, copy, done, files, sentence, smoke
+
+from ard_jax.build import make_solve, make_student, make_teacher
+from ard_jax.data import image_source, labels_and_images, stream, to_uint8
+from ard_jax.errors import UserError
+from ard_jax.evaluation import feature_statistics, frechet_distance, precision_recall, train_feature_net
+from ard_jax.files import file_sha256, read_json, read_npz, tree_sha256, write_npz
+from ard_jax.models import init_from_teacher
+from ard_jax.objectives.ard import ard, online_ard, teacher_forcing
+from ard_jax.parallel import make_mesh
+from ard_jax.sampling import sample_student, sample_teacher, sampling_key
+from ard_jax.training.checkpoints import load_parameters
+from ard_jax.trajectories import store
+from ard_jax.workdir import load_student, load_teacher
+from configs import smoke as smoke_config
+
+CONFIG = smoke_config.get_config()
+SHAPE = (8, 8, 1)
+
+
+@pytest.fixture(scope="module")
+def teacher(pipeline):
+    """(model, averaged parameters)."""
+    return load_teacher(CONFIG, pipeline, make_mesh())[:2]
+
+
+@pytest.fixture(scope="module")
+def student(pipeline):
+    return load_student(pipeline / "distill" / "ard", make_mesh())[:2]
+
+
+@pytest.fixture(scope="module")
+def trajectories(pipeline):
+    """The store's records by index, as arrays (record, …)."""
+    source = store.Store(pipeline / "trajectories", store.read_manifest(pipeline / "trajectories"))
+    rows = sorted((source[row] for row in range(len(source))), key=lambda record: record["index"])
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------------- what stages leave
+
+
+def test_every_stage_ends_by_saying_where_its_results_lie(pipeline):
+    for stage in STAGES:
+        log = (pipeline / f"{stage}.log").read_text()
+        assert log.endswith(f"done: {pipeline / stage}\n") and "Traceback" not in log
+        assert (pipeline / stage / "done.json").exists()
+    assert not [name for name in files(pipeline) if ".partial" in name or "orbax-checkpoint-tmp" in name]
+    assert read_json(pipeline / "teacher" / "labels.json") == [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize("folder", ["teacher", "distill/ard"])
+def test_done_names_the_hashes_of_the_parameters(pipeline, folder, teacher, student):
+    params, _ = (teacher if folder == "teacher" else student)[1], None
+    hashes = done(pipeline / folder)["sha256"]
+    assert hashes["ema"] == tree_sha256(params)
+    raw = load_parameters(pipeline / folder / "checkpoints", "params", params)
+    assert hashes["params"] == tree_sha256(raw) != hashes["ema"]
+    assert done(pipeline / folder)["step"] == 20
+
+
+def test_done_of_distill_lists_every_student(pipeline):
+    whole, one = done(pipeline / "distill"), done(pipeline / "distill" / "ard")
+    assert whole["sha256"] == {f"ard/{name}": sha for name, sha in one["sha256"].items()}
+    assert whole["models"]["ard"]["step"] == 20 and whole["seconds"] == one["seconds"] > 0
+
+
+@pytest.mark.parametrize("stage", ["trajectories", "sample", "evaluate", "report"])
+def test_done_names_the_hashes_of_the_files(pipeline, stage):
+    folder = pipeline / stage / "1.0.0" if stage == "trajectories" else pipeline / stage
+    hashes = done(pipeline / stage)["sha256"]
+    expected = {
+        "trajectories": [f"trajectories-train.array_record-0000{shard}-of-00003" for shard in range(3)],
+        "sample": [f"{name}/{file}" for name in ("ard", "teacher") for file in ("grid.png", "samples.npz")],
+        "evaluate": ["edits.npz", "pictures.npz", "results.json"],
+        "report": ["index.html", "results.json", "teaser.png"],
+    }
+    assert sorted(hashes) == expected[stage]
+    assert hashes == {file: file_sha256(folder / file) for file in hashes}
+
+
+@pytest.mark.parametrize("folder", ["teacher", "trajectories", "distill/ard", "sample/ard", "sample/teacher"])
+def test_the_resolved_config_lies_beside_what_it_made(pipeline, folder):
+    config = read_json(pipeline / folder / "config.json")
+    inputs = config.pop("inputs")
+    assert config == json.loads(json.dumps(CONFIG.to_dict()))
+    made_by = {"sample/ard": ("ema", "distill/ard"), "sample/teacher": ("ema", "teacher")}
+    if folder != "teacher":
+        name, source = made_by.get(folder, ("teacher", "teacher"))
+        assert inputs[name] == done(pipeline / source)["sha256"]["ema"]
+
+
+def test_the_log_shows_config_parameters_and_speed(pipeline):
+    log = (pipeline / "teacher.log").read_text()
+    assert "learning_rate: 0.002" in log and "schedule: cosine" in log
+    assert "blocks/qkv/kernel" in log and "(2, 16, 48)" in log and "Total: 14,948" in log
+    assert all(word in log for word in ("step 20/20", "steps_per_s", "samples_per_s", "utilisation"))
+    log = (pipeline / "trajectories.log").read_text()
+    assert "shard 3 of 3 written" in log and "trajectories/s" in log and "24 trajectories kept, 0 dropped." in log
+
+
+@pytest.mark.parametrize(
+    ("folder", "own"), [("teacher", set()), ("distill/ard", {"loss_step_1", "loss_step_2", "loss_step_3"})]
+)
+def test_metrics_are_logged(pipeline, folder, own):
+    logged = lines(pipeline / folder)
+    assert [line["step"] for line in logged] == [5, 10, 15, 20]
+    fields = {"step", "loss", "gradient_norm", "parameter_norm"} | own
+    fields |= {"steps_per_s", "samples_per_s", "utilisation", "input_wait"}
+    assert all(set(line) == fields for line in logged)
+    if own:
+        for line in logged:
+            assert line["loss"] == pytest.approx(np.mean([line[name] for name in own]), rel=1e-5)
+
+
+def test_the_teacher_learns(pipeline):
+    losses = [line["loss"] for line in lines(pipeline / "teacher")]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+# ----------------------------------------------------------------------------------------------------- sampling
+
+
+def test_samples_are_pictures(pipeline):
+    for name in ("teacher", "ard"):
+        with np.load(pipeline / "sample" / name / "samples.npz", allow_pickle=False) as file:
+            images, labels = file["arr_0"], file["labels"]
+        assert images.shape == (72, 8, 8, 1) and images.dtype == np.uint8 and len(np.unique(images)) > 2
+        assert labels.shape == (72,) and set(labels) == set(range(10))
+        grid = np.asarray(Image.open(pipeline / "sample" / name / "grid.png"))
+        assert grid.shape == (4 * 64 + 3 * 2, 4 * 64 + 3 * 2)  # 16 pictures, enlarged 8 times, gutters of 2
+        for row, column in ((0, 0), (1, 2), (3, 3)):  # picture 4·row + column, enlarged by whole pixels
+            top, left = row * 66, column * 66
+            shown = grid[top : top + 64 : 8, left : left + 64 : 8]
+            np.testing.assert_array_equal(shown, images[4 * row + column, ..., 0])
+
+
+def test_teacher_and_student_start_from_the_same_noise_and_label(pipeline, teacher, student):
+    """Image i is what the samplers give for noise and label i of the sampling seed, in every batch."""
+    noise, label = draw_noise_and_labels(sampling_key(1), np.arange(72), SHAPE, 10)
+    expected = {
+        "teacher": jax.jit(lambda: sample_teacher(*teacher, noise, label, make_solve(CONFIG)).xt[:, -1])(),
+        "ard": jax.jit(lambda: sample_student(*student, noise, label)[:, -1])(),
+    }
+    for name, images in expected.items():
+        with np.load(pipeline / "sample" / name / "samples.npz") as file:
+            np.testing.assert_array_equal(file["labels"], label)
+            different = np.abs(file["arr_0"].astype(int) - to_uint8(images))
+        assert different.max() <= 1 and (different > 0).mean() < 0.01  # rounding at the edge of a grey level
+
+
+def test_samples_do_not_depend_on_the_batch(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher")
+    assert smoke("sample", workdir, "sample.models=('teacher',)", "sample.count=30").status == 0
+    few, many = (np.load(folder / "sample" / "teacher" / "samples.npz") for folder in (workdir, pipeline))
+    for name in ("arr_0", "labels"):  # 30 is no multiple of the batch of 24
+        np.testing.assert_array_equal(few[name], many[name][:30])
+
+
+def test_labels_are_drawn_in_turn_where_they_are_given(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher")
+    overrides = ["sample.models=('teacher',)", "sample.count=7", "sample.labels=(3,1,4)", "sample.batch_size=4"]
+    assert smoke("sample", workdir, *overrides).status == 0
+    with np.load(workdir / "sample" / "teacher" / "samples.npz") as file:
+        assert file["labels"].tolist() == [3, 1, 4, 3, 1, 4, 3]
+        assert file["arr_0"].shape == (7, 8, 8, 1)
+    assert Image.open(workdir / "sample" / "teacher" / "grid.png").size == (3 * 64 + 2 * 2, 3 * 64 + 2 * 2)
+
+
+@pytest.mark.parametrize("broken", ["absent", "cut", "empty", "text", "objects"])
+def test_arrays_that_cannot_be_read_are_named_in_a_sentence(tmp_path, broken):
+    path = tmp_path / "samples.npz"
+    write_npz(path, arr_0=np.arange(1000))
+    assert read_npz(path)["arr_0"].tolist() == list(range(1000))
+    if broken == "objects":
+        np.savez(path, arr_0=np.array([{}], dtype=object))
+    else:
+        path.write_bytes({"cut": path.read_bytes()[:600], "text": b"no arrays"}.get(broken, b""))
+    if broken == "absent":
+        path.unlink()
+    with pytest.raises(
+        UserError, match=r"samples.npz cannot be read \(.+\), since it was altered or lost: run the stage"
+    ):
+        read_npz(path)
+
+
+# ------------------------------------------------------------------------------------------ evaluation and report
+
+
+def test_results_are_those_of_the_samples(pipeline):
+    """Computed again from the files with the evaluation functions."""
+    results = read_json(pipeline / "evaluate" / "results.json")
+    images, labels = labels_and_images(image_source(CONFIG.data))
+    net = train_feature_net(images, labels, 10, steps=20)
+    real = net(images)
+    for name in ("teacher", "ard"):
+        with np.load(pipeline / "sample" / name / "samples.npz") as file:
+            features = net(file["arr_0"])
+        model = results["models"][name]
+        assert model["fd"] == pytest.approx(frechet_distance(feature_statistics(real), feature_statistics(features)))
+        spread = real[[row * 1796 // 71 for row in range(72)]]  # 72 of the 1797, evenly
+        assert (model["precision"], model["recall"]) == precision_recall(spread, features, k=3)
+    assert results["models"]["ard"]["degradation"] == pytest.approx(
+        results["models"]["ard"]["fd"] - results["models"]["teacher"]["fd"]
+    )
+    assert results["real_images"] == 1797 and results["samples"] == 72 and results["paired"] == 8
+    assert f"{net.held_out_accuracy:.3f}" in results["features"] and "not comparable" in results["features"]
+
+
+def test_errors_are_paired_with_the_teacher(pipeline, teacher, student):
+    """Per step, from the same noise: on the teacher's history, and on the student's own."""
+    model = read_json(pipeline / "evaluate" / "results.json")["models"]["ard"]
+    noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
+    solved = jax.jit(lambda: sample_teacher(*teacher, noise, label, make_solve(CONFIG)).x0)()
+    points = np.asarray(solved, np.float64)[:, [1, 3, 4]]  # respaced 3, 1, 0 of steps 4 … 0
+    rollout = np.asarray(jax.jit(lambda: sample_student(*student, noise, label))(), np.float64)
+    forced = np.asarray(jax.jit(lambda: teacher_forcing(*student, noise, jnp.asarray(points, jnp.float32), label))())
+    mse = ((rollout - points) ** 2).mean(axis=(0, 2, 3, 4))
+    assert model["mse_per_step"] == pytest.approx(mse, rel=1e-4) == model["rollout_mse"]
+    assert model["forced_mse"] == pytest.approx(((forced - points) ** 2).mean(axis=(0, 2, 3, 4)), rel=1e-4)
+    assert model["forced_mse"][0] == pytest.approx(model["rollout_mse"][0], rel=1e-5)  # the first step has no history
+    assert model["psnr_per_step"] == pytest.approx(10 * np.log10(4 / mse), abs=1e-3)  # images span [-1, 1]
+    assert model["psnr"] == model["psnr_per_step"][-1]
+
+
+def test_the_first_points_of_the_teacher_help_the_last(pipeline, teacher, student):
+    """PSNR of the final image when the first k points are the teacher's: the plain rollout, …, the forced last step."""
+    model = read_json(pipeline / "evaluate" / "results.json")["models"]["ard"]
+    assert len(model["given_psnr"]) == 3
+    assert model["given_psnr"][0] == pytest.approx(model["psnr"], abs=1e-4)
+    assert model["given_psnr"][-1] == pytest.approx(10 * np.log10(4 / model["forced_mse"][-1]), abs=1e-4)
+    noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
+    solved = jax.jit(lambda: sample_teacher(*teacher, noise, label, make_solve(CONFIG)).x0)()
+    points = solved[:, jnp.asarray([1, 3, 4])]
+    final = jax.jit(lambda: sample_student(*student, noise, label, {1: points[:, 0]}))()[:, -1]
+    mse = np.mean((np.asarray(final, np.float64) - points[:, -1]) ** 2)
+    assert model["given_psnr"][1] == pytest.approx(10 * np.log10(4 / mse), abs=1e-3)
+
+
+def test_attention_mass_is_that_on_the_students_own_points(pipeline, student):
+    mass = np.asarray(read_json(pipeline / "evaluate" / "results.json")["models"]["ard"]["attention_mass"])
+    assert mass.shape == (1, 3, 3)
+    np.testing.assert_allclose(mass.sum(axis=-1), 1, atol=1e-6)
+    np.testing.assert_array_equal(mass[0] > 0, np.tril(np.ones((3, 3), bool)))
+    model, params = student
+    noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
+    rollout = jax.jit(lambda: sample_student(model, params, noise, label))()
+    inputs = jnp.concatenate([noise[:, None], rollout[:, :-1]], axis=1)
+    expected = jax.jit(lambda: model.apply({"params": params}, inputs, label, method="attention_mass"))()
+    np.testing.assert_allclose(mass, np.asarray(expected).mean(axis=0), atol=1e-5)
+
+
+def test_edits_put_the_source_in_place_of_a_step(pipeline, teacher, student):
+    with np.load(pipeline / "evaluate" / "edits.npz", allow_pickle=False) as file:
+        edits = dict(file)
+    noise, label = draw_noise_and_labels(sampling_key(1), np.arange(8), SHAPE, 10)
+    source = jax.jit(lambda: sample_teacher(*teacher, noise, label, make_solve(CONFIG)).xt[:4, -1])()
+    np.testing.assert_array_equal(edits["label"], (label[:4] + 5) % 10)
+    assert np.abs(edits["source"].astype(int) - to_uint8(source)).max() <= 1
+    other = jnp.roll(noise, 1, axis=0)[:4]
+    for step, given in enumerate([{}, {1: source}, {2: source}]):
+        final = jax.jit(lambda given=given: sample_student(*student, other, edits["label"], given))()[:, -1]
+        assert np.abs(edits["ard"][:, step].astype(int) - to_uint8(final)).max() <= 1
+    assert edits["ard"].shape == (4, 3, 8, 8, 1) and (edits["ard"][:, 0] != edits["ard"][:, 2]).any()
+
+
+def test_the_report_holds_what_outside_checks_use(pipeline):
+    results = read_json(pipeline / "report" / "results.json")
+    evaluated = read_json(pipeline / "evaluate" / "results.json")
+    assert results["teacher"]["fd"] == evaluated["models"]["teacher"]["fd"]
+    assert {"fd", "psnr", "degradation", "precision", "recall"} <= set(results["ard"])
+    assert results["degradation_ratio"] is None  # there is no student without history here
+    seconds = {"teacher", "trajectories", "distill/ard", "sample/teacher", "sample/ard", "evaluate"}
+    assert set(results["seconds"]) == seconds and min(results["seconds"].values()) > 0
+    assert results["seconds"]["teacher"] == done(pipeline / "teacher")["seconds"]
+    assert results["ard"]["parameters"] == 16172 and results["teacher"]["parameters"] == 14948
+    assert results["teacher"]["network_calls"] == 10 and results["ard"]["network_calls"] == 3
+    page = (pipeline / "report" / "index.html").read_text()
+    assert "Smoke test" in page and "http://" not in page.replace("http://www.w3.org", "") and "<script src" not in page
+    assert Image.open(pipeline / "report" / "teaser.png").size[0] > 100
+
+
+def test_few_samples_or_other_ones_are_refused(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher", "distill", "sample")
+    said = sentence(smoke("evaluate", workdir, "sample.count=80"), "evaluate")
+    assert "sample/teacher holds 72 images, but sample.count is 80: run 'sample' again" in said
+    assert not (workdir / "evaluate").exists()
+
+
+# ---------------------------------------------------------------------------------------------- other settings
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpm++2m"])
+def test_every_solver_makes_trajectories(pipeline, tmp_path, trajectories, solver):
+    workdir = copy(pipeline, tmp_path, "teacher")
+    assert smoke("trajectories", workdir, f"diffusion.solver={solver}", "trajectories.count=4").status == 0
+    made = store.Store(workdir / "trajectories", store.read_manifest(workdir / "trajectories"))
+    for index in range(4):
+        record = made[index]
+        np.testing.assert_array_equal(record["noise"], trajectories["noise"][index])  # the same start
+        np.testing.assert_array_equal(record["x0"][-1], record["xt"][-1])  # index 0 is the sample, in both
+        assert np.isfinite(record["x0"]).all()
+        assert np.abs(record["xt"][0].astype(float) - trajectories["xt"][index][0]).max() > 0.01  # another way
+
+
+def first_loss(workdir, config, student_name):
+    """Loss per step of the untrained student on the first batch, from the store's records, by index."""
+    directory = workdir / "trajectories"
+    source = store.Store(directory, store.read_manifest(directory))
+    stored = store.read_manifest(directory)["points"]
+    batch = next(stream(source, batch_size=config.distill.batch_size, seed=config.seed))
+    model = make_student(config)
+    teacher_params = load_teacher(config, workdir, make_mesh())[1]
+    columns = [stored.index(point) for point in config.student.points]
+    points = batch[config.student.target][:, columns].astype(np.float32)
+    params = init_from_teacher(teacher_params, model)
+    predicted = teacher_forcing(model, params, batch["noise"].astype(np.float32), points, batch["label"])
+    return ((np.asarray(predicted) - points) ** 2).mean(axis=(0, 2, 3, 4))
+
+
+def test_one_store_serves_other_steps_and_noisy_targets(pipeline, tmp_path):
+    """A student of two steps with noisy points as its target, from the store that served three steps and x0."""
+    workdir = copy(pipeline, tmp_path, "teacher", "trajectories")
+    overrides = ["student.points=(2,0)", "distill.steps=1", "student.history_layers=2"]
+    assert smoke("distill", workdir, *overrides, arguments="student=two,target=xt,mask=window").status == 0
+    config = smoke_config.get_config("student=two,target=xt,mask=window")
+    config.student.update(points=(2, 0), history_layers=2)
+    (line,) = lines(workdir / "distill" / "two")
+    expected = first_loss(workdir, config, "two")
+    assert [line["loss_step_1"], line["loss_step_2"]] == pytest.approx(expected, rel=2e-3)
+    assert "loss_step_3" not in line and line["loss"] == pytest.approx(expected.mean(), rel=2e-3)
+    assert list(done(workdir / "distill")["models"]) == ["two"]
+
+
+def test_the_first_loss_of_a_run_is_that_of_its_first_batch(pipeline):
+    """The mean of five steps is logged, and this student hardly moves in five steps: to a few percent."""
+    expected = first_loss(pipeline, CONFIG, "ard")
+    line = lines(pipeline / "distill" / "ard")[0]
+    assert line["loss"] == pytest.approx(expected.mean(), rel=0.3)
+
+
+def test_online_distillation_sees_the_trajectories_that_the_job_stores(teacher, trajectories):
+    """Position i is record i: the same loss, from the teacher inside the step or from the store."""
+    model = make_student(CONFIG)
+    params = init_from_teacher(teacher[1], model)
+    settings = dict(points=(3, 1, 0), shape=SHAPE, seed=0, max_abs=0.0, how=make_solve(CONFIG))
+    online = online_ard(model, teacher[0], target="x0", **settings)
+    stored = ard(model, target="x0", columns=(0, 2, 3))
+    key = jax.random.key(0)
+    rows = np.array([3, 17, 4, 0])
+    batch = {name: jnp.asarray(trajectories[name][rows]) for name in ("noise", "x0")}
+    batch["condition"] = label = jnp.asarray(trajectories["label"][rows], jnp.int32)
+    ours, own = jax.jit(lambda: online(params, teacher[1], {"position": jnp.asarray(rows), "condition": label}, key))()
+    theirs, other = jax.jit(lambda: stored(params, None, batch, key))()
+    assert float(ours) == pytest.approx(float(theirs), rel=2e-3)  # the store is float16
+    for name in other:
+        assert float(own[name]) == pytest.approx(float(other[name]), rel=2e-3)
+
+
+@pytest.mark.slow
+def test_online_distillation_of_a_flow_matching_teacher(tmp_path):
+    """No store at all, and the other process, from training to samples."""
+    few = ["teacher.steps=10", "distill.online=True", "distill.steps=2", "trajectories.max_abs=100.0"]
+    few.append("run.log_every=1")
+    for stage in ("teacher", "distill"):
+        outcome = smoke(stage, tmp_path, *few, arguments="process=flow")
+        assert outcome.status == 0, outcome.err
+    assert not (tmp_path / "trajectories").exists()
+    assert read_json(tmp_path / "distill" / "ard" / "config.json")["inputs"]["store"] == ""
+    config = smoke_config.get_config("process=flow")
+    model, params, *_ = load_teacher(config, tmp_path, make_mesh())
+    noise, label = draw_noise_and_labels(jax.random.fold_in(jax.random.key(0), 0), np.arange(8), SHAPE, 10)
+    solved = sample_teacher(make_teacher(config), params, noise, label, make_solve(config))
+    points = np.asarray(solved.x0)[:, [1, 3, 4]]
+    student = make_student(config)
+    assert student.noise_time == 1000.0
+    predicted = teacher_forcing(student, init_from_teacher(params, student), noise, points, label)
+    expected = ((np.asarray(predicted) - points) ** 2).mean(axis=(0, 2, 3, 4))
+    first, second = lines(tmp_path / "distill" / "ard")
+    assert [first[f"loss_step_{step}"] for step in (1, 2, 3)] == pytest.approx(expected, rel=1e-3)
+    assert second["loss"] != first["loss"]
+    assert model.num_classes == 10
+
+
+def test_step_distillation_is_ard_without_history(pipeline, teacher, trajectories):
+    """The diagonal mask gives what no history layers give, and what the teacher's own layers give block by block."""
+    diagonal = smoke_config.get_config("mask=diagonal")
+    none = smoke_config.get_config()
+    none.student.history_layers = 0
+    points = trajectories["x0"][:4, [0, 2, 3]].astype(np.float32)
+    noise, label = trajectories["noise"][:4].astype(np.float32), trajectories["label"][:4]
+    made = [
+        np.asarray(teacher_forcing(model, init_from_teacher(teacher[1], model), noise, points, label))
+        for model in (make_student(diagonal), make_student(none))
+    ]
+    np.testing.assert_allclose(made[0], made[1], rtol=1e-5, atol=1e-5)
+    alone = make_teacher(CONFIG).apply({"params": teacher[1]}, noise, np.full(4, 999.0, np.float32), label)
+    np.testing.assert_allclose(made[0][:, 0], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_of_images_trains_a_teacher(tmp_path):
+    """As the README says: a sub-folder a class."""
+    for label in ("left", "right"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(4):
+            image = np.zeros((12, 10), np.uint8)
+            image[:, :5] = 255 if label == "left" else 16 * number
+            Image.fromarray(image).save(tmp_path / "images" / label / f"{number}.png")
+    data = [f"data.{key}" for key in ("source=folder", f"dir={tmp_path / 'images'}", "num_classes=2")]
+    outcome = smoke("teacher", tmp_path / "run", *data, "teacher.steps=2", "data.horizontal_flip=True")
+    assert outcome.status == 0, outcome.err
+    assert done(tmp_path / "run" / "teacher")["step"] == 2
+    said = sentence(smoke("teacher", tmp_path / "other", *data[:2], "data.num_classes=3"), "teacher")
+    assert "num_classes" in said
