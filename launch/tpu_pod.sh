@@ -375,7 +375,7 @@ watch() { # shows the log until the stage has ended, and sets `outcome`: its sta
     trouble=0
     if some busy; then
       outcome=busy
-    elif some stopped; then
+    elif some stopped && { ! some running || ((++uneven > 3)); }; then # the others save yet
       outcome=stopped
     elif some 'lost|^pod: idle'; then
       outcome=lost
@@ -384,7 +384,7 @@ watch() { # shows the log until the stage has ended, and sets `outcome`: its sta
     elif all exited; then
       outcome=0
     else
-      if some exited; then # and the others soon
+      if some 'exited|^pod: stopped'; then # and the others soon
         sleep "$poll"
       fi
       continue
