@@ -4,7 +4,7 @@ For `compare` and the sweeps, which run many stages and only what is missing.
 """
 
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ml_collections
@@ -12,6 +12,7 @@ import ml_collections
 from ard_jax.config import keys_that_change, plain
 from ard_jax.files import read_json
 from ard_jax.methods import finetuned_config
+from ard_jax.results import Measured, read_results
 from ard_jax.trajectories.store import read_manifest, store_hash
 from ard_jax.workdir import (
     SECTIONS,
@@ -99,13 +100,13 @@ def _is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, model
     if read_done(workdir / "evaluate") is None:
         return False
     sampled = require_done(workdir / "sample", "sample")["models"]
-    results = read_json(workdir / "evaluate" / "results.json")
-    return _same_settings(results["config"], config, MEASURED) and all(
-        name in sampled and results["models"].get(name, {}).get("ema_sha256") == sampled[name]["ema_sha256"]
+    results = read_results(workdir)
+    return _same_settings(results.config or {}, config, MEASURED) and all(
+        name in sampled and results.models.get(name, Measured()).ema_sha256 == sampled[name]["ema_sha256"]
         for name in models or sampled
     )
 
 
-def _same_settings(recorded: dict[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> bool:
+def _same_settings(recorded: Mapping[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> bool:
     """Whether two configs have the same values under keys that begin so."""
     return not any(key.startswith(keys) for key in config_differences(recorded, plain(config)))

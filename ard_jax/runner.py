@@ -17,7 +17,7 @@ import numpy as np
 from ard_jax.completion import is_complete
 from ard_jax.config import flatten
 from ard_jax.errors import UserError
-from ard_jax.files import atomic_write, read_json, read_npz, write_json
+from ard_jax.files import atomic_write, read_npz, write_json
 
 TEACHER = "teacher"
 
@@ -136,11 +136,6 @@ def run_missing(jobs: Iterable[Job], run: Callable[[Job], None], finished: Calla
 
 
 # ------------------------------------------------------------------------------------------------------------- results
-
-
-def results_of(place: Place) -> dict[str, Any]:
-    """results.json of a workdir."""
-    return read_json(place.path / "evaluate" / "results.json")
 
 
 def pictures_of(place: Place) -> dict[str, np.ndarray]:

@@ -38,6 +38,7 @@ from ard_jax.errors import UserError, first_line
 from ard_jax.report import words
 from ard_jax.report.page import build_sweep
 from ard_jax.report.pieces import markdown_table
+from ard_jax.results import read_results
 from ard_jax.runner import TEACHER, Entry, Job, Place
 from ard_jax.workdir import FREE, SECTIONS, config_differences, network_settings
 
@@ -248,13 +249,13 @@ def collect(sweep: Sweep, entries: Iterable[Entry]) -> dict[str, Any]:
     """results.json: of each entry its settings, its student's results, and those of its teacher."""
     found = {}
     for entry in entries:
-        models = runner.results_of(entry.home)["models"]
+        models = read_results(entry.home.path).models
         found[entry.name] = {
             "workdir": entry.home.workdir,
             "settings": dict(sweep.entries[entry.name]),
             "over": axis_position(sweep, entry),
-            "teacher": models[TEACHER],
-            "results": models[entry.name],
+            "teacher": models[TEACHER].to_json(),
+            "results": models[entry.name].to_json(),
         }
     return {"sweep": sweep.file, "config": sweep.config, "settings": dict(sweep.settings), "entries": found}
 

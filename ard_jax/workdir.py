@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -82,10 +83,10 @@ def check_same_config(before: dict, now: dict, sections: tuple[str, ...], direct
         )
 
 
-def config_differences(before: dict, now: dict) -> dict[str, tuple[object, object]]:
+def config_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[object, object]]:
     """Keys of two configs whose values differ, sorted: both values, None for a key that one has not."""
-    before, now = flatten(before), flatten(now)
-    every = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    one, other = flatten(before), flatten(now)
+    every = {key: (one.get(key), other.get(key)) for key in sorted(one.keys() | other.keys())}
     return {key: values for key, values in every.items() if values[0] != values[1]}
 
 

@@ -10,6 +10,7 @@ FLOORS = (
     ("errors", "types", "version"),
     ("config", "progress", "chips", "conditions"),
     ("files",),
+    ("results",),
     ("models", "data", "hosts", "evaluation", "report"),
     ("diffusion",),
     ("parallel", "sharded"),

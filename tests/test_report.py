@@ -11,10 +11,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ard_jax import report
 from ard_jax.errors import UserError
-from ard_jax.report import build_report, image_grid, teaser, words
+from ard_jax.report import image_grid, words
 from ard_jax.report.figures import GUTTER, PALETTE, Series, block_maps, line_chart
 from ard_jax.report.page import _thinned, build_sweep
+from ard_jax.results import Measured, Results
+
+
+def build_report(title, results, *shown):
+    return report.build_report(title, Results.from_json(results), *shown)
+
+
+def teaser(pictures, results):
+    return report.teaser(pictures, Results.from_json(results))
+
+
+def headline(results):
+    return words.headline(Results.from_json(results))
+
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 STEPS, COUNT, SIDE = 4, 5, 8
@@ -282,7 +297,7 @@ def test_table_cells(results):
 
 
 def test_headline_says_the_ratio_and_whose_the_other_one_is(results):
-    lead, detail = words.headline(results)
+    lead, detail = headline(results)
     assert lead == "Distilled to 4 steps, step distillation falls 7.9 times as far behind its teacher as ARD does."
     assert detail == (
         "In Fréchet distance (FD), step distillation stands at +41.92 against the teacher’s 17.60, ARD at +5.31."
@@ -310,7 +325,7 @@ def test_headline_does_not_claim_more_than_there_is(results, changes, ratio, sai
     for name, value in changes.items():
         results["models"][name]["degradation"] = value
     page = Page(build_report("Digits", results, {}, {}))
-    assert words.headline(results)[0].endswith(said)
+    assert headline(results)[0].endswith(said)
     assert said in page.text["top"]
     if changes:
         assert "×" not in page.text["top"].replace("256×256", "")
@@ -319,7 +334,7 @@ def test_headline_does_not_claim_more_than_there_is(results, changes, ratio, sai
 
 def test_missing_baseline_is_named(results):
     del results["models"]["step"]
-    lead, _ = words.headline(results)
+    lead, _ = headline(results)
     assert lead == "These results hold no step distillation with x0 points, so the two cannot be compared here."
     assert Page(build_report("Digits", results, {}, {})).row("x0 points") == ["x0 points", "–", "+5.31", "–"]
 
@@ -434,7 +449,8 @@ def test_numbers_as_people_write_them(said, value):
 
 def test_models_of_one_title_are_told_apart():
     models = {"teacher": {"kind": "teacher"}, "a": {"title": "ARD"}, "b": {"title": "ARD"}, "s": {"mask": "diagonal"}}
-    named = words.titles(models | {"n": {"title": "ARD", "target": "xt"}})
+    models["n"] = {"title": "ARD", "target": "xt"}
+    named = words.titles({name: Measured.from_json(model) for name, model in models.items()})
     assert named == {
         "teacher": "Teacher",
         "a": "ARD (a)",
@@ -495,8 +511,8 @@ def test_rivals_are_named_and_never_taken_for_ard(results, pictures):
     assert page.row("Consistency distillation")[1] == "20.00"
     assert page.row("Distribution matching")[1] == "21.00" and page.row("my.method")[1] == "22.00"
     assert page.row("ARD")[1] == "22.91"
-    assert words.pair(results["models"], "x0") == ("step", "ard")
-    assert "step distillation falls 7.9 times as far behind" in words.headline(results)[0]
+    assert words.pair(Results.from_json(results).models, "x0") == ("step", "ard")
+    assert "step distillation falls 7.9 times as far behind" in headline(results)[0]
     assert "Consistency distillation, rollout" not in page.text["exposure"]
     assert "ARD, rollout" in page.text["exposure"]
 

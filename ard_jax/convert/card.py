@@ -10,6 +10,7 @@ import ml_collections
 
 from ard_jax.build import make_solve, make_teacher
 from ard_jax.errors import UserError
+from ard_jax.results import Results
 from ard_jax.sampling import network_calls
 
 CITATION = """```bibtex
@@ -44,7 +45,7 @@ class Facts:
         converted: it was trained elsewhere, so that the config says nothing of its training.
         source: the teacher's `source.json`, {} if it was trained with ard_jax, None if nothing is known of it.
         license: of the weights, "" if unknown.
-        results: what `results.json` says of these weights, {} if they have not been measured.
+        results: of a workdir; without these weights, if they have not been measured.
         notes: sentences on what is different in this form.
     """
 
@@ -59,7 +60,7 @@ class Facts:
     converted: bool
     source: Mapping[str, Any] | None
     license: str
-    results: Mapping[str, Any]
+    results: Results
     notes: Sequence[str] = ()
 
 
@@ -201,7 +202,7 @@ images = generate(run.draw_noise(".", seed=0, count=2), [0, 1])  # float32 in [0
 
 def results(facts: Facts) -> str:
     """A table of what was measured, the teacher beside a student."""
-    models = facts.results.get("models", {})
+    models = facts.results.models
     if facts.name not in models:
         return "These weights have not been measured in the workdir that they were exported from."
     columns = {  # heading: key, digits
@@ -214,13 +215,13 @@ def results(facts: Facts) -> str:
     rows = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name in dict.fromkeys(("teacher", facts.name)):
         if name in models:
-            values = [models[name].get(key) for key, _ in columns.values()]
+            values = [getattr(models[name], key) for key, _ in columns.values()]
             digits = [digits for _, digits in columns.values()]
             cells = ["" if v is None else f"{v:.{d}f}" for v, d in zip(values, digits, strict=True)]
             rows.append(f"| {name} | {' | '.join(cells)} |")
     words = (
-        f"FD is the Fréchet distance of {facts.results['samples']} samples to {facts.results['real_images']} real "
-        f"images; like precision and recall, it is measured in {facts.results['features']}."
+        f"FD is the Fréchet distance of {facts.results.samples} samples to {facts.results.real_images} real "
+        f"images; like precision and recall, it is measured in {facts.results.features}."
     )
     return "\n".join(rows) + f"\n\n{words}"
 

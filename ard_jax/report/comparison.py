@@ -10,6 +10,7 @@ from ard_jax.report.figures import Series
 from ard_jax.report.pieces import Chart, FinalImages
 from ard_jax.report.render import render
 from ard_jax.report.words import number
+from ard_jax.results import Measured
 
 COST = (
     "Training examples, FLOPs and time are those of the student with whatever student it starts from, compiling "
@@ -60,12 +61,12 @@ def markdown(comparison: Mapping) -> str:
 
 def _ranked(comparison: Mapping) -> list[Mapping]:
     """The teacher, then its students."""
-    return [row for row in comparison["rows"] if words.is_teacher(row)] + _students(comparison)
+    return [row for row in comparison["rows"] if row["kind"] == "teacher"] + _students(comparison)
 
 
 def _students(comparison: Mapping) -> list[Mapping]:
     """By S, the nearest to the data first."""
-    students = [row for row in comparison["rows"] if not words.is_teacher(row)]
+    students = [row for row in comparison["rows"] if row["kind"] != "teacher"]
     return sorted(students, key=lambda row: (row["steps"], _rank(row["mean"]["fd"])))
 
 
@@ -154,7 +155,7 @@ def _steps(number: int) -> str:
 
 def _tiles(comparison: Mapping) -> list[tuple[str, str, str]]:
     colours = _colours(comparison)
-    rows = [row for row in comparison["rows"] if words.is_teacher(row)] + _best(comparison)
+    rows = [row for row in comparison["rows"] if row["kind"] == "teacher"] + _best(comparison)
     return [(number(row["mean"]["fd"]), f"FD, {_titled(row)}", colours[row["method"]]) for row in rows]
 
 
@@ -194,7 +195,7 @@ def _pictures(comparison: Mapping, pictures: Mapping[str, np.ndarray]) -> dict[s
     """By the number of steps in words: what the students of so many steps make, with the FD of their own seed."""
     seed = str(comparison["seeds"][0])
     models = {
-        row["name"]: {"kind": row["kind"], "title": row["title"], "fd": row["by_seed"][seed]["fd"]}
+        row["name"]: Measured(kind=row["kind"], title=row["title"], fd=row["by_seed"][seed]["fd"])
         for row in comparison["rows"]
     }
     shown = {}

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ard_jax.errors import UserError
 from ard_jax.report import words
+from ard_jax.results import Measured, Results
 
 GUTTER = 2
 SHOWN_SIDE = 160  # pictures on the page are never drawn larger, and the page has to stay mailable
@@ -122,7 +123,7 @@ def shown(images: np.ndarray) -> int:
     return min(len(images), 16 if max(images.shape[1:3]) <= 64 else 8)
 
 
-def teaser(pictures: Mapping[str, np.ndarray], results: Mapping) -> bytes:
+def teaser(pictures: Mapping[str, np.ndarray], results: Results) -> bytes:
     """One picture for a README: teacher, step distillation and ARD (x0 points), a column a sample from the same noise.
 
     Where there is neither of the two, the first student of another objective stands in for them.
@@ -136,7 +137,7 @@ def teaser(pictures: Mapping[str, np.ndarray], results: Mapping) -> bytes:
     Raises:
       UserError: if the pictures of the teacher or of all such students are missing.
     """
-    models = results.get("models") or {}
+    models = results.models
     names = [name for name in ("teacher", *words.pair(models, "x0")) if name and name in pictures]
     if names == ["teacher"]:
         rivals = (name for name, model in models.items() if words.objective_of(model) != "ard" and name in pictures)
@@ -152,12 +153,12 @@ def teaser(pictures: Mapping[str, np.ndarray], results: Mapping) -> bytes:
     for images in finals:
         small = np.stack([_shrink(image, 128) for image in images[:count]])
         strips.append(np.asarray(image_grid(small, count, side=96).convert("RGB")))
-    known = words.titles({"teacher": {"kind": "teacher"}} | models)
-    return _titled_rows([(known[name], _row_note(models.get(name, {}))) for name in names], strips)
+    known = words.titles({"teacher": Measured(kind="teacher"), **models})
+    return _titled_rows([(known[name], _row_note(models.get(name, Measured()))) for name in names], strips)
 
 
-def _row_note(model: Mapping) -> str:
-    calls, fd = model.get("network_calls"), model.get("fd")
+def _row_note(model: Measured) -> str:
+    calls, fd = model.network_calls, model.fd
     parts = [f"{words.number(calls, ',.0f')} calls" if calls is not None else "", f"FD {words.number(fd, ',.1f')}"]
     return " · ".join(part for part in parts if part)
 

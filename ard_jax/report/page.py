@@ -1,5 +1,6 @@
 """One HTML page that shows a run, or a sweep: no file beside it, no request to anywhere."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from ard_jax.report.figures import Series
 from ard_jax.report.pieces import Chart, FinalImages, Picture, PictureGrid
 from ard_jax.report.render import render
 from ard_jax.report.words import number, significant
+from ard_jax.results import Measured, Results
 
 MEASURED: tuple[str, ...] = ("fd", "degradation", "precision", "recall", "psnr", "network_calls", "gmac_per_image")
 MEASURED += ("seconds_per_image", "parameters")
@@ -18,7 +20,7 @@ CURVE_POINTS = 300  # more cannot be told apart at the width of a chart
 
 def build_report(
     title: str,
-    results: Mapping,
+    results: Results,
     pictures: Mapping[str, np.ndarray] | None,
     curves: Mapping | None,
     edits: Mapping[str, np.ndarray] | None = None,
@@ -30,12 +32,7 @@ def build_report(
 
     Args:
       title: heading of the page.
-      results: `features`, `real_images`, `samples`, `degradation_ratio`, `degradation_ratios`, `seconds` (stage →
-        seconds), optionally `config`, and `models`: name → measurements. A teacher has kind "teacher", a
-        student kind "student", `objective` ("ard" if absent), `target` ("x0" or "xt"), `steps` (S) and, by step, a
-        list of S numbers `psnr_per_step` (dB); one of objective "ard" also `mask`, lists `forced_mse` and
-        `rollout_mse`, by k = 0 … S−1 `given_psnr` (dB), and `attention_mass` (layer, query block, key block). Times
-        are seconds, costs GMAC.
+      results: of the run.
       pictures: uint8 arrays, all rows from the same noise: `noise` (n, H, W, C); `teacher` and each student by its
         name (n, S, H, W, C); `label` (n,); where there are students with noisy points also
         `teacher_xt` (n, S, H, W, C), the teacher's noisy points. Empty or None where nothing can be shown.
@@ -46,7 +43,7 @@ def build_report(
     Raises:
       UserError: if a picture is not uint8 or not of the stated shape.
     """
-    models = results.get("models") or {}
+    models = results.models
     curves = curves or {}
     lead, detail = words.headline(results)
     return render(
@@ -55,7 +52,7 @@ def build_report(
         lead=lead,
         detail=detail,
         results=results,
-        features=str(results.get("features") or "").rstrip("."),
+        features=(results.features or "").rstrip("."),
         tiles=_tiles(results, models),
         pictures=_pictures(models, pictures or {}),
         head=["Model", *words.headings(MEASURED)],
@@ -70,7 +67,7 @@ def build_report(
         edits=_edits(models, edits or {}),
         losses=_losses(models, curves),
         rates=_rates(models, curves),
-        times=_times(results.get("seconds") or {}),
+        times=_times(results.seconds),
     )
 
 
@@ -115,8 +112,8 @@ def build_sweep(
 
 def _workdir(entries: Mapping[str, Mapping], pictures: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
     """What the students of one workdir make, how their errors accumulate, and where they look."""
-    models = {name: {**entry["results"], "title": name} for name, entry in entries.items()}
-    models = {"teacher": next(iter(entries.values()))["teacher"], **models}
+    models = {"teacher": Measured.from_json(next(iter(entries.values()))["teacher"])}
+    models |= {name: Measured.from_json(entry["results"] | {"title": name}) for name, entry in entries.items()}
     return {
         "entries": list(entries),
         "finals": pieces.final_images(models, pictures, [name for name in entries if name in pictures]),
@@ -154,15 +151,15 @@ def _capital(phrase: str) -> str:
     return phrase if phrase.startswith("x0") else phrase.capitalize()
 
 
-def _students(models: Mapping[str, Mapping], target: str) -> dict[str, Mapping]:
+def _students(models: Mapping[str, Measured], target: str) -> dict[str, Measured]:
     """Step distillation first: what ARD is compared with is read before it."""
-    students = {n: m for n, m in models.items() if not words.is_teacher(m) and m.get("target", "x0") == target}
+    students = {n: m for n, m in models.items() if not m.is_teacher and (m.target or "x0") == target}
     return dict(sorted(students.items(), key=lambda item: not words.is_step_distillation(item[1])))
 
 
-def _colours(models: Mapping[str, Mapping]) -> dict[str, str]:
+def _colours(models: Mapping[str, Measured]) -> dict[str, str]:
     """A colour a model: the same for step distillation, and for the first ARD student, whatever the target."""
-    colours = {name: "teacher" for name, model in models.items() if words.is_teacher(model)}
+    colours = {name: "teacher" for name, model in models.items() if model.is_teacher}
     for target in words.TARGETS:
         first = dict(zip(words.pair(models, target), ("step", "ard"), strict=True))
         rest = 0
@@ -175,34 +172,33 @@ def _colours(models: Mapping[str, Mapping]) -> dict[str, str]:
 # --- what fills the sections ------------------------------------------------------------------------------------------
 
 
-def _tiles(results: Mapping, models: Mapping[str, Mapping]) -> list[tuple[str, str, str]]:
+def _tiles(results: Results, models: Mapping[str, Measured]) -> list[tuple[str, str, str]]:
     """The few numbers that a reader came for: each with its words and its colour."""
     tiles = []
-    ratio = results.get("degradation_ratio")
+    ratio = results.degradation_ratio
     pair = words.pair(models, "x0")
     degradations = [None if name is None else words.degradation(models, name) for name in pair]
     if words.finite(ratio) and all(map(words.is_positive, degradations)):
         tiles.append((f"{number(ratio, ',.1f')}×", "degradation, step distillation over ARD", "ink"))
-    step, ard = (models.get(name or "", {}) for name in pair)
+    step, ard = (models.get(name or "", Measured()) for name in pair)
     shown = {"the teacher": (words.teacher_of(models), "teacher"), "step distillation": (step, "step")}
     for of, (model, colour) in (shown | {"ARD": (ard, "ard")}).items():
-        if model.get("fd") is not None:
-            calls = model.get("network_calls")
+        if model.fd is not None:
+            calls = model.network_calls
             said = f", {number(calls, ',.0f')} network calls" if calls is not None else ""
-            tiles.append((number(model["fd"]), f"FD of {of}{said}", colour))
+            tiles.append((number(model.fd), f"FD of {of}{said}", colour))
     return tiles
 
 
 def _pictures(
-    models: Mapping[str, Mapping], pictures: Mapping[str, np.ndarray]
+    models: Mapping[str, Measured], pictures: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[FinalImages, Sequence[PictureGrid]]]:
     """By kind of point the final images, and for the first few samples every step; empty if nothing can be shown."""
     drawn = [name for name in pictures if name not in ("label", "noise", "teacher", "teacher_xt")]
     if not drawn and "teacher" not in pictures:
         return {}
-    models = {name: models.get(name, {}) for name in ("teacher", *models, *drawn)} | {
-        "teacher": {"kind": "teacher", **models.get("teacher", {})}
-    }
+    models = {name: models.get(name, Measured()) for name in ("teacher", *models, *drawn)}
+    models["teacher"] = dataclasses.replace(models["teacher"], kind="teacher")
     shown: dict[str, tuple[FinalImages, Sequence[PictureGrid]]] = {}
     for target in words.TARGETS:
         names = [name for name in _students(models, target) if name in pictures]
@@ -213,7 +209,7 @@ def _pictures(
 
 
 def _progressions(
-    models: Mapping[str, Mapping], pictures: Mapping[str, np.ndarray], names: Sequence[str], target: str
+    models: Mapping[str, Measured], pictures: Mapping[str, np.ndarray], names: Sequence[str], target: str
 ) -> list[PictureGrid]:
     """For the first few samples: the noise and then every step, a row a model."""
     titles = words.titles(models)
@@ -251,23 +247,23 @@ def _progression(rows: Mapping[str, np.ndarray], noise: np.ndarray | None, steps
     return PictureGrid(heads, placed)
 
 
-def _measurements(models: Mapping[str, Mapping]) -> list[list[str]]:
+def _measurements(models: Mapping[str, Measured]) -> list[list[str]]:
     """Cells of the table's rows, the teacher's first."""
     titles = words.titles(models)
-    teachers = {name: model for name, model in models.items() if words.is_teacher(model)}
+    teachers = {name: model for name, model in models.items() if model.is_teacher}
     rows = []
     for name, model in (teachers | _students(models, "x0") | _students(models, "xt")).items():
-        degradation = None if words.is_teacher(model) else words.degradation(models, name)
-        rows.append([titles[name], *words.cells({**model, "degradation": degradation}, MEASURED)])
+        degradation = None if model.is_teacher else words.degradation(models, name)
+        rows.append([titles[name], *words.cells(model.to_json() | {"degradation": degradation}, MEASURED)])
     return rows
 
 
-def _points(results: Mapping, models: Mapping[str, Mapping]) -> dict[str, list[str]]:
+def _points(results: Results, models: Mapping[str, Measured]) -> dict[str, list[str]]:
     """By kind of point that there are students of: cells with their degradations and the ratio of these.
 
     A ratio is only shown of two differences that are both above zero, else it means nothing.
     """
-    ratios = results.get("degradation_ratios") or {}
+    ratios = results.degradation_ratios
     rows = {}
     for target, word in words.TARGETS.items():
         pair = words.pair(models, target)
@@ -283,7 +279,7 @@ def _points(results: Mapping, models: Mapping[str, Mapping]) -> dict[str, list[s
 
 
 def _by_step(
-    models: Mapping[str, Mapping],
+    models: Mapping[str, Measured],
     prefix: str,
     lines: Mapping[str, str],
     ylabel: str,
@@ -305,8 +301,8 @@ def _by_step(
         series = []
         for name, model in _students(models, target).items():
             for key, suffix in lines.items():
-                if model.get(key):
-                    y = [np.nan if value is None else float(value) for value in model[key]]
+                if values := getattr(model, key):
+                    y = [np.nan if value is None else float(value) for value in values]
                     x = range(first, first + len(y))
                     label = words.short_title(titles[name]) + suffix
                     series.append(Series(label, colours[name], x, y, dashed=key == "forced_mse"))
@@ -314,29 +310,29 @@ def _by_step(
     return pieces.charts(drawn, xlabel, ylabel, log=log, markers=True)
 
 
-def _given(models: Mapping[str, Mapping], prefix: str = "all") -> list[Chart]:
+def _given(models: Mapping[str, Measured], prefix: str = "all") -> list[Chart]:
     """Charts of error accumulation; `prefix` tells their ids apart from those of others on the page."""
     xlabel = "first points that are the teacher’s"
     return _by_step(models, f"{prefix}-given", {"given_psnr": ""}, "PSNR of the image, dB", xlabel, first=0)
 
 
-def _attention(models: Mapping[str, Mapping], prefix: str = "all") -> list[Chart]:
+def _attention(models: Mapping[str, Measured], prefix: str = "all") -> list[Chart]:
     """Maps of attention; `prefix` as in `_given`."""
     titles = words.titles(models)
     maps: list[Chart] = []
     for name, model in models.items():
-        if model.get("attention_mass"):
-            svg = figures.block_maps(f"{prefix}-attention-{len(maps)}", np.asarray(model["attention_mass"], float))
+        if model.attention_mass:
+            svg = figures.block_maps(f"{prefix}-attention-{len(maps)}", np.asarray(model.attention_mass, float))
             maps.append(Chart(titles[name], svg))
     return maps
 
 
-def _edits(models: Mapping[str, Mapping], edits: Mapping[str, np.ndarray]) -> dict[str, PictureGrid]:
+def _edits(models: Mapping[str, Measured], edits: Mapping[str, np.ndarray]) -> dict[str, PictureGrid]:
     """By the student's title its edited images, a row a source."""
     names = [name for name in edits if name not in ("source", "label")]
     if not names or "source" not in edits:
         return {}
-    titles = words.titles({name: models.get(name, {}) for name in (*models, *names)})
+    titles = words.titles({name: models.get(name, Measured()) for name in (*models, *names)})
     sources = figures.check_images(edits["source"])[:8]
     grids = {}
     for name in names:
@@ -355,9 +351,9 @@ def _edits(models: Mapping[str, Mapping], edits: Mapping[str, np.ndarray]) -> di
     return grids
 
 
-def _losses(models: Mapping[str, Mapping], curves: Mapping[str, Sequence[Mapping]]) -> list[Chart]:
+def _losses(models: Mapping[str, Measured], curves: Mapping[str, Sequence[Mapping]]) -> list[Chart]:
     titles, colours = words.titles(models), _colours(models)
-    groups = {"teacher": ("Teacher", [n for n, m in models.items() if words.is_teacher(m)])}
+    groups = {"teacher": ("Teacher", [n for n, m in models.items() if m.is_teacher])}
     groups |= {t: (f"Students, {w}", list(_students(models, t))) for t, w in words.TARGETS.items()}
     known = {name for _, names in groups.values() for name in names}
     groups["rest"] = ("Other runs", [name for name in curves if name not in known])
@@ -382,7 +378,7 @@ def _thinned(rows: Sequence[Mapping]) -> tuple[list[float], list[float]]:
     return [float(step) for step, _ in means], [float(loss) for _, loss in means]
 
 
-def _rates(models: Mapping[str, Mapping], curves: Mapping[str, Sequence[Mapping]]) -> list[str]:
+def _rates(models: Mapping[str, Measured], curves: Mapping[str, Sequence[Mapping]]) -> list[str]:
     """Median samples a second of every training that recorded them."""
     titles = words.titles(models)
     rates = []

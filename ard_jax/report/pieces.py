@@ -8,6 +8,7 @@ import numpy as np
 
 from ard_jax.report import figures, words
 from ard_jax.report.figures import Series
+from ard_jax.results import Measured
 
 DIFFERENCE_GAIN = 3  # an error of 10 in 255 is plain in numbers and invisible on a screen
 
@@ -64,7 +65,7 @@ def charts(drawn: Mapping[str, tuple[str, Sequence[Series]]], xlabel: str, ylabe
 
 
 def final_images(
-    models: Mapping[str, Mapping],
+    models: Mapping[str, Measured],
     pictures: Mapping[str, np.ndarray],
     names: Sequence[str],
     *,
@@ -89,7 +90,7 @@ def final_images(
     for name, images in finals.items():
         title, images = titles[name], images[:columns]
         shown = [picture(image, f"{title}, sample {i + 1}") for i, image in enumerate(images)]
-        rows.append(Row(title, models[name].get("fd"), shown))
+        rows.append(Row(title, models[name].fd, shown))
         if differences and name != "teacher" and "teacher" in finals:
             apart = np.abs(images.astype(int) - finals["teacher"][:columns]) * DIFFERENCE_GAIN
             apart = np.minimum(apart, 255).astype(np.uint8)

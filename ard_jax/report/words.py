@@ -1,13 +1,14 @@
 """Numbers and findings in words: everything on the page that is said rather than drawn.
 
-Plain text throughout; the templates escape it. A model is one entry of `results["models"]`
-(see `page.build_report`).
+Plain text throughout; the templates escape it.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeGuard
+
+from ard_jax.results import Measured, Results
 
 ABSENT = "–"
 TARGETS = {"x0": "x0 points", "xt": "noisy points"}
@@ -92,22 +93,18 @@ def cells(measured: Mapping, keys: Iterable[str]) -> list[str]:
     return [COLUMNS[key][1](measured.get(key)) for key in keys]
 
 
-def is_teacher(model: Mapping) -> bool:
-    return model.get("kind") == "teacher"
-
-
-def is_step_distillation(model: Mapping) -> bool:
+def is_step_distillation(model: Measured) -> bool:
     """A student without history: docs/METHOD.md section 1, mask M1 or no history layers."""
-    return model.get("mask") == "diagonal" or model.get("history_layers") == 0
+    return model.mask == "diagonal" or model.history_layers == 0
 
 
-def objective_of(model: Mapping) -> str:
-    return model.get("objective", "ard")
+def objective_of(model: Measured) -> str:
+    return model.objective or "ard"
 
 
-def _usual_title(model: Mapping) -> str:
+def _usual_title(model: Measured) -> str:
     """What a model is called that does not say so itself."""
-    if is_teacher(model):
+    if model.is_teacher:
         return "Teacher"
     objective = objective_of(model)
     if objective != "ard":
@@ -115,12 +112,12 @@ def _usual_title(model: Mapping) -> str:
     return "Step distillation" if is_step_distillation(model) else "ARD"
 
 
-def titles(models: Mapping[str, Mapping]) -> dict[str, str]:
+def titles(models: Mapping[str, Measured]) -> dict[str, str]:
     """What each model is called on the page; no two alike."""
     named = {}
     for name, model in models.items():
-        title = str(model.get("title") or _usual_title(model))
-        if model.get("target") == "xt" and "noisy" not in title.lower():
+        title = str(model.title or _usual_title(model))
+        if model.target == "xt" and "noisy" not in title.lower():
             title += NOISY
         named[name] = title
     shared = {title for title in named.values() if list(named.values()).count(title) > 1}
@@ -132,35 +129,35 @@ def short_title(title: str) -> str:
     return title.removesuffix(NOISY)
 
 
-def teacher_of(models: Mapping[str, Mapping]) -> Mapping:
-    return next((model for model in models.values() if is_teacher(model)), {})
+def teacher_of(models: Mapping[str, Measured]) -> Measured:
+    return next((model for model in models.values() if model.is_teacher), Measured(kind="teacher"))
 
 
-def degradation(models: Mapping[str, Mapping], name: str) -> float | None:
+def degradation(models: Mapping[str, Measured], name: str) -> float | None:
     """FD of the student less FD of the teacher; None where either was not measured."""
     student, teacher = models[name], teacher_of(models)
-    if student.get("degradation") is not None:
-        return student["degradation"]
-    if student.get("fd") is None or teacher.get("fd") is None:
+    if student.degradation is not None:
+        return student.degradation
+    if student.fd is None or teacher.fd is None:
         return None
-    return student["fd"] - teacher["fd"]
+    return student.fd - teacher.fd
 
 
-def pair(models: Mapping[str, Mapping], target: str) -> tuple[str | None, str | None]:
+def pair(models: Mapping[str, Measured], target: str) -> tuple[str | None, str | None]:
     """Names of the step-distillation student and of the ARD student (the first of each) with this target."""
     students = {
         name: model
         for name, model in models.items()
-        if not is_teacher(model) and objective_of(model) == "ard" and model.get("target", "x0") == target
+        if not model.is_teacher and objective_of(model) == "ard" and (model.target or "x0") == target
     }
     step = next((name for name, model in students.items() if is_step_distillation(model)), None)
     ard = next((name for name, model in students.items() if not is_step_distillation(model)), None)
     return step, ard
 
 
-def headline(results: Mapping) -> tuple[str, str]:
+def headline(results: Results) -> tuple[str, str]:
     """What the degradation ratio says, claiming no more than was measured: a sentence, and the numbers behind it."""
-    models = results.get("models") or {}
+    models = results.models
     step, ard = pair(models, "x0")
     if step is None or ard is None:
         missing = " and no ".join(word for word, name in (("step distillation", step), ("ARD", ard)) if name is None)
@@ -171,15 +168,15 @@ def headline(results: Mapping) -> tuple[str, str]:
         return "The two students cannot be compared here.", reason
     detail = (
         f"In Fréchet distance (FD), step distillation stands at {number(by_step, '+,.2f')} against the teacher’s "
-        f"{_measured(teacher_of(models).get('fd'))}, ARD at {number(by_ard, '+,.2f')}."
+        f"{_measured(teacher_of(models).fd)}, ARD at {number(by_ard, '+,.2f')}."
     )
-    ratio = results.get("degradation_ratio")
+    ratio = results.degradation_ratio
     if min(by_step, by_ard) <= 0:
         level = [word for word, value in (("step distillation", by_step), ("ARD", by_ard)) if value <= 0]
         return f"No degradation ratio can be given: {_are(level)} no worse than the teacher by this measure.", detail
     if not finite(ratio):
         return "No degradation ratio was computed for these results.", detail
-    return _compare(ratio, models[ard].get("steps")), detail
+    return _compare(ratio, models[ard].steps), detail
 
 
 def _are(level: list[str]) -> str:

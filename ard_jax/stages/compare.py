@@ -25,6 +25,7 @@ from ard_jax.errors import UserError
 from ard_jax.files import file_sha256
 from ard_jax.methods import training_flops
 from ard_jax.report import build_comparison, markdown
+from ard_jax.results import Measured, read_results
 from ard_jax.runner import TEACHER, Entry, Job, Place, prefix_errors, with_settings
 from ard_jax.workdir import Stopwatch, require_done, teacher_folder, write_done
 
@@ -94,32 +95,32 @@ def _compare_models(
     config: ml_collections.ConfigDict, entries: Mapping[str, Entry], homes: Mapping[int, Place], quick: bool
 ) -> dict[str, Any]:
     """What compare.json holds: of every model the measurements by seed, their mean, the least and the greatest."""
-    results = {seed: runner.results_of(home) for seed, home in homes.items()}
+    results = {seed: read_results(home.path) for seed, home in homes.items()}
     first = next(iter(results.values()))
     shown = {name: entry for name, entry in entries.items() if entry.shown}
     rows = []
     for name in (TEACHER, *shown):
         by_seed = {
-            seed: measurements(results[seed]["models"][name]) | _training_cost(entries, home, name)
+            seed: measurements(results[seed].models[name]) | _training_cost(entries, home, name)
             for seed, home in homes.items()
         }
-        rows.append(_describe_model(name, shown.get(name), first["models"][name]) | _summarise_seeds(by_seed))
+        rows.append(_describe_model(name, shown.get(name), first.models[name]) | _summarise_seeds(by_seed))
     return {
         "quick": flatten(plain(config)["compare"]["quick"]) if quick else {},
         "seeds": list(homes),
-        "features": [result["features"] for result in results.values()],
-        "samples": first["samples"],
-        "real_images": first["real_images"],
+        "features": [result.features for result in results.values()],
+        "samples": first.samples,
+        "real_images": first.real_images,
         "budget": training_flops(config),
         "rows": rows,
         "config": plain(config),
     }
 
 
-def _describe_model(name: str, entry: Entry | None, model: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_model(name: str, entry: Entry | None, model: Measured) -> dict[str, Any]:
     """What a row says of its model beside the measurements."""
     if entry is None:
-        return {"name": name, "kind": "teacher", "method": name, "title": "Teacher", "steps": model["steps"]}
+        return {"name": name, "kind": "teacher", "method": name, "title": "Teacher", "steps": model.steps}
     settings = entry.config[entry.stage]
     return {
         "name": name,
@@ -133,9 +134,9 @@ def _describe_model(name: str, entry: Entry | None, model: Mapping[str, Any]) ->
     }
 
 
-def measurements(model: Mapping[str, Any]) -> dict[str, Any]:
+def measurements(model: Measured) -> dict[str, Any]:
     """Of results.json's; a teacher has no PSNR to itself."""
-    return {key: model.get(key) for key in MEASURED}
+    return {key: getattr(model, key) for key in MEASURED}
 
 
 def _training_cost(entries: Mapping[str, Entry], home: Place, name: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ to the teacher from the same noise, step by step; and of ARD students
   (docs/METHOD.md section 4).
 """
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Collection
@@ -42,6 +43,7 @@ from ard_jax.files import file_sha256, read_npz, write_json, write_npz
 from ard_jax.models import ARDStudent, Condition
 from ard_jax.objectives.ard import teacher_forcing
 from ard_jax.parallel import batch_shards, equal_batches, is_first, local_mesh, on_mesh, put_batch, run_batches
+from ard_jax.results import Measured, Results
 from ard_jax.sampling import (
     draw_noise,
     is_within_bounds,
@@ -95,31 +97,38 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     paired = Paired(config, teacher, students, make_decoder(vae, config, mesh), mesh)
     extractor = train_feature_net(real, labels, config.data.num_classes, steps=config.evaluate.feature_steps)
     kept = ("ema_sha256", "steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
-    measured: dict[str, dict[str, Any]] = {
-        name: {key: facts[key] for key in kept} | _distances(extractor, real, samples[name], config)
+    measured = {
+        name: Measured(
+            **{key: facts[key] for key in kept},
+            **_distances(extractor, real, samples[name], config),
+            kind="teacher" if name == "teacher" else "student",
+        )
         for name, facts in sampled.items()
     }
     pictures = paired.teacher_pictures(config.evaluate.pictures)
     edits = paired.edit_sources(config.evaluate.pictures)
     for name, student in students.items():
         errors, images = paired.compare(student, config.evaluate.pictures)
-        measured[name] |= errors
+        measured[name] = dataclasses.replace(measured[name], **errors)
         pictures[name] = images
         if _can_edit(student):
             edits[name] = paired.edits(student, config.evaluate.pictures)
-    results = {
-        "features": f"features of a small classifier trained on the same images "
+    measured = _add_degradation(measured)
+    ratios = _degradation_ratios(measured)
+    results = Results(
+        features=f"features of a small classifier trained on the same images "
         f"(held-out accuracy {extractor.held_out_accuracy:.3f}); not comparable with ImageNet FID",
-        "real_images": len(real),
-        "samples": config.sample.count,
-        "paired": paired.count,
-        "models": _add_degradation(measured),
-        **degradation_ratios(measured),
-        "config": plain(config),
-    }
+        real_images=len(real),
+        samples=config.sample.count,
+        paired=paired.count,
+        models=measured,
+        degradation_ratio=ratios.get("x0"),
+        degradation_ratios=ratios,
+        config=plain(config),
+    )
     if not is_first():  # every host has computed the same
         return
-    write_json(directory / "results.json", results)
+    write_json(directory / "results.json", results.to_json())
     write_npz(directory / "pictures.npz", **pictures)
     write_npz(directory / "edits.npz", **edits)
     files = ("results.json", "pictures.npz", "edits.npz")
@@ -156,7 +165,7 @@ def _read_samples(
 
 def _distances(
     extractor: FeatureExtractor, real: np.ndarray, images: np.ndarray, config: ml_collections.ConfigDict
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Fréchet distance to the real images, precision and recall."""
     real_features, features = extractor(real), extractor(images)
     count = min(len(real_features), len(features), NEIGHBOUR_LIMIT)
@@ -260,7 +269,6 @@ class Paired:
         rollout = self.batches(functools.partial(roll, params), noise, condition)
         image_mse = self.image_error(rollout, points)
         errors = {
-            "kind": "student",
             "objective": config.distill.objective,
             "target": target,
             "psnr": float(psnr(image_mse[-1])),
@@ -341,23 +349,26 @@ def _can_edit(student: Loaded) -> bool:
     return config.student.kind == "history" and model.layers_with_history > 0 and config.student.target == "x0"
 
 
-def _add_degradation(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _add_degradation(models: dict[str, Measured]) -> dict[str, Measured]:
     """Adds each student's Fréchet distance minus the teacher's, where the teacher has been sampled."""
-    teacher = models.get("teacher")
-    for name, model in models.items():
-        model["kind"] = "teacher" if name == "teacher" else "student"
-        if teacher and name != "teacher":
-            model["degradation"] = model["fd"] - teacher["fd"]
-    return models
+    teacher = models["teacher"].fd if "teacher" in models else None
+
+    def add(model: Measured) -> Measured:
+        if model.is_teacher or model.fd is None or teacher is None:
+            return model
+        return dataclasses.replace(model, degradation=model.fd - teacher)
+
+    return {name: add(model) for name, model in models.items()}
 
 
-def degradation_ratios(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _degradation_ratios(models: dict[str, Measured]) -> dict[str, float]:
     """Degradation of step distillation over that of ARD, for each kind of target that both were trained on."""
-    students = [model for model in models.values() if "degradation" in model and model["objective"] == "ard"]
+    students = [(model, model.degradation) for model in models.values() if model.objective == "ard"]
     ratios = {}
     for target in ("x0", "xt"):
-        ours = [m["degradation"] for m in students if m["target"] == target and m["history_layers"]]
-        baseline = [m["degradation"] for m in students if m["target"] == target and not m["history_layers"]]
+        found = [(model, worse) for model, worse in students if worse is not None and model.target == target]
+        ours = [worse for model, worse in found if model.history_layers]
+        baseline = [worse for model, worse in found if not model.history_layers]
         if ours and baseline and ours[0] > 0 and baseline[0] > 0:
             ratios[target] = baseline[0] / ours[0]
-    return {"degradation_ratio": ratios.get("x0"), "degradation_ratios": ratios}
+    return ratios

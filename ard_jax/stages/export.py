@@ -31,6 +31,7 @@ from ard_jax.files import file_sha256, read_json, whole_folder, write_json
 from ard_jax.models import count_parameters
 from ard_jax.pipeline import ARDPipeline
 from ard_jax.pipeline.files import WEIGHTS, open_workdir, with_dtype
+from ard_jax.results import Results, read_results
 from ard_jax.workdir import load_weights, read_done, recorded_config, require_done, teacher_folder, vae_folder
 
 log = logging.getLogger("ard_jax")
@@ -149,16 +150,16 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _measured(args: argparse.Namespace) -> dict[str, Any]:
-    """The workdir's results.json, or {} if it is not of these weights."""
+def _measured(args: argparse.Namespace) -> Results:
+    """The workdir's results, none if they are not of these weights."""
     results, samples = args.workdir / "evaluate" / "results.json", read_done(args.workdir / "sample")
     if args.weights != "ema" or not results.exists() or samples is None:
-        return {}
+        return Results()
     folder = _model_folder(args.workdir, args.model)
     if samples["models"].get(args.model, {}).get("ema_sha256") != require_done(folder, args.model)["sha256"]["ema"]:
         log.warning("The results in %s are of older weights, and are left out of the card.", results)
-        return {}
-    return read_json(results)
+        return Results()
+    return read_results(args.workdir)
 
 
 # --------------------------------------------------------------------------------------------------- the formats

@@ -4,15 +4,18 @@ Reads `evaluate/` and the metrics of every training, and writes `report/index.ht
 `report/teaser.png`.
 """
 
+import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
-from ard_jax.files import atomic_write, file_sha256, read_json, read_npz, write_json
+from ard_jax.files import atomic_write, file_sha256, read_npz, write_json
 from ard_jax.parallel import is_first
 from ard_jax.report import build_report, teaser
+from ard_jax.results import Measured, Results, read_results
 from ard_jax.workdir import Stopwatch, read_done, require_done, teacher_folder, write_done
 
 
@@ -26,10 +29,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         return
     watch, directory = Stopwatch(), workdir / "report"
     require_done(workdir / "evaluate", "evaluate")
-    results = read_json(workdir / "evaluate" / "results.json") | {"seconds": _stage_seconds(workdir)}
+    results = dataclasses.replace(read_results(workdir), seconds=_stage_seconds(workdir))
     paths = (workdir / "evaluate" / name for name in ("pictures.npz", "edits.npz"))
     pictures, edits = (read_npz(path) if path.exists() else {} for path in paths)  # an earlier version made no edits
-    curves = _read_curves(config, workdir, results["models"])
+    curves = _read_curves(config, workdir, results.models)
     html = build_report(config.report.title, results, pictures, curves, edits)
     atomic_write(directory / "index.html", lambda temporary: temporary.write_text(html, encoding="utf-8"))
     atomic_write(directory / "teaser.png", lambda temporary: temporary.write_bytes(teaser(pictures, results)))
@@ -38,10 +41,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())
 
 
-def summary(results: dict[str, Any]) -> dict[str, Any]:
+def summary(results: Results) -> dict[str, Any]:
     """results.json: each model under its own name, then the rest."""
-    rest = {key: value for key, value in results.items() if key != "models"}
-    return results["models"] | rest
+    found = results.to_json()
+    return found.pop("models") | found
 
 
 def _stage_seconds(workdir: pathlib.Path) -> dict[str, float]:
@@ -56,7 +59,9 @@ def _stage_seconds(workdir: pathlib.Path) -> dict[str, float]:
     return seconds
 
 
-def _read_curves(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: dict) -> dict[str, list[dict]]:
+def _read_curves(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Mapping[str, Measured]
+) -> dict[str, list[dict]]:
     """The lines of every training's metrics.jsonl, by model."""
     folders = {name: workdir / "distill" / name for name in models if name != "teacher"}
     folders = {"teacher": teacher_folder(config, workdir), **folders}

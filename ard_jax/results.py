@@ -1,0 +1,123 @@
+"""results.json: what `evaluate` writes of a run, and reports, cards, sweeps and comparisons read.
+
+The keys of the file are the fields here, in their order, but for those that are None; a model stands under its name in
+`models`. `report` writes the same with the models beside the other keys, and `seconds` last.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+from ard_jax.errors import UserError
+from ard_jax.files import read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One model; None where a field was not measured, or has no meaning for it.
+
+    Attributes:
+        ema_sha256: hash of its weights.
+        steps: S of a student, the solver's of the teacher.
+        network_calls, parameters, gmac_per_image, seconds_per_image: what an image costs.
+        fd, precision, recall: of its samples to the real images, in the features of `Results.features`.
+        kind: "teacher" or "student".
+        objective, target: of a student's training: of `distill.objective`, and "x0" or "xt".
+        psnr: of its images to the teacher's from the same noise, dB.
+        mse_per_step, psnr_per_step: the same by step, (S,).
+        mask, history_layers: of an ARD student, the layers that look across blocks.
+        forced_mse, rollout_mse: by step, with the teacher's history and with its own, (S,).
+        given_psnr: of the image when the first 0, 1, …, S−1 points are the teacher's, dB, (S,).
+        attention_mass: (layer, query block, key block).
+        degradation: Fréchet distance less the teacher's.
+        title: what a page calls it, if not as its other fields say.
+    """
+
+    ema_sha256: str | None = None
+    steps: int | None = None
+    network_calls: int | None = None
+    parameters: int | None = None
+    gmac_per_image: float | None = None
+    seconds_per_image: float | None = None
+    fd: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    kind: str | None = None
+    objective: str | None = None
+    target: str | None = None
+    psnr: float | None = None
+    mse_per_step: list[float] | None = None
+    psnr_per_step: list[float] | None = None
+    mask: str | None = None
+    history_layers: int | None = None
+    forced_mse: list[float] | None = None
+    rollout_mse: list[float] | None = None
+    given_psnr: list[float] | None = None
+    attention_mass: list[list[list[float]]] | None = None
+    degradation: float | None = None
+    title: str | None = None
+
+    @property
+    def is_teacher(self) -> bool:
+        return self.kind == "teacher"
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """Of what a file says of a model; a key that is no field is passed over."""
+        return cls(**{field.name: found.get(field.name) for field in dataclasses.fields(cls)})
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """A run.
+
+    Attributes:
+        features: in words, what Fréchet distance, precision and recall are measured in.
+        real_images, samples, paired: how many real images, samples of each model and paired trajectories there are.
+        models: by name.
+        degradation_ratio: of the students with x0 points, that of step distillation over that of ARD.
+        degradation_ratios: the same by target.
+        config: plain, as it was resolved.
+        seconds: by stage, of a report's alone.
+    """
+
+    features: str | None = None
+    real_images: int | None = None
+    samples: int | None = None
+    paired: int | None = None
+    models: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
+    degradation_ratio: float | None = None
+    degradation_ratios: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """Of what a file says; one of an earlier version may lack keys."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        given = {name: found[name] for name in names if found.get(name) is not None}
+        models = {name: Measured.from_json(model) for name, model in given.pop("models", {}).items()}
+        return cls(models=models, **given)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the file says, where a ratio that there is not is null."""
+        found = {key: value for key, value in vars(self).items() if value is not None or key == "degradation_ratio"}
+        found["models"] = {name: model.to_json() for name, model in self.models.items()}
+        return found if self.seconds else {key: value for key, value in found.items() if key != "seconds"}
+
+
+def read_results(workdir: pathlib.Path) -> Results:
+    """What `evaluate` wrote in a workdir.
+
+    Raises:
+        UserError: it wrote nothing there, or the file cannot be read.
+    """
+    path = workdir / "evaluate" / "results.json"
+    try:
+        return Results.from_json(read_json(path))
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise UserError(f"{path} is missing or no results of 'evaluate': run 'evaluate' again.") from None

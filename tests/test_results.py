@@ -1,0 +1,36 @@
+"""results.json: what is read is written again byte for byte, and an earlier file opens."""
+
+import json
+
+import pytest
+
+from ard_jax.errors import UserError
+from ard_jax.files import read_json, write_json
+from ard_jax.results import Measured, Results, read_results
+
+
+def test_what_evaluate_wrote_is_written_again_byte_for_byte(pipeline, tmp_path):
+    file = pipeline / "evaluate" / "results.json"
+    results = read_results(pipeline)
+    assert results.models["teacher"].is_teacher and results.models["ard"].steps == 3
+    write_json(tmp_path / "again.json", results.to_json())
+    assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
+    fields = set(Measured.__dataclass_fields__) - {"title"}
+    assert set().union(*read_json(file)["models"].values()) == fields  # each is a key of today's file
+
+
+def test_an_earlier_file_opens(tmp_path):
+    found = {"samples": 8, "models": {"teacher": {"kind": "teacher", "fd": 1.5, "gone": 1}}, "degradation_ratios": None}
+    write_json(tmp_path / "evaluate" / "results.json", found)
+    results = read_results(tmp_path)
+    assert results == Results(samples=8, models={"teacher": Measured(kind="teacher", fd=1.5)})
+    assert results.to_json()["degradation_ratio"] is None and "seconds" not in results.to_json()
+
+
+@pytest.mark.parametrize("text", [None, "{", json.dumps([1]), json.dumps({"models": {"teacher": 3}})])
+def test_what_is_no_results_is_refused(tmp_path, text):
+    if text is not None:
+        (tmp_path / "evaluate").mkdir()
+        (tmp_path / "evaluate" / "results.json").write_text(text)
+    with pytest.raises(UserError, match="results.json is missing or no results of 'evaluate': run 'evaluate' again"):
+        read_results(tmp_path)
