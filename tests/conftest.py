@@ -17,6 +17,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu
 
 gc.set_threshold(100_000)  # tracing makes many small objects that live; looking through them took a tenth of the time
 
+# Files that take longest, which begin first, or one of them would go on alone at the end.
+LONGEST = ("test_stages_kills", "test_plan", "test_hosts", "test_stages_compare", "test_models", "test_stages_finetune")
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
@@ -25,6 +28,7 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
         reason = "needs the oracles: pip install torch==2.13.0, then pip install -e '.[oracles]'"
         for item in items:
