@@ -127,7 +127,7 @@ def test_a_shard_killed_in_the_middle_is_not_there(tmp_path):
         def some():
             yield from test_trajectories.records(count=3)
             os.kill(os.getpid(), signal.SIGKILL)
-        test_store.write(pathlib.Path(sys.argv[1]), some())
+        test_trajectories.write(pathlib.Path(sys.argv[1]), some())
     """
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     killed = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
