@@ -54,7 +54,10 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         The exit status: 0 done or saved before a preemption, 2 a user's mistake, 130 interrupted.
     """
     if {"-h", "--help"} & set(arguments):
-        module = _stage_module(stage)
+        try:
+            module = _stage_module(stage)
+        except UserError as error:
+            return _report_error(stage, str(error))
         about = (module.__doc__ or "").strip()
         if stage in WITHOUT_CONFIG:
             prog = f"python -m ard_jax {stage}"

@@ -54,8 +54,9 @@ def test_a_stage_whose_requirements_are_not_installed(workdir, monkeypatch):
     monkeypatch.delitem(sys.modules, "ard_jax.stages.trajectories", raising=False)
     monkeypatch.delattr("ard_jax.stages.trajectories", raising=False)
     monkeypatch.setitem(sys.modules, "ard_jax.trajectories.store", None)
-    said = refused("trajectories", "--config", SMOKE, "--workdir", workdir)
-    assert "which is not installed: install ard_jax with its extra train" in said
+    for arguments in (["--config", SMOKE, "--workdir", workdir], ["--help"]):
+        said = refused("trajectories", *arguments)
+        assert "which is not installed: install ard_jax with its extra train" in said
 
 
 def test_a_stage_that_does_not_exist(capsys):
