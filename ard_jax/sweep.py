@@ -43,6 +43,7 @@ from ard_jax.runner import TEACHER, Entry, Job, Place
 from ard_jax.workdir import FREE, SECTIONS, config_differences, network_settings
 
 STAGES = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
+UNASKED = tuple(stage for stage in STAGES if stage != "finetune")  # what a sweep runs that does not say
 KEYS = ("config", "settings", "entries", "over", "stages")
 SET_BY_SWEEP = ("student.name", "finetune.name", "sample.models")
 # Sections that a teacher depends on by more than what `network_settings` compares.
@@ -64,7 +65,7 @@ class Sweep(NamedTuple):
     settings: Mapping[str, Any]
     entries: Mapping[str, Mapping[str, Any]]
     over: str | None = None
-    stages: tuple[str, ...] = tuple(stage for stage in STAGES if stage != "finetune")  # type: ignore[name-defined]  # mypy's mistake
+    stages: tuple[str, ...] = UNASKED
 
     @property
     def trained(self) -> str:
@@ -245,7 +246,7 @@ def run_command(typed: Words, job: Job) -> None:
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def collect(sweep: Sweep, entries: Iterable[Entry]) -> dict[str, Any]:
+def _collect(sweep: Sweep, entries: Iterable[Entry]) -> dict[str, Any]:
     """results.json: of each entry its settings, its student's results, and those of its teacher."""
     found = {}
     for entry in entries:
@@ -285,7 +286,7 @@ def _row(name: str, model: Mapping[str, Any]) -> list[str]:
 
 def _write_results(sweep: Sweep, entries: list[Entry], folder: pathlib.Path) -> None:
     """Writes the table, results.json and the page, and prints the table."""
-    results = collect(sweep, entries)
+    results = _collect(sweep, entries)
     rows = list(_table_rows(results))
     homes = {entry.home.workdir: entry.home for entry in entries}
     pictures = {workdir: runner.pictures_of(home) for workdir, home in homes.items()}

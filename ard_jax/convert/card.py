@@ -128,7 +128,7 @@ def _front_matter(facts: Facts) -> str:
 def title(facts: Facts) -> str:
     if not facts.is_student:
         return "A class-conditional diffusion transformer (DiT)"
-    return f"{facts.name}: a diffusion transformer distilled to {count(len(facts.config.student.points), 'step')}"
+    return f"{facts.name}: a diffusion transformer distilled to {_count(len(facts.config.student.points), 'step')}"
 
 
 def _description(facts: Facts) -> str:
@@ -138,14 +138,14 @@ def _description(facts: Facts) -> str:
     shape = "×".join(map(str, facts.images or (config.data.image_size, config.data.image_size, config.data.channels)))
     what = f"images {classes}, {shape}" if facts.images else f"latents of images {classes}, {shape}"
     how = make_solve(config)
-    teacher = f"{count(how.steps, 'step')} of {how.solver} ({network_calls(how)} network calls an image)"
+    teacher = f"{_count(how.steps, 'step')} of {how.solver} ({network_calls(how)} network calls an image)"
     if not facts.is_student:
         return (
             f"A DiT of {facts.parameters:,} parameters that makes {what}. Its settings are {teacher}, with a guidance "
             f"scale of {how.guidance.scale:g}."
         )
     history = config.student.history_layers if config.student.mask != "diagonal" else 0
-    steps = count(len(config.student.points), "step")
+    steps = _count(len(config.student.points), "step")
     method = (
         f"autoregressive distillation (ARD, arXiv 2504.11295), so that each step sees the earlier ones in its lowest "
         f"{'layer' if history == 1 else f'{history} layers'}"
@@ -230,7 +230,7 @@ def settings(facts: Facts) -> str:
     """What the network is, and how it was trained if that was here."""
     config = facts.config
     teacher, diffusion = make_teacher(config), config.diffusion
-    solver = f"{diffusion.solver}, {count(diffusion.steps, 'step')}"
+    solver = f"{diffusion.solver}, {_count(diffusion.steps, 'step')}"
     rows = {
         "layers, width, heads, patch": ", ".join(
             str(getattr(teacher, key)) for key in ("depth", "hidden_size", "num_heads", "patch_size")
@@ -250,7 +250,7 @@ def settings(facts: Facts) -> str:
         optimizer = training.optimizer
         rows["images"] = " ".join(filter(None, (config.data.source, config.data.name)))
         rows["training"] = (
-            f"{count(training.steps, 'step')} of batch {training.batch_size}, {optimizer.name}, learning rate "
+            f"{_count(training.steps, 'step')} of batch {training.batch_size}, {optimizer.name}, learning rate "
             f"{optimizer.learning_rate:g} ({optimizer.schedule}), running average {optimizer.ema:g}, seed {config.seed}"
         )
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
@@ -278,5 +278,5 @@ def _license_words(license: str) -> str:
     )
 
 
-def count(number: int, thing: str) -> str:
+def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"

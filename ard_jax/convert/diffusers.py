@@ -8,7 +8,7 @@ of its own, `norm_eps`, 1e-5 by default.
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -95,8 +95,9 @@ def dit_to_diffusers(model: Network, params: Params) -> tuple[dict[str, np.ndarr
     Raises:
         UserError: it is a student, its MLP is not four times as wide as its tokens, or its `image_size` is None.
     """
-    if not isinstance(model, DiT):
+    if model.is_student:
         raise UserError("diffusers has no ARD students: export a student as a pipeline or as safetensors instead.")
+    model = cast(DiT, model)
     if model.mlp_ratio != 4:
         raise UserError(f"model.mlp_ratio is {model.mlp_ratio}, but diffusers' DiT has 4: export safetensors instead.")
     if model.frequency_shift != 1:

@@ -16,7 +16,7 @@ from jax import export
 
 from ard_jax.convert import standalone
 from ard_jax.errors import UserError
-from ard_jax.files import file_sha256, write_json
+from ard_jax.files import file_sha256, write_json, write_npz
 from ard_jax.sampling import draw_noise, sampling_key
 from ard_jax.types import PyTree
 
@@ -115,8 +115,7 @@ def write_weights(path: pathlib.Path, weights: PyTree) -> list[dict[str, Any]]:
         jax.tree_util.keystr(place, simple=True, separator="/"): leaf
         for place, leaf in jax.tree_util.tree_leaves_with_path(weights)
     }
-    arrays = {name: _storable(np.asarray(leaf)) for name, leaf in named.items()}
-    np.savez(path, **arrays)  # type: ignore[arg-type]  # see `files.write_npz`
+    write_npz(path, **{name: _storable(np.asarray(leaf)) for name, leaf in named.items()})
     return [{"name": name, "shape": list(leaf.shape), "dtype": leaf.dtype.name} for name, leaf in named.items()]
 
 

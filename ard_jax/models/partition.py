@@ -13,7 +13,7 @@ STACKS = {
     "final_layer": "block",
     "heads": "head",
 }  # modules whose parameters may have one more axis, in front
-VECTORS = ("bias", "scale")  # Flax's names of parameters that have the axis of their module's output, and lie whole
+VECTORS = ("bias", "scale")  # Flax's names of vectors, which lie whole where nobody named their module
 _AXES: dict[str, tuple[str | None, ...]] = {}  # a module's or a parameter's name → what its axes stand for
 
 

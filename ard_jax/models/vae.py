@@ -303,6 +303,7 @@ def to_latents(model: AutoencoderKL, params: Params, images: jax.Array, key: jax
     """
     mean: jax.Array
     log_variance: jax.Array
+    # see layers.layer_norm
     mean, log_variance = model.apply({"params": params}, images, method="encode")  # type: ignore[assignment]
     if key is not None:
         draw = functools.partial(jax.random.normal, shape=mean.shape[key.ndim :], dtype=mean.dtype)

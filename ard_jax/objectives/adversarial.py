@@ -58,6 +58,7 @@ class Judge(NamedTuple):
             noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], images.dtype))(keys)
             images = self.process.noised(images, noise, time)
         seen = images, time, condition, self.layers
+        # see layers.layer_norm, here and below
         return self.teacher.apply({"params": params}, *seen, method="features")  # type: ignore[return-value]
 
     def logits(self, params: Params, vectors: Vectors, tokens: jax.Array, summary: jax.Array) -> jax.Array:

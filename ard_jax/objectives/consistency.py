@@ -51,7 +51,7 @@ def begin(params, frozen, key):
     return {}, {"target": jax.tree.map(jnp.copy, params), "step": jnp.zeros((), jnp.int32)}
 
 
-def follow(memory, params, decay: float, step: jax.Array):
+def _follow(memory, params, decay: float, step: jax.Array):
     """The target after the student's last move; within a step that is done in turns, it moves in the first alone."""
     moved = optax.incremental_update(params, memory["target"], 1.0 - decay)
     target = jax.tree.map(lambda new, old: jnp.where(memory["step"] == step, old, new), moved, memory["target"])
@@ -78,7 +78,7 @@ def consistency(given: Given) -> Joint:
         return jnp.mean(_distance(prediction, aim, options["huber"]))
 
     def gradients(networks, memory, frozen, batch, key, step):
-        memory = follow(memory, networks[STUDENT], options["decay"], step)
+        memory = _follow(memory, networks[STUDENT], options["decay"], step)
         value, gradient = jax.value_and_grad(loss)(networks[STUDENT], memory["target"], frozen, batch, key)
         return {STUDENT: gradient}, memory, {"loss": value}
 

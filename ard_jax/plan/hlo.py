@@ -90,7 +90,7 @@ def parse(text: str) -> Program:
     entry, current = "", None
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY ")):
-            name = part(r"%([\w.\-]+)", line)
+            name = _part(r"%([\w.\-]+)", line)
             entry = name if line.startswith("ENTRY ") else entry
             current = computations[name] = Computation()
         elif line.startswith("}"):
@@ -114,7 +114,7 @@ def _parse_line(line: str) -> Instruction:
     return Instruction(name, shape, right[:start], operands, right[start + 1 :], left.startswith("ROOT "))
 
 
-def part(pattern: str, text: str) -> str:
+def _part(pattern: str, text: str) -> str:
     """The group of a pattern in a text that must have it."""
     found = re.search(pattern, text)
     if found is None:
@@ -136,7 +136,7 @@ def arrays(shape: str) -> list[tuple[float, bool]]:
     """Bytes of each array of a shape, and whether it lies in main memory, not in faster memory on the chip."""
     found = []
     for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape):
-        bits = BITS[dtype] if dtype in BITS else int(part(r"(\d+)", dtype))
+        bits = BITS[dtype] if dtype in BITS else int(_part(r"(\d+)", dtype))
         numbers = map(int, filter(None, dims.split(",")))
         found.append((math.prod(numbers) * bits / 8, not re.search(r"S\([1-9]\d*\)", layout)))
     return found
@@ -186,13 +186,13 @@ def _trip_count(program: Program, computation: Computation, loop: Instruction) -
     """Turns of a loop that counts from 0, as JAX's scans do; 1 where the text does not tell."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known.group(1))
-    condition = program.computations[part(r"\bcondition=%([\w.\-]+)", loop.rest)]
+    condition = program.computations[_part(r"\bcondition=%([\w.\-]+)", loop.rest)]
     bounds = [constant(instruction) for instruction in condition.values()]
     if not any(bounds):  # the bound comes with the loop's state
         initial = computation[loop.operands[0]]
         for instruction in condition.values():
             if instruction.opcode == "get-tuple-element" and initial.opcode == "tuple":
-                index = int(part(r"\bindex=(\d+)", instruction.rest))
+                index = int(_part(r"\bindex=(\d+)", instruction.rest))
                 bounds.append(constant(computation[initial.operands[index]]))
     return max(filter(None, bounds), default=1)
 
@@ -215,7 +215,7 @@ def collectives(program: Program) -> dict[str, Traffic]:
         if kind not in COLLECTIVES or (group := _group_size(program, instruction)) == 1:
             continue
         # TPU's compiler spreads a collective over the fusions beside which it goes on, and names it in each of them
-        chain = part(r"(\bchannel_id=\d+|$)", instruction.rest) if "chain_id=" in instruction.rest else ""
+        chain = _part(r"(\bchannel_id=\d+|$)", instruction.rest) if "chain_id=" in instruction.rest else ""
         if chain in chains:
             continue
         chains |= {chain} - {""}
@@ -242,7 +242,7 @@ def _group_size(program: Program, instruction: Instruction) -> int:
     """
     if instruction.opcode.startswith("collective-permute"):
         return program.partitions
-    groups = part(r"\breplica_groups=(\S.*)", instruction.rest)
+    groups = _part(r"\breplica_groups=(\S.*)", instruction.rest)
     if listed := re.match(r"\{\{([\d,]*)\}", groups):
         return len(listed.group(1).split(","))
     if array := re.match(r"\[\d+,(\d+)\]<=", groups):

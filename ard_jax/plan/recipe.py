@@ -67,14 +67,14 @@ def chip_hours(
     distill = steps["distill"]
     seconds = {
         "teacher": config.teacher.steps * teacher_flops / (distill.chip.flops * distill.utilisation),
-        "trajectories": runs(config.trajectories.count, trajectory) * _of_all_chips(trajectory),
+        "trajectories": _runs(config.trajectories.count, trajectory) * _of_all_chips(trajectory),
     }
     seconds |= {stage: config[stage].steps * _of_all_chips(step) for stage, step in steps.items()}
-    seconds["sample"] = runs(config.sample.count, sampler) * _of_all_chips(sampler)
+    seconds["sample"] = _runs(config.sample.count, sampler) * _of_all_chips(sampler)
     return {stage: spent / 3600 for stage, spent in seconds.items()}
 
 
-def runs(count: int, cost: Cost) -> int:
+def _runs(count: int, cost: Cost) -> int:
     """Runs of a program that make `count` rows."""
     return math.ceil(count / cost.work.rows)
 

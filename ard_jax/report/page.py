@@ -83,7 +83,7 @@ def build_sweep(
     Args:
       about: the sweep file's docstring, whose first line is the heading.
       table: the heads of its columns, and its rows.
-      results: as `sweep.collect` returns them.
+      results: as `sweep._collect` returns them.
       pictures: by workdir, as in `build_report`.
       over: the setting that the entries' `over` are values of, None if they lie along none.
 

@@ -101,7 +101,7 @@ def _compare_models(
     rows = []
     for name in (TEACHER, *shown):
         by_seed = {
-            seed: measurements(results[seed].models[name]) | _training_cost(entries, home, name)
+            seed: _measurements(results[seed].models[name]) | _training_cost(entries, home, name)
             for seed, home in homes.items()
         }
         rows.append(_describe_model(name, shown.get(name), first.models[name]) | _summarise_seeds(by_seed))
@@ -134,7 +134,7 @@ def _describe_model(name: str, entry: Entry | None, model: Measured) -> dict[str
     }
 
 
-def measurements(model: Measured) -> dict[str, Any]:
+def _measurements(model: Measured) -> dict[str, Any]:
     """Of results.json's; a teacher has no PSNR to itself."""
     return {key: getattr(model, key) for key in MEASURED}
 

@@ -133,7 +133,7 @@ def _recipe_lines(
         )
     lines.append("on disk")
     kept = f"{config.run.keep_checkpoints} checkpoints"
-    for folder, size in storage(config, steps).items():
+    for folder, size in _storage(config, steps).items():
         lines.append(f"  {folder:<16} {_gb(size):>13}   {'the store' if folder == 'trajectories' else kept}")
     return lines
 
@@ -171,11 +171,11 @@ def _figures(
         "advice": advice[0]._asdict() if advice else None,
         "programs": programs,
         "chip_hours": recipe.chip_hours(config, steps, *others),
-        "storage": storage(config, steps),
+        "storage": _storage(config, steps),
     }
 
 
-def storage(config: ml_collections.ConfigDict, steps: dict[str, Cost]) -> dict[str, int]:
+def _storage(config: ml_collections.ConfigDict, steps: dict[str, Cost]) -> dict[str, int]:
     return recipe.storage(config, {stage: cost.work for stage, cost in steps.items()})
 
 

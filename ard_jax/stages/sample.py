@@ -49,7 +49,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     loaded = {name: _load_sampler(config, workdir, name, mesh) for name in config.sample.models}
     for name, (sampler, params, facts) in loaded.items():
         watch, directory = Stopwatch(), workdir / "sample" / name
-        images, labels, seconds_per_image = draw(sampler, params, decoder, config, mesh)
+        images, labels, seconds_per_image = _draw(sampler, params, decoder, config, mesh)
         if not is_first():
             continue
         write_json(directory / "config.json", plain(config) | {"inputs": {"ema": facts["ema_sha256"]}})
@@ -85,7 +85,7 @@ def _load_sampler(
     return sampler, params, facts
 
 
-def draw(
+def _draw(
     sampler: Sampler, params: Params, decoder: Decoder | None, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Images 0 … count−1 with their labels, and the seconds that one takes once compiled.
