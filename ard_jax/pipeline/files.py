@@ -216,7 +216,7 @@ def write_pipeline(
             state_dict, settings = vae_to_diffusers(vae, vae_params)
             write_json(new / "vae" / "config.json", settings)
             write_tensors(new / "vae" / WEIGHTS, state_dict)
-        (new / "README.md").write_text(card or _default_card(model))
+        (new / "README.md").write_text(card or default_card(model))
         index["id2label"] = {str(number): label for number, label in id2label.items()}
         write_json(new / "model_index.json", index)
 
@@ -239,7 +239,7 @@ def _check_place(folder: pathlib.Path) -> None:
         )
 
 
-def _default_card(model: Network) -> str:
+def default_card(model: Network) -> str:
     """What a folder says of itself if nobody wrote it a card."""
     is_student = model.is_student
     what = f"An ARD student of {model.steps} steps" if is_student else "A diffusion transformer"
