@@ -130,7 +130,7 @@ def _open_folder(folder: pathlib.Path) -> Opened:
     card = folder / "README.md"
     return {
         "params": parameters(source.tensors, source.model, array=np.asarray),
-        "config": _describe_model(source.config, source.model.is_student),
+        "config": describe_model(source.config, source.model.is_student),
         "vae": vae,
         "vae_params": vae_params,
         "id2label": dict(enumerate(source.labels)),
@@ -138,7 +138,7 @@ def _open_folder(folder: pathlib.Path) -> Opened:
     }
 
 
-def _describe_model(config: ml_collections.ConfigDict, is_student: bool) -> ml_collections.ConfigDict:
+def describe_model(config: ml_collections.ConfigDict, is_student: bool) -> ml_collections.ConfigDict:
     """What of a config describes a model; where its data lay on some machine does not."""
     names = ("data", "model", "diffusion", *(("student",) if is_student else ()))
     described = ml_collections.ConfigDict({name: config[name].to_dict() for name in names})
@@ -164,7 +164,7 @@ def open_workdir(folder: pathlib.Path) -> Opened:
     vae, vae_params = find_vae(config, workdir) or (None, None)  # latents can be made without one
     return {
         "params": params,
-        "config": _describe_model(config, is_student),
+        "config": describe_model(config, is_student),
         "vae": vae,
         "vae_params": vae_params,
         "id2label": _read_names(folder / "labels.json") or _read_names(teacher_folder(config, workdir) / "labels.json"),
@@ -208,7 +208,7 @@ def write_pipeline(
             "_ard_jax_version": __version__,
             name: ["ard_jax", PARTS[name]],
         }
-        described = {"_class_name": PARTS[name], "config": plain(_describe_model(config, name == "student"))}
+        described = {"_class_name": PARTS[name], "config": plain(describe_model(config, name == "student"))}
         write_json(new / name / "config.json", described)
         write_tensors(new / name / WEIGHTS, to_torch(model, params))
         if vae is not None:
