@@ -8,7 +8,7 @@ import ml_collections
 
 from ard_jax.conditions import Conditions, Labels
 from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, Process
-from ard_jax.errors import UserError
+from ard_jax.errors import UserError, settings_of
 from ard_jax.models import ARDStudent, Backbone, DiT, Network, size_fields
 from ard_jax.sampling import Rollout, Solve, student_rollout
 
@@ -53,7 +53,8 @@ def make_teacher(config: ml_collections.ConfigDict) -> Backbone:
         raise UserError(
             f"model.name is {config.model.name!r}, which is no network's: begin it with one of {', '.join(BACKBONES)}."
         )
-    return BACKBONES[family](config)
+    with settings_of("model"):
+        return BACKBONES[family](config)
 
 
 def make_student(config: ml_collections.ConfigDict) -> Network:
@@ -64,16 +65,18 @@ def make_student(config: ml_collections.ConfigDict) -> Network:
     student, process = config.student, make_process(config)
     if student.kind != "history":
         return make_teacher(config)
-    return ARDStudent(
-        make_teacher(config),
-        steps=len(student.points),
-        history_layers=student.history_layers,
-        mask=student.mask,
-        heads=student.heads,
-        block_times=tuple(student.block_times),
-        noise_time=process.noise_time,
-        data_time=process.data_time,
-    )
+    teacher = make_teacher(config)
+    with settings_of("student"):
+        return ARDStudent(
+            teacher,
+            steps=len(student.points),
+            history_layers=student.history_layers,
+            mask=student.mask,
+            heads=student.heads,
+            block_times=tuple(student.block_times),
+            noise_time=process.noise_time,
+            data_time=process.data_time,
+        )
 
 
 def make_conditions(config: ml_collections.ConfigDict, names: Sequence[str] = ()) -> Conditions:
@@ -90,7 +93,8 @@ def make_process(config: ml_collections.ConfigDict) -> Process:
     """The forward process of `config.diffusion`."""
     diffusion = config.diffusion
     if diffusion.process == "vp":
-        return LinearVP(diffusion.train_steps, diffusion.beta_start, diffusion.beta_end, diffusion.spacing)
+        with settings_of("diffusion"):
+            return LinearVP(diffusion.train_steps, diffusion.beta_start, diffusion.beta_end, diffusion.spacing)
     if diffusion.process == "flow":
         return FlowMatching(diffusion.time_scale, diffusion.reversed)
     raise UserError(f"diffusion.process is {diffusion.process!r}, which does not exist: choose vp or flow.")
@@ -99,8 +103,9 @@ def make_process(config: ml_collections.ConfigDict) -> Process:
 def make_solve(config: ml_collections.ConfigDict) -> Solve:
     """How the teacher is sampled, of `config.diffusion`."""
     diffusion = config.diffusion
-    guidance = Guidance(diffusion.guidance_scale, diffusion.guided_channels, tuple(diffusion.guidance_interval))
-    return Solve(make_process(config), diffusion.solver, diffusion.steps, guidance)
+    with settings_of("diffusion"):
+        guidance = Guidance(diffusion.guidance_scale, diffusion.guided_channels, tuple(diffusion.guidance_interval))
+        return Solve(make_process(config), diffusion.solver, diffusion.steps, guidance)
 
 
 def example_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:

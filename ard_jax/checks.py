@@ -5,10 +5,9 @@ from operator import getitem
 
 import ml_collections
 
-from ard_jax.build import compute_dtype, make_process, make_rollout, make_student, make_teacher
+from ard_jax.build import compute_dtype, make_rollout, make_solve, make_student, make_teacher
 from ard_jax.config import ROWS
-from ard_jax.diffusion import Guidance, find_solver
-from ard_jax.errors import UserError
+from ard_jax.errors import UserError, settings_of
 from ard_jax.models.attention import choose_backend, target_platform
 from ard_jax.objectives import find_method
 from ard_jax.training.state import make_optimizer
@@ -68,7 +67,8 @@ def _check_mesh(config: ml_collections.ConfigDict) -> None:
 def _check_finetune(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for a fine-tune that cannot be."""
     settings, depth = config.finetune, make_teacher(config).depth
-    make_optimizer(settings.discriminator_optimizer, settings.steps)
+    with settings_of("finetune.discriminator_optimizer"):
+        make_optimizer(settings.discriminator_optimizer, settings.steps)
     if settings.accumulate != 1:
         raise UserError(
             f"finetune.accumulate is {settings.accumulate}, but the discriminator's batch norm and the adaptive weight "
@@ -111,29 +111,28 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
     check_values(config)
     _check_mesh(config)
     _check_compare(config)
-    for section in (config.teacher, config.distill, config.finetune):
-        make_optimizer(section.optimizer, section.steps)
-    make_optimizer(config.distill.distribution_matching.optimizer, config.distill.steps)
+    for stage in ("teacher", "distill", "finetune"):
+        with settings_of(f"{stage}.optimizer"):
+            make_optimizer(config[stage].optimizer, config[stage].steps)
+    with settings_of("distill.distribution_matching.optimizer"):
+        make_optimizer(config.distill.distribution_matching.optimizer, config.distill.steps)
     _check_interval(config.distill.distribution_matching.interval, "distill.distribution_matching.interval")
     _check_points(tuple(trajectories.points), diffusion.steps, "trajectories.points")
     _check_points(tuple(student.points), diffusion.steps, "student.points")
     teacher = make_teacher(config)
     make_rollout(config, make_student(config))
     find_method(config.distill.objective)
-    make_process(config).grid(diffusion.steps)
-    find_solver(diffusion.solver)
-    if len(diffusion.guidance_interval) != 2:
-        raise UserError(f"diffusion.guidance_interval is {tuple(diffusion.guidance_interval)}: give two numbers.")
-    Guidance(diffusion.guidance_scale, diffusion.guided_channels, tuple(diffusion.guidance_interval))
+    make_solve(config)
     patch_size, size = teacher.patch_size, config.data.image_size
     if size % patch_size:
         raise UserError(
             f"data.image_size {size} is not a multiple of the patch size {patch_size}: choose a size that is."
         )
     tokens, head_dim = (size // patch_size) ** 2, teacher.hidden_size // teacher.num_heads
-    choose_backend(
-        teacher.attention, platform or target_platform(), compute_dtype(config.model.dtype), tokens, head_dim
-    )
+    with settings_of("model"):
+        choose_backend(
+            teacher.attention, platform or target_platform(), compute_dtype(config.model.dtype), tokens, head_dim
+        )
     missing = sorted(set(student.points) - set(trajectories.points), reverse=True)
     if missing and not config.distill.online:
         raise UserError(

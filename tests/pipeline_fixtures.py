@@ -17,6 +17,7 @@ import jax
 import pytest
 
 from ard_jax.__main__ import main
+from ard_jax.errors import UserError
 from ard_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -80,6 +81,11 @@ def sentence(outcome: Outcome, stage: str) -> str:
     assert "\n" not in said and "Traceback" not in said, said
     assert said.startswith(f"ard_jax {stage}: ") and said.endswith("."), said
     return said
+
+
+def key(outcome: Outcome, stage: str) -> str:
+    """The setting that the sentence is about."""
+    return UserError(sentence(outcome, stage).removeprefix(f"ard_jax {stage}: ")).key
 
 
 def done(folder: pathlib.Path) -> dict:

@@ -468,7 +468,9 @@ def test_published_sizes():
     student = ard_student(**fields, steps=4, history_layers=6)
     assert count_parameters(parameter_shapes(student, points, y)) == 683_209_856 - position_table_size
     assert size_fields("DiT-S/8") == {"patch_size": 8, "hidden_size": 384, "depth": 12, "num_heads": 6}
-    with pytest.raises(UserError, match=r"'DiT-H/2' is not a published size: choose one of DiT-S/2, .*DiT-XL/8"):
+    with pytest.raises(
+        UserError, match=r"^name is 'DiT-H/2', which is not a published size: choose one of DiT-S/2, .*DiT-XL/8"
+    ):
         size_fields("DiT-H/2")
 
 
@@ -529,7 +531,7 @@ def test_every_parameter_moves_in_training_and_the_teacher_stays():
         ({"history_layers": -1}, "history_layers is -1, but the model has 2 layers: choose a number from 0 to 2."),
         ({"mask": "full"}, "mask is 'full', .* choose one of diagonal, window, noise_and_own, causal."),
         ({"heads": "some"}, "heads is 'some': choose one of separate, shared."),
-        ({"steps": 0}, "student.steps is 0: a student makes at least 1 step."),
+        ({"steps": 0}, "steps is 0: a student makes at least 1 step."),
         ({"block_times": (1.0, 0.5)}, "block_times has 2 times for 3 steps: give one time a step, or none."),
         ({"num_heads": 3}, "hidden_size 8 with 3 heads does not work: it must be a multiple of the number of heads"),
         ({"hidden_size": 10}, "hidden_size 10 with 2 heads does not work: .* and of 4."),

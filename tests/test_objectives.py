@@ -249,21 +249,16 @@ def test_weight_decay_is_what_the_config_says_and_not_what_optax_would_take(name
 
 
 @pytest.mark.parametrize(
-    "changed, sentence",
+    "changed",
     [
-        ({"name": "adamm"}, "optimizer.name is 'adamm': choose one of optax's adamw, adam, sgd, .*, lars."),
-        ({"name": "chain"}, "optimizer.name is 'chain': choose one of optax's adamw"),
-        ({"name": "lbfgs"}, "optimizer.name is 'lbfgs': choose one of optax's adamw"),
-        ({"name": "adam", "weight_decay": 0.1}, "optax's 'adam' takes no weight decay: choose another such as adamw"),
-        ({"clip": -1.0}, "optimizer.clip is -1.0: give a gradient norm, or 0 for no clipping."),
-        ({"schedule": "linear"}, "optimizer.schedule is 'linear': choose constant or cosine."),
-        ({"warmup_steps": 10}, "optimizer.warmup_steps is 10 of 10 steps: choose fewer than all of them."),
-        ({"warmup_steps": -1}, "optimizer.warmup_steps is -1 of 10 steps"),
+        {"name": "adamm"}, {"name": "chain"}, {"name": "lbfgs"}, {"weight_decay": 0.1, "name": "adam"}, {"clip": -1.0},
+        {"schedule": "linear"}, {"warmup_steps": 10}, {"warmup_steps": -1},
     ],
-)
-def test_bad_optimisers(changed, sentence):
-    with pytest.raises(UserError, match=sentence):
+)  # fmt: skip
+def test_bad_optimisers(changed):
+    with pytest.raises(UserError) as error:
         make_optimizer(settings(**changed), 10)
+    assert error.value.key == next(iter(changed))
 
 
 def test_warm_up_then_constant():

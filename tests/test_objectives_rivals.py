@@ -575,23 +575,24 @@ def test_a_consistency_grid_without_the_student_s_nodes():
 
 
 @pytest.mark.parametrize(
-    "key, value, sentence",
+    "key, value",
     [
-        ("consistency.decay", 1.5, "distill.consistency.decay is 1.5: give a number from 0 to 1."),
-        ("consistency.grid", -1, "distill.consistency.grid is -1: give a number of at least 0."),
-        ("consistency.huber", float("nan"), "distill.consistency.huber is nan: give a number of at least 0."),
-        ("distribution_matching.ratio", 0, "distill.distribution_matching.ratio is 0: give a number of at least 1."),
-        ("distribution_matching.interval", (0.9, 0.1), r"interval is \(0.9, 0.1\): give two rising numbers from 0"),
-        ("distribution_matching.interval", (0.0, 0.1, 0.2), "interval is .*: give two rising numbers from 0"),
-        ("distribution_matching.optimizer.name", "adamm", "is 'adamm': choose one of optax's adamw"),
+        ("consistency.decay", 1.5),
+        ("consistency.grid", -1),
+        ("consistency.huber", float("nan")),
+        ("distribution_matching.ratio", 0),
+        ("distribution_matching.interval", (0.9, 0.1)),
+        ("distribution_matching.interval", (0.0, 0.1, 0.2)),
+        ("distribution_matching.optimizer.name", "adamm"),
     ],
 )
-def test_bad_options(key, value, sentence):
+def test_bad_options(key, value):
     config = default_config()
     with config.unlocked():
         config.distill.update_from_flattened_dict({key: value})
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError) as error:
         validate(config)
+    assert error.value.key == f"distill.{key}"
 
 
 # ------------------------------------------------------------------------------------------------ on configs/smoke.py

@@ -426,7 +426,7 @@ def test_what_a_student_refuses(student, compilations, asked, said):
     ("asked", "said"),
     [
         ({"num_inference_steps": 0}, "num_inference_steps is 0: give a whole number of at least 1"),
-        ({"num_inference_steps": 1001}, "steps are 1001, but its process has 1000 timesteps"),
+        ({"num_inference_steps": 1001}, "steps is 1001, but the process has 1000 timesteps"),
         ({"guidance_scale": -1}, "guidance_scale is -1: give a number of at least 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"guided_channels": -1}, "guided_channels is -1: give a whole number of at least 0"),

@@ -26,13 +26,12 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
-        low, high = self.interval
-        if not 0.0 <= low <= high <= 1.0:
+        if len(self.interval) != 2 or not 0.0 <= self.interval[0] <= self.interval[1] <= 1.0:
             raise UserError(
-                f"guidance interval is ({low}, {high}): give two rising numbers from 0 (data) to 1 (noise)."
+                f"guidance_interval is {self.interval}: give two rising numbers from 0 (data) to 1 (noise)."
             )
         if self.channels < 0:
-            raise UserError(f"guided channels is {self.channels}: give a number of channels, or 0 for all of them.")
+            raise UserError(f"guided_channels is {self.channels}: give a number of channels, or 0 for all of them.")
 
     def acts_at(self, time: jax.Array | float, process: Process) -> jax.Array | bool:
         """Whether guidance acts at a network time."""

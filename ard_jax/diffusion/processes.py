@@ -65,7 +65,7 @@ class LinearVP:
 
     def __post_init__(self):
         if self.spacing not in SPACINGS:
-            raise UserError(f"diffusion.spacing is {self.spacing!r}: choose one of {', '.join(SPACINGS)}.")
+            raise UserError(f"spacing is {self.spacing!r}: choose one of {', '.join(SPACINGS)}.")
 
     @property
     def noise_time(self) -> float:
@@ -87,7 +87,7 @@ class LinearVP:
         """
         if not 1 <= steps <= self.train_steps:
             raise UserError(
-                f"the teacher's steps are {steps}, but its process has {self.train_steps} timesteps: "
+                f"steps is {steps}, but the process has {self.train_steps} timesteps: "
                 f"choose a number from 1 to {self.train_steps}."
             )
         if self.spacing == "leading":
@@ -173,7 +173,7 @@ class FlowMatching:
             UserError: steps < 1.
         """
         if steps < 1:
-            raise UserError(f"the teacher's steps are {steps}: choose a number of at least 1.")
+            raise UserError(f"steps is {steps}: choose a number of at least 1.")
         t = np.linspace(1.0, 0.0, steps + 1)
         times = self.time_scale * (1.0 - t if self.reversed else t)
         return Grid(times=times[:-1], alpha=1.0 - t, sigma=t)

@@ -55,14 +55,14 @@ def choose_backend(backend: str, platform: str, dtype: jnp.dtype, tokens: int, h
         UserError: there is no such backend, or it was asked for by name and cannot run.
     """
     if backend not in BACKENDS:
-        raise UserError(f"model.attention is {backend!r}: choose one of {', '.join(BACKENDS)}.")
+        raise UserError(f"attention is {backend!r}: choose one of {', '.join(BACKENDS)}.")
     if backend == "auto":
         wanted = ["cudnn"] + ["splash"] * (tokens >= LONG)
         able = [name for name in wanted if not _why_unsupported(name, platform, dtype, tokens, head_dim)]
         return (*able, "xla")[0]
     reason = _why_unsupported(backend, platform, dtype, tokens, head_dim)
     if reason:
-        raise UserError(f"model.attention {backend!r} cannot run here: {reason}; choose auto.")
+        raise UserError(f"attention is {backend!r}, which cannot run here: {reason}; choose auto.")
     return backend
 
 

@@ -96,7 +96,7 @@ class Backbone(nn.Module):
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat is {self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}.")
         if self.attention not in BACKENDS:
-            raise UserError(f"model.attention is {self.attention!r}: choose one of {', '.join(BACKENDS)}.")
+            raise UserError(f"attention is {self.attention!r}: choose one of {', '.join(BACKENDS)}.")
         super().__post_init__()
 
     # ------------------------------------------------------------------------------------- what a subclass says

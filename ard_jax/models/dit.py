@@ -30,7 +30,7 @@ def size_fields(name: str) -> dict[str, int]:
     size, _, patch = name.partition("/")
     if size not in SIZES or patch not in map(str, PATCH_SIZES):
         known = ", ".join(f"{size}/{patch}" for size in SIZES for patch in PATCH_SIZES)
-        raise UserError(f"model name {name!r} is not a published size: choose one of {known}, or set the fields.")
+        raise UserError(f"name is {name!r}, which is not a published size: choose one of {known}, or set the fields.")
     width, depth, heads = SIZES[size]
     return {"patch_size": int(patch), "hidden_size": width, "depth": depth, "num_heads": heads}
 

@@ -57,7 +57,7 @@ class ARDStudent(nn.Module):
     def __post_init__(self):
         depth = self.backbone.depth
         if self.steps < 1:
-            raise UserError(f"student.steps is {self.steps}: a student makes at least 1 step.")
+            raise UserError(f"steps is {self.steps}: a student makes at least 1 step.")
         if not 0 <= self.history_layers <= depth:
             raise UserError(
                 f"history_layers is {self.history_layers}, but the model has {depth} layers: "

@@ -59,13 +59,13 @@ def learning_rate(settings: ml_collections.ConfigDict, steps: int) -> optax.Sche
     """
     peak, warmup = settings.learning_rate, settings.warmup_steps
     if not 0 <= warmup < steps:
-        raise UserError(f"optimizer.warmup_steps is {warmup} of {steps} steps: choose fewer than all of them.")
+        raise UserError(f"warmup_steps is {warmup} of {steps} steps: choose fewer than all of them.")
     if settings.schedule == "constant":
         after = optax.constant_schedule(peak)
     elif settings.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, steps - warmup)
     else:
-        raise UserError(f"optimizer.schedule is {settings.schedule!r}: choose constant or cosine.")
+        raise UserError(f"schedule is {settings.schedule!r}: choose constant or cosine.")
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
@@ -79,14 +79,16 @@ def make_optimizer(settings: ml_collections.ConfigDict, steps: int) -> optax.Gra
     """
     name, decay = settings.name, settings.weight_decay
     if name not in OPTIMIZERS:
-        raise UserError(f"optimizer.name is {name!r}: choose one of optax's {', '.join(OPTIMIZERS)}.")
+        raise UserError(f"name is {name!r}: choose one of optax's {', '.join(OPTIMIZERS)}.")
     if decay and not OPTIMIZERS[name]:
-        raise UserError(f"optax's {name!r} takes no weight decay: choose another such as adamw, or set it to 0.")
+        raise UserError(
+            f"weight_decay is {decay}, but optax's {name} takes none: set it to 0, or choose another such as adamw."
+        )
     # a decay of 0 is said too, since some of optax's defaults are not 0
     options = {"weight_decay": decay} if OPTIMIZERS[name] else {}
     optimizer = getattr(optax, name)(learning_rate=learning_rate(settings, steps), **options)
     if settings.clip < 0:
-        raise UserError(f"optimizer.clip is {settings.clip}: give a gradient norm, or 0 for no clipping.")
+        raise UserError(f"clip is {settings.clip}: give a gradient norm, or 0 for no clipping.")
     return optax.chain(optax.clip_by_global_norm(settings.clip), optimizer) if settings.clip else optimizer
 
 
