@@ -146,7 +146,7 @@ def test_a_method_starts_from_another_and_a_fine_tune_keeps_its_form():
             {"ard": {"settings": {"distill": {"objective": "my_own"}}}},
             "compare.methods.ard: distill.objective 'my_own' cannot be used (No module named 'my_own')",
         ),
-        ({"ard": {"settings": {"student": {"mask": "all"}}}}, "compare.methods.ard: mask is 'all'"),
+        ({"ard": {"settings": {"student": {"mask": "all"}}}}, "compare.methods.ard: student.mask is 'all'"),
         (
             {"ard": {"settings": {"student": {"kind": "stochastic"}}}},
             "compare.methods.ard: student.kind is 'stochastic', but this objective trains history",
@@ -164,7 +164,7 @@ def test_a_method_starts_from_another_and_a_fine_tune_keeps_its_form():
         ),
         (
             {"ard": {"settings": {"distill": {"batch_size": 80, "optimizer": {"warmup_steps": 9}}}}},
-            "compare.methods.ard: optimizer.warmup_steps is 9 of 6 steps",
+            "compare.methods.ard: distill.optimizer.warmup_steps is 9 of 6 steps",
         ),
     ],
 )
