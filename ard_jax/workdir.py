@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import jax
 import ml_collections
 from jax.sharding import Mesh
 
@@ -26,7 +25,7 @@ from ard_jax.config import ROWS, default_config, flatten, keys_that_change, plai
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, tree_sha256, write_json
-from ard_jax.models import AutoencoderKL, Backbone, Network, init_from_teacher, inputs_like, parameter_shapes
+from ard_jax.models import AutoencoderKL, Backbone, Network, network_shapes
 from ard_jax.parallel import is_first, with_shardings
 from ard_jax.training.checkpoints import load_parameters
 from ard_jax.types import Params, PyTree
@@ -184,7 +183,7 @@ def load_teacher(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh:
     before = recorded_config(directory)
     check_same_config(network_settings(before), network_settings(config), ("data", "model", "diffusion"), directory)
     model = make_teacher(config)
-    like = with_shardings(teacher_shapes(model), mesh)
+    like = with_shardings(network_shapes(model), mesh)
     return Loaded(model, load_weights(directory, like, hashes["ema"]), hashes["ema"], before)
 
 
@@ -218,8 +217,9 @@ def load_student(directory: pathlib.Path, mesh: Mesh) -> Loaded[Network]:
     """
     hashes = require_done(directory, "distill")["sha256"]
     config = recorded_config(directory)
-    params = load_weights(directory, with_shardings(student_shapes(config), mesh), hashes["ema"])
-    return Loaded(make_student(config), params, hashes["ema"], config)
+    model = make_student(config)
+    params = load_weights(directory, with_shardings(network_shapes(model), mesh), hashes["ema"])
+    return Loaded(model, params, hashes["ema"], config)
 
 
 def load_vae(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[AutoencoderKL, Params]:
@@ -267,14 +267,3 @@ def load_weights(directory: pathlib.Path, like: PyTree, sha256: str, part: str =
             f"lost: restore that folder, or delete it and run its stage again."
         )
     return params
-
-
-def teacher_shapes(model: Backbone) -> Params:
-    """Shapes of a teacher's parameters, which do not depend on the size of its images."""
-    return parameter_shapes(model, *inputs_like(model))
-
-
-def student_shapes(config: ml_collections.ConfigDict) -> Params:
-    """Shapes of the parameters of the student that a config describes."""
-    student = make_student(config)
-    return jax.eval_shape(lambda params: init_from_teacher(params, student), teacher_shapes(make_teacher(config)))

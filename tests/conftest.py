@@ -8,7 +8,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from pipeline_fixtures import compile_cache, pipeline  # noqa: F401 (fixtures)
+from pipeline_fixtures import compilations, compile_cache, pipeline  # noqa: F401 (fixtures)
 
 jax.config.update("jax_platforms", "cpu")  # the tests never ask for an accelerator, whatever the machine has
 os.environ["JAX_PLATFORMS"] = "cpu"  # nor do the processes that they start

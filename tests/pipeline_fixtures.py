@@ -147,3 +147,21 @@ def pipeline(tmp_path_factory, compile_cache) -> pathlib.Path:
                 assert outcome.status == 0, outcome.err
                 log.write_text(outcome.err + outcome.out)
     return workdir
+
+
+class Compilations:
+    """How many programs were compiled since it was made, or fetched from the cache of compiled ones."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self.hear)
+
+    def hear(self, event, *_, **__):
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture
+def compilations():
+    counted = Compilations()
+    yield counted
+    jax.monitoring.unregister_event_duration_listener(counted.hear)

@@ -147,7 +147,7 @@ def without(*names):
         (without("final_layer2.linear.weight"), r"\(missing: final_layer2.linear.weight\)"),
         (
             without(*(f"blocks.0.{part}.{kind}" for part in ("attn.qkv", "attn.proj") for kind in ("weight", "bias"))),
-            r"\(missing: blocks.0.attn.qkv.weight, .*, blocks.0.attn.proj.weight and 1 more\)",
+            r"\(missing: blocks.0.attn.qkv.weight, blocks.0.attn.proj.weight, .* and 1 more\)",
         ),
         (state_dict() | {"blocks.0.attn.q_norm.weight": np.zeros(4)}, r"\(unexpected: blocks.0.attn.q_norm.weight\)"),
         (

@@ -18,17 +18,16 @@ from pipeline_fixtures import ROOT, copy, files
 
 import ard_jax.pipeline.files
 from ard_jax import ARDPipeline
-from ard_jax.build import make_process, make_solve, make_student, make_teacher
+from ard_jax.build import make_process, make_solve, make_student
 from ard_jax.convert import vae_to_diffusers
 from ard_jax.convert.tensors import write_tensors
 from ard_jax.data import center_crop
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, write_json
-from ard_jax.models import AutoencoderKL, init_from_teacher, parameter_shapes
+from ard_jax.models import AutoencoderKL, network_shapes, parameter_shapes
 from ard_jax.models.vae import to_images, to_latents
 from ard_jax.pipeline.inputs import resolve_labels
 from ard_jax.sampling import draw_noise, sample_student, sample_teacher, sampling_key
-from ard_jax.workdir import teacher_shapes
 from configs import smoke as smoke_config
 
 LABELS = [3, 1, 4, 1]  # as many in nearly every test, since another number would have to be compiled
@@ -81,7 +80,7 @@ def small_pipeline(vae=True, **changes):
     """A random student of latents, with a random VAE of 16×16 pixels."""
     config = small_config(**changes)
     model = make_student(config)
-    shapes = jax.eval_shape(lambda params: init_from_teacher(params, model), teacher_shapes(make_teacher(config)))
+    shapes = network_shapes(model)
     if not vae:
         return ARDPipeline(random_like(shapes), config)
     autoencoder = AutoencoderKL(**SMALL, scaling_factor=0.5)
@@ -102,24 +101,6 @@ def refused(function, *arguments, **settings) -> str:
     said = str(caught.value)
     assert "\n" not in said and said.endswith("."), said
     return said
-
-
-class Compilations:
-    """How many programs were compiled since it was made, or fetched from the cache of compiled ones."""
-
-    def __init__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self.hear)
-
-    def hear(self, event, *_, **__):
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
-@pytest.fixture
-def compilations():
-    counted = Compilations()
-    yield counted
-    jax.monitoring.unregister_event_duration_listener(counted.hear)
 
 
 def noise_of(seed, count=4):

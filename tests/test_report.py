@@ -14,8 +14,8 @@ from PIL import Image
 from ard_jax import report
 from ard_jax.errors import UserError
 from ard_jax.report import image_grid, words
-from ard_jax.report.figures import GUTTER, PALETTE, Series, block_maps, line_chart
-from ard_jax.report.page import _thinned, build_sweep
+from ard_jax.report.figures import GUTTER, PALETTE, Series, block_maps, line_chart, thin
+from ard_jax.report.page import build_sweep
 from ard_jax.results import Measured, Results
 
 
@@ -470,10 +470,10 @@ def test_chart_draws_its_points_and_nothing_that_has_no_place():
 
 def test_long_curves_become_means():
     rows = [{"step": i, "loss": 2.0 if i % 2 else 1.0} for i in range(600)]
-    steps, losses = _thinned(rows)
+    steps, losses = thin(rows)
     assert steps == [2 * i + 0.5 for i in range(300)]
     assert losses == [1.5] * 300
-    assert _thinned(rows[:3] + [{"step": 3, "loss": math.nan}, {"step": 4}]) == ([0, 1, 2], [1, 2, 1])
+    assert thin(rows[:3] + [{"step": 3, "loss": math.nan}, {"step": 4}]) == ([0, 1, 2], [1, 2, 1])
 
 
 def test_teaser_shows_the_three_rows_pixel_for_pixel(results, pictures):

@@ -235,9 +235,9 @@ def test_somebody_elses_config_is_not_replaced(teacher_file, workdir):
     "moment",
     [
         "stages.convert.save_parameters",
-        "stages.convert._write_vae",
+        "stages.convert.write_tensors",
         "convert.write.hash_leaf",
-        "stages.convert._finish",
+        "stages.convert.atomic_write",
     ],
 )
 def test_a_failure_leaves_nothing_half_written(tmp_path, workdir, monkeypatch, moment):
@@ -250,7 +250,7 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, workdir, monkeypatch, m
     with monkeypatch.context() as patched:
         patched.setattr(f"ard_jax.{moment}", fail)
         assert "is full: free some space and run the same command again" in refused(source, workdir)
-    if moment == "stages.convert._finish":
+    if moment == "stages.convert.atomic_write":
         assert done(workdir / "teacher")
     else:
         assert not workdir.parent.exists()

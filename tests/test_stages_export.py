@@ -26,9 +26,9 @@ from ard_jax.convert.published import parameters
 from ard_jax.convert.tensors import open_tensors, read_tensors, write_tensors
 from ard_jax.convert.vae import vae_shapes
 from ard_jax.files import file_sha256, read_json, tree_sha256, write_json
-from ard_jax.models import AutoencoderKL, init_from_teacher
+from ard_jax.models import AutoencoderKL, init_from_teacher, network_shapes
 from ard_jax.training.checkpoints import make_manager
-from ard_jax.workdir import network_settings, recorded_config, teacher_shapes
+from ard_jax.workdir import network_settings, recorded_config
 
 
 def export(workdir, model="ard", form="pipeline", *arguments):
@@ -85,7 +85,7 @@ def write_finished(folder, config, params):
 
 def write_latents(workdir, config):
     """A workdir with a converted teacher, a student of it and a VAE."""
-    shapes = teacher_shapes(make_teacher(config))
+    shapes = network_shapes(make_teacher(config))
     write_finished(workdir / "teacher", config, random_like(shapes, 0, 0.2))
     student = jax.eval_shape(lambda params: init_from_teacher(params, make_student(config)), shapes)
     write_finished(workdir / "distill" / "ard", config, random_like(student, 1, 0.2))

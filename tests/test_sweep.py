@@ -51,7 +51,11 @@ def started(monkeypatch):
             "entry 'b': there is no flag --config.student.mas: did you mean",
         ),
         ({"a": {"student.history_layers": "two"}}, {}, "entry 'a': the command line cannot be used: .*history_layers"),
-        ({"a": {"student.history_layers": 3}}, {}, "entry 'a': student.history_layers is 3, but the model has 2 layers"),
+        (
+            {"a": {"student.history_layers": 3}},
+            {},
+            "entry 'a': student.history_layers is 3, but the model has 2 layers",
+        ),
         ({"a": {"distill.online": "perhaps"}}, {}, "entry 'a': the command line cannot be used: .*online"),
         ({"a": {"student.points": (4, 0)}}, {}, r"entry 'a': student.points has \[4\], which the store does not keep"),
         ({"a": {"student.name": "b"}}, {}, "entry 'a' sets student.name, which the sweep itself sets"),

@@ -4,10 +4,12 @@ PyTorch's Linear weights are (out, in), ours (in, out); its patch convolution is
 patches in the order (row, column, channel); our layers are stacked.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from operator import getitem
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ import numpy as np
 
 from ard_jax.convert.lazy import Stored, dtypes_of, shapes_of
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, Backbone, DiT, Network
+from ard_jax.models import ARDStudent, Backbone, DiT, Network, network_shapes
 from ard_jax.models.layers import position_table
 from ard_jax.types import Params
 
@@ -102,9 +104,7 @@ def to_torch(model: Network, params: Params) -> dict[str, np.ndarray]:
     table = position_table(side, side, network.hidden_size)[None]
     state_dict = {"pos_embed": table.astype(params["label_embed"]["embedding"].dtype)}
     for keys, names in _places(model).items():
-        leaf = params
-        for key in keys:
-            leaf = leaf[key]
+        leaf = functools.reduce(getitem, keys, params)
         slices = [leaf] if isinstance(names, str) else np.asarray(leaf)
         for name, array in zip([names] if isinstance(names, str) else names, slices, strict=True):
             state_dict[name] = np.ascontiguousarray(_to_theirs(keys, np.asarray(array), network))
@@ -265,29 +265,12 @@ def _fill(target: np.ndarray, array: np.ndarray, strip: int = 128) -> None:
 
 def expected_shapes(model: Network) -> dict[str, tuple[int, ...] | None]:
     """Published names and shapes of a model; None where any shape will do (the position table's length)."""
-    network = model.backbone
-    width, hidden = network.hidden_size, round(network.hidden_size * network.mlp_ratio)
-    out = network.patch_size**2 * network.channels * (2 if network.learn_sigma else 1)
-    dense = {"t_embedder.mlp.0": (width, 256), "t_embedder.mlp.2": (width, width)}
-    for layer in range(network.depth):
-        sizes = {
-            "modulation": (6 * width, width),
-            "qkv": (3 * width, width),
-            "attention_out": (width, width),
-            "mlp_in": (hidden, width),
-            "mlp_out": (width, hidden),
-        }
-        dense |= {f"blocks.{layer}.{BLOCK_NAMES[name]}": shape for name, shape in sizes.items()}
-    for head in _head_names(model):
-        dense |= {f"{head}.adaLN_modulation.1": (2 * width, width), f"{head}.linear": (out, width)}
-    shapes: dict[str, tuple[int, ...] | None] = {
-        "pos_embed": None,
-        "x_embedder.proj.weight": (width, network.channels, network.patch_size, network.patch_size),
-        "x_embedder.proj.bias": (width,),
-        "y_embedder.embedding_table.weight": (network.num_classes + 1, width),
-    }
-    for name, shape in dense.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    ours: Any = network_shapes(model)
+    shapes: dict[str, tuple[int, ...] | None] = {"pos_embed": None}
+    for keys, names in _places(model).items():
+        shape = functools.reduce(getitem, keys, ours).shape
+        slices, shape = ([names], shape) if isinstance(names, str) else (names, shape[1:])
+        shapes |= dict.fromkeys(slices, _to_theirs(keys, np.broadcast_to(0, shape), model.backbone).shape)
     return shapes
 
 

@@ -4,7 +4,7 @@ from ard_jax.models.backbone import Backbone, Condition, Context, count_paramete
 from ard_jax.models.discriminator import Discriminator
 from ard_jax.models.dit import DiT, size_fields
 from ard_jax.models.masks import MASKS, visible_blocks
-from ard_jax.models.student import ARDStudent, Network, default_block_times, init_from_teacher
+from ard_jax.models.student import ARDStudent, Network, default_block_times, init_from_teacher, network_shapes
 from ard_jax.models.vae import AutoencoderKL
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "default_block_times",
     "init_from_teacher",
     "inputs_like",
+    "network_shapes",
     "parameter_shapes",
     "size_fields",
     "visible_blocks",

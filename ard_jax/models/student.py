@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ard_jax.errors import UserError
 from ard_jax.models.attention import KeysAndValues, block_attention, block_mass, cached_attention
-from ard_jax.models.backbone import Backbone, Condition, Context, take_layers
+from ard_jax.models.backbone import Backbone, Condition, Context, inputs_like, parameter_shapes, take_layers
 from ard_jax.models.layers import Attend, Dtype
 from ard_jax.models.masks import MASKS, visible_blocks
 from ard_jax.models.partition import constrain
@@ -240,3 +240,9 @@ def init_from_teacher(teacher_params: Params, student: Network) -> Params:
         return jnp.broadcast_to(leaf, (student.stacked_heads, *leaf.shape))
 
     return {**teacher_params, "final_layer": jax.tree.map(repeat, teacher_params["final_layer"])}
+
+
+def network_shapes(model: Network) -> Params:
+    """Shapes and types of a network's parameters, which do not depend on the size of its images."""
+    shapes = parameter_shapes(model.backbone, *inputs_like(model.backbone))
+    return jax.eval_shape(lambda params: init_from_teacher(params, model), shapes)

@@ -141,8 +141,8 @@ class Block(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
-    """Images (batch, height, width, channel) → 2 · latent channels at height / 2^(widths − 1).
+class _Half(nn.Module):
+    """What the encoder and the decoder are made of.
 
     Attributes:
         out_channels: channels that come out.
@@ -158,6 +158,10 @@ class Encoder(nn.Module):
     add_attention: bool = True
     dtype: Dtype | None = None
 
+
+class Encoder(_Half):
+    """Images (batch, height, width, channel) → 2 · latent channels at height / 2^(widths − 1)."""
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = _convolution(self.widths[0], 3, self.dtype, "conv_in")(x)
@@ -169,15 +173,8 @@ class Encoder(nn.Module):
         return _convolution(self.out_channels, 3, self.dtype, "conv_out")(x)
 
 
-class Decoder(nn.Module):
-    """Raw latents (batch, height, width, channel) → images, sides times 2^(widths − 1); attributes as of `Encoder`."""
-
-    out_channels: int
-    resnets: int
-    widths: tuple[int, ...]
-    groups: int
-    add_attention: bool = True
-    dtype: Dtype | None = None
+class Decoder(_Half):
+    """Raw latents (batch, height, width, channel) → images, sides times 2^(widths − 1)."""
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:

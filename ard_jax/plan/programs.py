@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ard_jax.build import example_shape, make_rollout, make_solve, make_student, make_teacher
 from ard_jax.drawing import make_drawing, rollout_macs, student_sampler
 from ard_jax.methods import columns_of, finetuned_config, make_finetune_method, make_method
+from ard_jax.models import network_shapes
 from ard_jax.models.backbone import Backbone, Condition, condition_like
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import Method
@@ -21,7 +22,6 @@ from ard_jax.training.state import make_step, optimizer_of, start_state
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import make_solver
 from ard_jax.types import Batch, PyTree
-from ard_jax.workdir import student_shapes, teacher_shapes
 
 
 class Work(NamedTuple):
@@ -54,7 +54,7 @@ def for_platform(config: ml_collections.ConfigDict, platform: str) -> ml_collect
 
 def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """The step of the stage `distill`; from a store, or with the teacher inside (`distill.online`)."""
-    settings, teacher, params = config.distill, make_teacher(config), student_shapes(config)
+    settings, teacher, params = config.distill, make_teacher(config), network_shapes(make_student(config))
     columns: tuple[int, ...] | None
     record, columns = _stored_record(config, settings.batch_size)
     if settings.online:
@@ -62,7 +62,7 @@ def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     # of the methods, progressive distillation alone asks of how many steps its start is, and wants twice its own
     start_steps = 2 * len(config.student.points) if settings.start else None
     method = make_method(config, make_student(config), teacher, columns, start_steps)
-    frozen = {"": None, "teacher": teacher_shapes(teacher), "start": params}[method.reads]
+    frozen = {"": None, "teacher": network_shapes(teacher), "start": params}[method.reads]
     return _step_of("training step", method, config, settings, frozen, record, where)
 
 
@@ -78,7 +78,7 @@ def finetune_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     labels = {name: trajectory[name] for name in ("label", "position", "condition")}
     real = {"image": _rows_of(settings.batch_size, example_shape(config), "float32"), **labels}
     batch = {"trajectory": trajectory, "real": real}
-    return _step_of("fine-tune step", method, config, settings, teacher_shapes(teacher), batch, where)
+    return _step_of("fine-tune step", method, config, settings, network_shapes(teacher), batch, where)
 
 
 def _stored_record(config: ml_collections.ConfigDict, rows: int) -> tuple[Batch, tuple[int, ...]]:
@@ -107,7 +107,8 @@ def _step_of(
     """A training stage's step; its first argument is the state."""
     mesh, optimizer = make_mesh(config.mesh, where.devices), optimizer_of(method, settings)
     start = functools.partial(start_state, optimizer=optimizer, seed=config.seed, begin=method.begin)
-    state = jax.eval_shape(lambda params, frozen: start(params, frozen=frozen), student_shapes(config), frozen)
+    params = network_shapes(make_student(config))
+    state = jax.eval_shape(lambda params, frozen: start(params, frozen=frozen), params, frozen)
     step = make_step(method.objective, optimizer, settings.optimizer.ema, mesh, state, frozen, settings.accumulate)
     return Work(name, step, (state, frozen, batch), mesh, settings.batch_size, method.flops * settings.batch_size)
 
@@ -116,7 +117,7 @@ def sampler(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """The student's sampler as the stage `sample` runs it, without decoding."""
     mesh, student = make_mesh(config.mesh, where.devices), make_student(config)
     rows = config.sample.batch_size * batch_shards(mesh)
-    arguments = with_shardings(student_shapes(config), mesh), _drawn_rows(config, rows, mesh)
+    arguments = with_shardings(network_shapes(make_student(config)), mesh), _drawn_rows(config, rows, mesh)
     draw = make_drawing(student_sampler(make_rollout(config, student)), config, mesh)
     macs = rollout_macs(config, student)
     return Work("sampler", draw, arguments, mesh, rows, 2 * macs * rows)
@@ -126,7 +127,7 @@ def trajectory_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """A batch of the trajectory job, which every host does alone on its own devices."""
     mesh, teacher = local_mesh(config.mesh, where.host), make_teacher(config)
     rows = config.trajectories.batch_size * batch_shards(mesh)
-    arguments = with_shardings(teacher_shapes(teacher), mesh), _drawn_rows(config, rows, mesh)
+    arguments = with_shardings(network_shapes(teacher), mesh), _drawn_rows(config, rows, mesh)
     macs = network_calls(make_solve(config)) * teacher_macs(teacher, example_shape(config))
     return Work("trajectory step", make_solver(teacher, config, mesh), arguments, mesh, rows, 2 * macs * rows)
 

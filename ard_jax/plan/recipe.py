@@ -7,14 +7,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from ard_jax.build import example_shape, make_teacher
-from ard_jax.models import count_parameters
+from ard_jax.build import example_shape, make_student, make_teacher
+from ard_jax.models import count_parameters, network_shapes
 from ard_jax.models.flops import teacher_macs
 from ard_jax.plan.cost import Cost
 from ard_jax.plan.programs import Work
 from ard_jax.training.state import make_optimizer, start_state
 from ard_jax.types import PyTree
-from ard_jax.workdir import student_shapes, teacher_shapes
 
 
 def store_bytes(config: ml_collections.ConfigDict) -> int:
@@ -40,7 +39,7 @@ def storage(config: ml_collections.ConfigDict, steps: Mapping[str, Work]) -> dic
     """
     kept, settings = config.run.keep_checkpoints, config.teacher
     optimizer = make_optimizer(settings.optimizer, settings.steps)
-    shapes = teacher_shapes(make_teacher(config))
+    shapes = network_shapes(make_teacher(config))
     teacher = jax.eval_shape(lambda params: start_state(params, optimizer, 0), shapes)
     trained = {"teacher": teacher} | {stage: work.arguments[0] for stage, work in steps.items()}
     return {"trajectories": store_bytes(config)} | {name: kept * state_bytes(state) for name, state in trained.items()}
@@ -48,7 +47,7 @@ def storage(config: ml_collections.ConfigDict, steps: Mapping[str, Work]) -> dic
 
 def parameters(config: ml_collections.ConfigDict) -> int:
     """Of the student."""
-    return count_parameters(student_shapes(config))
+    return count_parameters(network_shapes(make_student(config)))
 
 
 def chip_hours(

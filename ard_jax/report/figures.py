@@ -18,6 +18,7 @@ from ard_jax.report import words
 from ard_jax.results import Measured, Results
 
 GUTTER = 2
+CURVE_POINTS = 300  # more cannot be told apart at the width of a chart
 SHOWN_SIDE = 160  # pictures on the page are never drawn larger, and the page has to stay mailable
 
 # CSS variable → (light, dark). Charts are drawn in the light colours, then told to follow the variable.
@@ -220,6 +221,16 @@ def _block_map(axes, mass: np.ndarray, title: str) -> None:
     axes.set_yticks(np.arange(steps) + 0.48, names)
     axes.tick_params(colors=soft, labelcolor=soft, length=0, pad=3, labelsize=9)
     axes.spines[:].set_visible(False)
+
+
+def thin(rows: Sequence[Mapping]) -> tuple[list[float], list[float]]:
+    """Steps and losses of the rows that have both finite, as means over equal runs of them where there are many."""
+    points = [
+        (row["step"], row["loss"]) for row in rows if words.finite(row.get("step")) and words.finite(row.get("loss"))
+    ]
+    runs = np.array_split(np.asarray(points, float).reshape(-1, 2), min(len(points), CURVE_POINTS) or 1)
+    means = [run.mean(axis=0) for run in runs if len(run)]
+    return [float(step) for step, _ in means], [float(loss) for _, loss in means]
 
 
 def line_chart(

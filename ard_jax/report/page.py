@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ard_jax.report import figures, pieces, words
-from ard_jax.report.figures import Series
+from ard_jax.report.figures import Series, thin
 from ard_jax.report.pieces import Chart, FinalImages, Picture, PictureGrid
 from ard_jax.report.render import render
 from ard_jax.report.words import number, significant
@@ -15,7 +15,6 @@ from ard_jax.results import Measured, Results
 
 MEASURED: tuple[str, ...] = ("fd", "degradation", "precision", "recall", "psnr", "network_calls", "gmac_per_image")
 MEASURED += ("seconds_per_image", "parameters")
-CURVE_POINTS = 300  # more cannot be told apart at the width of a chart
 
 
 def build_report(
@@ -360,22 +359,12 @@ def _losses(models: Mapping[str, Measured], curves: Mapping[str, Sequence[Mappin
     drawn = {}
     for group, (caption, names) in groups.items():
         series = [
-            Series(titles.get(name, name), colours.get(name, f"other{i % 3 + 1}"), *_thinned(curves[name]))
+            Series(titles.get(name, name), colours.get(name, f"other{i % 3 + 1}"), *thin(curves[name]))
             for i, name in enumerate(names)
             if curves.get(name)
         ]
         drawn[f"loss-{group}"] = caption, series
     return pieces.charts(drawn, "training step", "loss", log=True)
-
-
-def _thinned(rows: Sequence[Mapping]) -> tuple[list[float], list[float]]:
-    """Steps and losses of the rows that have both finite, as means over equal runs of them where there are many."""
-    points = [
-        (row["step"], row["loss"]) for row in rows if words.finite(row.get("step")) and words.finite(row.get("loss"))
-    ]
-    runs = np.array_split(np.asarray(points, float).reshape(-1, 2), min(len(points), CURVE_POINTS) or 1)
-    means = [run.mean(axis=0) for run in runs if len(run)]
-    return [float(step) for step, _ in means], [float(loss) for _, loss in means]
 
 
 def _rates(models: Mapping[str, Measured], curves: Mapping[str, Sequence[Mapping]]) -> list[str]:
