@@ -10,7 +10,6 @@ from typing import Any
 import ml_collections
 
 from ard_jax.config import keys_that_change, plain
-from ard_jax.files import read_json
 from ard_jax.methods import finetuned_config
 from ard_jax.results import Measured, read_results
 from ard_jax.trajectories.store import read_manifest, store_hash
@@ -18,6 +17,7 @@ from ard_jax.workdir import (
     SECTIONS,
     check_same_config,
     config_differences,
+    read_config,
     read_done,
     recorded_config,
     require_done,
@@ -50,7 +50,7 @@ def is_complete(
     directory = _folder(stage, config, workdir)
     if read_done(directory) is None:
         return False
-    recorded, read = read_json(directory / "config.json"), _inputs(stage, config, workdir)
+    recorded, read = read_config(directory / "config.json"), _inputs(stage, config, workdir)
     if stage == "finetune":
         config = finetuned_config(config, recorded_config(workdir / "distill" / _start_of(stage, config)))
     recorded["inputs"] = {name: recorded.get("inputs", {}).get(name) for name in read}
@@ -92,7 +92,7 @@ def _is_sampled(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: 
     sampled = (read_done(workdir / "sample") or {"models": {}})["models"].get(name)
     if sampled is None or sampled["ema_sha256"] != _weights(config, workdir, name):
         return False
-    return _same_settings(read_json(workdir / "sample" / name / "config.json"), config, SAMPLED)
+    return _same_settings(read_config(workdir / "sample" / name / "config.json"), config, SAMPLED)
 
 
 def _is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collection[str]) -> bool:

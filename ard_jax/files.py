@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -32,9 +33,20 @@ def atomic_write(path: str | os.PathLike, write: Callable[[pathlib.Path], object
     try:
         write(temporary)
         temporary.chmod(0o644)  # mkstemp makes private files; results are meant to be read
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk: a crash of the machine may come at any time."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -45,19 +57,55 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         new = pathlib.Path(temporary) / "new"
         new.mkdir()
         yield new
+        for path in new.rglob("*"):
+            _sync(path)
         if folder.exists():
             os.replace(folder, pathlib.Path(temporary) / "old")
         os.replace(new, folder)
+        _sync(folder.parent)
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Writes `value` as indented JSON, atomically."""
     text = json.dumps(value, indent=2, sort_keys=False, allow_nan=True) + "\n"
-    atomic_write(path, lambda temporary: temporary.write_text(text))
+    write_text(path, text)
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    return json.loads(pathlib.Path(path).read_text())
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file as UTF-8, atomically."""
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+AGAIN = "restore it from a copy, or move it away and run the stage that wrote it again"
+
+
+def read_json(path: str | os.PathLike, of: Any = Any, remedy: str = AGAIN) -> Any:
+    """A JSON file's value.
+
+    Args:
+        path: of the file.
+        of: what it must be: a type, or a TypedDict with the keys that are read.
+        remedy: what to do about a damaged file.
+
+    Raises:
+        UserError: the file is empty, cut or otherwise damaged, or holds something else.
+        OSError: it cannot be opened.
+    """
+    try:
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        msgspec.convert(value, of)
+        return value  # with the keys that nobody reads here
+    except ValueError as error:  # of the encoding, of JSON and of msgspec
+        raise UserError(f"{path} is damaged ({first_line(error)}): {remedy}.") from None
+
+
+def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects of a file of one a line, but for lines that are damaged; none if there is no such file."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(msgspec.convert(json.loads(line), dict[str, Any]))
+    return found
 
 
 def file_sha256(path: str | os.PathLike) -> str:

@@ -15,13 +15,14 @@ a shard under its final name always has one; a shard that is there is never made
 by number and never talk while they work.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +30,7 @@ import tensorflow_datasets as tfds
 import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, file_sha256, read_json, write_json
 from ard_jax.progress import progress_bar
 
@@ -38,6 +40,16 @@ VERSION, SPLIT = "1.0.0", "train"
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
 Record = dict[str, np.ndarray | np.generic]
+
+
+class Shard(TypedDict):
+    """What is written of a shard: its file, its records and the numbers of those left out, its size and hash."""
+
+    file: str
+    records: int
+    dropped: list[int]
+    bytes: int
+    sha256: str
 
 
 def tensor(shape: tuple[int, ...], dtype: str) -> tfds.features.Tensor:
@@ -53,9 +65,9 @@ def _description_path(directory: pathlib.Path, shard: int) -> pathlib.Path:
     return directory / "shards" / f"{shard:05d}.json"
 
 
-def describe(directory: pathlib.Path, shards: int) -> list[dict[str, Any]]:
+def describe(directory: pathlib.Path, shards: int) -> list[Shard]:
     """What every shard holds, in order; all of them must have been written."""
-    return [read_json(_description_path(directory, shard)) for shard in range(shards)]
+    return [read_json(_description_path(directory, shard), Shard) for shard in range(shards)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +115,7 @@ class Layout:
                 example = serializer.get_tf_example(features.encode_example(record))
                 writer.write(example.SerializeToString(deterministic=True))  # or the fields come in an order of chance
             writer.close()
-            description = {
+            description: Shard = {
                 "file": path.name,
                 "records": count,
                 "dropped": dropped,
@@ -119,15 +131,16 @@ class Layout:
         found = set()
         for shard in which:
             path, description = self.shard_path(directory, shard, shards), _description_path(directory, shard)
-            if path.exists() and description.exists() and file_sha256(path) == read_json(description)["sha256"]:
-                found.add(shard)
+            with contextlib.suppress(UserError):  # a damaged description is as good as none
+                if path.exists() and description.exists():
+                    found |= {shard} if file_sha256(path) == read_json(description, Shard)["sha256"] else set()
         return found
 
     def finish(
         self,
         directory: pathlib.Path,
         features: tfds.features.FeaturesDict,
-        shards: Sequence[dict[str, Any]],
+        shards: Sequence[Shard],
         manifest: dict[str, Any],
     ) -> None:
         """Writes TFDS's metadata, then the manifest: the dataset is whole."""

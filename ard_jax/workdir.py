@@ -15,7 +15,7 @@ import logging
 import pathlib
 import time
 from collections.abc import Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, NotRequired, TypedDict, TypeVar
 
 import ml_collections
 from jax.sharding import Mesh
@@ -24,7 +24,7 @@ from ard_jax.build import make_process, make_student, make_teacher
 from ard_jax.config import ROWS, default_config, flatten, keys_that_change, plain, sections_that_change
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
-from ard_jax.files import read_json, tree_sha256, write_json
+from ard_jax.files import AGAIN, read_json, tree_sha256, write_json
 from ard_jax.models import AutoencoderKL, Backbone, Network, network_shapes
 from ard_jax.parallel import is_first, with_shardings
 from ard_jax.training.checkpoints import load_parameters
@@ -60,7 +60,7 @@ def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, stage: str
     path = directory / "config.json"
     now = plain(config) | {"inputs": inputs}
     if path.exists():
-        check_same_config(read_json(path), now, (*SECTIONS[stage], "inputs"), directory)
+        check_same_config(read_config(path), now, (*SECTIONS[stage], "inputs"), directory)
     elif is_first():
         write_json(path, now)
         log.info("config:\n%s", config)
@@ -102,9 +102,30 @@ def write_done(directory: pathlib.Path, sha256: dict[str, str], seconds: float, 
         print(f"done: {directory}", flush=True)
 
 
+class Made(TypedDict):
+    """What a done.json says of one model."""
+
+    sha256: dict[str, str]
+    seconds: float
+    ema_sha256: NotRequired[str]
+
+
+class Done(TypedDict):
+    """What is read of a done.json."""
+
+    sha256: dict[str, str]
+    seconds: NotRequired[float]
+    models: NotRequired[dict[str, Made]]
+
+
 def read_done(directory: pathlib.Path) -> dict[str, Any] | None:
+    """A stage's `done.json`, None if it has not been run to its end.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = directory / "done.json"
-    return read_json(path) if path.exists() else None
+    return read_json(path, Done) if path.exists() else None
 
 
 def merge_done(directory: pathlib.Path, made: dict[str, dict[str, Any]]) -> None:
@@ -191,10 +212,23 @@ def recorded_config(directory: pathlib.Path) -> ml_collections.ConfigDict:
     """The config that a stage's folder was made with; settings that came later have their defaults."""
     config = default_config()
     config.unlock()
+    recorded = read_config(directory / "config.json")
     with config.ignore_type():
-        config.update(read_json(directory / "config.json"))
+        config.update(recorded)
     config.model.attention = "auto"  # that of the device where it was made may not be here
     return config
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+    """A config.json; UserError if it is damaged, or a value is of another kind than this version's."""
+    recorded, like = read_json(path, dict[str, Any]), flatten(default_config().to_dict())
+    for key, value in flatten(recorded).items():
+        of = like.get(key, value)
+        number, sequence = isinstance(of, (int, float)), isinstance(of, (tuple, list))
+        fits = isinstance(value, (int, float) if number else (tuple, list) if sequence else type(of))
+        if not fits or any(other.startswith(f"{key}.") for other in like):
+            raise UserError(f"{path} is damaged ({key} is {value!r}): {AGAIN}.")
+    return recorded
 
 
 def network_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -429,7 +429,7 @@ def test_folders_that_are_none_of_these(tmp_path):
     write_json(tmp_path / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
     assert "holds a StableDiffusionPipeline: only a DiTPipeline or ARDPipeline can be converted" in refused(tmp_path)
     (tmp_path / "model_index.json").write_text("{")
-    assert "model_index.json is no JSON object: fetch it again" in refused(tmp_path)
+    assert "model_index.json is damaged" in refused(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     assert "notes.txt is no file of weights: give one of .safetensors, .bin" in refused(tmp_path / "notes.txt")
 

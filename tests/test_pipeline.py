@@ -607,7 +607,7 @@ def no_index(folder):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (broken_index, "model_index.json is no JSON object"),
+        (broken_index, "model_index.json is damaged"),
         (no_part, "names neither a student nor a teacher"),
         (another_kind, "holds a StableDiffusionPipeline: only a DiTPipeline or ARDPipeline"),
         (no_config, "student/config.json is missing, so"),

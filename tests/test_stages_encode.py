@@ -339,7 +339,7 @@ def test_a_broken_autoencoder_is_refused(workdir):
     write_json(settings, read_json(settings) | {"latent_channels": 3})
     assert "does not fit the architecture that its config describes" in sentence(start(workdir), "encode")
     settings.write_text("[]")
-    assert f"{settings} is missing or no JSON object" in sentence(start(workdir), "encode")
+    assert f"{settings} is damaged" in sentence(start(workdir), "encode")
     make_vae(workdir / "vae", in_channels=4, out_channels=4)
     assert "takes images of 4 channels, but images have 1 (grey) or 3 (RGB)" in sentence(start(workdir), "encode")
     assert not (workdir / "latents").exists()

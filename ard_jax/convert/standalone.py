@@ -62,7 +62,7 @@ def draw_noise(folder, seed, count):
 
 
 def read_signature(folder):
-    return json.loads((pathlib.Path(folder) / "signature.json").read_text())
+    return json.loads((pathlib.Path(folder) / "signature.json").read_text(encoding="utf-8"))
 
 
 def read_module(path):

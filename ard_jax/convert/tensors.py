@@ -92,7 +92,7 @@ def _open_shards(index: pathlib.Path) -> Tensors:
         UserError: the index is no index, a shard is missing, or a shard lacks an array.
     """
     try:
-        shard_of = json.loads(index.read_text())["weight_map"]
+        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(shard_of.values()) | {""})[1:]  # raises if one is no string
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is no index of shards (a JSON with a weight_map): fetch it again.") from None

@@ -51,12 +51,10 @@ def open_vae(folder: str | os.PathLike) -> tuple[AutoencoderKL, Params]:
         UserError: a file is missing or broken, or what `vae_from_diffusers` raises.
     """
     path = pathlib.Path(folder) / "config.json"
-    try:
-        config = read_json(path)
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is missing or no JSON object: give the folder of a VAE as diffusers writes it.")
+    remedy = "give the folder of a VAE as diffusers writes it"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {remedy}.")
+    config = read_json(path, dict[str, Any], remedy)
     return vae_from_diffusers(to_float32(open_tensors(folder), folder), config)
 
 

@@ -134,7 +134,7 @@ def _open_folder(folder: pathlib.Path) -> Opened:
         "vae": vae,
         "vae_params": vae_params,
         "id2label": dict(enumerate(source.labels)),
-        "card": card.read_text() if card.is_file() else "",
+        "card": card.read_text(encoding="utf-8") if card.is_file() else "",
     }
 
 
@@ -173,7 +173,7 @@ def open_workdir(folder: pathlib.Path) -> Opened:
 
 def _read_names(path: pathlib.Path) -> dict[int, str]:
     """Names by class number, none if there is no such file."""
-    return dict(enumerate(read_json(path))) if path.is_file() else {}
+    return dict(enumerate(read_json(path, list[str]))) if path.is_file() else {}
 
 
 # ------------------------------------------------------------------------------------------------------ writing
@@ -216,7 +216,7 @@ def write_pipeline(
             state_dict, settings = vae_to_diffusers(vae, vae_params)
             write_json(new / "vae" / "config.json", settings)
             write_tensors(new / "vae" / WEIGHTS, state_dict)
-        (new / "README.md").write_text(card or default_card(model))
+        (new / "README.md").write_text(card or default_card(model), encoding="utf-8")
         index["id2label"] = {str(number): label for number, label in id2label.items()}
         write_json(new / "model_index.json", index)
 

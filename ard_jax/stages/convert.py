@@ -26,6 +26,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import TypedDict
 
 from ml_collections import ConfigDict
 
@@ -40,13 +41,14 @@ from ard_jax.convert.tensors import open_tensors, to_float32, write_tensors
 from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
 from ard_jax.convert.write import files_sha256, save_parameters
 from ard_jax.errors import UserError
-from ard_jax.files import atomic_write, read_json, write_json
+from ard_jax.files import read_json, write_json, write_text
 from ard_jax.models import MASKS
 from ard_jax.workdir import (
     Stopwatch,
     check_same_config,
     merge_done,
     network_settings,
+    read_config,
     read_done,
     recorded_config,
     require_done,
@@ -71,6 +73,13 @@ SETTLED = {
     "student": ("name", "points", "target", "history_layers", "mask", "heads", "block_times"),
     "sample": ("models",),
 }  # fmt: skip
+
+
+class Recorded(TypedDict):
+    """What is read of a source.json."""
+
+    source: str
+    sha256: str
 
 
 def _whole_number(text: str) -> int:
@@ -180,14 +189,14 @@ def _is_converted(part: str, folder: pathlib.Path, source: Source) -> bool:
         return False
     if not (folder / "source.json").exists():
         raise UserError(f"{folder} was not made by convert: choose another --workdir, or delete that folder.")
-    recorded = read_json(folder / "source.json")
+    recorded = read_json(folder / "source.json", Recorded)
     if recorded["sha256"] != files_sha256(_files_of(part, source)):
         raise UserError(
             f"{folder} was converted from another source ({recorded['source']}): choose another --workdir, or delete "
             f"that folder."
         )
     if part == "model":
-        check_same_config(read_json(folder / "config.json"), plain(source.config), tuple(SETTLED), folder)
+        check_same_config(read_config(folder / "config.json"), plain(source.config), tuple(SETTLED), folder)
     print(f"{folder} holds this already.", flush=True)
     return True
 
@@ -201,7 +210,7 @@ def _check_compatible(missing: dict[str, pathlib.Path], source: Source, args: ar
         found, given = network_settings(others), network_settings(source.config)
         check_same_config(found, given, ("data", "model", "diffusion"), folder)
     file = args.workdir / "config.py"
-    if file.exists() and not file.read_text().startswith(WRITTEN_BY):
+    if file.exists() and not file.read_text(encoding="utf-8").startswith(WRITTEN_BY):
         raise UserError(f"{file} was not written by convert, which would replace it: move it away.")
 
 
@@ -274,7 +283,7 @@ def _finish(folders: dict[str, pathlib.Path], source: Source, args: argparse.Nam
         config = source.config.copy_and_resolve_references()
         config.sample.models = (*(("teacher",) if (args.workdir / "teacher").exists() else ()), *config.sample.models)
         config.sample.models = tuple(dict.fromkeys(config.sample.models))
-        atomic_write(file, lambda temporary: temporary.write_text(_config_text(config, args.source)))
+        write_text(file, _config_text(config, args.source))
     print(f"done: {folder}: python -m ard_jax sample --config {file} --workdir {args.workdir}", flush=True)
 
 

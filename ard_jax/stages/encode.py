@@ -31,7 +31,7 @@ from ard_jax.files import tree_sha256
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_latents
 from ard_jax.parallel import equal_batches, is_first, make_mesh, put_batch, replicated_sharding, run_batches
-from ard_jax.sharded import DTYPES, Layout, data_folder, describe, number_of_shards, tensor
+from ard_jax.sharded import DTYPES, Layout, Shard, data_folder, describe, number_of_shards, tensor
 from ard_jax.types import Batch, Params
 from ard_jax.version import __version__
 from ard_jax.workdir import Stopwatch, claim, load_vae, vae_folder, write_done
@@ -213,7 +213,7 @@ def _manifest(
     model: AutoencoderKL,
     vae_hash: str,
     images: int,
-    shards: list[dict[str, Any]],
+    shards: list[Shard],
 ) -> dict[str, Any]:
     """How the dataset was made."""
     return {

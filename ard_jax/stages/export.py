@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     pipe.card = model_card(facts)
     with whole_folder(output) as temporary:
         FORMATS[args.format](pipe, temporary, args)
-        (temporary / "README.md").write_text(pipe.card)
+        (temporary / "README.md").write_text(pipe.card, encoding="utf-8")
         _finish(temporary, args, facts.sha256)
     print(f"done: {output}: {_how_to_open(output, args)}", flush=True)
 
@@ -132,7 +132,7 @@ def _teacher_source(folder: pathlib.Path, args: argparse.Namespace) -> dict[str,
     teacher = teacher_folder(recorded_config(folder), args.workdir) if args.model != "teacher" else folder
     found = [path for path in (folder / "source.json", teacher / "source.json") if path.exists()]
     if found:
-        return read_json(found[0])
+        return read_json(found[0], dict[str, Any])
     return {} if teacher.exists() else None
 
 

@@ -15,12 +15,11 @@ cores.
 """
 
 import json
-import pathlib
 from typing import Any
 
 import ml_collections
 
-from ard_jax.files import atomic_write
+from ard_jax.files import write_text
 from ard_jax.parallel import check_batch
 from ard_jax.plan import ladder, recipe
 from ard_jax.plan.cost import Cost, measure
@@ -61,7 +60,7 @@ def run(config: ml_collections.ConfigDict, topology: str, json_file: str | None,
     print("\n".join(_recipe_lines(config, where, steps, others)), flush=True)
     if json_file:
         line = json.dumps(_figures(config, topology, advice, steps, others)) + "\n"
-        atomic_write(json_file, lambda temporary: pathlib.Path(temporary).write_text(line))
+        write_text(json_file, line)
 
 
 def _heading(config: ml_collections.ConfigDict, where: Slice) -> list[str]:

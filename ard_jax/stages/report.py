@@ -5,14 +5,13 @@ Reads `evaluate/` and the metrics of every training, and writes `report/index.ht
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
-from ard_jax.files import atomic_write, file_sha256, read_npz, write_json
+from ard_jax.files import atomic_write, file_sha256, read_json_lines, read_npz, write_json
 from ard_jax.parallel import is_first
 from ard_jax.report import build_report, teaser
 from ard_jax.results import Measured, Results, read_results
@@ -66,8 +65,4 @@ def _read_curves(
     folders = {name: workdir / "distill" / name for name in models if name != "teacher"}
     folders = {"teacher": teacher_folder(config, workdir), **folders}
     paths = {name: folder / "metrics.jsonl" for name, folder in folders.items()}
-    return {
-        name: [json.loads(line) for line in path.read_text().splitlines()]
-        for name, path in paths.items()
-        if path.exists()
-    }
+    return {name: read_json_lines(path) for name, path in paths.items() if path.exists()}

@@ -9,7 +9,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from ard_jax.errors import UserError
-from ard_jax.files import atomic_write
+from ard_jax.files import read_json_lines, write_text
 from ard_jax.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ log = logging.getLogger("ard_jax")
 class MetricLog:
     """Writes metrics to `metrics.jsonl`, to TensorBoard and, in short, to the screen.
 
-    Lines after `step`, left by a run that was killed beyond its last checkpoint, are cut off first.
+    Lines after `step`, left by a run that was killed beyond its last checkpoint, and damaged ones are cut out first.
     """
 
     def __init__(self, directory: pathlib.Path, step: int, total: int, tensorboard: bool):
@@ -31,10 +31,10 @@ class MetricLog:
                 "run.tensorboard=False and read metrics.jsonl."
             )
         self.path = directory / "metrics.jsonl"
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        atomic_write(self.path, lambda temporary: temporary.write_text("".join(kept)))
-        self.file = self.path.open("a", buffering=1)
+        lines = read_json_lines(self.path)
+        kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = self.path.open("a", buffering=1, encoding="utf-8")
         self.writer = TensorBoard(directory) if tensorboard else None
         self.total = total
         self.bar = progress_bar(total, "step", initial=step)

@@ -21,7 +21,7 @@ from ard_jax.conditions import Conditions, draw_numbers
 from ard_jax.models import Backbone
 from ard_jax.parallel import batch_shards, equal_batches, on_mesh, put_batch, run_batches
 from ard_jax.sampling import draw_noise, is_within_bounds, sample_teacher, take_points, trajectory_key
-from ard_jax.sharded import Record
+from ard_jax.sharded import Record, Shard
 from ard_jax.trajectories import store
 from ard_jax.types import Batch, Params
 from ard_jax.version import __version__
@@ -119,7 +119,7 @@ def drop_out_of_bounds(
 
 
 def manifest(
-    config: ml_collections.ConfigDict, settings: dict[str, Any], teacher_hash: str, shards: list[dict[str, Any]]
+    config: ml_collections.ConfigDict, settings: dict[str, Any], teacher_hash: str, shards: list[Shard]
 ) -> dict[str, Any]:
     """How the store was made."""
     trajectories = config.trajectories

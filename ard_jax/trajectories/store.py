@@ -3,17 +3,17 @@
 import hashlib
 import os
 import pathlib
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 
 from ard_jax.config import flatten, keys_that_change, plain
-from ard_jax.errors import UserError
+from ard_jax.errors import UserError, first_line
 from ard_jax.files import file_sha256, read_json
 from ard_jax.sharded import DTYPES as DTYPES
-from ard_jax.sharded import SPLIT, Layout, data_folder, tensor
+from ard_jax.sharded import SPLIT, Layout, Shard, data_folder, tensor
 from ard_jax.sharded import describe as describe
 from ard_jax.workdir import store_folder
 
@@ -36,11 +36,21 @@ def record_features(
     return tfds.features.FeaturesDict(features)
 
 
-def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
+class Manifest(TypedDict, total=False):
+    """What those who read a store ask of its manifest."""
+
+    shards: Required[list[Shard]]
+    teacher_sha256: str
+    settings: dict[str, Any]
+    points: list[int]
+    keep_noisy: bool
+
+
+def read_manifest(directory: pathlib.Path) -> Manifest:
     """The manifest of a whole store.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is damaged.
     """
     path = directory / "manifest.json"
     if not path.exists():
@@ -48,10 +58,10 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
             f"there is no whole trajectory store in {directory} (no manifest.json): run the stage 'trajectories' "
             f"first, with the same config, or set trajectories.dir to a store."
         )
-    return read_json(path)
+    return read_json(path, Manifest)
 
 
-def check_shards(directory: pathlib.Path, manifest: dict[str, Any], checksums: bool) -> None:
+def check_shards(directory: pathlib.Path, manifest: Manifest, checksums: bool) -> None:
     """Compares every shard with the manifest: its size, and with `checksums` its SHA-256.
 
     Raises:
@@ -83,8 +93,15 @@ class Store:
     Reading a record raises UserError if its bytes are not those that were written, as ArrayRecord's checksums tell.
     """
 
-    def __init__(self, directory: pathlib.Path, manifest: dict[str, Any]):
-        self.records = tfds.builder_from_directory(os.fspath(data_folder(directory))).as_data_source(SPLIT)
+    def __init__(self, directory: pathlib.Path, manifest: Manifest):
+        folder = data_folder(directory)
+        try:
+            self.records = tfds.builder_from_directory(os.fspath(folder)).as_data_source(SPLIT)
+        except Exception as error:  # what TFDS and protobuf raise of a file that is cut
+            raise UserError(
+                f"TFDS cannot read the dataset_info.json and features.json in {folder} ({first_line(error)}): run the "
+                f"stage 'trajectories' again, which writes them anew."
+            ) from error
         self.paths = [data_folder(directory) / shard["file"] for shard in manifest["shards"]]
         self.ends = np.cumsum([shard["records"] for shard in manifest["shards"]])
 
@@ -99,9 +116,7 @@ class Store:
             raise _broken_shard(path, f"cannot be read ({str(error).splitlines()[0]})") from error
 
 
-def open_store(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, teacher_hash: str
-) -> tuple[Store, dict[str, Any]]:
+def open_store(config: ml_collections.ConfigDict, workdir: pathlib.Path, teacher_hash: str) -> tuple[Store, Manifest]:
     """The trajectory store and its manifest.
 
     Raises:
@@ -114,16 +129,16 @@ def open_store(
     return Store(folder, manifest), manifest
 
 
-def store_hash(manifest: dict[str, Any]) -> str:
+def store_hash(manifest: Manifest) -> str:
     """One hash for all shards of a store."""
     return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
 
 
-def _total_bytes(manifest: dict[str, Any]) -> int:
+def _total_bytes(manifest: Manifest) -> int:
     return sum(shard["bytes"] for shard in manifest["shards"])
 
 
-def _check_store(manifest: dict[str, Any], config: ml_collections.ConfigDict, teacher_hash: str) -> None:
+def _check_store(manifest: Manifest, config: ml_collections.ConfigDict, teacher_hash: str) -> None:
     """Compares a store with the config that wants to train on it.
 
     Raises:

@@ -30,13 +30,7 @@ def read_description(path: pathlib.Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path} is missing, so {path.parent} is not whole: fetch it again.")
-    try:
-        described = read_json(path)
-    except ValueError:
-        described = None
-    if not isinstance(described, dict):
-        raise UserError(f"{path} is no JSON object: fetch it again.")
-    return described
+    return read_json(path, dict[str, Any], "fetch it again")
 
 
 def part_files(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
@@ -47,7 +41,7 @@ def part_files(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
 def folder_license(folder: pathlib.Path) -> str | None:
     """What the front matter of a folder's README.md calls its licence, or which file to see."""
     card = folder / "README.md"
-    text = card.read_text(errors="replace") if card.is_file() else ""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     lines = front[1].splitlines() if front else []
     entries = {key: value.strip().strip("'\"") for key, _, value in (line.partition(":") for line in lines)}

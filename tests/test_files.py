@@ -1,0 +1,84 @@
+"""Small files: they are whole on the disk before they have their names, and a damaged one ends in a sentence."""
+
+import json
+import os
+
+import pytest
+from pipeline_fixtures import copy, sentence, smoke
+
+from ard_jax.errors import UserError
+from ard_jax.files import read_json, read_json_lines, whole_folder, write_json
+from ard_jax.workdir import Done
+
+DAMAGE = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[: len(text) // 2],
+    "zeros": lambda text: "\0" * len(text),
+    "a list": lambda text: "[]",
+    "numbers": lambda text: json.dumps({key: 3 for key in json.loads(text)}),
+}
+# A file of the run, and the stage that reads it.
+READ = {
+    "teacher/config.json": "trajectories",
+    "teacher/done.json": "trajectories",
+    "trajectories/manifest.json": "distill",
+    "trajectories/1.0.0/features.json": "distill",
+    "distill/ard/config.json": "sample",
+    "distill/ard/done.json": "sample",
+    "sample/done.json": "evaluate",
+    "evaluate/results.json": "report",
+}
+
+
+@pytest.mark.parametrize("file", READ)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_named_in_a_sentence(pipeline, tmp_path, file, damage):
+    workdir = copy(pipeline, tmp_path, "teacher", "trajectories", "distill", "sample", "evaluate")
+    text = (workdir / file).read_text()
+    (workdir / file).write_text(DAMAGE[damage](text))
+    overrides = ["student.name=another"] if READ[file] == "distill" else []
+    said = sentence(smoke(READ[file], workdir, *overrides), READ[file])
+    assert (file.rpartition("/")[2] if "features" in file else str(workdir / file)) in said
+
+
+def test_a_shard_s_damaged_description_is_written_anew(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher", "trajectories")
+    file = workdir / "trajectories" / "shards" / "00001.json"
+    whole = file.read_bytes()
+    file.write_bytes(b"")
+    (workdir / "trajectories" / "done.json").unlink()
+    assert smoke("trajectories", workdir).status == 0
+    assert file.read_bytes() == whole
+
+
+def test_damaged_lines_of_metrics_are_cut_out(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher")
+    file = workdir / "teacher" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_bytes("".join(lines[:2]).encode() + b"\0" * 99 + b"\n3\n" + lines[2][:9].encode())
+    (workdir / "teacher" / "done.json").unlink()
+    assert smoke("teacher", workdir).status == 0
+    assert file.read_text() == "".join(lines[:2])
+    assert [line["step"] for line in read_json_lines(file)] == [5, 10]
+
+
+def test_what_is_read_has_the_keys_that_nobody_asks_for(tmp_path):
+    write_json(tmp_path / "done.json", {"sha256": {"a": "b"}, "more": 1})
+    assert read_json(tmp_path / "done.json", Done) == {"sha256": {"a": "b"}, "more": 1}
+    write_json(tmp_path / "done.json", {"sha256": {"a": 1}})
+    with pytest.raises(UserError, match="done.json is damaged .*sha256"):
+        read_json(tmp_path / "done.json", Done)
+
+
+def test_bytes_are_on_the_disk_before_a_file_has_its_name(tmp_path, monkeypatch):
+    """fsync of the file or of all in a folder, then the rename, then fsync of the folder with the name in it."""
+    done, fsync, replace = [], os.fsync, os.replace
+    name = lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(name(handle)), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("renamed"), replace(old, new)))
+    write_json(tmp_path / "a.json", {})
+    assert done[0].startswith(".partial-") and done[1:] == ["renamed", tmp_path.name]
+    done.clear()
+    with whole_folder(tmp_path / "folder") as folder:
+        (folder / "x").write_text("x")
+    assert done == ["x", "renamed", tmp_path.name]
