@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import pathlib
+import re
 import signal
 import sys
 import types
@@ -22,8 +23,9 @@ from ml_collections import config_flags
 
 from ard_jax import hosts
 from ard_jax.checks import validate
-from ard_jax.config import default_config, flatten, plain
+from ard_jax.config import ROWS, default_config, flatten, plain
 from ard_jax.errors import Preempted, UserError
+from ard_jax.files import local_path
 from ard_jax.parallel import is_first, set_up_libtpu
 
 # Stages about a model that exists: they find its config beside it.
@@ -40,9 +42,11 @@ WORKDIR: Flags = {"--workdir": dict(required=True, metavar="DIR", type=pathlib.P
 FLAGS: Mapping[str, Flags] = {  # where they are others
     "plan": {
         "--topology": dict(required=True, metavar="NAME"),
-        "--json": dict(metavar="FILE"),
+        "--json": dict(metavar="FILE", type=pathlib.Path),
         "--finetune": dict(action="store_true"),
     },
+    "teacher": {**WORKDIR, "--check": dict(action="store_true")},
+    "encode": {**WORKDIR, "--check": dict(action="store_true")},
     "compare": {**WORKDIR, "--quick": dict(action="store_true")},
 }
 
@@ -76,11 +80,13 @@ def run_stage(stage: str, arguments: list[str]) -> int:
     try:
         given: Sequence[Any]
         if stage in WITHOUT_CONFIG:
-            given = [parse_flags(_stage_module(stage).FLAGS, arguments)]
+            args = parse_flags(_stage_module(stage).FLAGS, arguments)
+            given = [argparse.Namespace(**{name: _as_meant(value) for name, value in vars(args).items()})]
             workdir = given[0].workdir
         else:
             every = parse_config(arguments, {**_flags_of(stage), **hosts.FLAGS})
             given, place = every[: -len(hosts.FLAGS)], hosts.place_by_flags(*every[-len(hosts.FLAGS) :])
+            given = [_as_meant(value) for value in given]
             config, where = given[:2]
             if not _has_workdir(stage):  # it runs on one host, about another
                 workdir = None
@@ -114,6 +120,16 @@ def run_stage(stage: str, arguments: list[str]) -> int:
             raise
         return _report_error(stage, sentence)
     return 0
+
+
+def _as_meant(value: Any) -> Any:
+    """A flag's value, or the config, with its paths as the user meant them; UserError for one that is none here."""
+    if isinstance(value, ml_collections.ConfigDict):
+        for key in (key for key in ROWS if key.endswith(".dir")):
+            section, name = key.split(".")
+            value[section][name] = value[section][name] and str(local_path(value[section][name]))
+        return value
+    return local_path(value) if isinstance(value, pathlib.Path) else value
 
 
 def _flags_of(stage: str) -> Flags:
@@ -246,6 +262,10 @@ def parse_config(arguments: list[str], table: Flags = WORKDIR) -> tuple[Any, ...
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, a config file that is not there or does not work.
     """
+    arguments = [
+        re.sub(r"^(--?config=)?~(?=/)", lambda found: (found[1] or "") + str(pathlib.Path.home()), argument)
+        for argument in arguments
+    ]  # a shell expands ~ at the start of a word alone
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["ard_jax", *arguments])
     for flag, options in table.items():
@@ -268,7 +288,9 @@ def parse_config(arguments: list[str], table: Flags = WORKDIR) -> tuple[Any, ...
     if not isinstance(config, ml_collections.ConfigDict) or set(known_keys()) - set(flatten(config.to_dict()).keys()):
         raise UserError("the config file leaves settings out: let its get_config start from default_config().")
     given = {flag: values[flag.lstrip("-")].value for flag in table}
-    return config, *(table[flag].get("type", lambda value: value)(value) for flag, value in given.items())
+    return config, *(
+        value if value is None else table[flag].get("type", lambda value: value)(value) for flag, value in given.items()
+    )
 
 
 def _check_flags(arguments: list[str], table: Flags) -> None:

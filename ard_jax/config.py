@@ -122,7 +122,7 @@ SETTINGS: dict[str, Any] = {
     "data": {
         "source": Setting("tfds", IMAGES),  # "digits", "tfds" or "folder"
         "name": Setting("", IMAGES),  # TFDS name
-        "dir": Setting("", IMAGES),  # TFDS data_dir, or the folder of images
+        "dir": Setting("", NOTHING),  # TFDS data_dir, or the folder of images; what lies there is told by data.json
         "split": Setting("train", IMAGES),
         "image_size": Setting(32, PROCESS, at_least(1)),  # side of the network's input: pixels, or latents
         "channels": Setting(4, PROCESS, at_least(1)),
@@ -137,7 +137,7 @@ SETTINGS: dict[str, Any] = {
     "encode": {  # makes latents of images, which `data` then describes
         "source": Setting("folder", LATENTS),  # as in `data`, but of the images: "digits", "tfds" or "folder"
         "name": Setting("", LATENTS),
-        "dir": Setting("", LATENTS),
+        "dir": Setting("", NOTHING),
         "split": Setting("train", LATENTS),
         "image_size": Setting(256, LATENTS, at_least(1)),  # pixels
         "horizontal_flip": Setting(True, LATENTS),  # two records an image: itself, then its mirror image

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,6 +18,24 @@ from jax.experimental import multihost_utils
 
 from ard_jax.errors import UserError, first_line
 from ard_jax.types import PyTree
+
+
+def local_path(path: str | os.PathLike) -> pathlib.Path:
+    """A path as its user meant it: `~` is a home folder.
+
+    Raises:
+        UserError: it has a scheme, such as gs://, or there is no such home.
+    """
+    text = os.fspath(path)
+    if re.match(r"[a-z][a-z0-9+.-]+:/", text):
+        raise UserError(
+            f"{text} is no path on this machine, and nothing is read or written elsewhere: mount it (gcsfuse does a "
+            f"bucket, and launch/tpu_pod.sh does so on a pod by itself) and give the path where it is mounted."
+        )
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text} cannot be used ({first_line(error)}): write the whole path.") from None
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[pathlib.Path], object]) -> None:

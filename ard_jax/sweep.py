@@ -35,6 +35,7 @@ from ard_jax.checks import is_student_name, validate
 from ard_jax.command_line import Flags, known_keys, make_parser, parse_config, parse_flags
 from ard_jax.config import OF_STUDENTS, ROWS, flatten, plain
 from ard_jax.errors import UserError, first_line
+from ard_jax.files import local_path
 from ard_jax.report import words
 from ard_jax.report.page import build_sweep
 from ard_jax.report.pieces import markdown_table
@@ -335,14 +336,13 @@ def run(arguments: list[str]) -> None:
     common = dict(setting.removeprefix("--config.").split("=", 1) for setting in settings)
     sweep = sweep._replace(settings={**sweep.settings, **common})
     jax.config.update("jax_platforms", "cpu")  # it computes nothing, so it takes no accelerator from the stages
-    entries = plan(sweep, args.workdir.rstrip("/"), args.only)
+    workdir = args.workdir if args.print else str(local_path(args.workdir))
+    entries = plan(sweep, workdir.rstrip("/"), args.only)
     jobs = plan_jobs(sweep, entries)
     if args.print:
         lines = (shlex.join((*PRINTED[args.print], *command(sweep, job))) for job in jobs)
         print("\n".join(lines), flush=True)
         return
-    if "://" in args.workdir:
-        raise UserError(f"--workdir {args.workdir} cannot be read and written here: give a folder, or --print tpu_pod.")
 
     def run_job(job: Job) -> None:
         typed = command(sweep, job)
@@ -351,4 +351,4 @@ def run(arguments: list[str]) -> None:
 
     runner.run_missing(jobs, run_job, is_finished)
     if "evaluate" in sweep.stages:
-        _write_results(sweep, entries, pathlib.Path(args.workdir) / "sweep")
+        _write_results(sweep, entries, pathlib.Path(workdir) / "sweep")

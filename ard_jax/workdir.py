@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from ard_jax.build import make_process, make_student, make_teacher
 from ard_jax.config import ROWS, default_config, flatten, keys_that_change, plain, sections_that_change
 from ard_jax.convert.vae import open_vae
+from ard_jax.data import Identity
 from ard_jax.errors import UserError
 from ard_jax.files import AGAIN, read_json, tree_sha256, write_json
 from ard_jax.models import AutoencoderKL, Backbone, Network, network_shapes
@@ -64,6 +65,39 @@ def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, stage: str
     elif is_first():
         write_json(path, now)
         log.info("config:\n%s", config)
+
+
+def keep_identity(directory: pathlib.Path, found: Identity) -> None:
+    """Notes in a stage's folder what data it is made of, or compares them with those that it was begun with.
+
+    Writes data.json, and labels.json, the names of the classes, where there are any.
+
+    Raises:
+        UserError: they are others; the sentence says in what.
+    """
+    check_identity(directory, found)
+    if not is_first() or (directory / "data.json").exists():
+        return
+    if found["classes"]:
+        write_json(directory / "labels.json", found["classes"])
+    write_json(directory / "data.json", found)
+
+
+def check_identity(directory: pathlib.Path, found: Identity) -> None:
+    """Raises UserError unless data are those that a stage's folder was made of, as far as that is noted there."""
+    data, labels = directory / "data.json", directory / "labels.json"
+    before: dict[str, Any] = {"classes": read_json(labels, list[str])} if labels.exists() else {}
+    before |= read_json(data, Identity) if data.exists() else {}
+    words = {"classes": "classes {}", "records": "{} records", "sha256": "files of hash {:.8}"}
+    other = [
+        f"{words[key].format(value)} there, {words[key].format(now)} here"
+        for key, value in before.items()
+        if (now := dict(found)[key]) != value
+    ]
+    if other:
+        raise UserError(
+            f"{directory} was made of other data ({'; '.join(other)}): give it those, or choose another --workdir."
+        )
 
 
 def check_same_config(before: dict, now: dict, sections: tuple[str, ...], directory: pathlib.Path) -> None:

@@ -19,7 +19,7 @@ from ard_jax.data import (
     InMemory,
     Joined,
     center_crop,
-    class_names,
+    identify,
     image_source,
     in_memory,
     labels_and_images,
@@ -188,9 +188,13 @@ def test_tfds_errors(tmp_path):
     )
 
 
+def classes_of(data):
+    return identify(data, image_source(data))["classes"]
+
+
 def test_names_of_the_classes(folder, tmp_path_factory):
-    assert class_names(config()) == [str(digit) for digit in range(10)]
-    assert class_names(config(source="folder", dir=str(folder))) == ["a", "b"]
+    assert classes_of(config()) == [str(digit) for digit in range(10)]
+    assert classes_of(config(source="folder", dir=str(folder), image_size=4, channels=3, num_classes=2)) == ["a", "b"]
     pixels = np.zeros((2, 2, 3), np.uint8)
     for label, expected in (
         (tfds.features.ClassLabel(names=["cat", "dog"]), ["cat", "dog"]),
@@ -198,7 +202,9 @@ def test_names_of_the_classes(folder, tmp_path_factory):
     ):
         features = image_features() | {"label": label}
         directory = write_tfds(tmp_path_factory.mktemp("tfds"), features, [{"image": png(pixels), "label": 1}])
-        assert class_names(config(source="tfds", dir=str(directory))) == expected
+        assert (
+            classes_of(config(source="tfds", dir=str(directory), image_size=2, channels=3, num_classes=2)) == expected
+        )
 
 
 @pytest.fixture

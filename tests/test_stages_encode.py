@@ -16,7 +16,7 @@ from pipeline_fixtures import smoke as run_smoke
 from ard_jax.convert import vae_to_diffusers
 from ard_jax.convert.tensors import read_tensors, write_tensors
 from ard_jax.convert.vae import vae_shapes
-from ard_jax.data import class_names, image_source
+from ard_jax.data import identify, image_source
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, write_json
 from ard_jax.models import AutoencoderKL
@@ -207,7 +207,7 @@ def test_it_is_read_with_the_flags_that_the_stage_names(made):
         config.data.update({key: int(value) if value.isdigit() else value for key, value in data.items()})
     source = image_source(config.data)
     folders = sorted(path.name for path in (workdir / "images").iterdir())
-    assert class_names(config.data) == folders and len(folders) == 2
+    assert identify(config.data, image_source(config.data))["classes"] == folders and len(folders) == 2
     stored = {record["latent"].tobytes(): int(record["label"]) for record in read(workdir).values()}
     assert {source[i]["image"].tobytes(): int(source[i]["label"]) for i in range(8)} == stored and len(stored) == 8
 

@@ -95,7 +95,7 @@ def test_every_entry_is_checked_before_anything_runs(tmp_path, capsys, started, 
     ("arguments", "said"),
     [
         (["--workdir", "x", "--only", "b"], "has no entry 'b': its entries are a."),
-        (["--workdir", "gs://bucket/x"], "cannot be read and written here: give a folder, or --print tpu_pod."),
+        (["--workdir", "gs://bucket/x"], "gs://bucket/x is no path on this machine"),
         (["--workdir", "x", "--olny", "a"], "there is no flag --olny: did you mean --only."),
         (["--workdir", "x", "--config.seed", "1"], "each in one word"),
         ([], "the command line cannot be used"),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from ard_jax.convert.tensors import WEIGHT_SUFFIXES, variant
 from ard_jax.errors import UserError, first_line
+from ard_jax.files import local_path
 
 
 def fetch_source(source: str) -> pathlib.Path:
@@ -15,7 +16,7 @@ def fetch_source(source: str) -> pathlib.Path:
         UserError: the path is not there, or the repository cannot be had: no net, no such name, no leave.
     """
     if not source.startswith("hf:"):
-        path = pathlib.Path(source)
+        path = local_path(source)
         if not path.exists():
             raise UserError(f"{source} is not there: give a file, a folder or hf:ORG/NAME.")
         return path

@@ -7,6 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
+from ard_jax.errors import UserError
+from ard_jax.progress import progress_bar
+
 THREADS = min(16, 2 * (os.cpu_count() or 1))  # readers wait for storage half of the time
 
 
@@ -73,3 +76,24 @@ def in_threads(function: Callable[[int], None], count: int, chunk: int = 64) -> 
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(run, range(0, count, chunk)):
             pass
+
+
+def check_records(source: Source) -> None:
+    """Reads every record once.
+
+    Raises:
+      UserError: some cannot be read; all of them are named.
+    """
+    found: list[str] = []
+
+    def read(row: int) -> None:
+        try:
+            source[row]
+        except UserError as error:
+            found.append(str(error))
+        bar.update()
+
+    with progress_bar(len(source), "record") as bar:
+        in_threads(read, len(source))
+    if found:
+        raise UserError(f"{len(found)} of {len(source)} records cannot be used: {' '.join(sorted(found))}")

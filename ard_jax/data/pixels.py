@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ard_jax.errors import UserError
 
@@ -13,18 +13,29 @@ MODES = {1: "L", 3: "RGB"}  # channels → Pillow's name of the mode
 
 
 def decode(read_bytes: Callable[[], bytes], where: str, size: int, channels: int) -> np.ndarray:
-    """An image file's bytes → float32 (size, size, channels) in [-1, 1]."""
+    """An image file's bytes → float32 (size, size, channels) in [-1, 1]: what a viewer shows, on white."""
     try:
         image = Image.open(io.BytesIO(read_bytes()))
         image.load()
+        shown = as_shown(image)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise UserError(
             f"The image {where} cannot be read ({type(error).__name__}): repair it or remove it."
         ) from error
     if image.mode.startswith(("I", "F")):  # convert() would clip those to 255 without a word
         raise UserError(f"The image {where} has {image.mode} pixels, but 8 bits a channel are needed: convert it.")
-    pixels = np.asarray(center_crop(image.convert(MODES[channels]), size), np.float32)
+    pixels = np.asarray(center_crop(shown.convert(MODES[channels]), size), np.float32)
     return pixels.reshape(size, size, channels) / 127.5 - 1
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """A picture as viewers show it: turned as its EXIF orientation says, and on white where it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data or image.mode.startswith(("I", "F")):
+        return image
+    page = Image.new("RGBA", image.size, "white")
+    page.alpha_composite(image.convert("RGBA"))
+    return page.convert("RGB")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

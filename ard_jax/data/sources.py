@@ -1,21 +1,20 @@
 """Labelled images: scikit-learn's digits, a prepared TFDS dataset, or a folder with one sub-folder a class."""
 
+import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
+from ard_jax.data.folder import Folder
 from ard_jax.data.memory import InMemory, Record, Source, in_threads
 from ard_jax.data.pixels import MODES, decode, to_uint8
 from ard_jax.errors import UserError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds  # takes seconds, and only one source needs it
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def image_source(data: ConfigDict) -> Source:
@@ -34,14 +33,13 @@ def image_source(data: ConfigDict) -> Source:
           feature "latent": float (H, W, C), used as it is).
 
     Returns:
-      A source of records `{"image": float32 (H, W, C), "label": np.int32}`. Classes of a folder are numbered in
-      the order of their names.
+      A source of records `{"image": float32 (H, W, C), "label": np.int32}`; of a folder, see `Folder`.
 
     Raises:
       UserError: a field is wrong, the data are missing or of another shape or format. An image that cannot be
         read and a label out of range raise it when that record is read.
     """
-    makers: dict[str, Callable[[ConfigDict], Source]] = {"digits": _digits, "tfds": _tfds, "folder": _Folder}
+    makers: dict[str, Callable[[ConfigDict], Source]] = {"digits": _digits, "tfds": _tfds, "folder": Folder}
     if data.source not in makers:
         raise UserError(f"data.source is {data.source!r}, but it must be one of {', '.join(makers)}.")
     if data.space not in ("pixel", "latent"):
@@ -68,57 +66,33 @@ def _digits(data: ConfigDict) -> InMemory:
     return InMemory({"image": images, "label": digits.target.astype(np.int32)})
 
 
-class _Folder:
-    """Images in one sub-folder a class."""
+class Identity(TypedDict):
+    """What data are, wherever they lie: classes by number, how many records, a hash of the files' names and sizes."""
 
-    def __init__(self, data: ConfigDict):
-        root = epath.Path(data.dir).expanduser()
-        if not data.dir or not root.is_dir():
-            raise UserError(f"data.dir is {data.dir!r}, but no such folder exists: name one with a sub-folder a class.")
-        folders = _class_folders(root)
-        if not folders:
-            raise UserError(f"The folder {root} has no sub-folders, but it needs one a class with its images inside.")
-        if len(folders) != data.num_classes:
-            raise UserError(
-                f"The folder {root} has {len(folders)} sub-folders (classes), but data.num_classes is "
-                f"{data.num_classes}: set it to {len(folders)} or name another folder."
-            )
-        self._files = [(path, label) for label, folder in enumerate(folders) for path in _image_files(folder)]
-        self._size, self._channels = data.image_size, data.channels
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> Record:
-        path, label = self._files[index]
-        return {"image": decode(path.read_bytes, str(path), self._size, self._channels), "label": np.int32(label)}
+    classes: list[str] | None
+    records: int
+    sha256: str
 
 
-def _class_folders(root: epath.Path) -> list[epath.Path]:
-    """In the order of their names; .ipynb_checkpoints and the like are nobody's class."""
-    folders = (path for path in root.iterdir() if not path.name.startswith(".") and path.is_dir())
-    return sorted(folders, key=lambda path: path.name)
-
-
-def _image_files(folder: epath.Path) -> list[epath.Path]:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise UserError(f"The class folder {folder} holds no images: put {', '.join(IMAGE_SUFFIXES)} files into it.")
-    return files
-
-
-def class_names(data: ConfigDict) -> list[str] | None:
-    """Names of the classes in the order of their numbers, or None where the data do not tell.
+def identify(data: ConfigDict, source: Source) -> Identity:
+    """Tells what data are.
 
     Args:
-      data: what `image_source` takes, and has taken.
+      data: what `image_source` takes.
+      source: what it made of them.
+
+    Returns:
+      Their identity; names of the classes in the order of their numbers, or None where the data do not tell.
     """
+    if isinstance(source, Folder):
+        return {"classes": source.classes, "records": len(source), "sha256": source.sha256()}
     if data.source == "digits":
-        return [str(digit) for digit in range(10)]
-    if data.source == "folder":
-        return [folder.name for folder in _class_folders(epath.Path(data.dir).expanduser())]
-    label = _tfds_builder(data)[0].info.features["label"]
-    return list(getattr(label, "names", None) or []) or None
+        return {"classes": [str(digit) for digit in range(10)], "records": len(source), "sha256": "scikit-learn"}
+    info = _tfds_builder(data)[0].info
+    names = getattr(info.features["label"], "names", None)
+    described = f"{info.full_name}:{data.split}:{len(source)}:{info.splits[data.split.partition('[')[0]].num_bytes}"
+    sha256 = hashlib.sha256(described.encode()).hexdigest()
+    return {"classes": list(names) if names else None, "records": len(source), "sha256": sha256}
 
 
 class _Tfds:

@@ -28,7 +28,7 @@ from ard_jax.convert.sources import open_source
 from ard_jax.convert.tensors import write_tensors
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
-from ard_jax.files import read_json, whole_folder, write_json
+from ard_jax.files import local_path, read_json, whole_folder, write_json
 from ard_jax.models import AutoencoderKL, Network
 from ard_jax.parallel import make_mesh
 from ard_jax.types import Params, PyTree
@@ -90,7 +90,7 @@ def _find_folder(source: str | os.PathLike) -> pathlib.Path:
     name = os.fspath(source)
     if name.startswith("hf:"):
         return fetch_source(name)
-    folder = pathlib.Path(name).expanduser()
+    folder = local_path(name)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -198,7 +198,7 @@ def write_pipeline(
     Raises:
         UserError: something is there that is no earlier pipeline of ours.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = local_path(folder)
     _check_place(folder)
     with whole_folder(folder) as new:
         name = "student" if config.get("student") else "teacher"

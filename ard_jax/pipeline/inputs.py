@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ard_jax.data import MODES
+from ard_jax.data import MODES, as_shown
 from ard_jax.errors import UserError
 
 
@@ -95,6 +95,7 @@ def read_image(image: Image.Image | str | os.PathLike | npt.ArrayLike, size: int
     if isinstance(image, (str, os.PathLike)):
         image = _open_image(image)
     if isinstance(image, Image.Image):
+        image = as_shown(image)
         _check_size(image.height, image.width, size)
         levels = np.asarray(image.convert(MODES[channels]), np.float32)
         return levels.reshape(size, size, channels) / 127.5 - 1

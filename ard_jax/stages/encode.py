@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from ard_jax.build import example_shape
 from ard_jax.config import plain
 from ard_jax.convert.vae import diffusers_config
-from ard_jax.data import MODES, Source, class_names
+from ard_jax.data import MODES, Source, check_records, identify
 from ard_jax.drawing import open_images
 from ard_jax.errors import UserError
 from ard_jax.files import tree_sha256
@@ -34,7 +34,7 @@ from ard_jax.parallel import equal_batches, is_first, make_mesh, put_batch, repl
 from ard_jax.sharded import DTYPES, Layout, Shard, data_folder, describe, number_of_shards, tensor
 from ard_jax.types import Batch, Params
 from ard_jax.version import __version__
-from ard_jax.workdir import Stopwatch, claim, load_vae, vae_folder, write_done
+from ard_jax.workdir import Stopwatch, claim, keep_identity, load_vae, vae_folder, write_done
 
 log = logging.getLogger("ard_jax")
 
@@ -42,8 +42,8 @@ LAYOUT = Layout("latents", "Latents of labelled images, to train a diffusion mod
 AHEAD = 2  # batches whose images are read while another is encoded
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Makes the dataset.
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = False) -> None:
+    """Makes the dataset; with `check`, just reads every image once.
 
     Raises:
         UserError: there is no autoencoder, images are missing or cannot be read, the config does not fit them, the
@@ -53,18 +53,21 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     model, params = load_vae(config, workdir)
     _check(config, model, vae_folder(config, workdir))
     source = open_images(config, model)
+    if check:
+        return check_records(source)
+    identity = identify(config.encode, source)
+    features = _features_of(config, identity["classes"])
     vae_hash = tree_sha256({"params": params, "config": diffusers_config(model)})
     claim(directory, config, "encode", vae=vae_hash, images=str(len(source)))
+    keep_identity(directory, identity)
     count = len(source) * _views(config)
-    _make_latents(model, params, source, config, directory)
+    _make_latents(model, params, source, config, directory, features)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("all shards are written")
     if not is_first():
         return
     described = describe(directory, number_of_shards(count, settings.shard_size))
-    LAYOUT.finish(
-        directory, _features_of(config), described, _manifest(config, model, vae_hash, len(source), described)
-    )
+    LAYOUT.finish(directory, features, described, _manifest(config, model, vae_hash, len(source), described))
     log.info(
         "%d latents written; train on them with --config.data.source=tfds --config.data.space=latent "
         "--config.data.dir=%s",
@@ -106,9 +109,9 @@ def _check(config: ml_collections.ConfigDict, model: AutoencoderKL, folder: path
         )
 
 
-def _features_of(config: ml_collections.ConfigDict) -> tfds.features.FeaturesDict:
+def _features_of(config: ml_collections.ConfigDict, names: list[str] | None) -> tfds.features.FeaturesDict:
     """The record: latent (H, W, C), label, index, and whether it is of the mirror image."""
-    names, classes = class_names(config.encode), config.data.num_classes
+    classes = config.data.num_classes
     return tfds.features.FeaturesDict(
         {
             "latent": tensor(example_shape(config), config.encode.dtype),
@@ -137,6 +140,7 @@ def _make_latents(
     source: Source,
     config: ml_collections.ConfigDict,
     directory: pathlib.Path,
+    features: tfds.features.FeaturesDict,
 ) -> None:
     """Makes this process's shards that are missing, truncated or altered."""
     settings, mesh = config.encode, make_mesh(devices=jax.local_devices())
@@ -158,7 +162,7 @@ def _make_latents(
     try:
         LAYOUT.make_shards(
             directory,
-            _features_of(config),
+            features,
             len(source) * _views(config),
             settings.shard_size,
             records,

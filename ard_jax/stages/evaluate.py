@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from ard_jax.build import example_shape, make_conditions, make_rollout, make_solve
 from ard_jax.conditions import draw_numbers
 from ard_jax.config import plain
-from ard_jax.data import image_source, labels_and_images, to_uint8
+from ard_jax.data import identify, image_source, labels_and_images, to_uint8
 from ard_jax.drawing import Decoder, make_decoder, open_images
 from ard_jax.errors import UserError
 from ard_jax.evaluation import (
@@ -56,10 +56,12 @@ from ard_jax.types import Params, PyTree
 from ard_jax.workdir import (
     Loaded,
     Stopwatch,
+    check_identity,
     find_vae,
     load_student,
     load_teacher,
     require_done,
+    teacher_folder,
     vae_folder,
     write_done,
 )
@@ -93,6 +95,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     hashes = {"teacher": teacher.sha256} | {name: student.sha256 for name, student in students.items()}
     samples = {name: _read_samples(workdir / "sample" / name, sampled[name], hashes[name], config) for name in sampled}
     real_images = image_source(config.data) if vae is None else open_images(config, vae[0])
+    same = all(teacher.config.data[key] == config.data[key] for key in ("source", "name", "split"))
+    if vae is None and same:  # others may be compared with, but not by chance
+        check_identity(teacher_folder(config, workdir), identify(config.data, real_images))
     real, labels = labels_and_images(real_images, limit=REAL_LIMIT)
     paired = Paired(config, teacher, students, make_decoder(vae, config, mesh), mesh)
     extractor = train_feature_net(real, labels, config.data.num_classes, steps=config.evaluate.feature_steps)

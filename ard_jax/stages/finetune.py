@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from ard_jax.build import make_conditions
-from ard_jax.data import Source, image_source
+from ard_jax.data import Source, identify, image_source
 from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, finetuned_config, make_finetune_method
 from ard_jax.parallel import check_batch, is_first, make_mesh
@@ -22,6 +22,7 @@ from ard_jax.workdir import (
     Stopwatch,
     check_same_config,
     claim,
+    keep_identity,
     load_student,
     load_teacher,
     merge_done,
@@ -54,6 +55,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     check_real(real, source, config)
     directory = workdir / "distill" / settings.name
     claim(directory, config, "finetune", teacher=teacher_hash, start=start_hash, store=store_hash(manifest))
+    keep_identity(directory, identify(config.data, real))
     method = make_finetune_method(config, teacher, columns_of(manifest["points"], config))
     task = Task({"trajectory": source, "real": real}, method, make_conditions(config), teacher_params)
     made = fit(task, params, config, settings, directory, mesh, watch)

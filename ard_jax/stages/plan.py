@@ -15,6 +15,7 @@ cores.
 """
 
 import json
+import pathlib
 from typing import Any
 
 import ml_collections
@@ -27,7 +28,7 @@ from ard_jax.plan.programs import finetune_step, for_platform, sampler, training
 from ard_jax.plan.topology import Slice, find_slice
 
 
-def run(config: ml_collections.ConfigDict, topology: str, json_file: str | None, finetune: bool) -> None:
+def run(config: ml_collections.ConfigDict, topology: str, json_file: pathlib.Path | None, finetune: bool) -> None:
     """Prints the plan.
 
     Raises:

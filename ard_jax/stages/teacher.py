@@ -13,21 +13,20 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_conditions, make_process, make_teacher
-from ard_jax.data import class_names, image_source
-from ard_jax.files import write_json
+from ard_jax.data import check_records, identify, image_source
 from ard_jax.models import Backbone
 from ard_jax.models.backbone import condition_like
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import Method
 from ard_jax.objectives.denoising import denoising
-from ard_jax.parallel import check_batch, is_first, make_mesh, sharding_of
+from ard_jax.parallel import check_batch, make_mesh, sharding_of
 from ard_jax.training.fit import Task, fit
 from ard_jax.types import Params
-from ard_jax.workdir import Stopwatch, claim, write_done
+from ard_jax.workdir import Stopwatch, claim, keep_identity, write_done
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Trains the teacher to `config.teacher.steps`.
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = False) -> None:
+    """Trains the teacher to `config.teacher.steps`; with `check`, just reads every image once.
 
     Raises:
         UserError: the data, the batch or the workdir do not fit.
@@ -36,9 +35,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     settings, data = config.teacher, config.data
     check_batch(settings, mesh, "teacher")
     source = image_source(data)
+    if check:
+        return check_records(source)
     claim(directory, config, "teacher")
-    if is_first() and (names := class_names(data)):
-        write_json(directory / "labels.json", names)
+    keep_identity(directory, identify(data, source))
     model, shape = make_teacher(config), example_shape(config)
     params = init_parameters(model, shape, config.seed, mesh)
     objective = denoising(

@@ -95,8 +95,16 @@ def train(
         try:
             with Preemption() as preemption:
                 for step in range(int(state.step) + 1, settings.steps + 1):
-                    with meter.waiting():
-                        batch = next(batches)
+                    try:
+                        with meter.waiting():
+                            batch = next(batches)
+                    except UserError:  # a record that cannot be read; of several hosts, the others do not know of it
+                        if manager.latest_step() != int(state.step) > 0 and jax.process_count() == 1:
+                            meter.report()
+                            save(state)
+                            manager.wait_until_finished()
+                            log.warning("stopped at step %d, which is saved.", int(state.step))
+                        raise
                     state, metrics = step_function(state, frozen, put_batch(batch, mesh))
                     meter.add(step, metrics)
                     last = step == settings.steps
@@ -143,6 +151,8 @@ class Meter:
 
     def report(self) -> None:
         """Means of the metrics since the last report; raises NotFinite with the step and the name of a bad one."""
+        if not self.pending:
+            return
         fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
         for step, metrics in fetched:
             for name, value in sorted(metrics.items(), key=lambda item: item[0] != "loss"):  # the loss is named first
