@@ -16,7 +16,11 @@ Stages, in the order of a run:
 `python -m ard_jax STAGE --help` explains a stage; configs/ has the configs.
 """
 
+import io
+import os
 import sys
+from collections.abc import Callable
+from typing import Any, TextIO
 
 STAGES = (
     "convert", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "report", "compare",
@@ -38,5 +42,35 @@ def main(arguments: list[str]) -> int:
     return run_stage(stage, rest)
 
 
+class Output:
+    """A stream that falls silent when the pipe behind it is closed or its disk is full, so that the work goes on."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for what it lacks
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self.stream.write(text))
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+            return 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.exit(status)

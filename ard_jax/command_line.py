@@ -21,15 +21,23 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from ard_jax import hosts
+from ard_jax import hosts, keys
 from ard_jax.checks import validate
 from ard_jax.config import ROWS, default_config, flatten, plain
-from ard_jax.errors import Preempted, UserError
+from ard_jax.errors import Preempted, UserError, first_line
 from ard_jax.files import local_path
 from ard_jax.parallel import is_first, set_up_libtpu
+from ard_jax.workdir import leave_all
 
 # Stages about a model that exists: they find its config beside it.
 WITHOUT_CONFIG = ("convert", "export")
+
+# Settings of JAX that change what a seed draws, and types: the same whatever the environment says.
+FIXED = {
+    "jax_default_prng_impl": keys.GENERATOR,
+    "jax_threefry_partitionable": True,
+    "jax_enable_x64": False,
+}
 
 # Stages that save and stop at a step of their own when they are asked to (`training.loop.Preemption`).
 TRAINING = ("teacher", "distill", "finetune")
@@ -77,6 +85,8 @@ def run_stage(stage: str, arguments: list[str]) -> int:
     set_up_libtpu()
     if stage not in WITHOUT_CONFIG and not _has_workdir(stage):
         jax.config.update("jax_platforms", "cpu")  # it runs nothing, so it takes no accelerator from others
+    for name, value in FIXED.items():
+        jax.config.update(name, value)
     try:
         given: Sequence[Any]
         if stage in WITHOUT_CONFIG:
@@ -94,6 +104,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
             else:
                 workdir = where
                 hosts.start(place or hosts.place_by_environment(), workdir / ".joining", config.run.join_timeout)
+                _check_devices()
                 validate(config)
                 hosts.check_same_settings(flatten(plain(config)))
         module = _stage_module(stage)
@@ -119,7 +130,22 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         if not sentence:
             raise
         return _report_error(stage, sentence)
+    finally:
+        leave_all()
     return 0
+
+
+def _check_devices() -> None:
+    """Raises UserError if JAX finds no device, as where JAX_PLATFORMS asks for one that is not there."""
+    try:
+        jax.devices()
+    except Exception as error:  # of whatever kind the platform's own library raises
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"JAX finds no device to work on ({first_line(error)}): "
+            f"{f'JAX_PLATFORMS is {asked!r}, so unset it, or ' if asked else ''}see that no other process has it and "
+            f"that jax is installed for it."
+        ) from None
 
 
 def _as_meant(value: Any) -> Any:
@@ -230,7 +256,7 @@ def _stop_on_sigterm(stage: str) -> Iterator[None]:
 
 def _report_error(stage: str, sentence: str) -> int:
     print(f"ard_jax {stage}: {sentence}", file=sys.stderr, flush=True)
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():  # asking for the number of processes would ask for devices first
         hosts.leave(2)
     return 2
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from ard_jax.keys import wrap_key
 from ard_jax.types import Batch, Batches, PyTree
 
 
@@ -70,7 +71,7 @@ def draw_numbers(key: jax.Array, indices: np.ndarray, count: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _draw(key_data: jax.Array, indices: jax.Array, count: int) -> jax.Array:
-    key = jax.random.wrap_key_data(key_data)
+    key = wrap_key(key_data)
 
     def draw(index):
         _, number_key = jax.random.split(jax.random.fold_in(key, index))  # the other half is the noise's

@@ -1,10 +1,12 @@
 """Files that are either whole or absent, and the hashes that say what is in them."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
+import platform
 import re
 import tempfile
 import zipfile
@@ -66,6 +68,42 @@ def _sync(path: pathlib.Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, wait: bool = False) -> Iterator[None]:
+    """A lock that one process at a time has; it is free again when that ends, however it ends.
+
+    Args:
+        path: of the lock's file, which says who has it, and is there just while somebody does.
+        wait: for whoever has it.
+
+    Raises:
+        UserError: another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"{path.parent} is in use by {owner}: wait until that has ended, or choose another --workdir."
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # whoever had it has taken the file away meanwhile
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 @contextlib.contextmanager
@@ -132,15 +170,17 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tree_sha256(tree: PyTree) -> str:
-    """SHA-256 of a pytree of arrays: names, types, shapes and bytes, in the order of the names.
+def tree_sha256(tree: PyTree, look: Callable[[str, np.ndarray], None] = lambda name, array: None) -> str:
+    """SHA-256 of a pytree of arrays: names, types, shapes and bytes, in the order of the names; `look` sees each.
 
     Leaves are fetched one at a time, so the host never holds a second copy of the tree. Where they are spread over
     several processes, all of them have to ask.
     """
     digest = hashlib.sha256()
     for name, leaf in named_leaves(tree):
-        hash_leaf(digest, name, to_host(leaf))
+        array = to_host(leaf)
+        look(name, array)
+        hash_leaf(digest, name, array)
     return digest.hexdigest()
 
 
@@ -156,6 +196,16 @@ def hash_leaf(digest: "hashlib._Hash", name: str, array: np.ndarray) -> None:
     """Adds the next of `named_leaves` to the hash that `tree_sha256` makes."""
     digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # no copy: stacks have gigabytes
+
+
+def require_finite(name: str, array: np.ndarray) -> None:
+    """Raises UserError for a parameter that holds NaN or infinity."""
+    bad = int((~np.isfinite(array)).sum())
+    if bad:
+        raise UserError(
+            f"the weights {name} hold {bad} numbers that are NaN or infinite, of {array.size}: they have diverged or "
+            f"were damaged on the way, so take an earlier checkpoint, or fetch them again."
+        )
 
 
 def to_host(array: jax.typing.ArrayLike) -> np.ndarray:

@@ -67,10 +67,24 @@ def place_by_flags(coordinator: str | None, count: str | None, index: str | None
 
 
 def place_by_environment() -> ProcessPlace | None:
-    """This process's place on Slurm (in a step of several tasks) or on a Cloud TPU of several hosts, or None."""
+    """This process's place on Slurm (in a step of several tasks) or on a Cloud TPU of several hosts, or None.
+
+    Raises:
+        UserError: Slurm's variables do not go together.
+    """
     environment = os.environ
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return ProcessPlace(int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]))
+    count = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if count != "1":
+        # all of these are what JAX finds process 0 by
+        needed = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID")
+        missing = [name for name in needed if not environment.get(name)]
+        index = environment.get("SLURM_PROCID", "")
+        if missing or not (count.isdecimal() and index.isdecimal()):
+            raise UserError(
+                f"SLURM_STEP_NUM_TASKS is {count!r}, but {', '.join(missing or ['SLURM_PROCID'])} cannot be used: "
+                f"start the tasks with srun, or unset Slurm's variables, or give {', '.join(FLAGS)}."
+            )
+        return ProcessPlace(int(index), int(count))
     has_chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
     if has_chips and importlib.util.find_spec("libtpu") and "cpu" not in environment.get("JAX_PLATFORMS", ""):
         names = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")

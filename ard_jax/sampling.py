@@ -24,6 +24,7 @@ from ard_jax.diffusion import (
 )
 from ard_jax.diffusion.solvers import Predict
 from ard_jax.errors import UserError
+from ard_jax.keys import make_key
 from ard_jax.models import ARDStudent, Backbone, Condition, Network
 from ard_jax.types import Params, PyTree
 
@@ -97,12 +98,12 @@ def network_calls(how: Solve) -> int:
 
 def trajectory_key(seed: int) -> jax.Array:
     """Key of the noises and conditions that students are trained on."""
-    return jax.random.fold_in(jax.random.key(seed), 0)
+    return jax.random.fold_in(make_key(seed), 0)
 
 
 def sampling_key(seed: int) -> jax.Array:
     """Key of the noises and conditions that are sampled from: never those of training, even at the same seed."""
-    return jax.random.fold_in(jax.random.key(seed), 1)
+    return jax.random.fold_in(make_key(seed), 1)
 
 
 def draw_noise(key: jax.Array, indices: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
@@ -119,7 +120,7 @@ def draw_noise(key: jax.Array, indices: jax.Array, shape: tuple[int, int, int]) 
 
     def draw(index):
         noise_key, _ = jax.random.split(jax.random.fold_in(key, index))
-        return jax.random.normal(noise_key, shape)
+        return jax.random.normal(noise_key, shape, jnp.float32)
 
     return jax.vmap(draw)(indices)
 
@@ -261,6 +262,6 @@ def fresh_noise(noise: jax.Array, step: int) -> jax.Array:
     So a sample is a function of its own noise and condition alone, in whichever batch it is drawn.
     """
     first = noise.reshape(len(noise), -1)[:, 0].astype(jnp.float32)
-    key = jax.random.fold_in(jax.random.key(0), step)
+    key = jax.random.fold_in(make_key(0), step)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jax.lax.bitcast_convert_type(first, jnp.uint32))
     return jax.vmap(lambda key: jax.random.normal(key, noise.shape[1:], noise.dtype))(keys)

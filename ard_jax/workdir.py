@@ -10,6 +10,7 @@ sample/ard/              samples.npz, grid.png
 evaluate/, report/       results
 """
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -25,7 +26,7 @@ from ard_jax.config import ROWS, default_config, flatten, keys_that_change, plai
 from ard_jax.convert.vae import open_vae
 from ard_jax.data import Identity
 from ard_jax.errors import UserError
-from ard_jax.files import AGAIN, read_json, tree_sha256, write_json
+from ard_jax.files import AGAIN, locked, read_json, require_finite, tree_sha256, write_json
 from ard_jax.models import AutoencoderKL, Backbone, Network, network_shapes
 from ard_jax.parallel import is_first, with_shardings
 from ard_jax.training.checkpoints import load_parameters
@@ -60,11 +61,33 @@ def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, stage: str
     """
     path = directory / "config.json"
     now = plain(config) | {"inputs": inputs}
+    occupy(directory)
     if path.exists():
         check_same_config(read_config(path), now, (*SECTIONS[stage], "inputs"), directory)
     elif is_first():
         write_json(path, now)
         log.info("config:\n%s", config)
+
+
+_held = contextlib.ExitStack()
+_occupied: set[pathlib.Path] = set()
+
+
+def occupy(directory: pathlib.Path) -> None:
+    """Keeps other processes from working in a folder until `leave_all`, or until this process ends.
+
+    Raises:
+        UserError: one is at work there.
+    """
+    if is_first() and directory not in _occupied:
+        _held.enter_context(locked(directory / ".lock"))
+        _occupied.add(directory)
+
+
+def leave_all() -> None:
+    """Lets go of all that was occupied."""
+    _occupied.clear()
+    _held.close()
 
 
 def keep_identity(directory: pathlib.Path, found: Identity) -> None:
@@ -169,9 +192,10 @@ def merge_done(directory: pathlib.Path, made: dict[str, dict[str, Any]]) -> None
         directory: the stage's folder.
         made: by the model's name, what `write_done` takes: "sha256", "seconds" and more.
     """
-    models = (read_done(directory) or {}).get("models", {}) | made
-    hashes = {f"{name}/{file}": sha for name in sorted(models) for file, sha in models[name]["sha256"].items()}
-    write_done(directory, hashes, sum(model["seconds"] for model in models.values()), models=models)
+    with locked(directory / ".done.lock", wait=True):  # two stages may end at once
+        models = (read_done(directory) or {}).get("models", {}) | made
+        hashes = {f"{name}/{file}": sha for name in sorted(models) for file, sha in models[name]["sha256"].items()}
+        write_done(directory, hashes, sum(model["seconds"] for model in models.values()), models=models)
 
 
 class Stopwatch:
@@ -329,7 +353,7 @@ def load_weights(directory: pathlib.Path, like: PyTree, sha256: str, part: str =
         UserError: they cannot be read, or are not those of `done.json`: Orbax does not see a flipped bit.
     """
     params = load_parameters(directory / "checkpoints", part, like)
-    if tree_sha256(params) != sha256:
+    if tree_sha256(params, require_finite) != sha256:
         raise UserError(
             f"the weights in {directory} are not those that its done.json names, since files there were altered or "
             f"lost: restore that folder, or delete it and run its stage again."

@@ -2,12 +2,16 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 
+import numpy as np
 import pytest
-from pipeline_fixtures import copy, sentence, smoke
+from pipeline_fixtures import ROOT, copy, files, sentence, smoke
 
 from ard_jax.errors import UserError
-from ard_jax.files import read_json, read_json_lines, whole_folder, write_json
+from ard_jax.files import locked, read_json, read_json_lines, require_finite, whole_folder, write_json
 from ard_jax.workdir import Done
 
 DAMAGE = {
@@ -82,3 +86,59 @@ def test_bytes_are_on_the_disk_before_a_file_has_its_name(tmp_path, monkeypatch)
     with whole_folder(tmp_path / "folder") as folder:
         (folder / "x").write_text("x")
     assert done == ["x", "renamed", tmp_path.name]
+
+
+HOLD = "import pathlib, sys\nfrom ard_jax.files import locked\nwith locked(pathlib.Path(sys.argv[1])):\n print('held', flush=True); input()"
+
+
+def holder(path):
+    """A process that has the lock when this returns, until its input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_folder_in_use_says_by_whom_and_a_dead_process_is_no_obstacle(tmp_path):
+    workdir = tmp_path / "run"
+    process = holder(workdir / "teacher" / ".lock")
+    said = sentence(smoke("teacher", workdir), "teacher")
+    assert f"{workdir / 'teacher'} is in use by process {process.pid} on " in said
+    assert files(workdir / "teacher") == [".lock"]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert files(workdir / "teacher") == [".lock"]  # nobody has it
+    assert smoke("teacher", workdir, "teacher.steps=1").status == 0
+    assert ".lock" not in files(workdir / "teacher")
+
+
+def test_a_lock_is_free_again_when_its_block_ends(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path / "lock"), pytest.raises(UserError, match="in use"), locked(tmp_path / "lock"):
+            pass
+    assert not files(tmp_path)
+
+
+ADD = """
+import pathlib, sys
+from ard_jax.workdir import merge_done
+for number in range(25):
+    merge_done(pathlib.Path(sys.argv[1]), {f"{sys.argv[2]}_{number}": {"sha256": {}, "seconds": 1.0}})
+"""
+
+
+def test_stages_that_end_at_once_lose_no_entry(tmp_path):
+    started = [
+        subprocess.Popen([sys.executable, "-c", ADD, tmp_path, name], cwd=ROOT, stdout=subprocess.DEVNULL)
+        for name in ("a", "b")
+    ]
+    assert [process.wait() for process in started] == [0, 0]
+    assert len(read_json(tmp_path / "done.json")["models"]) == 50
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_named(bad):
+    require_finite("['a']", np.ones(3, np.float32))
+    with pytest.raises(UserError, match=r"\['a'\] hold 1 numbers that are NaN or infinite, of 3"):
+        require_finite("['a']", np.array([1, bad, 1], np.float32))

@@ -41,22 +41,50 @@ def test_flags_that_do_not_work(values, said):
         place_by_flags(*values)
 
 
+SRUN = {  # what a task of four sees
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-4]", "SLURM_LOCALID": "0",
+}  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets an environment that says nothing else of Slurm and TPUs."""
+
+    def set_to(given):
+        for name in (*SRUN, "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+
+    return set_to
+
+
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("given", "place"),
     [
         ({}, None),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # the batch script, no step of srun
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, ProcessPlace(3, 4)),
+        (SRUN, ProcessPlace(3, 4)),
         ({"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, None),  # no chips here
     ],
 )
-def test_the_environment_says_the_place(environment, place, monkeypatch):
-    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_the_environment_says_the_place(environment, given, place):
+    environment(given)
     assert place_by_environment() == place
+
+
+@pytest.mark.parametrize("name", [name for name in SRUN if name != "SLURM_STEP_NUM_TASKS"])
+def test_half_of_slurm_s_variables_are_refused_in_a_sentence(environment, name):
+    environment({key: value for key, value in SRUN.items() if key != name})
+    with pytest.raises(
+        UserError, match=f"SLURM_STEP_NUM_TASKS is '4', but {name} cannot be used: start the tasks with"
+    ):
+        place_by_environment()
+    environment(SRUN | {"SLURM_PROCID": "x"})
+    with pytest.raises(UserError, match="SLURM_PROCID cannot be used"):
+        place_by_environment()
 
 
 def test_a_tpu_of_several_hosts(monkeypatch):

@@ -237,7 +237,7 @@ def test_somebody_elses_config_is_not_replaced(teacher_file, workdir):
         "stages.convert.save_parameters",
         "stages.convert.write_tensors",
         "convert.write.hash_leaf",
-        "stages.convert.atomic_write",
+        "stages.convert.write_text",
     ],
 )
 def test_a_failure_leaves_nothing_half_written(tmp_path, workdir, monkeypatch, moment):
@@ -250,7 +250,7 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, workdir, monkeypatch, m
     with monkeypatch.context() as patched:
         patched.setattr(f"ard_jax.{moment}", fail)
         assert "is full: free some space and run the same command again" in refused(source, workdir)
-    if moment == "stages.convert.atomic_write":
+    if moment == "stages.convert.write_text":
         assert done(workdir / "teacher")
     else:
         assert not workdir.parent.exists()
@@ -274,7 +274,7 @@ def test_memory_holds_the_array_that_is_written_and_the_next(tmp_path):
 
         return Stored(array.shape, array.dtype, read)
 
-    sha256 = save_parameters(tmp_path / "checkpoints", jax.tree.map(stored, arrays))
+    sha256 = save_parameters(tmp_path / "checkpoints", jax.tree.map(stored, arrays), lambda name, array: None)
     assert len(most) == 12
     assert max(most) <= 3
     assert sha256 == tree_sha256(arrays)

@@ -4,8 +4,10 @@ import asyncio
 import concurrent.futures
 import hashlib
 import pathlib
+from collections.abc import Callable
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from ard_jax.convert.lazy import Stored
@@ -13,17 +15,18 @@ from ard_jax.files import file_sha256, hash_leaf, named_leaves
 from ard_jax.types import PyTree
 
 
-def save_parameters(directory: pathlib.Path, params: PyTree) -> str:
+def save_parameters(directory: pathlib.Path, params: PyTree, look: Callable[[str, np.ndarray], None]) -> str:
     """A checkpoint of just the part "ema", at step 0.
 
     Args:
         directory: of the checkpoints.
         params: a pytree of `Stored`. They are read one at a time, so that memory holds two, however many there are.
+        look: sees each with its name, and may raise.
 
     Returns:
         The parameters' `tree_sha256`.
     """
-    writer = _StoredHandler(params)
+    writer = _StoredHandler(params, look)
     handlers = ocp.type_handlers.create_type_handler_registry(
         (Stored, writer), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
@@ -38,10 +41,14 @@ def save_parameters(directory: pathlib.Path, params: PyTree) -> str:
 class _StoredHandler(ocp.type_handlers.NumpyHandler):
     """Has Orbax write arrays that are not read yet: while one is written and hashed, the next is read."""
 
-    def __init__(self, params: PyTree):
+    def __init__(self, params: PyTree, look: Callable[[str, np.ndarray], None]):
         super().__init__(deepcopy_host_arrays=False)  # nobody changes what is read here
-        self.leaves = named_leaves(params)
+        self.leaves, self.look = named_leaves(params), look
         self.digest = hashlib.sha256()
+
+    def _hash(self, name: str, array: np.ndarray) -> None:
+        self.look(name, array)
+        hash_leaf(self.digest, name, array)
 
     async def serialize(self, values, infos, args=None):
         """Orbax's hook; all is on disk when it returns, so there are no futures to wait for."""
@@ -51,7 +58,7 @@ class _StoredHandler(ocp.type_handlers.NumpyHandler):
             for (name, leaf), (_, following) in zip(self.leaves, [*self.leaves[1:], (None, None)], strict=True):
                 array = await asyncio.wrap_future(reading)
                 reading = following and reader.submit(following.read)
-                hashing = hasher.submit(hash_leaf, self.digest, name, array)
+                hashing = hasher.submit(self._hash, name, array)
                 position = positions[id(leaf)]
                 info, arg = infos[position], args[position] if args else ocp.SaveArgs()
                 for writing in await super().serialize([array], [info], [arg]):

@@ -15,6 +15,7 @@ import optax
 from flax import linen as nn
 
 from ard_jax.errors import UserError
+from ard_jax.keys import make_key
 from ard_jax.types import Params
 
 NUM_FEATURES = 64
@@ -137,7 +138,7 @@ def train_feature_net(
 
     net = FeatureNet(num_classes)
     optimizer = optax.adamw(optax.cosine_decay_schedule(PEAK_LEARNING_RATE, steps))
-    params = jax.jit(net.init)(jax.random.key(seed), jnp.zeros((1, *images.shape[1:]), jnp.uint8))["params"]
+    params = jax.jit(net.init)(make_key(seed), jnp.zeros((1, *images.shape[1:]), jnp.uint8))["params"]
     opt_state = optimizer.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ard_jax.errors import UserError
+from ard_jax.keys import make_key
 from ard_jax.models import layers
 from ard_jax.models.attention import BACKENDS, attention
 from ard_jax.models.partition import constrain
@@ -279,7 +280,7 @@ def take_layers(tree: PyTree, index: int | slice) -> PyTree:
 
 def parameter_shapes(model: nn.Module, *inputs: PyTree) -> Params:
     """The parameters' shapes and types, without making them."""
-    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return jax.eval_shape(model.init, make_key(0), *inputs)["params"]
 
 
 def count_parameters(params: Params) -> int:

@@ -25,9 +25,10 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypedDict
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from ard_jax.checks import validate
@@ -41,7 +42,7 @@ from ard_jax.convert.tensors import open_tensors, to_float32, write_tensors
 from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
 from ard_jax.convert.write import files_sha256, save_parameters
 from ard_jax.errors import UserError
-from ard_jax.files import read_json, write_json, write_text
+from ard_jax.files import read_json, require_finite, write_json, write_text
 from ard_jax.models import MASKS
 from ard_jax.workdir import (
     Stopwatch,
@@ -108,6 +109,9 @@ FLAGS = {
     "--weights": dict(choices=("ema", "model"), help="of a training checkpoint (default: ema where there is one)"),
     "--objective": dict(choices=("noise", "velocity"), help="what the network predicts: DiT's noise or SiT's velocity"),
     "--frequency-shift": dict(type=float, metavar="0|1", help="of the time's sinusoids (default: 0; 1 for diffusers)"),
+    "--allow-not-finite": dict(
+        action="store_true", help="take weights that are NaN or infinite, which nothing samples"
+    ),
     "--license": dict(metavar="ID", help="of the weights (default: what the source says)"),
 }
 
@@ -133,7 +137,8 @@ def run(args: argparse.Namespace) -> None:
         if "vae" in missing:
             _write_vae(temporary / "vae", source, args.source)
         if "model" in missing:
-            _write_model(temporary / "model", source, args.source, watch)
+            look = (lambda name, array: None) if args.allow_not_finite else require_finite
+            _write_model(temporary / "model", source, args.source, watch, look)
         for part, folder in missing.items():
             folder.parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / part, folder)
@@ -239,13 +244,15 @@ def _partial_folder(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
                 folder.rmdir()
 
 
-def _write_model(folder: pathlib.Path, source: Source, name: str, watch: Stopwatch) -> None:
+def _write_model(
+    folder: pathlib.Path, source: Source, name: str, watch: Stopwatch, look: Callable[[str, np.ndarray], None]
+) -> None:
     """A teacher's or student's folder, `done.json` last. A second thread hashes the source meanwhile."""
     folder.mkdir()
     with concurrent.futures.ThreadPoolExecutor(1) as hasher:
         source_hash = hasher.submit(files_sha256, source.files)
         assert source.model is not None and source.tensors is not None and source.config is not None
-        params_hash = save_parameters(folder / "checkpoints", stored_parameters(source.tensors, source.model))
+        params_hash = save_parameters(folder / "checkpoints", stored_parameters(source.tensors, source.model), look)
         write_json(folder / "config.json", plain(source.config) | {"inputs": {"source": source_hash.result()}})
         _write_source(folder, name, source_hash.result(), source.license)
         if source.labels:
@@ -259,6 +266,8 @@ def _write_vae(folder: pathlib.Path, source: Source, name: str) -> None:
     described = read_description(source.vae / "config.json")
     tensors = to_float32(open_tensors(source.vae), source.vae)
     state_dict, config = vae_to_diffusers(*vae_from_diffusers(tensors, described))
+    for key, array in state_dict.items():
+        require_finite(key, array)
     write_tensors(folder / VAE_WEIGHTS, state_dict, {"format": "pt"})
     _write_source(folder, name, files_sha256(_files_of("vae", source)), source.license)
     write_json(folder / "config.json", config)

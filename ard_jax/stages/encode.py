@@ -28,6 +28,7 @@ from ard_jax.data import MODES, Source, check_records, identify
 from ard_jax.drawing import open_images
 from ard_jax.errors import UserError
 from ard_jax.files import tree_sha256
+from ard_jax.keys import make_key
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_latents
 from ard_jax.parallel import equal_batches, is_first, make_mesh, put_batch, replicated_sharding, run_batches
@@ -125,7 +126,7 @@ def _features_of(config: ml_collections.ConfigDict, names: list[str] | None) -> 
 def _make_encoder(model: AutoencoderKL, config: ml_collections.ConfigDict) -> Callable[[Params, Batch], jax.Array]:
     """The jitted function (params, {"image", "index"}) → latents (batch, height, width, channel) as they are stored."""
     dtype, sample = jnp.dtype(DTYPES[config.encode.dtype]), config.encode.sample
-    key = jax.random.fold_in(jax.random.key(config.seed), 2)  # trajectories have 0, samples 1
+    key = jax.random.fold_in(make_key(config.seed), 2)  # trajectories have 0, samples 1
 
     def encode(params, batch):
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"]) if sample else None

@@ -60,6 +60,7 @@ from ard_jax.workdir import (
     find_vae,
     load_student,
     load_teacher,
+    occupy,
     require_done,
     teacher_folder,
     vae_folder,
@@ -98,6 +99,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     same = all(teacher.config.data[key] == config.data[key] for key in ("source", "name", "split"))
     if vae is None and same:  # others may be compared with, but not by chance
         check_identity(teacher_folder(config, workdir), identify(config.data, real_images))
+    occupy(directory)
     real, labels = labels_and_images(real_images, limit=REAL_LIMIT)
     paired = Paired(config, teacher, students, make_decoder(vae, config, mesh), mesh)
     extractor = train_feature_net(real, labels, config.data.num_classes, steps=config.evaluate.feature_steps)

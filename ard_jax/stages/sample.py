@@ -21,6 +21,7 @@ from ard_jax.conditions import draw_numbers
 from ard_jax.config import plain
 from ard_jax.data import to_uint8
 from ard_jax.drawing import Decoder, Sampler, make_decoder, make_drawing, rollout_macs, student_sampler
+from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, file_sha256, to_host, write_json, write_npz
 from ard_jax.models import count_parameters
 from ard_jax.models.flops import teacher_macs
@@ -29,7 +30,7 @@ from ard_jax.progress import progress_bar
 from ard_jax.report import image_grid
 from ard_jax.sampling import network_calls, sample_teacher, sampling_key
 from ard_jax.types import Params
-from ard_jax.workdir import Stopwatch, find_vae, load_student, load_teacher, merge_done, vae_folder
+from ard_jax.workdir import Stopwatch, find_vae, load_student, load_teacher, merge_done, occupy, vae_folder
 
 log = logging.getLogger("ard_jax")
 
@@ -49,6 +50,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     loaded = {name: _load_sampler(config, workdir, name, mesh) for name in config.sample.models}
     for name, (sampler, params, facts) in loaded.items():
         watch, directory = Stopwatch(), workdir / "sample" / name
+        occupy(directory)
         images, labels, seconds_per_image = _draw(sampler, params, decoder, config, mesh)
         if not is_first():
             continue
@@ -113,7 +115,9 @@ def _draw(
     with progress_bar(settings.count, "image") as bar:
         for first in range(0, settings.count, batch_size):
             image, label = _in_order(*jax.tree.map(to_host, sample(batch_of(first))))
-            images.append(image.astype(np.float32) if is_latent else to_uint8(np.nan_to_num(image)))
+            if is_latent and not np.isfinite(image).all():
+                raise UserError("latents are NaN or infinite, so the model has diverged: use an earlier checkpoint.")
+            images.append(image.astype(np.float32) if is_latent else to_uint8(image))
             labels.append(label)
             bar.update(min(batch_size, settings.count - first))
     seconds = (time.perf_counter() - started) / (len(images) * batch_size)

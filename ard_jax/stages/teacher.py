@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_conditions, make_process, make_teacher
 from ard_jax.data import check_records, identify, image_source
+from ard_jax.keys import make_key
 from ard_jax.models import Backbone
 from ard_jax.models.backbone import condition_like
 from ard_jax.models.flops import teacher_macs
@@ -53,6 +54,6 @@ def init_parameters(model: Backbone, shape: tuple[int, int, int], seed: int, mes
 
     def init():
         one = jnp.zeros((1, *shape)), jnp.zeros(1), condition_like(model, 1)
-        return model.init(jax.random.key(seed), *one)["params"]
+        return model.init(make_key(seed), *one)["params"]
 
     return jax.jit(init, out_shardings=sharding_of(jax.eval_shape(init), mesh))()

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from ard_jax.errors import UserError, first_line
+from ard_jax.parallel import is_first
 from ard_jax.training.state import TrainState
 from ard_jax.types import PyTree
 
@@ -48,7 +50,7 @@ def _other_state(state: TrainState) -> dict[str, Any]:
 def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest checkpoint that can be read, laid out as `like` is; None if there is none.
 
-    A checkpoint that cannot be read is reported and removed, and the one before it is tried.
+    A checkpoint that cannot be read is reported and set aside, and the one before it is tried.
 
     Raises:
         UserError: there are checkpoints, and none can be read.
@@ -61,7 +63,7 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainStat
             log.warning("checkpoint %d cannot be read (%s): going back to the one before.", step, first_line(error))
             continue
         for broken in (other for other in steps if other > step):
-            manager.delete(broken)
+            _set_aside(manager, broken)
         return state, position
     if steps:
         raise UserError(
@@ -69,6 +71,20 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainStat
             f"delete that folder to start again."
         )
     return None
+
+
+def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
+    """Takes a checkpoint out of the manager's sight and keeps it: what cannot be read now may be tomorrow."""
+    folder = pathlib.Path(manager.directory)
+    if is_first():
+        target = folder / f"{step}.unreadable"
+        while target.exists():
+            target = target.with_name(f"{target.name}+")
+        os.replace(folder / str(step), target)
+        log.warning("checkpoint %d is kept as %s.", step, target)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("checkpoints are set aside")
+    manager.reload()
 
 
 def restore_step(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:

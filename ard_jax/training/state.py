@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from ard_jax.errors import UserError
+from ard_jax.keys import make_key, wrap_key
 from ard_jax.objectives import STUDENT, Begin, Joint, Method, Metrics, Objective
 from ard_jax.parallel import batch_sharding, on_mesh, replicated_sharding, sharding_of, split_in_turns
 from ard_jax.types import Batch, Params, PyTree
@@ -125,7 +126,7 @@ def start_state(
     frozen: PyTree = None,
 ) -> TrainState:
     """The state before the first step; see `Method.begin`."""
-    key = jax.random.key(seed)
+    key = make_key(seed)
     others, memory = begin(params, frozen, key) if begin else (None, None)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -201,7 +202,7 @@ def make_step(
 
     @on_mesh(mesh)
     def step(state, frozen, batch):
-        key, networks = jax.random.wrap_key_data(state.rng), state.networks
+        key, networks = wrap_key(state.rng), state.networks
         compute = gradients if accumulate == 1 else mean_gradients
         gradient, memory, metrics = compute(networks, state.memory, frozen, batch, key, state.step)
         updates, opt_state = optimizer.update(gradient, state.opt_state, networks)
