@@ -29,7 +29,7 @@ STAGES = (
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a stage; returns the exit status: 0 done, 2 a user's mistake, 130 interrupted."""
+    """Runs a stage; returns the exit status: see `command_line.run_stage`."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(__doc__)
         return 0
@@ -73,4 +73,6 @@ if __name__ == "__main__":
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     status = main(sys.argv[1:])
     sys.stdout.flush()
+    if "ard_jax.command_line" in sys.modules and sys.modules["ard_jax.command_line"].stopped.is_set():
+        os._exit(status)  # what still compiles or is being imported beside us does not survive an orderly end
     sys.exit(status)

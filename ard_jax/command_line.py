@@ -11,6 +11,7 @@ import pathlib
 import re
 import signal
 import sys
+import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -42,6 +43,8 @@ FIXED = {
 # Stages that save and stop at a step of their own when they are asked to (`training.loop.Preemption`).
 TRAINING = ("teacher", "distill", "finetune")
 
+stopped = threading.Event()  # a stage has saved because it was asked to stop
+
 # Flags by their words, each with what argparse's add_argument takes.
 Flags = Mapping[str, Mapping[str, Any]]
 
@@ -63,7 +66,8 @@ def run_stage(stage: str, arguments: list[str]) -> int:
     """Parses the flags and runs the stage, whose module is imported only once the config is known to be good.
 
     Returns:
-        The exit status: 0 done or saved before a preemption, 2 a user's mistake, 130 interrupted.
+        The exit status: 0 done or saved before a preemption, 2 a user's mistake, 130 interrupted, 143 preempted with
+        nothing to save.
     """
     if {"-h", "--help"} & set(arguments):
         try:
@@ -122,6 +126,8 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         print(f"{stage}: {reason}; its state is saved: resume by running the same command.", flush=True)
         if jax.process_count() > 1 and stage not in TRAINING:
             hosts.leave(0)
+        stopped.set()
+        return 130 if reason.by_hand else 0
     except KeyboardInterrupt:
         print(f"\nard_jax {stage}: interrupted; running the same command goes on from what is saved.", file=sys.stderr)
         return 130
@@ -235,23 +241,29 @@ def _describe_storage_error(error: Exception, workdir: pathlib.Path | None) -> s
 
 @contextlib.contextmanager
 def _stop_on_sigterm(stage: str) -> Iterator[None]:
-    """Ends a stage at once on SIGTERM: what it has made so far is whole, and what it was making is dropped.
+    """Ends a stage at once on SIGTERM and SIGHUP: what it has made so far is whole, and what it was making is dropped.
 
     A stage that trains replaces this while its loop runs; on several hosts the signal is then JAX's from the start.
     """
 
     def stop(*_: object) -> None:
-        raise Preempted("stopped")
+        if stage not in TRAINING:
+            raise Preempted("stopped")
+        # before the loop and after it nothing is half-written, and an orderly end would wait for what compiles
+        print(f"{stage}: stopped with nothing new to save: resume by running the same command.", flush=True)
+        os._exit(143)
 
     if stage in TRAINING and jax.process_count() > 1:
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        # a handler that is not Python's (JAX's, on several hosts) cannot be put back, and the process is about to end
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        for number, handler in before.items():
+            # one that is not Python's (JAX's, on several hosts) cannot be put back, and the process is about to end
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _report_error(stage: str, sentence: str) -> int:

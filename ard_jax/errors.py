@@ -36,7 +36,15 @@ def settings_of(section: str) -> Iterator[None]:
 
 
 class Preempted(Exception):
-    """The run was asked to stop, has saved its state, and goes on when started again."""
+    """The run was asked to stop, has saved its state, and goes on when started again.
+
+    Attributes:
+        by_hand: with Ctrl-C, so that no script goes on as if it had ended well.
+    """
+
+    def __init__(self, words: str, by_hand: bool = False):
+        super().__init__(words)
+        self.by_hand = by_hand
 
 
 def first_line(error: Exception) -> str:

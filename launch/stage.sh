@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Runs a stage where something watches over it (tpu_worker.sh, slurm.sh, a workload on GKE) and says by its exit status
-# how it ended: 42 if it was preempted and has saved its state, so that the same command should run again, and otherwise
+# how it ended: 42 if it was preempted, so that the same command should run again, and otherwise
 # the stage's own status (0 done, 2 a user's mistake).
 #   launch/stage.sh STAGE [FLAG …]
-# The stage itself ends with 0 in both cases, and only its words tell them apart. 42 is a status on which workloads of
+# The stage itself ends with 0 if it has saved, and only its words tell that from its end. 42 is a status on which workloads of
 # xpk start again by default, and neither Python nor a shell ends with it of its own accord.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-saved="its state is saved: resume by running the same command"
+saved="resume by running the same command"
 
 python=.venv/bin/python
 if [[ ! -x "$python" ]]; then
@@ -49,7 +49,8 @@ while kill -0 "$shell" 2>/dev/null; do # a signal ends `wait` before that has en
 done
 wait "$output" || true
 status=$(cat "$scratch/status")
-if [[ $status == 0 ]] && grep -qF "$saved" "$log"; then
+# 143: SIGTERM came while Python started or before there was anything to save
+if [[ $status == 143 ]] || { [[ $status == 0 ]] && grep -qF "$saved" "$log"; }; then
   status=42
 fi
 exit "$status"

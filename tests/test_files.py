@@ -88,7 +88,13 @@ def test_bytes_are_on_the_disk_before_a_file_has_its_name(tmp_path, monkeypatch)
     assert done == ["x", "renamed", tmp_path.name]
 
 
-HOLD = "import pathlib, sys\nfrom ard_jax.files import locked\nwith locked(pathlib.Path(sys.argv[1])):\n print('held', flush=True); input()"
+HOLD = """
+import pathlib, sys
+from ard_jax.files import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    input()
+"""
 
 
 def holder(path):

@@ -43,7 +43,7 @@ def test_shellcheck():
 def test_the_words_of_a_saved_state_are_those_of_the_command_line():
     """stage.sh tells a preempted stage by them."""
     (words,) = re.findall(r'^saved="(.*)"$', (ROOT / "launch" / "stage.sh").read_text(), re.MULTILINE)
-    assert words == SAVED and words in (ROOT / "ard_jax" / "command_line.py").read_text()
+    assert SAVED.endswith(words) and SAVED in (ROOT / "ard_jax" / "command_line.py").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------- a pod
@@ -666,7 +666,9 @@ def machine(tmp_path, repository):
     return {"root": str(root), "HOME": str(home), "CLOUD": str(tmp_path), "PATH": "/usr/bin:/bin"}
 
 
-@pytest.mark.parametrize(("plan", "status"), [("done", 0), ("fail 2", 2), ("fail 1", 1), ("saved", 42)])
+@pytest.mark.parametrize(
+    ("plan", "status"), [("done", 0), ("fail 2", 2), ("fail 1", 1), ("saved", 42), ("fail 143", 42)]
+)
 def test_the_status_of_a_stage_says_how_it_ended(machine, plan, status):
     (pathlib.Path(machine["CLOUD"]) / "plan").write_text(plan)
     ended = subprocess.run(

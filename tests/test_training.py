@@ -181,6 +181,58 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(uninterrupted, tmp_path, 
     assert steps == sorted(set(steps)) and steps[-1] == 12
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_lost_terminal_and_ctrl_c_save_as_a_preemption_does(uninterrupted, tmp_path, at_step, number):
+    before = {each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        at_step(7, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(Preempted, match="stopped at step 7 of 12") as stop:
+            fit(tmp_path)
+        assert stop.value.by_hand == (number == signal.SIGINT) and saved_steps(tmp_path)[-1] == 7
+        assert signal.getsignal(number) == signal.default_int_handler
+        at_step(7, lambda: None)
+        assert tree_sha256(fit(tmp_path).state) == tree_sha256(uninterrupted[1])
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, at_step):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(7, twice)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path)
+    assert saved_steps(tmp_path)[-1] == 6
+
+
+@pytest.mark.parametrize("part", ["params", "ema", "optimizer"])
+def test_a_flipped_bit_is_seen_on_resume(uninterrupted, tmp_path, at_step, caplog, part):
+    at_step(8, terminate)
+    with pytest.raises(Preempted):
+        fit(tmp_path)
+    assert saved_steps(tmp_path) == [6, 8]
+    every = [path for path in (tmp_path / "checkpoints" / "8" / part).rglob("*") if path.is_file()]
+    file = max(every, key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    at_step(8, lambda: None)
+    with caplog.at_level("INFO", "ard_jax"):
+        assert tree_sha256(fit(tmp_path).state) == tree_sha256(uninterrupted[1])
+    assert "checkpoint 8 cannot be read (1 of its files were altered or lost, such as" in caplog.text
+    assert "resuming at step 6 of 12." in caplog.text
+    assert (tmp_path / "checkpoints" / "8.unreadable" / part).exists()
+
+
+def test_the_checkpoints_that_are_kept_have_hashes(uninterrupted):
+    directory, _ = uninterrupted
+    noted = {path.stem for path in (directory / "checksums").iterdir()}
+    assert noted == {path.name for path in (directory / "checkpoints").iterdir()}
+
+
 def test_a_request_to_stop_in_the_last_step_changes_nothing(uninterrupted, tmp_path, at_step):
     at_step(12, terminate)
     assert tree_sha256(fit(tmp_path).state) == tree_sha256(uninterrupted[1])

@@ -1,15 +1,18 @@
 """Orbax checkpoints of a training state and its place in the data."""
 
+import contextlib
 import logging
 import os
 import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from ard_jax.errors import UserError, first_line
+from ard_jax.files import file_sha256, read_json, write_json
 from ard_jax.parallel import is_first
 from ard_jax.training.state import TrainState
 from ard_jax.types import PyTree
@@ -58,6 +61,7 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainStat
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         try:
+            _check_sealed(pathlib.Path(manager.directory), step)
             state, position = restore_step(manager, step, like)
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own
             log.warning("checkpoint %d cannot be read (%s): going back to the one before.", step, first_line(error))
@@ -71,6 +75,46 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainStat
             f"delete that folder to start again."
         )
     return None
+
+
+def seal(directory: pathlib.Path, but: int | None = None) -> None:
+    """Notes the hashes of the checkpoints' files, which `restore` compares: Orbax does not see a flipped bit.
+
+    Args:
+        directory: of the checkpoints; the hashes go to checksums/ beside it, a file a checkpoint.
+        but: a step whose checkpoint is still being written.
+    """
+    steps = {path.name for path in directory.iterdir() if path.name.isdecimal()}
+    for path in (directory.parent / "checksums").glob("*.json"):
+        if path.stem not in steps:
+            path.unlink(missing_ok=True)
+    for step in steps - {str(but)}:
+        path = _checksums(directory, step)
+        if not path.exists():
+            with contextlib.suppress(FileNotFoundError):  # it has just been deleted to make room
+                write_json(path, _file_hashes(directory / step))
+
+
+def _checksums(directory: pathlib.Path, step: int | str) -> pathlib.Path:
+    return directory.parent / "checksums" / f"{step}.json"
+
+
+def _file_hashes(folder: pathlib.Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _check_sealed(directory: pathlib.Path, step: int) -> None:
+    """Raises ValueError, on all hosts, if files of a checkpoint are not as they were written."""
+    altered: list[str] = []
+    path = _checksums(directory, step)
+    if is_first() and path.exists():
+        before, now = read_json(path, dict[str, str]), _file_hashes(directory / str(step))
+        altered = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    count = len(altered)
+    if jax.process_count() > 1:
+        count = int(multihost_utils.broadcast_one_to_all(np.int32(count)))
+    if count:
+        raise ValueError(f"{count} of its files were altered or lost, such as {(altered or ['one'])[0]}")
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:

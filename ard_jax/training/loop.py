@@ -1,5 +1,6 @@
 """The one loop that every objective runs in."""
 
+import concurrent.futures
 import contextlib
 import logging
 import math
@@ -7,7 +8,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -65,7 +66,7 @@ def train(
 
     Raises:
         NotFinite: a metric is; the last good checkpoint stays.
-        Preempted: SIGTERM came; the state has been saved.
+        Preempted: SIGTERM, SIGHUP or Ctrl-C came; the state has been saved.
     """
     started = time.monotonic()
     optimizer = optimizer_of(method, settings)
@@ -73,7 +74,10 @@ def train(
     step_function = make_step(
         method.objective, optimizer, settings.optimizer.ema, mesh, state, frozen, settings.accumulate
     )
-    with checkpoints.make_manager(directory / "checkpoints", run.keep_checkpoints) as manager:
+    with (
+        checkpoints.make_manager(directory / "checkpoints", run.keep_checkpoints) as manager,
+        concurrent.futures.ThreadPoolExecutor(1) as sealer,
+    ):
         seconds = 0.0
         if restored := checkpoints.restore(manager, state):
             state, position = restored
@@ -89,6 +93,13 @@ def train(
         def save(state: TrainState) -> None:
             spent = seconds + time.monotonic() - started
             checkpoints.save(manager, state, {"data": batches.get_state(), "seconds": spent})
+            if is_first():  # beside the training, those that are whole; this one still goes to the disk
+                sealer.submit(checkpoints.seal, directory / "checkpoints", int(state.step))
+
+        def finish() -> None:
+            manager.wait_until_finished()
+            if is_first():
+                sealer.submit(checkpoints.seal, directory / "checkpoints").result()
 
         metric_log = MetricLog(directory, int(state.step), settings.steps, run.tensorboard) if is_first() else None
         meter = Meter(settings.batch_size, method.flops, metric_log)
@@ -102,7 +113,7 @@ def train(
                         if manager.latest_step() != int(state.step) > 0 and jax.process_count() == 1:
                             meter.report()
                             save(state)
-                            manager.wait_until_finished()
+                            finish()
                             log.warning("stopped at step %d, which is saved.", int(state.step))
                         raise
                     state, metrics = step_function(state, frozen, put_batch(batch, mesh))
@@ -115,9 +126,10 @@ def train(
                     if saving:
                         save(state)
                     if asked and not last:
-                        manager.wait_until_finished()
-                        raise Preempted(f"stopped at step {step} of {settings.steps}")
-            manager.wait_until_finished()
+                        finish()
+                        by_hand = preemption.noted == signal.SIGINT
+                        raise Preempted(f"stopped at step {step} of {settings.steps}", by_hand)
+            finish()
         finally:
             if metric_log:
                 metric_log.close()
@@ -179,26 +191,33 @@ class Meter:
 
 
 class Preemption:
-    """Notes SIGTERM while the loop runs; of several hosts, all stop after the same step when one is asked to.
+    """Notes SIGTERM, a lost terminal and Ctrl-C while the loop runs; a second Ctrl-C ends it at once.
 
-    There JAX handles the signal, and the preemption notice of a TPU, and its coordinator chooses the step.
+    Of several hosts, all stop after the same step when one is asked to. There JAX handles SIGTERM, and the preemption
+    notice of a TPU, and its coordinator chooses the step.
     """
 
     def __init__(self):
-        self.noted, self.alone = False, jax.process_count() == 1
+        self.noted, self.alone = 0, jax.process_count() == 1
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
-        if self.alone:
-            self.before = signal.signal(signal.SIGTERM, self.note)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if self.alone else ():
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self.before[number] = signal.signal(number, self.note)
         return self
 
-    def note(self, *_: object) -> None:
-        self.noted = True
+    def note(self, number: int, _: object) -> None:
+        if number == signal.SIGINT:
+            if self.noted:
+                raise KeyboardInterrupt
+            log.warning("stopping after this step, once its state is saved; Ctrl-C again ends at once.")
+        self.noted = number
 
     def asked(self, step: int) -> bool:
         """Whether to stop after this step; every host asks after every step."""
-        return self.noted if self.alone else multihost_utils.reached_preemption_sync_point(step)
+        return bool(self.noted) if self.alone else multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *_: object) -> None:
-        if self.alone:
-            signal.signal(signal.SIGTERM, self.before)
+        for number, before in self.before.items():
+            signal.signal(number, before)
