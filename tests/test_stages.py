@@ -12,13 +12,15 @@ from pipeline_fixtures import STAGES, copy, done, files, sentence, smoke
 
 from ard_jax.build import make_solve, make_student, make_teacher
 from ard_jax.data import image_source, labels_and_images, stream, to_uint8
+from ard_jax.diffusion.solvers import Solution
 from ard_jax.errors import UserError
 from ard_jax.evaluation import feature_statistics, frechet_distance, precision_recall, train_feature_net
-from ard_jax.files import file_sha256, read_json, read_npz, tree_sha256, write_npz
+from ard_jax.files import file_sha256, join_npz, read_json, read_npz, tree_sha256, write_npz
 from ard_jax.models import init_from_teacher
 from ard_jax.objectives.ard import ard, online_ard, teacher_forcing
 from ard_jax.parallel import make_mesh
 from ard_jax.sampling import sample_student, sample_teacher, sampling_key
+from ard_jax.stages import sample
 from ard_jax.training.checkpoints import load_parameters
 from ard_jax.trajectories import store
 from ard_jax.workdir import load_student, load_teacher
@@ -181,6 +183,69 @@ def test_labels_are_drawn_in_turn_where_they_are_given(pipeline, tmp_path):
     assert Image.open(workdir / "sample" / "teacher" / "grid.png").size == (3 * 64 + 2 * 2, 3 * 64 + 2 * 2)
 
 
+TEACHER_ALONE = "sample.models=('teacher',)"
+
+
+def test_sampling_goes_on_from_the_last_part(pipeline, tmp_path, monkeypatch):
+    """Killed in its third part of four, whatever batch it goes on with, it ends with the same bytes."""
+    workdir = copy(pipeline, tmp_path, "teacher")
+    monkeypatch.setattr(sample, "PART", 24)
+    write, written = sample.write_npz, []
+
+    def interrupted(path, **arrays):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, **arrays)
+
+    monkeypatch.setattr(sample, "write_npz", interrupted)
+    assert smoke("sample", workdir, TEACHER_ALONE).status == 130
+    folder = workdir / "sample" / "teacher"
+    assert files(folder) == ["config.json", "parts/000000000.npz", "parts/000000024.npz"]
+    monkeypatch.setattr(sample, "write_npz", write)
+    resumed = smoke("sample", workdir, TEACHER_ALONE, "sample.batch_size=8")
+    assert resumed.status == 0 and "going on from image 48 of 72." in resumed.err
+    assert files(folder) == ["config.json", "grid.png", "samples.npz"]
+    for file in ("samples.npz", "grid.png"):
+        assert file_sha256(folder / file) == file_sha256(pipeline / "sample" / "teacher" / file)
+
+
+def test_what_is_sampled_is_left_alone_and_never_replaced(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher", "distill", "sample")
+    file = workdir / "sample" / "teacher" / "samples.npz"
+    before = file.stat().st_mtime_ns, file.stat().st_ino
+    assert "teacher has been sampled already." in smoke("sample", workdir).err
+    for change in ("sample.count=4", "sample.seed=2", "diffusion.guidance_scale=2.0"):
+        said = sentence(smoke("sample", workdir, TEACHER_ALONE, change), "sample")
+        assert f"{workdir / 'sample' / 'teacher'} holds samples of other settings ({change.split('=')[0]} " in said
+    assert (file.stat().st_mtime_ns, file.stat().st_ino) == before
+
+
+def test_parts_of_other_settings_are_not_joined(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher", "sample")
+    (workdir / "sample" / "done.json").unlink()
+    said = sentence(smoke("sample", workdir, TEACHER_ALONE, "sample.count=4"), "sample")
+    assert "holds samples of other settings (sample.count 72 there, 4 here)" in said
+
+
+def test_parts_are_joined_to_what_one_file_would_be(tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 255, (7, 4, 4, 1), dtype=np.uint8), np.arange(7, dtype=np.int32)
+    parts = [tmp_path / f"{number}.npz" for number in range(3)]
+    for part, rows in zip(parts, (slice(0, 3), slice(3, 6), slice(6, 7)), strict=True):
+        write_npz(part, arr_0=images[rows], labels=labels[rows], more=np.zeros(1))
+    join_npz(tmp_path / "joined.npz", parts, {"arr_0": images.shape, "labels": labels.shape})
+    write_npz(tmp_path / "whole.npz", arr_0=images, labels=labels)
+    assert (tmp_path / "joined.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def test_a_model_that_has_diverged_is_not_sampled(pipeline, tmp_path, monkeypatch):
+    workdir = copy(pipeline, tmp_path, "teacher")
+    monkeypatch.setattr(sample, "sample_teacher", lambda *args: Solution(*[jnp.full((24, 1, *SHAPE), jnp.nan)] * 2))
+    assert "pixels are NaN or infinite" in sentence(smoke("sample", workdir, TEACHER_ALONE), "sample")
+    assert not (workdir / "sample" / "done.json").exists()
+
+
 @pytest.mark.parametrize("broken", ["absent", "cut", "empty", "text", "objects"])
 def test_arrays_that_cannot_be_read_are_named_in_a_sentence(tmp_path, broken):
     path = tmp_path / "samples.npz"
@@ -193,7 +258,7 @@ def test_arrays_that_cannot_be_read_are_named_in_a_sentence(tmp_path, broken):
     if broken == "absent":
         path.unlink()
     with pytest.raises(
-        UserError, match=r"samples.npz cannot be read \(.+\), since it was altered or lost: run the stage"
+        UserError, match=r"samples.npz cannot be read \(.+\), since it was altered or lost: move its folder"
     ):
         read_npz(path)
 

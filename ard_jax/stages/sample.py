@@ -4,25 +4,31 @@ Writes, for each name in `sample.models`, `sample/<name>/samples.npz` (uint8 ima
 evaluator wants them, and `labels`) and `grid.png`. Models of latents decode theirs with the VAE in WORKDIR/vae or
 `vae.dir`; where there is none, they write float32 latents under the key `latents`. Image i has the same noise and label
 for every model.
+
+Images are written as they are drawn, in parts of some hundreds, and joined at the end: started again, the stage leaves
+alone what is finished and goes on from the last part. What was sampled with other settings is not replaced.
 """
 
 import logging
 import pathlib
+import shutil
 import time
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_conditions, make_rollout, make_solve
+from ard_jax.completion import SAMPLED
 from ard_jax.conditions import draw_numbers
 from ard_jax.config import plain
 from ard_jax.data import to_uint8
 from ard_jax.drawing import Decoder, Sampler, make_decoder, make_drawing, rollout_macs, student_sampler
 from ard_jax.errors import UserError
-from ard_jax.files import atomic_write, file_sha256, to_host, write_json, write_npz
+from ard_jax.files import atomic_write, file_sha256, join_npz, read_npz, to_host, write_json, write_npz
 from ard_jax.models import count_parameters
 from ard_jax.models.flops import teacher_macs
 from ard_jax.parallel import batch_shards, is_first, make_mesh, put_batch
@@ -30,16 +36,31 @@ from ard_jax.progress import progress_bar
 from ard_jax.report import image_grid
 from ard_jax.sampling import network_calls, sample_teacher, sampling_key
 from ard_jax.types import Params
-from ard_jax.workdir import Stopwatch, find_vae, load_student, load_teacher, merge_done, occupy, vae_folder
+from ard_jax.workdir import (
+    Stopwatch,
+    config_differences,
+    find_vae,
+    load_student,
+    load_teacher,
+    merge_done,
+    occupy,
+    read_config,
+    read_done,
+    require_done,
+    teacher_folder,
+    vae_folder,
+)
 
 log = logging.getLogger("ard_jax")
+
+PART = 512  # images, which are lost if the stage is killed
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Samples every model of `config.sample.models`.
 
     Raises:
-        UserError: a model has not been trained.
+        UserError: a model has not been trained, or there are samples of it with other settings.
     """
     mesh = make_mesh(config.mesh)
     vae = find_vae(config, workdir)
@@ -47,18 +68,61 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         there = vae_folder(config, workdir)
         log.warning("there is no VAE in %s, so latents are written: convert one, or set vae.dir, for images.", there)
     decoder = make_decoder(vae, config, mesh)
-    loaded = {name: _load_sampler(config, workdir, name, mesh) for name in config.sample.models}
+    missing = [name for name in config.sample.models if not _is_finished(config, workdir, name)]
+    loaded = {name: _load_sampler(config, workdir, name, mesh) for name in missing}
     for name, (sampler, params, facts) in loaded.items():
         watch, directory = Stopwatch(), workdir / "sample" / name
         occupy(directory)
-        images, labels, seconds_per_image = _draw(sampler, params, decoder, config, mesh)
+        _begin(directory, config, facts["ema_sha256"])
+        _draw(sampler, params, decoder, config, mesh, directory / "parts")
         if not is_first():
             continue
-        write_json(directory / "config.json", plain(config) | {"inputs": {"ema": facts["ema_sha256"]}})
-        files = _write(directory, images, labels, config.sample.grid)
+        files, seconds_per_image = _join(directory, config.sample)
         hashes = {file: file_sha256(directory / file) for file in files}
         made = {"sha256": hashes, "seconds": round(watch(), 2), "seconds_per_image": seconds_per_image, **facts}
         merge_done(workdir / "sample", {name: made})
+        shutil.rmtree(directory / "parts")
+
+
+def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> bool:
+    """Whether a model's samples are there, of its weights as they are now.
+
+    Raises:
+        UserError: they are, with other settings.
+    """
+    made = (read_done(workdir / "sample") or {}).get("models", {}).get(name)
+    folder = teacher_folder(config, workdir) if name == "teacher" else workdir / "distill" / name
+    weights = require_done(folder, "teacher" if name == "teacher" else "distill")["sha256"]["ema"]
+    if made is None or made["ema_sha256"] != weights:
+        return False
+    _check_settings(workdir / "sample" / name, config)
+    log.info("%s has been sampled already.", name)
+    return True
+
+
+def _check_settings(directory: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Raises UserError if the samples in a folder are of other settings."""
+    before = config_differences(read_config(directory / "config.json"), plain(config))
+    other = [
+        f"{key} {there!r} there, {here!r} here"
+        for key, (there, here) in before.items()
+        if key.startswith(SAMPLED) and not key.endswith(".dir")
+    ]
+    if other:
+        raise UserError(
+            f"{directory} holds samples of other settings ({'; '.join(other[:3])}): use those settings, or another "
+            f"--workdir with --config.teacher.dir, or move that folder and {directory.parent / 'done.json'} away."
+        )
+
+
+def _begin(directory: pathlib.Path, config: ml_collections.ConfigDict, weights: str) -> None:
+    """Notes what a folder's samples are of; parts must be of the same, or of weights that are no more."""
+    path = directory / "config.json"
+    if path.exists() and read_config(path).get("inputs", {}).get("ema") == weights:
+        _check_settings(directory, config)
+    elif is_first():
+        shutil.rmtree(directory / "parts", ignore_errors=True)
+        write_json(path, plain(config) | {"inputs": {"ema": weights}})
 
 
 def _load_sampler(
@@ -88,11 +152,17 @@ def _load_sampler(
 
 
 def _draw(
-    sampler: Sampler, params: Params, decoder: Decoder | None, config: ml_collections.ConfigDict, mesh: Mesh
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Images 0 … count−1 with their labels, and the seconds that one takes once compiled.
+    sampler: Sampler,
+    params: Params,
+    decoder: Decoder | None,
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    folder: pathlib.Path,
+) -> None:
+    """Writes images 0 … count−1 with their labels in parts, from the first that is not there.
 
-    The images are uint8; without a decoder, latents are float32 as they are.
+    A part is an npz file with "arr_0" (uint8), or without a decoder "latents" (float32), "labels", and the "seconds"
+    that an image took once compiled.
     """
     settings, chosen = config.sample, np.asarray(config.sample.labels, np.int32)
     drawn, conditions, key = make_drawing(sampler, config, mesh), make_conditions(config), sampling_key(settings.seed)
@@ -109,19 +179,35 @@ def _draw(
 
     batch_size = settings.batch_size * batch_shards(mesh)
     is_latent = config.data.space == "latent" and decoder is None
-    images, labels = [], []
-    sample(batch_of(0))[0].block_until_ready()  # compiles, so that the rate below is the rate
-    started = time.perf_counter()
-    with progress_bar(settings.count, "image") as bar:
-        for first in range(0, settings.count, batch_size):
-            image, label = _in_order(*jax.tree.map(to_host, sample(batch_of(first))))
-            if is_latent and not np.isfinite(image).all():
-                raise UserError("latents are NaN or infinite, so the model has diverged: use an earlier checkpoint.")
-            images.append(image.astype(np.float32) if is_latent else to_uint8(image))
-            labels.append(label)
-            bar.update(min(batch_size, settings.count - first))
-    seconds = (time.perf_counter() - started) / (len(images) * batch_size)
-    return np.concatenate(images)[: settings.count], np.concatenate(labels)[: settings.count], seconds
+    start = sum(len(read_npz(part)["labels"]) for part in _parts(folder)) if is_first() else 0
+    if jax.process_count() > 1:
+        start = int(multihost_utils.broadcast_one_to_all(np.int64(start)))
+    if start >= settings.count:
+        return
+    if start:
+        log.info("going on from image %d of %d.", start, settings.count)
+    sample(batch_of(start))[0].block_until_ready()  # compiles, so that the rate below is the rate
+    rows = -(-PART // batch_size) * batch_size
+    with progress_bar(settings.count, "image", initial=start) as bar:
+        for begin in range(start, settings.count, rows):
+            images, labels, started = [], [], time.perf_counter()
+            for first in range(begin, min(begin + rows, settings.count), batch_size):
+                image, label = _in_order(*jax.tree.map(to_host, sample(batch_of(first))))
+                if is_latent and not np.isfinite(image).all():
+                    raise UserError("latents are NaN or infinite, so the model diverged: use an earlier checkpoint.")
+                images.append(image.astype(np.float32) if is_latent else to_uint8(image))
+                labels.append(label)
+                bar.update(min(batch_size, settings.count - first))
+            seconds = (time.perf_counter() - started) / (len(images) * batch_size)
+            if is_first():
+                kept = slice(settings.count - begin)
+                found = {"latents" if is_latent else "arr_0": np.concatenate(images)[kept]}
+                found |= {"labels": np.concatenate(labels)[kept], "seconds": np.asarray(seconds)}
+                write_npz(folder / f"{begin:09d}.npz", **found)
+
+
+def _parts(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(folder.glob("[0-9]*.npz"))
 
 
 def _in_order(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,13 +216,21 @@ def _in_order(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> tuple[
     return image[order], label[order]
 
 
-def _write(directory: pathlib.Path, images: np.ndarray, labels: np.ndarray, shown: int) -> list[str]:
-    """Writes a model's samples, float32 latents or uint8 images of which `shown` go on a grid; the files' names."""
-    if images.dtype == np.float32:
-        write_npz(directory / "samples.npz", latents=images, labels=labels)
-        return ["samples.npz"]
-    write_npz(directory / "samples.npz", arr_0=images, labels=labels)
-    images = images[:shown]
-    grid = image_grid(images, columns=int(np.ceil(len(images) ** 0.5)))
+def _join(directory: pathlib.Path, settings: ml_collections.ConfigDict) -> tuple[list[str], float]:
+    """Writes a model's samples out of their parts, with a grid of some; the files' names, and seconds an image."""
+    parts = _parts(directory / "parts")
+    first = read_npz(parts[0])
+    name = "arr_0" if "arr_0" in first else "latents"
+    shapes = {name: (settings.count, *first[name].shape[1:]), "labels": (settings.count,)}
+    join_npz(directory / "samples.npz", parts, shapes)
+    seconds = float(np.mean([read_npz(part)["seconds"] for part in parts]))
+    if name == "latents":
+        return ["samples.npz"], seconds
+    shown, images = [], 0
+    for part in parts:
+        if images < settings.grid:
+            shown.append(read_npz(part)[name][: settings.grid - images])
+            images += len(shown[-1])
+    grid = image_grid(np.concatenate(shown), columns=int(np.ceil(images**0.5)))
     atomic_write(directory / "grid.png", lambda temporary: grid.save(temporary))
-    return ["samples.npz", "grid.png"]
+    return ["samples.npz", "grid.png"], seconds
