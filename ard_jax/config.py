@@ -46,11 +46,14 @@ class Setting:
         default: its value where a config says nothing, which also gives its type.
         changes: what a change of it changes, out of `CHANGES`.
         allowed: its values; None where the module that reads it, or `checks`, says which.
+        later: whether it may be another when a run that is begun goes on: "never"; "unfinished", until its end; or
+            "larger".
     """
 
     default: Any
     changes: frozenset[str]
     allowed: Allowed | None = None
+    later: str = "never"
 
     def __post_init__(self):
         if not self.changes or not self.changes <= set(CHANGES):
@@ -99,11 +102,11 @@ def _optimizer(changes: frozenset[str], learning_rate: float = 1e-4, clip: float
     """Rows of an optimiser of a network that is not averaged."""
     return {
         "name": Setting("adamw", changes),  # one of training.state.OPTIMIZERS
-        "learning_rate": Setting(learning_rate, changes, between(0, 1000)),
+        "learning_rate": Setting(learning_rate, changes, between(0, 1000), later="unfinished"),
         "schedule": Setting("constant", changes),  # or "cosine", falling to 0 at the last step
         "warmup_steps": Setting(0, changes),
         "weight_decay": Setting(0.0, changes, between(0, 1000)),
-        "clip": Setting(clip, changes),  # global gradient norm; 0 for none
+        "clip": Setting(clip, changes, later="unfinished"),  # global gradient norm; 0 for none
     }
 
 
@@ -182,20 +185,20 @@ SETTINGS: dict[str, Any] = {
     },
     "teacher": {
         "dir": Setting("", NOTHING),  # a teacher trained elsewhere: the `teacher` folder of its workdir
-        "steps": Setting(400_000, TEACHER, at_least(1)),
+        "steps": Setting(400_000, TEACHER, at_least(1), later="larger"),
         "batch_size": Setting(256, TEACHER, at_least(1)),
         "accumulate": Setting(1, NOTHING, at_least(1)),  # microbatches a step: less memory for the same batch
         "label_dropout": Setting(0.1, TEACHER, between(0, 1)),
-        "checkpoint_every": Setting(5000, TEACHER, at_least(1)),
+        "checkpoint_every": Setting(5000, NOTHING, at_least(1)),
         "optimizer": _averaged_optimizer(TEACHER),
     },
     "trajectories": {
         "dir": Setting("", NOTHING),  # a store made elsewhere: the `trajectories` folder of its workdir
-        "count": Setting(2_560_000, TRAJECTORIES, at_least(1)),
+        "count": Setting(2_560_000, TRAJECTORIES, at_least(1), later="larger"),
         "points": Setting((15, 10, 5, 0), TRAJECTORIES),  # respaced indices that are kept, counted down to the data
         "keep_noisy": Setting(False, TRAJECTORIES),  # keep the noisy points beside the x0-predictions
         "dtype": Setting("float16", TRAJECTORIES, STORED_TYPES),
-        "batch_size": Setting(64, TRAJECTORIES, at_least(1)),  # trajectories a device solves at a time
+        "batch_size": Setting(64, NOTHING, at_least(1)),  # that a device solves at a time; another rounds otherwise
         "shard_size": Setting(4096, TRAJECTORIES, at_least(1)),  # trajectories a file
         # trajectories that leave [-max_abs, max_abs] are dropped; 0 keeps all
         "max_abs": Setting(0.0, TRAJECTORIES, at_least(0)),
@@ -218,10 +221,10 @@ SETTINGS: dict[str, Any] = {
         # name of a student to start from, and in progressive distillation to learn from
         "start": Setting("", DISTILLED),
         "online": Setting(False, DISTILLED),  # solve the teacher inside the training step; no store is read
-        "steps": Setting(300_000, DISTILLED, at_least(1)),
+        "steps": Setting(300_000, DISTILLED, at_least(1), later="larger"),
         "batch_size": Setting(64, DISTILLED, at_least(1)),
         "accumulate": Setting(1, NOTHING, at_least(1)),
-        "checkpoint_every": Setting(5000, DISTILLED, at_least(1)),
+        "checkpoint_every": Setting(5000, NOTHING, at_least(1)),
         "optimizer": _averaged_optimizer(DISTILLED),
         "consistency": {
             # steps of the teacher's that a trajectory has; 0 for the teacher's own number, made a multiple of the
@@ -246,7 +249,7 @@ SETTINGS: dict[str, Any] = {
         "batch_size": Setting(48, FINETUNED, at_least(1)),
         # no more: the discriminator's norm and the adaptive weight are of the whole batch
         "accumulate": Setting(1, FINETUNED, at_least(1)),
-        "checkpoint_every": Setting(5000, FINETUNED, at_least(1)),
+        "checkpoint_every": Setting(5000, NOTHING, at_least(1)),
         # first steps, in which the discriminator learns and the student only regresses
         "warmup": Setting(3000, FINETUNED, at_least(0)),
         # of the adversarial gradient over the regression's, at the last head

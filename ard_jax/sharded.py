@@ -21,7 +21,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import ml_dtypes
@@ -136,6 +136,21 @@ class Layout:
                     found |= {shard} if file_sha256(path) == read_json(description, Shard)["sha256"] else set()
         return found
 
+    def _take_over(self, directory: pathlib.Path, shards: int, sizes: Mapping[int, int]) -> None:
+        """Gives shards of a smaller dataset, which this one goes on from, their new names; those cut short go."""
+        for shard, size in sizes.items():
+            path, description = self.shard_path(directory, shard, shards), _description_path(directory, shard)
+            others = path.parent.glob(f"{self.name}-{SPLIT}.array_record-{shard:05d}-of-*")
+            for other in sorted(others):
+                with contextlib.suppress(UserError, FileNotFoundError):  # a damaged description is as good as none
+                    made = read_json(description, Shard)
+                    if made["records"] + len(made["dropped"]) == size:
+                        if made["file"] != path.name or other != path:
+                            os.replace(other, path)
+                            write_json(description, made | {"file": path.name})
+                        continue
+                other.unlink()
+
     def finish(
         self,
         directory: pathlib.Path,
@@ -188,12 +203,10 @@ class Layout:
         """
         shards = number_of_shards(count, shard_size)
         mine = range(process_index, shards, process_count)
+        sizes = {shard: min(shard_size, count - shard * shard_size) for shard in mine}
+        self._take_over(directory, shards, sizes)
         whole = self.whole_shards(directory, shards, mine)
-        numbers = {
-            shard: np.arange(shard * shard_size, min((shard + 1) * shard_size, count))
-            for shard in mine
-            if shard not in whole
-        }
+        numbers = {shard: shard * shard_size + np.arange(sizes[shard]) for shard in mine if shard not in whole}
         total, done, started = sum(map(len, numbers.values())), 0, time.monotonic()
         with progress_bar(total, unit) as bar:
             for shard, here in numbers.items():

@@ -63,7 +63,11 @@ def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, stage: str
     now = plain(config) | {"inputs": inputs}
     occupy(directory)
     if path.exists():
-        check_same_config(read_config(path), now, (*SECTIONS[stage], "inputs"), directory)
+        before = read_config(path)
+        changed = _changed_later(before, now, stage, directory)
+        check_same_config(flatten(before) | changed, now, (*SECTIONS[stage], "inputs"), directory)
+        if changed and is_first():
+            _note_change(directory, before, now, changed)
     elif is_first():
         write_json(path, now)
         log.info("config:\n%s", config)
@@ -123,6 +127,40 @@ def check_identity(directory: pathlib.Path, found: Identity) -> None:
         )
 
 
+def _changed_later(
+    before: Mapping[str, Any], now: Mapping[str, Any], stage: str, directory: pathlib.Path
+) -> dict[str, Any]:
+    """Settings that have changed since a run was begun and may: dotted key → value now."""
+    found: dict[str, Any] = {}
+    there: Any
+    here: Any
+    for key, (there, here) in config_differences(before, now).items():
+        later = ROWS[key].later if key in ROWS and key.split(".")[0] in SECTIONS[stage] else "never"
+        if later == "unfinished" and not (directory / "done.json").exists():
+            # with no clipping at all, the optimiser's state is another
+            if not key.endswith(".clip") or there and here:
+                found[key] = here
+        elif later == "larger" and here > there:
+            found[key] = here
+    return found
+
+
+def _note_change(
+    directory: pathlib.Path, before: Mapping[str, Any], now: Mapping[str, Any], changed: Mapping[str, Any]
+) -> None:
+    """Says in the log and in config.json what a run goes on with; one that was finished is so no more."""
+    steps = [int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdecimal()]
+    was, step = flatten(before), max(steps, default=0)
+    entry = {"after_step": step} | {key: {"before": was[key], "now": value} for key, value in changed.items()}
+    for key, value in changed.items():
+        log.warning("%s is %s from here on%s; it was %s.", key, value, f" (step {step})" if step else "", was[key])
+        schedule = flatten(now).get(f"{key.removesuffix('steps')}optimizer.schedule", "constant")
+        if schedule != "constant":
+            log.warning("as its rate is %s, this is not what so many steps from the start would be.", schedule)
+    (directory / "done.json").unlink(missing_ok=True)
+    write_json(directory / "config.json", {**now, "history": [*before.get("history", []), entry]})
+
+
 def check_same_config(before: dict, now: dict, sections: tuple[str, ...], directory: pathlib.Path) -> None:
     """Raises UserError if two configs differ in some sections, naming the first keys that do."""
     objective = flatten(now).get("distill.objective", "")
@@ -135,7 +173,7 @@ def check_same_config(before: dict, now: dict, sections: tuple[str, ...], direct
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise UserError(
             f"{directory} belongs to another config ({'; '.join(found[:3])}{more}): "
-            f"use that config, or another --workdir, or delete the folder."
+            f"use that config, or another --workdir, or move the folder away."
         )
 
 
@@ -356,6 +394,6 @@ def load_weights(directory: pathlib.Path, like: PyTree, sha256: str, part: str =
     if tree_sha256(params, require_finite) != sha256:
         raise UserError(
             f"the weights in {directory} are not those that its done.json names, since files there were altered or "
-            f"lost: restore that folder, or delete it and run its stage again."
+            f"lost: restore that folder, or move it away and run its stage again."
         )
     return params

@@ -78,10 +78,16 @@ def finish(running: subprocess.Popen) -> Outcome:
     return Outcome(running.returncode, out, err)
 
 
-def sentence(outcome: Outcome, stage: str) -> str:
-    """The one sentence that a user's mistake ends in; fails if it is anything else, but for what a folder holds."""
+def sentence(outcome: Outcome, stage: str, last: bool = False) -> str:
+    """The one sentence that a user's mistake ends in; fails if there is anything else.
+
+    Args:
+        outcome, stage: of the mistake.
+        last: there may be log lines before it; those that say what a folder holds always may.
+    """
     assert outcome.status == 2, outcome
     said = re.sub(r"^\S+ \d+ pictures in \d+ classes.*\n", "", outcome.err.strip())
+    said = said.splitlines()[-1] if last else said
     assert "\n" not in said and "Traceback" not in said, said
     assert said.startswith(f"ard_jax {stage}: ") and said.endswith("."), said
     return said

@@ -328,7 +328,7 @@ def test_a_stage_before_the_one_that_it_stands_on(stage, there, missing, first, 
 @pytest.mark.parametrize(
     ("stage", "folder", "overrides", "said"),
     [
-        ("teacher", "teacher", ["teacher.steps=21"], ["teacher.steps 20 there, 21 here"]),
+        ("teacher", "teacher", ["teacher.steps=19"], ["teacher.steps 20 there, 19 here"]),
         ("teacher", "teacher", ["seed=1"], ["seed 0 there, 1 here"]),
         (
             "teacher",
@@ -336,7 +336,7 @@ def test_a_stage_before_the_one_that_it_stands_on(stage, there, missing, first, 
             ["teacher.batch_size=8", "teacher.optimizer.ema=0.5", "model.depth=1", "model.hidden_size=8", "seed=2"],
             ["model.depth 2 there, 1 here; model.hidden_size 16 there, 8 here; seed 0 there, 2 here and 2 more"],
         ),
-        ("trajectories", "trajectories", ["trajectories.count=25"], ["trajectories.count 24 there, 25 here"]),
+        ("trajectories", "trajectories", ["trajectories.count=23"], ["trajectories.count 24 there, 23 here"]),
         ("trajectories", "teacher", ["model.depth=1"], ["model.depth 2 there, 1 here"]),
         ("distill", "distill/ard", ["student.mask=window"], ["student.mask 'causal' there, 'window' here"]),
         ("sample", "teacher", ["model.mlp_ratio=2.0"], ["model.mlp_ratio 4.0 there, 2.0 here"]),
@@ -347,7 +347,7 @@ def test_a_workdir_that_belongs_to_another_config(stage, folder, overrides, said
     before = {name: (workdir / name).stat().st_mtime_ns for name in files(workdir)}
     told = sentence(smoke(stage, workdir, *overrides), stage)
     assert f"{workdir / folder} belongs to another config" in told and all(part in told for part in said)
-    assert "use that config, or another --workdir, or delete the folder." in told
+    assert "use that config, or another --workdir, or move the folder away." in told
     assert {name: (workdir / name).stat().st_mtime_ns for name in files(workdir)} == before
 
 

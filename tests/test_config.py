@@ -118,7 +118,8 @@ def test_a_choice_names_its_choices():
 def test_free_on_restart():
     assert set(workdir.FREE) == {
         "run.", "mesh.", "data.dir", "encode.dir", "teacher.dir", "trajectories.dir", "report.", "teacher.accumulate",
-        "distill.accumulate", "model.remat", "model.attention",
+        "distill.accumulate", "model.remat", "model.attention", "teacher.checkpoint_every", "distill.checkpoint_every",
+        "finetune.checkpoint_every", "trajectories.batch_size",
     }  # fmt: skip
 
 

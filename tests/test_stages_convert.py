@@ -204,7 +204,7 @@ def test_another_source_is_refused(tmp_path, teacher_file, workdir):
     before = everything(workdir)
     other = tmp_path / "other.safetensors"
     write_tensors(other, {name: array + (name != "pos_embed") for name, array in teacher().items()})
-    said = f"{workdir}/teacher was converted from another source ({teacher_file}): choose another --workdir, or delete"
+    said = f"{workdir}/teacher was converted from another source ({teacher_file}): choose another --workdir, or move"
     assert said in refused(other, workdir, *TEACHER)
     said = refused(teacher_file, workdir, *TEACHER, "--frequency-shift", "1")
     assert "belongs to another config (model.frequency_shift 0.0 there, 1.0 here)" in said

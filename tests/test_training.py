@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
-from pipeline_fixtures import STAGES, copy, done, finish, process, smoke
+from pipeline_fixtures import STAGES, copy, done, finish, process, sentence, smoke
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
@@ -24,7 +24,7 @@ from ard_jax import parallel
 from ard_jax.config import default_config
 from ard_jax.data import InMemory, stream
 from ard_jax.errors import Preempted, UserError
-from ard_jax.files import tree_sha256
+from ard_jax.files import read_json, tree_sha256
 from ard_jax.objectives import Joint, Method
 from ard_jax.parallel import make_mesh
 from ard_jax.training import checkpoints, loop
@@ -233,6 +233,52 @@ def test_the_checkpoints_that_are_kept_have_hashes(uninterrupted):
     assert noted == {path.name for path in (directory / "checkpoints").iterdir()}
 
 
+def test_after_a_divergence_the_rate_may_be_lowered(tmp_path):
+    settings = [
+        "teacher.steps=12",
+        "teacher.optimizer.name=sgd",
+        "teacher.optimizer.clip=0",
+        "teacher.optimizer.schedule=constant",
+    ]
+    said = sentence(smoke("teacher", tmp_path, *settings, "teacher.optimizer.learning_rate=900"), "teacher", last=True)
+    assert " is nan at step " in said or " is inf at step " in said
+    assert "lower the optimizer's learning_rate" in said
+    lowered = smoke("teacher", tmp_path, *settings, "teacher.optimizer.learning_rate=0.001")
+    assert lowered.status == 0
+    assert "teacher.optimizer.learning_rate is 0.001 from here on" in lowered.err and "it was 900.0." in lowered.err
+    config = read_json(tmp_path / "teacher" / "config.json")
+    assert config["teacher"]["optimizer"]["learning_rate"] == 0.001
+    (entry,) = config["history"]
+    assert entry.pop("after_step") % 5 == 0
+    assert entry == {"teacher.optimizer.learning_rate": {"before": 900.0, "now": 0.001}}
+    # what is finished was made with what config.json says
+    said = sentence(smoke("teacher", tmp_path, *settings, "teacher.optimizer.learning_rate=0.1"), "teacher")
+    assert "teacher.optimizer.learning_rate 0.001 there, 0.1 here" in said
+
+
+def test_more_steps_after_the_end_are_what_a_longer_run_would_be(tmp_path):
+    constant = "teacher.optimizer.schedule=constant"
+    for workdir, steps in (("long", 10), ("short", 6), ("short", 10)):
+        assert smoke("teacher", tmp_path / workdir, constant, f"teacher.steps={steps}").status == 0
+    hashes = [done(tmp_path / workdir / "teacher")["sha256"] for workdir in ("long", "short")]
+    assert hashes[0] == hashes[1]
+    assert "teacher.steps 10 there, 8 here" in sentence(
+        smoke("teacher", tmp_path / "long", constant, "teacher.steps=8"), "teacher"
+    )
+
+
+def test_more_steps_of_a_falling_rate_are_said_to_be_something_else(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher")  # a cosine over 20 steps
+    longer = smoke("teacher", workdir, "teacher.steps=22")
+    assert longer.status == 0 and done(workdir / "teacher")["step"] == 22
+    assert "as its rate is cosine, this is not what so many steps from the start would be." in longer.err
+
+
+def test_the_cadence_of_checkpoints_may_change(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher")
+    assert smoke("teacher", workdir, "teacher.checkpoint_every=10").status == 0
+
+
 def test_a_request_to_stop_in_the_last_step_changes_nothing(uninterrupted, tmp_path, at_step):
     at_step(12, terminate)
     assert tree_sha256(fit(tmp_path).state) == tree_sha256(uninterrupted[1])
@@ -345,7 +391,9 @@ def test_no_readable_checkpoint_ends_in_a_sentence(uninterrupted, tmp_path):
     copy(uninterrupted[0], tmp_path, "checkpoints")
     for step in ("9", "12"):
         truncate(largest_file(tmp_path / "checkpoints" / step / "params"))
-    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be read \(steps \[12, 9\]\): delete"):
+    with pytest.raises(
+        UserError, match=r"none of the checkpoints in .* can be read \(steps \[12, 9\]\): restore them from a copy"
+    ):
         fit(tmp_path)
     assert saved_steps(tmp_path) == [9, 12]  # nothing was deleted on the user's behalf
 

@@ -339,7 +339,7 @@ def test_the_trainer_names_a_broken_shard_and_the_job_remakes_it_alone(second, d
     damage(shard)
     said = sentence(smoke("distill", workdir), "distill")
     assert str(shard) in said and problem in said
-    assert "delete that file and run the stage 'trajectories' again" in said
+    assert "run the stage 'trajectories' again" in said
     assert not (workdir / "distill").exists()
     assert smoke("trajectories", workdir).status == 0
     after = {path: (path.stat().st_mtime_ns, file_sha256(path)) for path in shard.parent.glob("*array_record*")}
@@ -493,3 +493,29 @@ def test_a_store_that_is_not_whole_is_refused(second):
     said = sentence(smoke("distill", workdir), "distill")
     assert "no whole trajectory store" in said and "run the stage 'trajectories' first" in said
     assert not (workdir / "distill").exists()
+
+
+@pytest.mark.parametrize("count", [30, 32, 40])
+def test_a_store_grows_to_what_a_larger_one_would_be(pipeline, tmp_path, count):
+    # 20 are two shards of 8 and one of 4, which is made anew
+    small, large = (copy(pipeline, tmp_path / name, "teacher") for name in ("small", "large"))
+    assert smoke("trajectories", small, "trajectories.count=20").status == 0
+    kept = small / "trajectories" / "1.0.0" / "trajectories-train.array_record-00000-of-00003"
+    written = kept.stat().st_mtime_ns
+    for workdir in (small, large):
+        assert smoke("trajectories", workdir, f"trajectories.count={count}").status == 0
+    assert done(small / "trajectories")["sha256"] == done(large / "trajectories")["sha256"]
+    first = f"trajectories-train.array_record-00000-of-{-(-count // 8):05d}"
+    assert (small / "trajectories" / "1.0.0" / first).stat().st_mtime_ns == written
+    names = [files(workdir / "trajectories" / "1.0.0") for workdir in (small, large)]
+    assert names[0] == names[1]
+    manifests = [read_json(workdir / "trajectories" / "manifest.json") for workdir in (small, large)]
+    assert manifests[0] == manifests[1]
+    said = sentence(smoke("trajectories", small, "trajectories.count=8"), "trajectories")
+    assert f"trajectories.count {count} there, 8 here" in said
+
+
+def test_a_smaller_batch_makes_the_same_store_but_for_rounding(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher", "trajectories")
+    assert smoke("trajectories", workdir, "trajectories.batch_size=2").status == 0
+    assert done(workdir / "trajectories")["sha256"] == done(pipeline / "trajectories")["sha256"]

@@ -193,12 +193,12 @@ def _is_converted(part: str, folder: pathlib.Path, source: Source) -> bool:
     if not folder.exists():
         return False
     if not (folder / "source.json").exists():
-        raise UserError(f"{folder} was not made by convert: choose another --workdir, or delete that folder.")
+        raise UserError(f"{folder} was not made by convert: choose another --workdir, or move that folder away.")
     recorded = read_json(folder / "source.json", Recorded)
     if recorded["sha256"] != files_sha256(_files_of(part, source)):
         raise UserError(
-            f"{folder} was converted from another source ({recorded['source']}): choose another --workdir, or delete "
-            f"that folder."
+            f"{folder} was converted from another source ({recorded['source']}): choose another --workdir, or "
+            f"move that folder away."
         )
     if part == "model":
         check_same_config(read_config(folder / "config.json"), plain(source.config), tuple(SETTLED), folder)

@@ -93,9 +93,10 @@ def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path, name:
     made = (read_done(workdir / "sample") or {}).get("models", {}).get(name)
     folder = teacher_folder(config, workdir) if name == "teacher" else workdir / "distill" / name
     weights = require_done(folder, "teacher" if name == "teacher" else "distill")["sha256"]["ema"]
-    if made is None or made["ema_sha256"] != weights:
+    directory = workdir / "sample" / name
+    if made is None or made["ema_sha256"] != weights or not (directory / "samples.npz").exists():
         return False
-    _check_settings(workdir / "sample" / name, config)
+    _check_settings(directory, config)
     log.info("%s has been sampled already.", name)
     return True
 
@@ -111,7 +112,7 @@ def _check_settings(directory: pathlib.Path, config: ml_collections.ConfigDict) 
     if other:
         raise UserError(
             f"{directory} holds samples of other settings ({'; '.join(other[:3])}): use those settings, or another "
-            f"--workdir with --config.teacher.dir, or move that folder and {directory.parent / 'done.json'} away."
+            f"--workdir, or move that folder away."
         )
 
 

@@ -6,6 +6,7 @@ missing, truncated or altered.
 
 import logging
 import pathlib
+from typing import Any
 
 import jax
 import ml_collections
@@ -14,6 +15,7 @@ from jax.experimental import multihost_utils
 from ard_jax.build import make_conditions
 from ard_jax.config import plain
 from ard_jax.errors import UserError
+from ard_jax.files import read_json
 from ard_jax.parallel import is_first, local_mesh
 from ard_jax.sharded import number_of_shards
 from ard_jax.trajectories import store
@@ -34,6 +36,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     mesh = local_mesh(config.mesh)
     model, params, teacher_hash, _ = load_teacher(config, workdir, mesh)
     claim(directory, config, "trajectories", teacher=teacher_hash)
+    path = directory / "manifest.json"
+    if is_first() and path.exists() and read_json(path, dict[str, Any]).get("tried") != config.trajectories.count:
+        path.unlink()  # nobody shall read a store that grows
     make_store(
         model,
         params,

@@ -72,7 +72,7 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainStat
     if steps:
         raise UserError(
             f"none of the checkpoints in {manager.directory} can be read (steps {steps}): "
-            f"delete that folder to start again."
+            f"restore them from a copy, or start again in another --workdir."
         )
     return None
 

@@ -171,7 +171,7 @@ class Meter:
                 if not math.isfinite(value):
                     raise NotFinite(
                         f"{name} is {value} at step {step}, so the run stopped and its last good checkpoint stays: "
-                        f"lower the learning rate or the gradient clip, or look at the data, and start again."
+                        f"lower the optimizer's learning_rate, or its clip where it has one, and run the same again."
                     )
         assert self.since is not None  # `add` came before
         now = time.monotonic()

@@ -81,10 +81,7 @@ def check_shards(directory: pathlib.Path, manifest: Manifest, checksums: bool) -
 
 
 def _broken_shard(path: pathlib.Path, problem: str) -> UserError:
-    return UserError(
-        f"shard {path} {problem}: delete that file and run the stage 'trajectories' again, "
-        f"which makes only what is missing."
-    )
+    return UserError(f"shard {path} {problem}: run the stage 'trajectories' again, which makes only what is missing.")
 
 
 class Store:
