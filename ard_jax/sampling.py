@@ -81,6 +81,7 @@ def sample_teacher(model: Backbone, params: Params, noise: jax.Array, condition:
         `x0` and `xt`, each (batch, steps, height, width, channel), in the order of time walked; `xt[:, -1]` is the
         sample.
     """
+    params, noise, condition = jax.tree.map(jnp.asarray, (params, noise, condition))
     grid = how.process.grid(how.steps)
     predict = teacher_predictor(model, params, condition, grid, how.process, how.guidance)
     return solve(how.solver, predict, grid, noise)
@@ -199,6 +200,7 @@ def _run_steps(
     choose: Callable[[int, jax.Array], jax.Array],
 ) -> jax.Array:
     """The sampler's loop; `choose` makes the next point of the step, 1 … S, and its prediction."""
+    params, noise, condition = jax.tree.map(jnp.asarray, (params, noise, condition))
     cache: PyTree = ()
     points, x = [], noise
     for step in range(1, model.steps + 1):

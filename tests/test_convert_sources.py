@@ -209,6 +209,67 @@ def write_pt(path, content):
     return path
 
 
+def under(prefix, tensors):
+    return {prefix + name: array for name, array in tensors.items()}
+
+
+CONTAINERS = {  # what people publish, by a plain network and an averaged one; and what is said of it
+    "model_ema": (lambda one, ema: {"model": one, "model_ema": ema}, "the model_ema of a training checkpoint"),
+    "ema_model": (lambda one, ema: {"model": one, "ema_model": ema}, "the ema_model of"),
+    "state_dict_ema": (lambda one, ema: {"state_dict": one, "state_dict_ema": ema}, "the state_dict_ema of"),
+    "state_dict": (lambda one, ema: {"state_dict": ema}, "the state_dict of"),
+    "Lightning": (lambda one, ema: {"state_dict": under("model.", ema), "epoch": 1}, "the state_dict of"),
+    "Lightning with an average": (
+        lambda one, ema: {"state_dict": under("model.", one) | under("model_ema.", ema), "epoch": 1},
+        "the model_ema of",
+    ),
+    "AveragedModel": (
+        lambda one, ema: {"n_averaged": np.array(5), **under("module.", ema)},
+        "the average of a training checkpoint with the published names (left out: n_averaged)",
+    ),
+    "ema-pytorch": (
+        lambda one, ema: {"initted": np.array(True), **under("online_model.", one), **under("ema_model.", ema)},
+        "the ema_model of",
+    ),
+    "REPA": (
+        lambda one, ema: {"model": one, "ema": ema | {"projectors.0.weight": np.zeros((3, 8), np.float32)}},
+        "the ema of a training checkpoint with the published names (left out: projectors)",
+    ),
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_averaged_weights_are_found_in_what_people_publish(tmp_path, name):
+    make, said = CONTAINERS[name]
+    ema, one = teacher(), {key: array + 1 for key, array in teacher().items()}
+    source = opened(write_pt(tmp_path / "DiT.pt", make(one, ema)), **HEADS)
+    assert said in source.what
+    assert_same(source.tensors, ema)
+
+
+@pytest.mark.oracle
+def test_an_average_of_another_name_is_asked_for(tmp_path):
+    path = write_pt(tmp_path / "DiT.pt", {"model": teacher(), "my_ema_weights": teacher()})
+    assert "'my_ema_weights', which may be an average of its weights" in refused(path, **HEADS)
+    assert "the model of" in opened(path, weights="model", **HEADS).what
+
+
+def test_shards_with_an_index_and_no_config(tmp_path):
+    tensors, folder = teacher(), tmp_path / "DiT-XL"
+    folder.mkdir()
+    names = list(tensors)
+    halves = {"a": names[: len(names) // 2], "b": names[len(names) // 2 :]}
+    files = {half: f"model-{number:05d}-of-00002.safetensors" for number, half in enumerate(halves, start=1)}
+    for half, file in files.items():
+        write(folder / file, {name: tensors[name] for name in halves[half]})
+    index = {"weight_map": {name: files[half] for half, inside in halves.items() for name in inside}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    source = opened(folder, **HEADS)
+    assert_same(source.tensors, tensors)
+    assert len(source.files) == 3
+
+
 @pytest.mark.oracle
 def test_a_training_checkpoint(tmp_path):
     ema, raw = teacher(), {name: array + 1 for name, array in teacher().items()}

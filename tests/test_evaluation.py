@@ -122,6 +122,13 @@ def test_features_are_the_penultimate_activations_whatever_the_batch(extractor, 
     assert extractor(images[:0]).shape == (0, 64)
 
 
+def test_of_a_single_class_turns_are_told_apart(digits):
+    images = digits[0][digits[1] == 4]
+    extractor = evaluation.train_feature_net(images, np.zeros(len(images), np.int32), 1, steps=300)
+    assert extractor.held_out_accuracy > 0.8  # a quarter by chance
+    assert extractor(images[:5]).shape == (5, 64)
+
+
 def test_ragged_batches_compile_once(extractor, digits, compilations):
     extractor(digits[0][:50], batch_size=23)
     compiled = compilations.count
@@ -172,7 +179,7 @@ LABELS = np.array([0, 1, 2, 3])
         (IMAGES, LABELS * 1.0, 4, 1, r"labels have shape \(4,\) and dtype float64"),
         (IMAGES, LABELS, 3, 1, "labels run from 0 to 3, but 3 classes want 0 to 2: correct num_classes"),
         (IMAGES, LABELS - 1, 4, 1, "labels run from -1 to 2, but 4 classes want 0 to 3"),
-        (IMAGES, LABELS, 1, 1, "num_classes is 1, but a classifier needs at least 2"),
+        (IMAGES, LABELS, 0, 1, "num_classes is 0, but there is at least 1"),
         (IMAGES, LABELS, 4, 0, "to train for 0 steps, but needs at least 1"),
     ],
 )

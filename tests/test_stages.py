@@ -239,6 +239,21 @@ def test_parts_are_joined_to_what_one_file_would_be(tmp_path):
     assert (tmp_path / "joined.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
+def test_samplers_take_parameters_as_numpy_arrays(teacher, student):
+    """Outside jit too: what is read from a file need not be put on a device first."""
+    noise, label = map(np.asarray, draw_noise_and_labels(sampling_key(1), np.arange(2), SHAPE, 10))
+    for model, params in (teacher, student):
+        host = jax.tree.map(np.asarray, params)
+        given = [(noise, label), (jnp.asarray(noise), jnp.asarray(label))]
+        made = [
+            sample_teacher(model, tree, *pair, make_solve(CONFIG)).x0
+            if (model, params) == tuple(teacher)
+            else sample_student(model, tree, *pair)
+            for tree, pair in zip((host, params), given, strict=True)
+        ]
+        np.testing.assert_array_equal(*made)
+
+
 def test_a_model_that_has_diverged_is_not_sampled(pipeline, tmp_path, monkeypatch):
     workdir = copy(pipeline, tmp_path, "teacher")
     monkeypatch.setattr(sample, "sample_teacher", lambda *args: Solution(*[jnp.full((24, 1, *SHAPE), jnp.nan)] * 2))

@@ -290,7 +290,15 @@ def test_a_teacher_that_gives_nothing_finite_gives_no_store(pipeline, tmp_path, 
     outcome = smoke("trajectories", workdir)
     assert outcome.status == 2 and "Traceback" not in outcome.err
     said = outcome.err.strip().splitlines()[-1]
-    assert "all 24 trajectories leave" in said and "train the teacher longer" in said
+    assert "the teacher's trajectories are NaN: it has diverged" in said
+    assert files(workdir / "trajectories") == ["config.json"]
+
+
+def test_a_teacher_whose_trajectories_all_leave_the_bounds_gives_no_store(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher")
+    outcome = smoke("trajectories", workdir, "trajectories.max_abs=1e-6")
+    said = outcome.err.strip().splitlines()[-1]
+    assert outcome.status == 2 and "all 24 trajectories leave" in said and "train the teacher longer" in said
     described = store.describe(workdir / "trajectories", 3)
     assert [index for shard in described for index in shard["dropped"]] == list(range(24))
     assert sum(shard["records"] for shard in described) == 0

@@ -119,7 +119,7 @@ def train_feature_net(
     Args:
         images: (N, height, width, channel) uint8, height and width at least 4; a memory map will do.
         labels: (N,) integers in [0, num_classes).
-        num_classes: number of classes, at least 2.
+        num_classes: number of classes; of a single one the images must be square, and are told apart by their turns.
         seed: of the initial weights, the held-out tenth, the order of the batches and their shifts.
         steps: optimiser steps (AdamW, cosine decay).
 
@@ -127,6 +127,9 @@ def train_feature_net(
         UserError: wrong dtype or shape, fewer than 2 images, labels out of range, or fewer than 1 step.
     """
     images, labels = _check_images(images), _check_labels(labels, len(images), num_classes)
+    if num_classes == 1:  # of a single class, the network learns to tell by how many quarters an image is turned
+        labels, num_classes = np.random.default_rng((seed, 1)).integers(0, 4, len(images), np.int32), 4
+        images = np.stack([np.rot90(image, turns) for image, turns in zip(images, labels, strict=True)])
     if steps < 1:
         raise UserError(f"The feature network was to train for {steps} steps, but needs at least 1: set steps=800.")
     rng = np.random.default_rng(seed)
@@ -236,8 +239,8 @@ def _check_labels(labels, num_images, num_classes):
             f"The labels have shape {labels.shape} and dtype {labels.dtype}, but {num_images} images want integers of "
             f"shape ({num_images},): hand over one class index an image."
         )
-    if num_classes < 2:
-        raise UserError(f"num_classes is {num_classes}, but a classifier needs at least 2: count the classes anew.")
+    if num_classes < 1:
+        raise UserError(f"num_classes is {num_classes}, but there is at least 1: count the classes anew.")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise UserError(
             f"The labels run from {labels.min()} to {labels.max()}, but {num_classes} classes want 0 to "

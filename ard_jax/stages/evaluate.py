@@ -14,6 +14,7 @@ to the teacher from the same noise, step by step; and of ARD students
 
 import dataclasses
 import functools
+import logging
 import pathlib
 from collections.abc import Callable, Collection
 from typing import Any
@@ -67,6 +68,8 @@ from ard_jax.workdir import (
     write_done,
 )
 
+log = logging.getLogger("ard_jax")
+
 # Real and generated images that precision and recall compare, at most: their cost is quadratic.
 NEIGHBOUR_LIMIT = 10_000
 REAL_LIMIT = 50_000
@@ -99,6 +102,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     same = all(teacher.config.data[key] == config.data[key] for key in ("source", "name", "split"))
     if vae is None and same:  # others may be compared with, but not by chance
         check_identity(teacher_folder(config, workdir), identify(config.data, real_images))
+    chosen = set(config.sample.labels)
+    if chosen and len(chosen) < config.data.num_classes:
+        log.warning(
+            "samples are of %d of %d classes, and the real images of all: what is far from them may just be missing.",
+            len(chosen),
+            config.data.num_classes,
+        )
     occupy(directory)
     real, labels = labels_and_images(real_images, limit=REAL_LIMIT)
     paired = Paired(config, teacher, students, make_decoder(vae, config, mesh), mesh)

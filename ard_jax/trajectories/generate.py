@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_solve
 from ard_jax.conditions import Conditions, draw_numbers
+from ard_jax.errors import UserError
 from ard_jax.models import Backbone
 from ard_jax.parallel import batch_shards, equal_batches, on_mesh, put_batch, run_batches
 from ard_jax.sampling import draw_noise, is_within_bounds, sample_teacher, take_points, trajectory_key
@@ -107,8 +108,17 @@ def features_of(config: ml_collections.ConfigDict) -> tfds.features.FeaturesDict
 def drop_out_of_bounds(
     batches: Iterator[tuple[dict[str, np.ndarray], np.ndarray]], dropped: list[int], bar: tqdm.tqdm
 ) -> Iterator[Record]:
-    """Yields the records that are within bounds, and notes the numbers of the others in `dropped`."""
+    """Yields the records that are within bounds, and notes the numbers of the others in `dropped`.
+
+    Raises:
+        UserError: all of a batch are NaN.
+    """
     for records, kept in batches:
+        if not kept.any() and all(np.isnan(row).any() for row in records["x0"].astype(np.float32)):
+            raise UserError(
+                "the teacher's trajectories are NaN: it has diverged, or its numbers are too large for model.dtype; "
+                "train it anew with a lower learning rate, or set model.dtype=float32."
+            )
         for row, good in enumerate(kept):
             record = {name: values[row] for name, values in records.items()}
             if good:
