@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -20,6 +21,8 @@ from jax.experimental import multihost_utils
 
 from ard_jax.errors import UserError, first_line
 from ard_jax.types import PyTree
+
+log = logging.getLogger("ard_jax")
 
 
 def local_path(path: str | os.PathLike) -> pathlib.Path:
@@ -56,18 +59,24 @@ def atomic_write(path: str | os.PathLike, write: Callable[[pathlib.Path], object
         temporary.chmod(0o644)  # mkstemp makes private files; results are meant to be read
         _sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        _sync_names(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _sync(path: pathlib.Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk: a crash of the machine may come at any time."""
+    """Waits until a file is on the disk: a crash of the machine may come at any time."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _sync_names(folder: pathlib.Path) -> None:
+    """The same of the names in a folder, where the file system knows how."""
+    with contextlib.suppress(OSError):
+        _sync(folder)
 
 
 @contextlib.contextmanager
@@ -93,6 +102,9 @@ def locked(path: pathlib.Path, wait: bool = False) -> Iterator[None]:
             raise UserError(
                 f"{path.parent} is in use by {owner}: wait until that has ended, or choose another --workdir."
             ) from None
+        except OSError as error:  # some file systems know no locks
+            log.warning("%s cannot be locked (%s), so two processes may meet there.", path.parent, first_line(error))
+            break
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # whoever had it has taken the file away meanwhile
@@ -115,11 +127,11 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         new.mkdir()
         yield new
         for path in new.rglob("*"):
-            _sync(path)
+            (_sync_names if path.is_dir() else _sync)(path)
         if folder.exists():
             os.replace(folder, pathlib.Path(temporary) / "old")
         os.replace(new, folder)
-        _sync(folder.parent)
+        _sync_names(folder.parent)
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:

