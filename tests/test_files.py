@@ -27,7 +27,7 @@ READ = {
     "teacher/done.json": "trajectories",
     "trajectories/manifest.json": "distill",
     "trajectories/1.0.0/features.json": "distill",
-    "distill/ard/config.json": "sample",
+    "distill/ard/config.json": "evaluate",
     "distill/ard/done.json": "sample",
     "sample/done.json": "evaluate",
     "evaluate/results.json": "report",
@@ -41,7 +41,7 @@ def test_a_damaged_file_is_named_in_a_sentence(pipeline, tmp_path, file, damage)
     text = (workdir / file).read_text()
     (workdir / file).write_text(DAMAGE[damage](text))
     overrides = ["student.name=another"] if READ[file] == "distill" else []
-    said = sentence(smoke(READ[file], workdir, *overrides), READ[file])
+    said = sentence(smoke(READ[file], workdir, *overrides), READ[file], last=True)
     assert (file.rpartition("/")[2] if "features" in file else str(workdir / file)) in said
 
 
