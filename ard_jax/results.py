@@ -9,8 +9,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
 
-import msgspec
-
 from ard_jax.errors import UserError
 from ard_jax.files import read_json
 
@@ -66,8 +64,8 @@ class Measured:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Self:
-        """Of what a file says of a model, as `Results.from_json`."""
-        return msgspec.convert(found, cls)
+        """Of what a file says of a model; a key that is no field is passed over."""
+        return cls(**{field.name: found.get(field.name) for field in dataclasses.fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if value is not None}
@@ -99,12 +97,11 @@ class Results:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Self:
-        """Of what a file says; one of an earlier version may lack keys, and a key that is no field is passed over.
-
-        Raises:
-            ValueError: a field is of another type.
-        """
-        return msgspec.convert({key: value for key, value in found.items() if value is not None}, cls)
+        """Of what a file says; one of an earlier version may lack keys."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        given = {name: found[name] for name in names if found.get(name) is not None}
+        models = {name: Measured.from_json(model) for name, model in given.pop("models", {}).items()}
+        return cls(models=models, **given)
 
     def to_json(self) -> dict[str, Any]:
         """What the file says, where a ratio that there is not is null."""
@@ -120,6 +117,11 @@ def read_results(workdir: pathlib.Path) -> Results:
         UserError: it wrote nothing there, or the file cannot be read.
     """
     path = workdir / "evaluate" / "results.json"
+    remedy = "run 'evaluate' again"
     if not path.exists():
-        raise UserError(f"{path} is missing: run 'evaluate' again.")
-    return Results.from_json(read_json(path, Results, "run 'evaluate' again"))
+        raise UserError(f"{path} is missing: {remedy}.")
+    found = read_json(path, dict[str, Any], remedy)
+    try:
+        return Results.from_json(found)
+    except (AttributeError, TypeError):
+        raise UserError(f"{path} is damaged: {remedy}.") from None

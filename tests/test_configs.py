@@ -14,12 +14,11 @@ from ard_jax.config import config_arguments
 from ard_jax.entries import entries_of
 from ard_jax.errors import UserError
 from ard_jax.methods import training_flops
-from ard_jax.models import count_parameters, init_from_teacher
+from ard_jax.models import count_parameters, init_from_teacher, network_shapes
 from ard_jax.objectives.ard import ard
 from ard_jax.parallel import make_mesh
 from ard_jax.stages.compare import quick_config
 from ard_jax.training.state import make_optimizer, make_step, start_state
-from ard_jax.workdir import teacher_shapes
 
 
 def get_config(name, argument=""):
@@ -86,7 +85,7 @@ def test_imagenet_trains_at_full_size_in_shapes():
     """The whole step of the paper's recipe is traced, without its memory: 683 million parameters, batch 64."""
     config = get_config("imagenet256")
     student, shape = make_student(config), example_shape(config)
-    params = jax.eval_shape(lambda p: init_from_teacher(p, student), teacher_shapes(make_teacher(config)))
+    params = jax.eval_shape(lambda p: init_from_teacher(p, student), network_shapes(make_teacher(config)))
     assert count_parameters(params) == 683_209_856 - 256 * 1152  # the position table is a constant here
     optimizer = make_optimizer(config.distill.optimizer, config.distill.steps)
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -112,7 +111,7 @@ def test_what_is_compiled_does_not_grow_with_depth():
         with config.unlocked():
             config.model.update(name="", depth=depth)
         student, shape = make_student(config), example_shape(config)
-        params = jax.eval_shape(lambda p: init_from_teacher(p, student), teacher_shapes(make_teacher(config)))
+        params = jax.eval_shape(lambda p: init_from_teacher(p, student), network_shapes(make_teacher(config)))
         optimizer = make_optimizer(config.distill.optimizer, config.distill.steps)
         mesh = make_mesh(devices=jax.devices()[:1])
         state = jax.eval_shape(functools.partial(start_state, optimizer=optimizer, seed=0), params)

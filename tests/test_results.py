@@ -32,5 +32,5 @@ def test_what_is_no_results_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "evaluate").mkdir()
         (tmp_path / "evaluate" / "results.json").write_text(text)
-    with pytest.raises(UserError, match="results.json is (missing|damaged .*): run 'evaluate' again"):
+    with pytest.raises(UserError, match="results.json is (missing|damaged.*): run 'evaluate' again"):
         read_results(tmp_path)

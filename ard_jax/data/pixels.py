@@ -58,13 +58,12 @@ def to_uint8(images: npt.ArrayLike) -> np.ndarray:
     """Images of any shape in [-1, 1] → uint8 grey levels 0 … 255, rounded; values outside are clipped.
 
     Raises:
-      UserError: a pixel is NaN or infinite, which no grey level stands for.
+      UserError: a pixel is NaN, which no grey level stands for.
     """
     levels = (np.asarray(images, np.float32) + 1) * 127.5
-    bad = (~np.isfinite(levels)).sum()
-    if bad:
+    if np.isnan(levels).any():
         raise UserError(
-            f"{bad} of {levels.size} pixels are NaN or infinite, but pictures need numbers: "
+            f"{np.isnan(levels).sum()} of {levels.size} pixels are NaN, but pictures need numbers: "
             "the model that made them has diverged, use an earlier checkpoint."
         )
     return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
