@@ -319,6 +319,11 @@ def parse_config(arguments: list[str], table: Flags = WORKDIR) -> tuple[Any, ...
         raise
     except flags.Error as error:
         raise UserError(f"the command line cannot be used: {_last_line(error)}.") from None
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the config file builds on {error.name}, which is not found from here: run in the folder that has it "
+            f"(configs/ lies in the repository), or let get_config start from default_config()."
+        ) from None
     except Exception as error:  # a config file is code, which may raise anything
         raise UserError(f"the config file cannot be used ({type(error).__name__}: {_last_line(error)}).") from None
     if rest:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pathlib
+import socket
 import sys
 import threading
 import time
@@ -50,7 +51,7 @@ def place_by_flags(coordinator: str | None, count: str | None, index: str | None
     """What the `FLAGS` say; None if none of them is there.
 
     Raises:
-        UserError: one of them is missing or cannot be used.
+        UserError: one of them is missing or cannot be used, or names a host that is not there.
     """
     if coordinator is count is index is None:
         return None
@@ -63,6 +64,14 @@ def place_by_flags(coordinator: str | None, count: str | None, index: str | None
             f"--process-id {index} of --num-processes {count} does not work: number the processes from 0 to one less "
             f"than there are."
         )
+    host, _, port = coordinator.rpartition(":")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError as error:
+        raise UserError(
+            f"--coordinator is {coordinator!r}, but no host of that name is found ({first_line(error)}): give the name "
+            f"or the address of process 0 as this machine knows it."
+        ) from None
     return ProcessPlace(int(index), int(count), coordinator)
 
 

@@ -171,6 +171,14 @@ def test_config_files_that_are_not_there(file, workdir):
     assert f"the config file {file.split(':')[0]!r} is not there: name one, such as configs/digits.py." in said
 
 
+def test_a_copied_config_that_builds_on_another_says_so(tmp_path):
+    (tmp_path / "mine.py").write_text("from configs_of_mine import base\n\n\ndef get_config():\n    return base\n")
+    said = refused("teacher", "--config", tmp_path / "mine.py", "--workdir", tmp_path / "run")
+    assert (
+        "the config file builds on configs_of_mine, which is not found from here: run in the folder that has it" in said
+    )
+
+
 @pytest.mark.parametrize(
     ("file", "argument", "said"),
     [

@@ -41,6 +41,11 @@ def test_flags_that_do_not_work(values, said):
         place_by_flags(*values)
 
 
+def test_a_host_that_is_not_there_is_said_at_once():
+    with pytest.raises(UserError, match="--coordinator is 'nohost.invalid:8476', but no host of that name is found"):
+        place_by_flags("nohost.invalid:8476", "2", "1")
+
+
 SRUN = {  # what a task of four sees
     "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_ID": "7",
     "SLURM_STEP_NODELIST": "node[1-4]", "SLURM_LOCALID": "0",

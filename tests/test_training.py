@@ -202,9 +202,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, at_step):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # some shells ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # some shells ignore it
     try:
         at_step(7, twice)
         with pytest.raises(KeyboardInterrupt):
