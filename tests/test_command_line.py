@@ -150,7 +150,7 @@ def test_a_flag_that_is_there_or_not():
     ("text", "said"),
     [
         ("def get_config(:", "the config file cannot be used (SyntaxError: "),
-        ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        ("import nothing_of_that_name", "builds on nothing_of_that_name, which is not found from here"),
         ("x = 1", "AttributeError: module 'config_config' has no attribute 'get_config'"),
         ("def get_config(): return 1 + ''", "TypeError: unsupported operand type"),
         ("def get_config(): return None", "the config file leaves settings out"),
