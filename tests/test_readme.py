@@ -120,7 +120,7 @@ def test_planning_as_written(tmp_path, monkeypatch):
     outcome = run("plan", *laptop)
     assert outcome.status == 0 and "chip-hours" in outcome.out, outcome.err
     config, topology, file, finetune = parse_config(pod, FLAGS["plan"])
-    assert config.model.name == "DiT-XL/2" and (topology, file, finetune) == ("v5e:4x4", "plan.json", False)
+    assert config.model.name == "DiT-XL/2" and (topology, str(file), finetune) == ("v5e:4x4", "plan.json", False)
     chip, shape = topology.split(":")
     assert shape in SHAPES[chip]
 

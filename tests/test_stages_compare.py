@@ -388,7 +388,11 @@ def test_other_samples_are_drawn_and_measured_anew_and_no_student_is_trained_aga
     before = read_json(workdir / "compare" / "compare.json")
     trained = {name: stamp for name, stamp in stamps(workdir).items() if "/distill/" in name}
     methods = {"ard": ARD}  # others that are there have fewer samples, which is no matter
-    outcome = compare(write_config(tmp_path, methods, "config.sample.count = 66"), workdir)
+    file = write_config(tmp_path, methods, "config.sample.count = 66")
+    said = sentence(compare(file, workdir), "compare")
+    assert "sample/teacher holds samples of other settings (sample.count 72 there, 66 here)" in said
+    (workdir / "seed0" / "sample").rename(tmp_path / "kept")  # as it says
+    outcome = compare(file, workdir)
     assert outcome.status == 0, outcome.err
     after = read_json(workdir / "compare" / "compare.json")
     assert (before["samples"], after["samples"]) == (72, 66)

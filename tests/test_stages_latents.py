@@ -1,5 +1,7 @@
 """A whole run in the latents of an autoencoder: images in at the front, images out at the end."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -57,6 +59,8 @@ def test_samples_are_decoded(latent_run, tmp_path):
     assert (workdir / "sample" / "ard" / "grid.png").is_file()
     # without the VAE the stage writes what the network made, which decodes to those images
     (workdir / "vae").rename(tmp_path / "vae")
+    assert "ard has been sampled already." in smoke("sample", workdir, *overrides).err
+    shutil.rmtree(workdir / "sample")
     try:
         outcome = smoke("sample", workdir, *overrides)
         with np.load(workdir / "sample" / "ard" / "samples.npz", allow_pickle=False) as file:

@@ -68,7 +68,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         there = vae_folder(config, workdir)
         log.warning("there is no VAE in %s, so latents are written: convert one, or set vae.dir, for images.", there)
     decoder = make_decoder(vae, config, mesh)
-    missing = [name for name in config.sample.models if not _is_finished(config, workdir, name)]
+    missing = [name for name in config.sample.models if not _is_finished(config, workdir, name, vae is not None)]
     loaded = {name: _load_sampler(config, workdir, name, mesh) for name in missing}
     for name, (sampler, params, facts) in loaded.items():
         watch, directory = Stopwatch(), workdir / "sample" / name
@@ -84,8 +84,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         shutil.rmtree(directory / "parts")
 
 
-def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> bool:
-    """Whether a model's samples are there, of its weights as they are now.
+def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, decodes: bool) -> bool:
+    """Whether a model's samples are there, of its weights as they are now; latents are none where there is a VAE now.
 
     Raises:
         UserError: they are, with other settings.
@@ -95,6 +95,8 @@ def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path, name:
     weights = require_done(folder, "teacher" if name == "teacher" else "distill")["sha256"]["ema"]
     directory = workdir / "sample" / name
     if made is None or made["ema_sha256"] != weights or not (directory / "samples.npz").exists():
+        return False
+    if decodes and "grid.png" not in made["sha256"]:
         return False
     _check_settings(directory, config)
     log.info("%s has been sampled already.", name)
