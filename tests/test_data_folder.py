@@ -227,6 +227,12 @@ def test_home_is_where_the_user_lives(pipeline, tmp_path, monkeypatch):
     assert "~nobody-of-that-name/run cannot be used" in said
 
 
+def test_home_is_where_a_library_s_user_lives_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(grey(9), tmp_path / "pictures" / "c" / "x.png")
+    assert len(source("~/pictures")) == 1
+
+
 def test_a_source_that_is_on_no_disk_is_refused():
     from ard_jax.convert.hub import fetch_source
 

@@ -36,7 +36,7 @@ class Folder:
     """
 
     def __init__(self, data: ConfigDict):
-        root = epath.Path(data.dir)
+        root = epath.Path(data.dir).expanduser()
         if not data.dir or not root.is_dir():
             raise UserError(f"data.dir is {data.dir!r}, but no such folder exists: name one with a sub-folder a class.")
         folders = _class_folders(root)
