@@ -132,7 +132,8 @@ check() {
   if [[ "$workdir" != gs://* ]]; then
     say "what the stage makes in $workdir lies on the workers' own disks and goes when they do: give gs://BUCKET/DIR."
   fi
-  stage=("${stage[0]}" --config "$config" --workdir "$workdir" "${stage[@]:1}")
+  # Workers may come minutes apart, as one boots anew or waits for a bucket; a setting of the user's comes after this one.
+  stage=("${stage[0]}" --config "$config" --workdir "$workdir" --config.run.join_timeout=1200 "${stage[@]:1}")
   if [[ -z "$runtime" ]]; then # https://cloud.google.com/tpu/docs/runtimes
     case "$type" in
       v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
@@ -348,6 +349,9 @@ begin() { # starts the stage, unless it runs already
     return 1
   fi
   installs=0
+  if [[ "${stage[*]}" == *gs://* ]]; then # before any worker starts: it takes minutes where a machine updates itself
+    remote all mount_buckets || return 1
+  fi
   remote all start "${stage[@]}" || return 1
   trouble=0
   say "started: ${stage[*]}"
@@ -525,6 +529,7 @@ rehearse() { # what `call` prints of a run in which each thing happens once, as 
       pack
       copy
       install
+      [[ "${stage[*]}" != *gs://* ]] || remote all mount_buckets
       remote all start "${stage[@]}"
       echo "# its log, and whether it has ended, until it has:"
       remote 0 follow 1 "$((10 * poll))"

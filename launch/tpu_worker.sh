@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The half of tpu_pod.sh that runs on a worker of the pod, which calls it there:
 #   tpu_worker.sh install                 makes code.new, the copy that has just arrived, the one that runs
+#   tpu_worker.sh mount_buckets           shows Cloud Storage's buckets as folders, unless it does already
 #   tpu_worker.sh start STAGE [FLAG …]    starts the stage in the background, unless one is running
 #   tpu_worker.sh state [STAGE FLAG …]    says in one line how it stands: idle, running, busy (with another command),
 #                                         exited STATUS, stopped (by hand) or lost (it ended and nothing says how)
@@ -39,9 +40,6 @@ install() {
 start() {
   mkdir -p "$run"
   local arguments=("${@//gs:\/\//$home/buckets/}")
-  if [[ "$*" == *gs://* ]]; then
-    mount_buckets
-  fi
   # Whoever holds the lock is the stage: it inherits it, and the kernel takes it back when the last of its processes is
   # gone, so that neither two that start at once nor a pid that a reboot has given to another can be mistaken.
   exec 9>"$run/lock"
@@ -55,6 +53,9 @@ start() {
   words "$@" >"$run/command.new"
   mv "$run/command.new" "$run/command"
   cd "$home/code"
+  # Process 0 listens where Cloud TPU's own firewall rule lets the others in; jax's port since 0.8.1 is not among them
+  # (https://github.com/jax-ml/jax/issues/35905).
+  export JAX_COORDINATOR_PORT=${JAX_COORDINATOR_PORT:-8476}
   # The stage outlives the ssh connection that starts it: in a session of its own, and until it has that, deaf to its end.
   trap '' HUP
   # shellcheck disable=SC2016 # for the inner shell to expand

@@ -13,6 +13,7 @@ from pipeline_fixtures import ROOT, SMOKE, STAGES, copy, files, key, run, senten
 from ard_jax import command_line
 from ard_jax.__main__ import STAGES as ALL_STAGES
 from ard_jax.__main__ import main
+from ard_jax.results import read_results
 
 IMAGENET = str(ROOT / "configs" / "imagenet256.py")
 
@@ -382,6 +383,21 @@ def test_samples_of_older_weights_are_not_evaluated(pipeline, tmp_path):
     said = sentence(outcome, "evaluate")
     assert f"the samples in {workdir / 'sample' / 'ard'} are of older weights: run 'sample' again." in said
     assert not (workdir / "evaluate").exists()
+
+
+def test_of_few_images_there_is_no_frechet_distance_and_everything_else(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path / "run", "teacher", "distill", "trajectories")
+    for stage in ("sample", "evaluate", "report"):
+        outcome = smoke(stage, workdir, "sample.count=16", "sample.models=('teacher', 'ard')")
+        assert outcome.status == 0, outcome.err
+        if stage == "evaluate":
+            assert "16 images are too few for a Fréchet distance, which wants 65: left out." in outcome.err
+    results = read_results(workdir)
+    for model in results.models.values():
+        assert model.fd is None and 0 <= model.precision <= 1
+    assert results.models["ard"].psnr is not None and results.degradation_ratio is None
+    page = (workdir / "report" / "index.html").read_text()
+    assert "no Fréchet distance, which 16 images are too few for" in page
 
 
 def test_a_workdir_that_is_a_file(tmp_path):

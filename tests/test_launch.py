@@ -19,6 +19,7 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 STUBS = ROOT / "tests" / "stubs"
 COMMAND = ("teacher", "--config", "configs/smoke.py:student=ard", "--workdir", "gs://bucket/run")
 CAPACITY = 'There is no more capacity in the zone "z"; you can try in another zone where Cloud TPU Nodes are offered'
+PATIENCE = "--config.run.join_timeout=1200"  # before the user's own settings, which win
 SAVED = "its state is saved: resume by running the same command"
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
@@ -148,7 +149,7 @@ class Pod:
 
     def states(self) -> list[str]:
         """What the workers say of the command."""
-        return [end(self.worker(worker, "state", *COMMAND)).out.strip() for worker in (0, 1)]
+        return [end(self.worker(worker, "state", *COMMAND, PATIENCE)).out.strip() for worker in (0, 1)]
 
     def worker(self, worker: int, *arguments: str) -> subprocess.Popen:
         """tpu_worker.sh as ssh would run it there."""
@@ -205,14 +206,16 @@ def test_from_nothing_to_done(pod):
     assert outcome.out == "worker 0, start 1: done\ndone: runs/x\n"  # worker 0's log, once, and nothing else
     assert last(outcome) == "tpu_pod: done."
     assert pod.order("create", "scp", "delete") == ["create", "scp"]
-    here = [f"--workdir={pod.code(0).parent}/buckets/bucket/run"]
-    assert pod.started(0)[0] == ["teacher", "--config", "configs/smoke.py:student=ard", "--workdir", here[0][10:]]
+    workdir = f"{pod.code(0).parent}/buckets/bucket/run"
+    started = ["teacher", "--config", "configs/smoke.py:student=ard", "--workdir", workdir, PATIENCE]
+    assert pod.started(0) == [started]
     assert len(pod.started(0)) == len(pod.started(1)) == 1
     assert "CREATING" in outcome.err and "READY" in outcome.err
     assert pod.states() == ["pod: exited 0"] * 2
     installed = (pod.cloud / "pip.1").read_text().splitlines()
     assert [line.split()[-1] for line in installed] == ["uv", "requirements.txt", "jax[tpu]"]
     mounted = (pod.cloud / "gcsfuse.1").read_text().split()
+    assert (pod.cloud / "port.0").read_text() == "8476\n"  # the one that Cloud TPU's firewall rule lets through
     assert mounted[-1] == str(pod.code(1).parent / "buckets") and "--rename-dir-limit=100000" in mounted
 
 
@@ -232,7 +235,7 @@ def test_arguments_arrive_as_they_were_given(pod):
     assert outcome.status == 0, outcome.err
     for worker in (0, 1):
         buckets = pod.code(worker).parent / "buckets"
-        arrived = pod.started(worker)[0][5:]
+        arrived = pod.started(worker)[0][6:]
         assert arrived == [*awkward[:-1], f"--config.trajectories.dir={buckets}/another-bucket/it's"]
 
 
@@ -257,6 +260,18 @@ def test_a_tpu_that_is_there_is_used(pod):
     pod.ready()
     assert pod.run(*COMMAND).status == 0
     assert pod.order("create", "delete") == []
+
+
+def test_buckets_are_mounted_on_all_workers_before_any_starts(pod):
+    """A machine that updates itself keeps its worker waiting for many minutes, and the others would give up on it."""
+    pod.ready()
+    assert pod.run(*COMMAND).status == 0
+    asked = [" ".join(call) for call in pod.calls("ssh")]
+    mounts = [number for number, words in enumerate(asked) if "mount_buckets" in words]
+    starts = [number for number, words in enumerate(asked) if "tpu_worker.sh start" in words]
+    assert len(mounts) == len(starts) == 1 and mounts[0] < starts[0]
+    assert pod.run("teacher", *COMMAND[1:3], "--workdir", "/nfs").status == 0
+    assert sum("mount_buckets" in " ".join(call) for call in pod.calls("ssh")) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- preemptions

@@ -259,6 +259,15 @@ def test_page_of_a_sweep(results, pictures):
     assert html.count("layer 1") == 6 and "over" not in Page(build_sweep(about, table, found, {}, None)).text
 
 
+def test_a_sweep_whose_images_were_too_few_for_a_distance(results):
+    teacher = {key: value for key, value in results["models"]["teacher"].items() if key != "fd"}
+    student_ = {key: value for key, value in student("x0", "causal", 20.0, 3.0).items() if key != "fd"}
+    entry = {"workdir": "x", "settings": {"student.steps": 2}, "over": 2, "teacher": teacher, "results": student_}
+    found = {"sweep": "a.py", "config": "b.py", "settings": {}, "entries": {"two": entry}}
+    page = Page(build_sweep("About.", (("Entry", "FD"), [["two", "–"]]), found, {}, "student.steps"))
+    assert page.row("two") == ["two", "–"] and "The entries have no Fréchet distances" in page.text["over"]
+
+
 def test_large_colour_pictures_are_reduced(results):
     rng = np.random.default_rng(0)
     points = rng.integers(0, 256, (10, STEPS, 256, 256, 3), dtype=np.uint8)

@@ -495,6 +495,14 @@ def test_the_page_ranks_models_and_shows_the_spread(comparison, pictures):
     assert len(alts) == 3 * (2 + 3) and alts[3] == "<b>One</b>, sample 1" and alts[-1] == "Step distillation, sample 3"
 
 
+def test_a_page_of_too_few_images_for_a_distance(comparison, pictures):
+    for row_ in comparison["rows"]:
+        for measured in (row_["mean"], row_["least"], row_["greatest"], *row_["by_seed"].values()):
+            measured["fd"] = None
+    page = Page(build_comparison("Digits", comparison, pictures))
+    assert page.row("ARD")[2] == "–" and "PSNR to the teacher" in page.text["steps"]
+
+
 def test_the_title_of_the_page_is_escaped(comparison, pictures):
     html = build_comparison('<b>&"x"</b>', comparison, pictures)
     assert "<h1>&lt;b&gt;&amp;&#34;x&#34;&lt;/b&gt;</h1>" in html and '<b>&"x"</b>' not in html

@@ -127,13 +127,16 @@ def _along(entries: Mapping[str, Mapping], over: str) -> list[Chart]:
     for entry in entries.values():
         rest = {key: value for key, value in entry["settings"].items() if key != over}
         label = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in rest.items()) or "students"
-        lines.setdefault(label, []).append((entry["over"], entry["results"]["fd"]))
+        if (fd := entry["results"].get("fd")) is not None:  # as of too few images
+            lines.setdefault(label, []).append((entry["over"], fd))
     colours = ("ard", "step", "other1", "other2", "other3")
     series = [
         Series(label, colours[index % len(colours)], *_columns(points))
         for index, (label, points) in enumerate(lines.items())
     ]
-    teachers = [(entry["over"], entry["teacher"]["fd"]) for entry in entries.values()]
+    teachers = [(entry["over"], entry["teacher"]["fd"]) for entry in entries.values() if "fd" in entry["teacher"]]
+    if not series or not teachers:
+        return []
     series.append(Series("teacher", "teacher", *_columns(teachers), dashed=True))
     name = "Fréchet distance"
     return pieces.charts({"over": (f"{name} along {over}", series)}, over, name, log=True, markers=True)

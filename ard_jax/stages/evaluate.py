@@ -2,8 +2,8 @@
 
 Reads `sample/` and the real images (of `data`, or of `encode` for models of latents) and writes, in `evaluate/`,
 `results.json`, `pictures.npz` and `edits.npz`: Fréchet distance, precision and recall in the features of a small
-classifier that is trained on the same data (so they compare models here, and with nothing else); each student's error
-to the teacher from the same noise, step by step; and of ARD students
+classifier that is trained on the same data (so they compare models here, and with nothing else; fewer than 65 images
+have no Fréchet distance); each student's error to the teacher from the same noise, step by step; and of ARD students
 - the exposure bias, the error of each step with the teacher's history against its own;
 - `given_psnr`, of the final image to the teacher's when the first 0, 1, …, S−1 points are the teacher's;
 - `attention_mass` (layer, query block, key block), how a block shares its attention out, on the student's own points;
@@ -31,6 +31,7 @@ from ard_jax.data import identify, image_source, labels_and_images, to_uint8
 from ard_jax.drawing import Decoder, make_decoder, open_images
 from ard_jax.errors import UserError
 from ard_jax.evaluation import (
+    NUM_FEATURES,
     FeatureExtractor,
     exposure_bias,
     feature_statistics,
@@ -83,7 +84,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         models: names of those to measure; () for all that have been sampled.
 
     Raises:
-        UserError: nothing has been sampled, the samples are latents, or there are too few images for statistics.
+        UserError: nothing has been sampled, the samples are latents, or there are too few images for neighbours.
     """
     watch, directory, mesh = Stopwatch(), workdir / "evaluate", local_mesh(config.mesh)
     vae = find_vae(config, workdir)
@@ -113,6 +114,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     real, labels = labels_and_images(real_images, limit=REAL_LIMIT)
     paired = Paired(config, teacher, students, make_decoder(vae, config, mesh), mesh)
     extractor = train_feature_net(real, labels, config.data.num_classes, steps=config.evaluate.feature_steps)
+    fewest = min(len(real), config.sample.count)
+    note = "" if fewest > NUM_FEATURES else f"; no Fréchet distance, which {fewest} images are too few for"
+    if note:
+        log.warning("%d images are too few for a Fréchet distance, which wants %d: left out.", fewest, NUM_FEATURES + 1)
     kept = ("ema_sha256", "steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
     measured = {
         name: Measured(
@@ -134,7 +139,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     ratios = _degradation_ratios(measured)
     results = Results(
         features=f"features of a small classifier trained on the same images "
-        f"(held-out accuracy {extractor.held_out_accuracy:.3f}); not comparable with ImageNet FID",
+        f"(held-out accuracy {extractor.held_out_accuracy:.3f}); not comparable with ImageNet FID{note}",
         real_images=len(real),
         samples=config.sample.count,
         paired=paired.count,
@@ -183,13 +188,14 @@ def _read_samples(
 def _distances(
     extractor: FeatureExtractor, real: np.ndarray, images: np.ndarray, config: ml_collections.ConfigDict
 ) -> dict[str, Any]:
-    """Fréchet distance to the real images, precision and recall."""
+    """Fréchet distance to the real images, unless there are too few of either, precision and recall."""
     real_features, features = extractor(real), extractor(images)
     count = min(len(real_features), len(features), NEIGHBOUR_LIMIT)
     spread = np.linspace(0, len(real_features) - 1, count).astype(int)  # a folder's images come class by class
     precision, recall = precision_recall(real_features[spread], features[:count], k=config.evaluate.neighbours)
+    enough = min(len(real_features), len(features)) > NUM_FEATURES
     return {
-        "fd": frechet_distance(feature_statistics(real_features), feature_statistics(features)),
+        "fd": frechet_distance(feature_statistics(real_features), feature_statistics(features)) if enough else None,
         "precision": precision,
         "recall": recall,
     }
