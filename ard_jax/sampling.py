@@ -18,8 +18,9 @@ from ard_jax.diffusion import (
     calls,
     few_step_process,
     find_solver,
-    guided_output,
     per_row,
+    prepare_condition,
+    prepared_output,
     solve,
 )
 from ard_jax.diffusion.solvers import Predict
@@ -36,9 +37,10 @@ def teacher_predictor(
 ) -> Predict:
     """A guided teacher as what a solver calls; its node may also be one a row, (batch,)."""
     times, alpha, sigma = (jnp.asarray(values) for values in grid)
+    prepared = prepare_condition(model, params, condition, guidance)
 
     def predict(x, node):
-        output = guided_output(model, params, x, times[node].astype(x.dtype), condition, guidance, process)
+        output = prepared_output(model, params, x, times[node].astype(x.dtype), prepared, guidance, process)
         return process.predict(output, x, *(per_row(values[node].astype(x.dtype), x) for values in (alpha, sigma)))
 
     return predict
@@ -201,6 +203,7 @@ def _run_steps(
 ) -> jax.Array:
     """The sampler's loop; `choose` makes the next point of the step, 1 … S, and its prediction."""
     params, noise, condition = jax.tree.map(jnp.asarray, (params, noise, condition))
+    condition = model.apply({"params": params}, condition, method="prepare")
     cache: PyTree = ()
     points, x = [], noise
     for step in range(1, model.steps + 1):

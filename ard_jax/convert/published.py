@@ -1,4 +1,4 @@
-"""Published PyTorch names (the DiT repository's, the ARD repository's) ↔ our parameter trees.
+"""Published PyTorch names (of the DiT, ARD and PixArt repositories) ↔ our parameter trees.
 
 PyTorch's Linear weights are (out, in), ours (in, out); its patch convolution is (D, C, p, p), ours a matrix over
 patches in the order (row, column, channel); our layers are stacked.
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from operator import getitem
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +19,76 @@ import numpy as np
 
 from ard_jax.convert.lazy import Stored, dtypes_of, shapes_of
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, Backbone, DiT, Network, network_shapes
-from ard_jax.models.layers import position_table
+from ard_jax.models import ARDStudent, Backbone, DiT, Network, PixArt, network_shapes
 from ard_jax.types import Params
 
-BLOCK_NAMES = {  # ours: published
+
+class Naming(NamedTuple):
+    """Of one kind of backbone, ours: published; what is said of a module holds for its kernel and its bias.
+
+    Attributes:
+        what: it is, in words.
+        arrays: outside blocks and heads, by the keys of a leaf.
+        modules: the same by the keys of a module.
+        block, final: modules of a block, and of a final layer.
+        tables: arrays of a block and of a final layer alike.
+        constants: published arrays that are no parameters of ours, and whether a state dict must have them.
+    """
+
+    what: str
+    arrays: Mapping[tuple[str, ...], str]
+    modules: Mapping[tuple[str, ...], str]
+    block: Mapping[str, str]
+    final: Mapping[str, str]
+    tables: Mapping[str, str]
+    constants: Mapping[str, bool]
+
+
+Modules = dict[tuple[str, ...], str]
+TIME_NAMES: Modules = {("time_embed", "mlp_in"): "t_embedder.mlp.0", ("time_embed", "mlp_out"): "t_embedder.mlp.2"}
+SIZE_AND_CAPTION_NAMES: Modules = {
+    (ours, layer): f"{theirs}.{number}"
+    for ours, theirs, numbers in (
+        ("caption_embed", "y_embedder.y_proj", ("fc1", "fc2")),
+        ("size_embed", "csize_embedder.mlp", ("0", "2")),
+        ("ratio_embed", "ar_embedder.mlp", ("0", "2")),
+    )
+    for layer, number in zip(("mlp_in", "mlp_out"), numbers, strict=True)
+}
+BLOCK_NAMES = {
     "modulation": "adaLN_modulation.1",
     "qkv": "attn.qkv",
     "attention_out": "attn.proj",
     "mlp_in": "mlp.fc1",
     "mlp_out": "mlp.fc2",
 }
+NULL_CAPTION = "y_embedder.y_embedding"  # PixArt's empty caption (token, channel), a buffer that is never trained
 # What tells the sizes, and how many axes each has.
 NEEDED = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2}
 FINAL_NAMES = {"modulation": "adaLN_modulation.1", "linear": "linear"}
+DIT = Naming(
+    what="DiT or ARD",
+    arrays={("label_embed", "embedding"): "y_embedder.embedding_table.weight"},
+    modules=TIME_NAMES,
+    block=BLOCK_NAMES,
+    final=FINAL_NAMES,
+    tables={},
+    constants={"pos_embed": True},
+)
+PIXART = Naming(
+    what="PixArt",
+    arrays={},
+    modules=TIME_NAMES | SIZE_AND_CAPTION_NAMES | {("modulation",): "t_block.1"},
+    block={ours: theirs for ours, theirs in BLOCK_NAMES.items() if ours != "modulation"}
+    | {"cross_query": "cross_attn.q_linear", "cross_kv": "cross_attn.kv_linear", "cross_out": "cross_attn.proj"},
+    final={"linear": "linear"},
+    tables={"scale_shift_table": "scale_shift_table"},
+    constants={"pos_embed": False, NULL_CAPTION: False},
+)
 
+NAMINGS: dict[type[Backbone], Naming] = {DiT: DIT, PixArt: PIXART}
+
+KINDS = {"kernel": "weight", "bias": "bias"}
 THREADS = 4
 STUDENT_FIELDS = ("mask", "heads", "block_times", "noise_time", "data_time")  # that no shape tells
 
@@ -61,7 +116,7 @@ def from_torch(
         UserError: names are missing or unexpected, shapes do not fit, or the position table is not the fixed one.
     """
     model = make_model(shapes_of(state_dict), num_heads=num_heads, history_layers=history_layers, **fields)
-    check_names(shapes_of(state_dict), expected_shapes(model))
+    check_published(shapes_of(state_dict), model)
     return model, _read_tree(state_dict, model)
 
 
@@ -80,7 +135,7 @@ def parameters(
     Raises:
         UserError: names are missing or unexpected, shapes do not fit, or the position table is not the fixed one.
     """
-    check_names(shapes_of(state_dict), expected_shapes(model), "the config describes")
+    check_published(shapes_of(state_dict), model, "the config describes")
     return _read_tree(state_dict, model, array)
 
 
@@ -101,8 +156,8 @@ def to_torch(model: Network, params: Params) -> dict[str, np.ndarray]:
             "clone the model with the side of its images, such as model.with_backbone(image_size=32)."
         )
     side = network.image_size // network.patch_size
-    table = position_table(side, side, network.hidden_size)[None]
-    state_dict = {"pos_embed": table.astype(params["label_embed"]["embedding"].dtype)}
+    table = network.positions(side, side)[None]
+    state_dict = {"pos_embed": table.astype(params["patch_embed"]["kernel"].dtype)}
     for keys, names in _places(model).items():
         leaf = functools.reduce(getitem, keys, params)
         slices = [leaf] if isinstance(names, str) else np.asarray(leaf)
@@ -164,20 +219,40 @@ def _highest(names: Iterable[str], pattern: str, none: int) -> int:
 
 def _places(model: Network) -> Places:
     """Where each of our leaves lies in a published state dict."""
-    found: Places = {
-        ("patch_embed", "kernel"): "x_embedder.proj.weight",
-        ("patch_embed", "bias"): "x_embedder.proj.bias",
-        ("label_embed", "embedding"): "y_embedder.embedding_table.weight",
-    }
-    for leaf, kind in (("kernel", "weight"), ("bias", "bias")):
-        for ours, theirs in (("mlp_in", "0"), ("mlp_out", "2")):
-            found["time_embed", ours, leaf] = f"t_embedder.mlp.{theirs}.{kind}"
-        for ours, theirs in BLOCK_NAMES.items():
-            found["blocks", ours, leaf] = [f"blocks.{layer}.{theirs}.{kind}" for layer in range(model.backbone.depth)]
-        for ours, theirs in FINAL_NAMES.items():
-            names = [f"{head}.{theirs}.{kind}" for head in _head_names(model)]
-            found["final_layer", ours, leaf] = names if model.stacked_heads else names[0]
+    naming, own = naming_of(model), network_shapes(model)
+    blocks = [f"blocks.{layer}" for layer in range(model.backbone.depth)]
+
+    def heads(name):
+        names = [f"{head}.{name}" for head in _head_names(model)]
+        return names if model.stacked_heads else names[0]
+
+    found: Places = {("patch_embed", leaf): f"x_embedder.proj.{kind}" for leaf, kind in KINDS.items()}
+    found |= naming.arrays
+    for leaf, kind in KINDS.items():
+        for keys, theirs in naming.modules.items():
+            if keys[0] in own:  # a network may be without, as all but one PixArt are without a size
+                found[*keys, leaf] = f"{theirs}.{kind}"
+        for ours, theirs in naming.block.items():
+            found["blocks", ours, leaf] = [f"{block}.{theirs}.{kind}" for block in blocks]
+        for ours, theirs in naming.final.items():
+            found["final_layer", ours, leaf] = heads(f"{theirs}.{kind}")
+    for ours, theirs in naming.tables.items():
+        found["blocks", ours] = [f"{block}.{theirs}" for block in blocks]
+        found["final_layer", ours] = heads(theirs)
     return found
+
+
+def naming_of(model: Network) -> Naming:
+    """The published names of a network's kind.
+
+    Raises:
+        UserError: nobody has published one.
+    """
+    kind = type(model.backbone)
+    if kind not in NAMINGS:
+        known = " and ".join(naming.__name__ for naming in NAMINGS)
+        raise UserError(f"a {kind.__name__} has no published names: only {known} have.")
+    return NAMINGS[kind]
 
 
 def _head_names(model: Network) -> list[str]:
@@ -204,7 +279,7 @@ def stored_parameters(state_dict: Mapping[str, np.ndarray], model: Network) -> P
     Raises:
         UserError: as `parameters`.
     """
-    check_names(shapes_of(state_dict), expected_shapes(model), "the config describes")
+    check_published(shapes_of(state_dict), model, "the config describes")
     return _stored_tree(state_dict, model)
 
 
@@ -219,7 +294,8 @@ def _read_tree(
 
 def _stored_tree(state_dict: Mapping[str, np.ndarray], model: Network) -> Params:
     """The parameters as `Stored`, once the names and shapes are known to be right."""
-    _check_position_table(np.asarray(state_dict["pos_embed"]), model)
+    if "pos_embed" in state_dict:
+        _check_position_table(np.asarray(state_dict["pos_embed"]), model)
     tree: dict[str, Any] = {}
     for keys, names in _places(model).items():
         branch = tree
@@ -266,7 +342,8 @@ def _fill(target: np.ndarray, array: np.ndarray, strip: int = 128) -> None:
 def expected_shapes(model: Network) -> dict[str, tuple[int, ...] | None]:
     """Published names and shapes of a model; None where any shape will do (the position table's length)."""
     ours: Any = network_shapes(model)
-    shapes: dict[str, tuple[int, ...] | None] = {"pos_embed": None}
+    constants = naming_of(model).constants
+    shapes: dict[str, tuple[int, ...] | None] = {name: None for name, needed in constants.items() if needed}
     for keys, names in _places(model).items():
         shape = functools.reduce(getitem, keys, ours).shape
         slices, shape = ([names], shape) if isinstance(names, str) else (names, shape[1:])
@@ -274,17 +351,27 @@ def expected_shapes(model: Network) -> dict[str, tuple[int, ...] | None]:
     return shapes
 
 
+def check_published(
+    found: Mapping[str, tuple[int, ...]], model: Network, described: str = "its shapes suggest"
+) -> None:
+    """Raises UserError unless these are the published names and shapes of a model."""
+    naming = naming_of(model)
+    names = f"the published {naming.what} names"
+    check_names(found, expected_shapes(model), described, names, optional=naming.constants)
+
+
 def check_names(
     found: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...] | None],
-    described: str = "its shapes suggest",
-    names: str = "the published DiT or ARD names",
+    described: str,
+    names: str,
+    optional: Iterable[str] = (),
 ) -> None:
-    """Raises UserError with the first few missing, unexpected and misshapen names."""
+    """Raises UserError with the first few missing, unexpected and misshapen names; `optional` ones are neither."""
     misshapen = [n for n, s in expected.items() if n in found and s is not None and found[n] != s]
     problems = {
         "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
+        "unexpected": [name for name in found if name not in expected and name not in optional],
         "of another shape": [f"{n} {found[n]} instead of {expected[n]}" for n in misshapen],
     }
     said = [
@@ -303,7 +390,7 @@ def _check_position_table(table: np.ndarray, model: Network) -> None:
     """Raises UserError unless it is the fixed table of the model's image size, in whichever precision it was kept."""
     network = model.backbone
     side = network.image_size // network.patch_size if network.image_size else math.isqrt(math.prod(table.shape[:-1]))
-    fixed = position_table(side, side, network.hidden_size)
+    fixed = network.positions(side, side)
     kept = [fixed.astype(dtype).astype(np.float32) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16)]
     given = np.asarray(table, np.float32)
     if table.shape != (1, *fixed.shape) or not any(np.allclose(given[0], known, rtol=0, atol=1e-6) for known in kept):

@@ -1,6 +1,6 @@
 """Processes, guidance and ODE solvers: pure functions."""
 
-from ard_jax.diffusion.guidance import Guidance, guided_output
+from ard_jax.diffusion.guidance import Guidance, guided_output, prepare_condition, prepared_output
 from ard_jax.diffusion.processes import FlowMatching, Grid, LinearVP, Prediction, Process, few_step_process, per_row
 from ard_jax.diffusion.solvers import SOLVERS, Solution, calls, find_solver, solve
 
@@ -18,5 +18,7 @@ __all__ = [
     "find_solver",
     "guided_output",
     "per_row",
+    "prepare_condition",
+    "prepared_output",
     "solve",
 ]

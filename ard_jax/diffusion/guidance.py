@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ard_jax.diffusion.processes import Process, per_row
 from ard_jax.errors import UserError
+from ard_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,27 @@ class Guidance:
         return (low <= time) & (time <= high)
 
 
+def prepare_condition(model, params, condition, guidance: Guidance) -> PyTree:
+    """What `prepared_output` takes of a condition: the work that is the same at all times is done.
+
+    Args:
+        model, params: a backbone and its parameters.
+        condition: leaves (batch, …), as the model takes it.
+        guidance: as configured.
+
+    Returns:
+        Leaves (batch, …), or where there is guidance (batch · 2, …), each example's condition beside the unconditional
+        one: so the two calls of an image stay on its device where the batch is split.
+    """
+    if guidance.scale != 1.0:
+        condition = jax.tree.map(_beside, condition, model.unconditional(condition))
+    return model.apply({"params": params}, condition, method="prepare")
+
+
+def _beside(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.stack([left, right], axis=1).reshape(-1, *left.shape[1:])
+
+
 def guided_output(model, params, x, time, condition, guidance: Guidance, process: Process) -> jax.Array:
     """The network's guided output, its variance half dropped.
 
@@ -53,19 +75,20 @@ def guided_output(model, params, x, time, condition, guidance: Guidance, process
     Returns:
         (batch, height, width, channel), in the type of `x`.
     """
+    prepared = prepare_condition(model, params, condition, guidance)
+    return prepared_output(model, params, x, time, prepared, guidance, process)
+
+
+def prepared_output(model, params, x, time, condition, guidance: Guidance, process: Process) -> jax.Array:
+    """`guided_output` of what `prepare_condition` made of the condition, for all the times of a solve."""
     channels = x.shape[-1]
     times = jnp.broadcast_to(jnp.asarray(time, x.dtype), x.shape[:1])
 
     def call(x, times, condition):
         return model.apply({"params": params}, x, times, condition)[..., :channels].astype(x.dtype)
 
-    def beside(left, right):
-        return jnp.stack([left, right], axis=1).reshape(-1, *left.shape[1:])
-
     def guided(acts=True):
-        # the two calls of an image lie side by side, so that they stay on its device where the batch is split
-        told = jax.tree.map(beside, condition, model.unconditional(condition))
-        both = call(jnp.repeat(x, 2, axis=0), jnp.repeat(times, 2), told).reshape(-1, 2, *x.shape[1:])
+        both = call(jnp.repeat(x, 2, axis=0), jnp.repeat(times, 2), condition).reshape(-1, 2, *x.shape[1:])
         conditional, unconditional = both[:, 0], both[:, 1]
         moved = unconditional + guidance.scale * (conditional - unconditional)
         kept = guidance.channels or channels
@@ -78,4 +101,8 @@ def guided_output(model, params, x, time, condition, guidance: Guidance, process
         return guided()
     if jnp.ndim(time):
         return guided(guidance.acts_at(times, process))
-    return jax.lax.cond(guidance.acts_at(time, process), guided, lambda: call(x, times, condition))
+
+    def conditional_alone():
+        return call(x, times, jax.tree.map(lambda leaf: leaf[::2], condition))
+
+    return jax.lax.cond(guidance.acts_at(time, process), guided, conditional_alone)

@@ -96,6 +96,36 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, backend: str = "xla") ->
     return splash_attention(q, k, v, everything, interpret=backend == "splash_interpreted")
 
 
+def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, backend: str = "xla") -> jax.Array:
+    """Every query meets the first `lengths` keys of its example, such as a caption's; no mask over all pairs is formed.
+
+    Args:
+        q: (row, query, heads, head width), an example's rows side by side.
+        k, v: (batch, key, heads, head width).
+        lengths: how many keys an example has, (batch,), 1 at least; those after them are padding.
+        backend: a name in `BACKENDS`.
+
+    Returns:
+        Of the shape of `q`.
+
+    Raises:
+        UserError: what `choose_backend` raises.
+    """
+    rows = q.reshape(len(k), -1, *q.shape[2:])
+    backend = choose_backend(backend, target_platform(), q.dtype, q.shape[1], q.shape[-1])
+    if backend == "xla":
+        output = xla_attention(rows, k, v, lengths)
+    elif backend == "cudnn":
+        output = jax.nn.dot_product_attention(
+            rows, k, v, key_value_seq_lengths=lengths.astype(jnp.int32), implementation="cudnn"
+        )
+    else:
+        from ard_jax.models.splash import splash_cross_attention
+
+        output = splash_cross_attention(rows, k, v, lengths, interpret=backend == "splash_interpreted")
+    return output.reshape(q.shape)
+
+
 def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: str, steps: int, backend: str = "xla") -> jax.Array:
     """Each block's queries meet the keys of just the blocks that it sees; no mask over S·T tokens is formed.
 
@@ -186,8 +216,8 @@ def cached_attention(
     return (output / total).astype(v.dtype).swapaxes(1, 2), own
 
 
-def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention, (rows, query or key, heads, head width).
+def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """Softmax attention, (rows, query or key, heads, head width); of a row's keys the first `lengths` count, (rows,).
 
     The softmax is at least float32, and float64 for float64 inputs, which `jax.nn.dot_product_attention` is not: the
     reference numbers are checked in float64.
@@ -197,5 +227,8 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     # heads before tokens: XLA's CPU backend is up to four times slower when a product's batch axes are apart
     q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
     logits = jnp.einsum("rhqd,rhkd->rhqk", q, k, preferred_element_type=at_least_float32)
+    if lengths is not None:
+        is_padding = jnp.arange(k.shape[2]) >= lengths[:, None]
+        logits = jnp.where(is_padding[:, None, None], -jnp.inf, logits)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("rhqk,rhkd->rhqd", weights, v).swapaxes(1, 2)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ard_jax.errors import UserError
 from ard_jax.keys import make_key
@@ -40,11 +41,14 @@ class Context(NamedTuple):
         examples: a pytree of each example's, leaves (batch, …), common to all its rows, which lie side by side; None
             where there is nothing of the kind.
         summary: time and condition as one vector, (row, width), which a discriminator compares tokens with.
+        layers: of each example, what each block reads of its own, leaves (batch, layer, …), such as the keys of a
+            caption; a block sees its layer's, leaves (batch, …).
     """
 
     rows: PyTree
     examples: PyTree = None
     summary: jax.Array | None = None
+    layers: PyTree = None
 
     def by_block(self, steps: int) -> "Context":
         """The same with rows (batch, block, …), where they are the examples' `steps` blocks."""
@@ -115,6 +119,10 @@ class Backbone(nn.Module):
         """(row, height, width, channel) → tokens (row, token, width) with their positions."""
         raise NotImplementedError
 
+    def positions(self, rows: int, columns: int) -> np.ndarray:
+        """The fixed positions of a grid of patches, (token, width) float32, which published weights come with."""
+        return layers.position_table(rows, columns, self.hidden_size)
+
     def context(self, times: jax.Array, condition: Condition) -> Context:
         """What blocks and heads read.
 
@@ -126,6 +134,14 @@ class Backbone(nn.Module):
             Of batch · block rows, an example's blocks side by side.
         """
         raise NotImplementedError
+
+    def prepare(self, condition: Condition) -> Condition:
+        """What is the same of a condition at all times, computed once: `context` takes it in the condition's place."""
+        return condition
+
+    def with_size(self, condition: Condition, height: int, width: int) -> Condition:
+        """The condition with what the network is told of its images' sides; nothing, for most."""
+        return condition
 
     # --------------------------------------------------------------------------------------- what all of them do
 
@@ -166,36 +182,39 @@ class Backbone(nn.Module):
         """
         if first == last:
             return x, memory
-        context = context._replace(summary=None)
+        own = jax.tree.map(lambda leaf: leaf[:, first:last], context.layers)
+        context = context._replace(summary=None, layers=None)
 
-        def body(block, x, context, memory):
+        def body(block, x, context, own, memory):
             x = constrain(x, "batch", None, None)
+            context = context._replace(layers=own)
             context = jax.tree.map(lambda leaf: constrain(leaf, "batch", *[None] * (leaf.ndim - 1)), context)
             x, memory = block(x, context, memory, attend)
             return x, x if every else memory
 
-        def pick(block, x, context, layer_and_memory):
+        def pick(block, x, context, own, layer_and_memory):
             layer, memory = layer_and_memory
             return nn.map_variables(body, "params", trans_in_fn=lambda stack: take_layers(stack, layer))(
-                block, x, context, memory
+                block, x, context, own, memory
             )
 
         length = last - first
         unroll = length if self.unroll else 1
         if not differentiable and length < self.depth:
-            run = nn.scan(pick, variable_broadcast="params", in_axes=(nn.broadcast, 0), length=length, unroll=unroll)
-            return run(self.blocks, x, context, (jnp.arange(first, last), memory))
+            axes = (nn.broadcast, 1, 0)
+            run = nn.scan(pick, variable_broadcast="params", in_axes=axes, length=length, unroll=unroll)
+            return run(self.blocks, x, context, own, (jnp.arange(first, last), memory))
         run = nn.scan(
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, 1, 0),
             length=length,
             unroll=unroll,
         )
         if length < self.depth:
             run = nn.map_variables(run, "params", trans_in_fn=lambda stack: take_layers(stack, slice(first, last)))
-        return run(self.blocks, x, context, memory)
+        return run(self.blocks, x, context, own, memory)
 
     def attend_within_rows(self) -> layers.Attend:
         """Every token sees the tokens of its own row: the teacher, and the student's per-block layers."""
@@ -219,6 +238,7 @@ class Backbone(nn.Module):
             UserError: what `__call__` raises.
         """
         chosen = chosen or tuple(range(self.depth))
+        condition = self.with_size(condition, *x.shape[1:3])
         context, last = self.context(t[:, None], condition), max(chosen) + 1
         _, tokens = self.run_blocks(self.embed(x), context, self.attend_within_rows(), 0, last, every=True)
         return (tokens if chosen == tuple(range(last)) else tokens[jnp.asarray(chosen)]), context.summary
@@ -245,7 +265,7 @@ class Backbone(nn.Module):
         Raises:
             UserError: the sides are no multiple of the patch size, or the channels are not the model's.
         """
-        context = self.context(t[:, None], condition)
+        context = self.context(t[:, None], self.with_size(condition, *x.shape[1:3]))
         h, _ = self.run_blocks(self.embed(x), context, self.attend_within_rows(), 0, self.depth)
         return self.to_image(self.head(h, context), x)
 

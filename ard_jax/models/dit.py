@@ -92,7 +92,7 @@ class DiT(Backbone):
         check_channels(images, self.channels)
         x = self.patch_embed(layers.patchify(images, self.patch_size))
         grid = images.shape[1] // self.patch_size, images.shape[2] // self.patch_size
-        return x + layers.position_table(*grid, self.hidden_size).astype(x.dtype)
+        return x + self.positions(*grid).astype(x.dtype)
 
     def context(self, times: jax.Array, condition: jax.Array) -> Context:
         """The sum of time and label embedding, and its SiLU, which modulates the tokens of a row."""

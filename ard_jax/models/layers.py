@@ -68,11 +68,14 @@ def unpatchify(tokens: jax.Array, patch_size: int, height: int, width: int) -> j
 
 
 @functools.cache
-def position_table(rows: int, columns: int, width: int) -> np.ndarray:
+def position_table(
+    rows: int, columns: int, width: int, base: int | None = None, interpolation: float = 1.0
+) -> np.ndarray:
     """Fixed 2-D sin-cos positions (DiT, models.py), float32 (rows · columns, width).
 
     The first half of the width encodes the column, the second half the row, each as [sin, cos]. Rounded to float32
-    because published checkpoints store it so.
+    because published checkpoints store it so. With a `base`, the positions of each side are those of a grid of that
+    many, over `interpolation` (PixArt, PixArtMS.py), in float32 as there.
     """
     frequencies = 10_000.0 ** -(np.arange(width // 4, dtype=np.float64) / (width / 4.0))
 
@@ -80,7 +83,12 @@ def position_table(rows: int, columns: int, width: int) -> np.ndarray:
         angles = positions.reshape(-1, 1) * frequencies
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
-    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    def positions(count):
+        if base is None:
+            return np.arange(count)
+        return np.arange(count, dtype=np.float32) / np.float32(count / base) / np.float32(interpolation)
+
+    row, column = np.meshgrid(positions(rows), positions(columns), indexing="ij")
     return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
 
 
@@ -119,7 +127,7 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 def layer_norm(x: jax.Array, dtype: Dtype | None, eps: float = 1e-6) -> jax.Array:
     """Layer norm without affine parameters; its statistics are at least float32 whatever `dtype` is."""
-    norm = nn.LayerNorm(use_bias=False, use_scale=False, epsilon=eps, dtype=dtype, use_fast_variance=False)
+    norm = nn.LayerNorm(use_bias=False, use_scale=False, epsilon=eps, dtype=dtype, use_fast_variance=False, parent=None)
     return norm.apply({}, x)  # type: ignore[return-value]  # Flax returns a pair only if `mutable`
 
 

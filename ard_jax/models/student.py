@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ard_jax.errors import UserError
 from ard_jax.models.attention import KeysAndValues, block_attention, block_mass, cached_attention
 from ard_jax.models.backbone import Backbone, Condition, Context, inputs_like, parameter_shapes, take_layers
-from ard_jax.models.layers import Attend, Dtype
+from ard_jax.models.layers import Attend
 from ard_jax.models.masks import MASKS, visible_blocks
 from ard_jax.models.partition import constrain
 from ard_jax.types import Params
@@ -90,10 +90,18 @@ class ARDStudent(nn.Module):
         """A copy with some of the backbone's fields changed."""
         return self.clone(backbone=self.backbone.clone(**fields))
 
-    def context(self, condition: Condition, dtype: Dtype, blocks: slice = slice(None)) -> Context:
-        """What the given blocks of every example read; condition leaves (batch, …) → batch · block rows."""
+    def prepare(self, condition: Condition) -> Condition:
+        """See `Backbone.prepare`."""
+        return self.backbone.prepare(condition)
+
+    def context(self, condition: Condition, images: jax.Array, blocks: slice = slice(None)) -> Context:
+        """What the given blocks of every example read; condition leaves (batch, …) → batch · block rows.
+
+        `images` (row, height, width, channel) say their sides and type.
+        """
+        condition = self.backbone.with_size(condition, *images.shape[1:3])
         times = (self.block_times or default_block_times(self.steps, self.noise_time, self.data_time))[blocks]
-        return self.backbone.context(jnp.asarray(times, jnp.promote_types(dtype, jnp.float32))[None], condition)
+        return self.backbone.context(jnp.asarray(times, jnp.promote_types(images.dtype, jnp.float32))[None], condition)
 
     def head(self, h: jax.Array, context: Context, block: int) -> jax.Array:
         """Head `block`: h (batch, token, width) and that block's context → tokens (batch, token, features)."""
@@ -162,8 +170,8 @@ class ARDStudent(nn.Module):
                 f"a student of {self.steps} steps was given {steps} points: its input is the noise and the "
                 f"{self.steps - 1} points after it."
             )
-        h = self.backbone.embed(points.reshape(batch * steps, *points.shape[2:]))
-        return h, self.context(condition, points.dtype)._replace(summary=None).by_block(steps)
+        images = points.reshape(batch * steps, *points.shape[2:])
+        return self.backbone.embed(images), self.context(condition, images)._replace(summary=None).by_block(steps)
 
     def attention_mass(self, points: jax.Array, condition: Condition) -> jax.Array:
         """How much of its attention each block pays to each block that it sees, layer by layer.
@@ -204,7 +212,7 @@ class ARDStudent(nn.Module):
 
         Args:
             point: the newest point (the noise at first), (batch, height, width, channel).
-            condition: of the examples, leaves (batch, …).
+            condition: of the examples, leaves (batch, …); a sampler hands over what `prepare` makes of it.
             cache: what the earlier steps returned, () at first: of each block the keys and values of all history
                 layers, which are a leading axis.
 
@@ -212,7 +220,7 @@ class ARDStudent(nn.Module):
             The prediction of the next point, and the cache with this block's keys and values in it.
         """
         block, history, backend = len(cache), self.layers_with_history, self.backbone.attention
-        context = self.context(condition, point.dtype, slice(block, block + 1))
+        context = self.context(condition, point, slice(block, block + 1))
         seen = tuple(cache[b] for b in visible_blocks(self.mask, block)[:-1]) if history else ()
 
         def attend(q, k, v, earlier):

@@ -20,7 +20,7 @@ from ard_jax.convert.families.folders import (
     read_description,
 )
 from ard_jax.convert.lazy import Tensors
-from ard_jax.convert.published import check_names, expected_shapes
+from ard_jax.convert.published import check_published
 from ard_jax.convert.tensors import open_tensors, to_float32, without_prefixes
 from ard_jax.errors import UserError, first_line
 
@@ -84,7 +84,7 @@ def _open_described(
     """A model whose config lies with it."""
     is_student = bool(config.sample.models[0] != "teacher")
     model = make_student(config) if is_student else make_teacher(config)
-    check_names(tensors.shapes, expected_shapes(model), "its config describes")
+    check_published(tensors.shapes, model, "its config describes")
     hints.check_agreement(
         path,
         num_heads=model.backbone.num_heads,

@@ -14,7 +14,7 @@ from ard_jax.convert import pickles
 from ard_jax.convert.families.base import STUDENT_HINTS, Hints, Source, config_of_model, first_known
 from ard_jax.convert.families.folders import PART, PIPELINE, part_files
 from ard_jax.convert.lazy import Tensors
-from ard_jax.convert.published import check_names, expected_shapes, make_model
+from ard_jax.convert.published import check_published, make_model
 from ard_jax.convert.tensors import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, open_tensors, to_float32, without_prefixes
 from ard_jax.errors import UserError
 from ard_jax.models import Network
@@ -55,7 +55,7 @@ def recognise(path: pathlib.Path, hints: Hints) -> Source | None:
         frequency_shift=hints.frequency_shift or 0.0,
     )
     model = model.with_backbone(num_heads=_find_heads(model, arguments, hints))
-    check_names(tensors.shapes, expected_shapes(model))
+    check_published(tensors.shapes, model)
     objective = _find_objective(path, model, arguments, hints)
     if model.is_student:
         model = model.clone(mask=hints.mask or "causal")
