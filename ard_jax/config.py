@@ -172,7 +172,7 @@ SETTINGS: dict[str, Any] = {
         "train_steps": Setting(1000, PROCESS, at_least(1)),
         "beta_start": Setting(1e-4, PROCESS, between(0, 1)),
         "beta_end": Setting(0.02, PROCESS, between(0, 1)),
-        # vp only: respaced timesteps; or "leading", "trailing", in diffusers' words
+        # vp only: respaced timesteps; or "leading", "trailing" in diffusers' words, "dpm" as its DPM-Solver has them
         "spacing": Setting("linspace", SOLVER),
         "time_scale": Setting(1000.0, PROCESS, above(0)),  # flow only: length of the network's time
         # flow only: network time 0 is noise and the velocity is x_0 − ε, as in SiT

@@ -216,8 +216,9 @@ def test_spacings_in_the_words_of_diffusers():
     """At 10 of 1000 timesteps, as arXiv 2305.08891, table 2, has them (counted from 0 here)."""
     assert list(LinearVP(spacing="leading").timestep_map(10)) == list(range(0, 1000, 100))
     assert list(LinearVP(spacing="trailing").timestep_map(10)) == list(range(99, 1000, 100))
+    assert list(LinearVP(spacing="dpm").timestep_map(5)) == [200, 400, 599, 799, 999]
     assert list(LinearVP().timestep_map(10)) == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
-    with pytest.raises(UserError, match="^spacing is 'log': choose one of linspace, leading, trailing."):
+    with pytest.raises(UserError, match="^spacing is 'log': choose one of linspace, leading, trailing, dpm."):
         LinearVP(spacing="log")
 
 

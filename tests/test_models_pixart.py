@@ -15,7 +15,7 @@ from ard_jax.convert import (
     pixart_to_diffusers,
     pixart_to_published,
 )
-from ard_jax.diffusion import Guidance
+from ard_jax.diffusion import Guidance, LinearVP
 from ard_jax.errors import UserError
 from ard_jax.models import (
     MASKS,
@@ -173,6 +173,50 @@ def test_float64_at_time_0(x64):
     x, caption = inputs(8, 12, np.float64)
     ours = model.apply({"params": params}, x, np.zeros(3), caption)
     assert relative_error(ours, run_oracle(transformer, x, np.zeros(3), caption)) < 1e-10
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("solver", ["dpm++2m", "ddim"])
+@pytest.mark.parametrize("pipeline", ["PixArtSigmaPipeline", "PixArtAlphaPipeline"])
+def test_pipelines(pipeline, solver):
+    """Whole runs of diffusers' pipelines from the same noise, under both conventions of the empty caption's mask."""
+    import diffusers
+    import torch
+
+    told_size = pipeline == "PixArtAlphaPipeline"
+    transformer = oracle(sample_size=128, use_additional_conditions=told_size, num_layers=2)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.mul_(0.5)  # twenty guided steps of the larger ones leave float32's range of sense
+    settings = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    if solver == "ddim":
+        scheduler = diffusers.DDIMScheduler(**settings, clip_sample=False, set_alpha_to_one=True, steps_offset=0)
+    else:
+        scheduler = diffusers.DPMSolverMultistepScheduler(**settings, final_sigmas_type="zero")
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)  # fmt: skip
+    pipe = getattr(diffusers, pipeline)(None, None, vae, transformer, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    noise, caption = inputs(6, 10)
+    spacing = {"ddim": "leading", "dpm++2m": "dpm"}[solver]
+    how = Solve(LinearVP(spacing=spacing), solver, 20, Guidance(4.5, 0))
+    found = {}
+    for null_mask in ("own", "caption"):
+        model, params = pixart_from_diffusers(weights(transformer), dict(transformer.config), null_mask=null_mask)
+        null = model.unconditional(caption)
+        told = [np.array(array) for array in (caption.tokens, caption.mask, null.tokens, null.mask)]
+        tokens, mask, null_tokens, null_mask_ = (torch.from_numpy(array) for array in told)
+        expected = pipe(
+            prompt=None, negative_prompt=None, prompt_embeds=tokens, prompt_attention_mask=mask,
+            negative_prompt_embeds=null_tokens, negative_prompt_attention_mask=null_mask_, guidance_scale=4.5,
+            num_inference_steps=20, height=48, width=80, use_resolution_binning=False, output_type="latent",
+            latents=torch.from_numpy(np.moveaxis(noise, -1, 1).copy()),
+        ).images.numpy()  # fmt: skip
+        solve = jax.jit(lambda params, model=model: sample_teacher(model, params, noise, caption, how).xt[:, -1])
+        found[null_mask] = solve(params)
+        # a random network's latents are some hundreds, so float32 is told by their size
+        assert relative_error(found[null_mask], np.moveaxis(expected, 1, -1)) < 2e-5
+    assert relative_error(found["own"], found["caption"]) > 1e-3
 
 
 @pytest.mark.oracle

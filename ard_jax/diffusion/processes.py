@@ -13,7 +13,7 @@ import numpy as np
 
 from ard_jax.errors import UserError
 
-SPACINGS = ("linspace", "leading", "trailing")
+SPACINGS = ("linspace", "leading", "trailing", "dpm")
 
 
 class Grid(NamedTuple):
@@ -53,7 +53,8 @@ class LinearVP:
         train_steps: number of timesteps, the network times being 0 … train_steps − 1.
         beta_start, beta_end: β of the first and the last.
         spacing: which timesteps a respaced solve keeps: "linspace" (DiT, respace.py: both ends), "leading" or
-            "trailing" (diffusers' words: whole strides from the data end, or from the noise end).
+            "trailing" (diffusers' words: whole strides from the data end, or from the noise end), or "dpm" (what
+            "linspace" is in diffusers' DPM-Solver: both ends and steps − 1 between them, without the data's).
     """
 
     train_steps: int = 1000
@@ -80,7 +81,8 @@ class LinearVP:
     def timestep_map(self, steps: int) -> np.ndarray:
         """The timesteps that respacing keeps, rising.
 
-        "linspace" keeps round(i · (T−1) / (steps−1)); "leading" i · ⌊T/steps⌋; "trailing" round((i+1) · T/steps) − 1.
+        "linspace" keeps round(i · (T−1) / (steps−1)); "leading" i · ⌊T/steps⌋; "trailing" round((i+1) · T/steps) − 1;
+        "dpm" round((i+1) · (T−1) / steps).
 
         Raises:
             UserError: not 1 ≤ steps ≤ train_steps.
@@ -94,6 +96,8 @@ class LinearVP:
             return np.arange(steps) * (self.train_steps // steps)
         if self.spacing == "trailing":
             return np.array([round((i + 1) * self.train_steps / steps) - 1 for i in range(steps)])
+        if self.spacing == "dpm":
+            return np.array([round((i + 1) * (self.train_steps - 1) / steps) for i in range(steps)])
         stride = (self.train_steps - 1) / max(steps - 1, 1)
         return np.array([round(i * stride) for i in range(steps)]) if steps > 1 else np.array([self.train_steps - 1])
 

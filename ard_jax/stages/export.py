@@ -286,7 +286,7 @@ def _differences(config: ConfigDict) -> list[str]:
     """Where `DiTPipeline` samples otherwise than this teacher's settings say; a sentence each."""
     diffusion, channels, classes = config.diffusion, config.data.channels, config.data.num_classes
     found = []
-    if diffusion.spacing == "linspace":
+    if diffusion.spacing in ("linspace", "dpm"):
         found.append(
             "diffusers' DDIM cannot walk the teacher's timesteps (spacing linspace), and takes others there (leading): "
             "images differ from those of ard_jax."
