@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import pytest
@@ -76,6 +77,15 @@ def finish(running: subprocess.Popen) -> Outcome:
     """Waits for a process."""
     out, err = running.communicate()
     return Outcome(running.returncode, out, err)
+
+
+def in_process(program: str, devices: int) -> Any:
+    """What a program prints as JSON, in a process that has so many devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def sentence(outcome: Outcome, stage: str, last: bool = False) -> str:

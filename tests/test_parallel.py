@@ -1,16 +1,12 @@
 """How arrays lie on several devices; in a process of its own, since a process has as many as it started with."""
 
 import dataclasses
-import json
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from pipeline_fixtures import ROOT
+from pipeline_fixtures import in_process
 
 from ard_jax.errors import UserError
 from ard_jax.parallel import AXES, make_mesh, sharding_of
@@ -96,14 +92,6 @@ for sizes, accumulate in MESHES:
     )
 print(json.dumps(found))
 """
-
-
-def in_process(program: str, devices: int):
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.mark.slow

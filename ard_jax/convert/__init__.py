@@ -8,6 +8,7 @@ from ard_jax.convert.pixart import (
     pixart_to_published,
 )
 from ard_jax.convert.published import from_torch, to_torch
+from ard_jax.convert.t5 import t5_from_transformers, t5_to_transformers
 from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "pixart_from_published",
     "pixart_to_diffusers",
     "pixart_to_published",
+    "t5_from_transformers",
+    "t5_to_transformers",
     "to_torch",
     "vae_from_diffusers",
     "vae_to_diffusers",

@@ -296,8 +296,13 @@ def _stored_tree(state_dict: Mapping[str, np.ndarray], model: Network) -> Params
     """The parameters as `Stored`, once the names and shapes are known to be right."""
     if "pos_embed" in state_dict:
         _check_position_table(np.asarray(state_dict["pos_embed"]), model)
+    return stored_tree(state_dict, _places(model))
+
+
+def stored_tree(state_dict: Mapping[str, np.ndarray], places: Places) -> dict[str, Any]:
+    """Our leaves as `Stored`, of arrays in PyTorch's layout: a "kernel" is turned, the others stand as they are."""
     tree: dict[str, Any] = {}
-    for keys, names in _places(model).items():
+    for keys, names in places.items():
         branch = tree
         for key in keys[:-1]:
             branch = branch.setdefault(key, {})

@@ -1,0 +1,13 @@
+"""Words into vectors: tokenisers, the cleaning of captions, and T5; `text_encoders` puts them behind one interface."""
+
+from ard_jax.text.cleaning import CLEANINGS, clean_caption
+from ard_jax.text.t5 import T5Encoder
+from ard_jax.text.tokenizers import Tokenizer, open_tokenizer
+
+__all__ = [
+    "CLEANINGS",
+    "T5Encoder",
+    "Tokenizer",
+    "clean_caption",
+    "open_tokenizer",
+]
