@@ -2,6 +2,7 @@
 
 Stages, in the order of a run:
     convert        turn weights that were trained elsewhere into a teacher, a student or a VAE
+    captions       encode captions with a text encoder, for networks that are told them
     encode         make latents of images, for a teacher of latents
     teacher        train the diffusion teacher on images
     trajectories   solve its ODE many times and store the trajectories
@@ -23,8 +24,8 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 STAGES = (
-    "convert", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "report", "compare",
-    "export", "plan",
+    "convert", "captions", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "report",
+    "compare", "export", "plan",
 )  # fmt: skip
 
 

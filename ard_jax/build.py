@@ -1,15 +1,15 @@
 """Networks, processes and samplers from a config."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ard_jax.conditions import Conditions, Labels
 from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, Process
 from ard_jax.errors import UserError, settings_of
-from ard_jax.models import ARDStudent, Backbone, DiT, Network, size_fields
+from ard_jax.models import ARDStudent, Backbone, DiT, Network, PixArt, pixart, size_fields
 from ard_jax.sampling import Rollout, Solve, student_rollout
 
 
@@ -38,23 +38,57 @@ def _make_dit(config: ml_collections.ConfigDict) -> DiT:
     )
 
 
-# A row a backbone: how `model.name` begins → the network that a config describes.
-BACKBONES: dict[str, Callable[[ml_collections.ConfigDict], Backbone]] = {"DiT": _make_dit}
+def _make_pixart(config: ml_collections.ConfigDict) -> PixArt:
+    model, data = config.model, config.data
+    keys: tuple[str, ...] = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "caption_width")
+    keys += ("interpolation", "size_conditioning")
+    given = {key: model[key] for key in keys} | {"image_size": data.image_size}
+    sizes = pixart.size_fields(model.name) if model.name != "PixArt" else given
+    same = ("learn_sigma", "null_mask", "remat", "attention")
+    return PixArt(
+        **{**sizes, "caption_length": config.captions.length},
+        **{key: model[key] for key in same},
+        channels=data.channels,
+        pixels=pixart.LATENT_SIDE if data.space == "latent" else 1,
+        dtype=compute_dtype(model.dtype),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of backbone.
+
+    Attributes:
+        make: the network that a config describes.
+        is_told_captions: whether its condition is a `Caption`; else it is a class.
+    """
+
+    make: Callable[[ml_collections.ConfigDict], Backbone]
+    is_told_captions: bool = False
+
+
+# By how `model.name` begins.
+BACKBONES = {"DiT": Family(_make_dit), "PixArt": Family(_make_pixart, is_told_captions=True)}
 
 
 def make_teacher(config: ml_collections.ConfigDict) -> Backbone:
-    """The teacher that `config.model` describes: without a name, a DiT of the sizes given.
+    """The teacher that `config.model` describes: without a name a DiT, by the name "PixArt" one, of the sizes given.
 
     Raises:
-        UserError: no backbone is called so, or what the network raises of its fields.
+        UserError: no backbone is called so, it is told captions where there are classes or the other way round, or
+            what the network raises of its fields.
     """
-    family = config.model.name.partition("-")[0] or "DiT"
-    if family not in BACKBONES:
+    name, classes = config.model.name.partition("-")[0] or "DiT", config.data.num_classes
+    if name not in BACKBONES:
         raise UserError(
             f"model.name is {config.model.name!r}, which is no network's: begin it with one of {', '.join(BACKBONES)}."
         )
+    family = BACKBONES[name]
+    if family.is_told_captions != (classes == 0):
+        told, remedy = ("captions", "0") if family.is_told_captions else ("a class", "their number")
+        raise UserError(f"data.num_classes is {classes}, but a {name} is told {told}: set it to {remedy}.")
     with settings_of("model"):
-        return BACKBONES[family](config)
+        return family.make(config)
 
 
 def make_student(config: ml_collections.ConfigDict) -> Network:
@@ -77,11 +111,6 @@ def make_student(config: ml_collections.ConfigDict) -> Network:
             noise_time=process.noise_time,
             data_time=process.data_time,
         )
-
-
-def make_conditions(config: ml_collections.ConfigDict, names: Sequence[str] = ()) -> Conditions:
-    """What there is to draw, and what a network is told of it; `names` of the classes where they are known."""
-    return Labels(config.data.num_classes, tuple(names))
 
 
 def make_rollout(config: ml_collections.ConfigDict, student: Network) -> Rollout:

@@ -9,14 +9,17 @@ from typing import Any
 
 import ml_collections
 
+from ard_jax.captions.store import open_captions
 from ard_jax.config import keys_that_change, plain
 from ard_jax.methods import finetuned_config
 from ard_jax.results import Measured, read_results
 from ard_jax.trajectories.store import read_manifest, store_hash
 from ard_jax.workdir import (
     SECTIONS,
+    captions_folder,
     check_same_config,
     config_differences,
+    inputs_of,
     read_config,
     read_done,
     recorded_config,
@@ -67,12 +70,19 @@ def _folder(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path
 def _inputs(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, str]:
     """Hashes of what such a stage reads, by the names that it records them under; UserError if one is not there."""
     if stage == "teacher":
-        return {}
+        return _captions(config, workdir)
     found = {"teacher": _weights(config, workdir, "teacher")}
     if stage == "finetune" or stage == "distill" and not config.distill.online:
         found["store"] = store_hash(read_manifest(store_folder(config, workdir)))
     start = _start_of(stage, config)
-    return found | ({"start": _weights(config, workdir, start)} if start else {})
+    return found | _captions(config, workdir) | ({"start": _weights(config, workdir, start)} if start else {})
+
+
+def _captions(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, str]:
+    """Hashes of the captions that networks are told, if they are."""
+    if config.data.num_classes:
+        return {}
+    return inputs_of(open_captions(captions_folder(config, workdir)))
 
 
 def _start_of(stage: str, config: ml_collections.ConfigDict) -> str:

@@ -17,7 +17,7 @@ from ard_jax.errors import UserError
 # ------------------------------------------------------------------------------------------------ what a row is made of
 
 CHANGES = (
-    "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate",  # what the stage makes
+    "captions", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate",  # what a stage makes
     "network",  # what a teacher's trained weights mean
     "store",  # what trajectories mean: whoever trains on them must have the same
     "request",  # what is asked for, such as the number of pictures: what is there stays good
@@ -86,7 +86,9 @@ STORED_TYPES = one_of("float16", "bfloat16", "float32")
 
 # What the settings change.
 NOTHING, REQUEST, STORE = (frozenset({name}) for name in ("nothing", "request", "store"))
-ENCODED, TEACHER, TRAJECTORIES = (frozenset({name}) for name in ("encode", "teacher", "trajectories"))
+CAPTIONS, ENCODED, TEACHER, TRAJECTORIES = (
+    frozenset({name}) for name in ("captions", "encode", "teacher", "trajectories")
+)
 DISTILLED, FINETUNED, RESULTS = (frozenset({name}) for name in ("distill", "finetune", "evaluate"))
 LATENTS = ENCODED | RESULTS
 SAMPLES = RESULTS | {"sample"}
@@ -123,19 +125,35 @@ def _averaged_optimizer(changes: frozenset[str]) -> dict[str, Setting]:
 SETTINGS: dict[str, Any] = {
     "seed": Setting(0, ENCODED | TRAINED, SEEDS),
     "data": {
-        "source": Setting("tfds", IMAGES),  # "digits", "tfds" or "folder"
+        "source": Setting("tfds", IMAGES),  # "digits", "tfds", "folder"; "imagefolder", "shapes"
         "name": Setting("", IMAGES),  # TFDS name
         "dir": Setting("", NOTHING),  # TFDS data_dir, or the folder of images; what lies there is told by data.json
         "split": Setting("train", IMAGES),
         "image_size": Setting(32, PROCESS, at_least(1)),  # side of the network's input: pixels, or latents
         "channels": Setting(4, PROCESS, at_least(1)),
-        "num_classes": Setting(1000, PROCESS, at_least(1)),
+        "num_classes": Setting(1000, PROCESS, at_least(0)),  # 0 for images with captions
+        "caption_key": Setting("text", IMAGES | CAPTIONS),  # of metadata.jsonl, or a feature of TFDS
         "space": Setting("latent", NETWORK | SAMPLES),  # or "pixel"
         "horizontal_flip": Setting(False, IMAGES),
     },
     "vae": {
         "dir": Setting("", SAMPLES),  # folder of an autoencoder in diffusers' format; "" for the workdir's vae/
         "batch_size": Setting(8, SAMPLES, at_least(1)),  # images a device decodes at a time
+    },
+    "captions": {  # encodes captions for networks that are told them
+        "dir": Setting("", NOTHING),  # a store made elsewhere: the `captions` folder of its workdir
+        # "data": of the images that `data` or `encode` names; "file": path; "tfds": path, name, split; or "prompts"
+        "source": Setting("data", CAPTIONS),
+        "path": Setting("", NOTHING),  # text file, .jsonl, or TFDS data_dir; what is in it is told by its captions
+        "name": Setting("", CAPTIONS),  # TFDS name
+        "split": Setting("train", CAPTIONS),
+        "prompts": Setting((), CAPTIONS),
+        "encoder": Setting("", NOTHING),  # folder of a pipeline or of a T5 v1.1, or "wordllama"; known by its hash
+        "length": Setting(300, CAPTIONS, at_least(2)),  # tokens of a caption at most
+        "cleaning": Setting("none", CAPTIONS),  # or "lower", "clean" as PixArt-α's
+        "dtype": Setting("bfloat16", CAPTIONS, STORED_TYPES),
+        "batch_size": Setting(64, CAPTIONS, at_least(1)),  # captions a device encodes at a time
+        "shard_size": Setting(512, CAPTIONS, at_least(1)),  # captions a file
     },
     "encode": {  # makes latents of images, which `data` then describes
         "source": Setting("folder", LATENTS),  # as in `data`, but of the images: "digits", "tfds" or "folder"
@@ -162,6 +180,12 @@ SETTINGS: dict[str, Any] = {
         # of the time's sinusoids: 0 as published, 1 in diffusers' DiT
         "frequency_shift": Setting(0.0, NETWORK, between(0, 127)),
         "mlp_norm_eps": Setting(1e-6, NETWORK, between(0, 1)),  # 1e-6 as published, 1e-5 in diffusers' DiT
+        # of a PixArt alone: channels of a caption's vectors; what positions are divided by; whether the network is told
+        # the images' size; and the mask of the empty caption, its "own" or that of the "caption" in whose place it is
+        "caption_width": Setting(4096, NETWORK, at_least(1)),
+        "interpolation": Setting(1.0, NETWORK, above(0)),
+        "size_conditioning": Setting(False, NETWORK),
+        "null_mask": Setting("own", NETWORK),
         "dtype": Setting("auto", TRAINED),  # compute type: bfloat16 on accelerators, float32 on CPU; or either by name
         "remat": Setting("none", NOTHING),  # or "dots", "full"
         # the device's fused kernel where it applies; or "xla", "cudnn", "splash"

@@ -72,6 +72,7 @@ def open_images(config: ml_collections.ConfigDict, model: AutoencoderKL) -> Sour
     images = config.encode.copy_and_resolve_references()
     with images.unlocked():
         images.update(channels=model.in_channels, num_classes=config.data.num_classes, space="pixel")
+        images.caption_key = config.data.caption_key
     try:
         return image_source(images)
     except UserError as error:

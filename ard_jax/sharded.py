@@ -52,7 +52,7 @@ class Shard(TypedDict):
     sha256: str
 
 
-def tensor(shape: tuple[int, ...], dtype: str) -> tfds.features.Tensor:
+def tensor(shape: tuple[int | None, ...], dtype: str) -> tfds.features.Tensor:
     """The feature of an array; without BYTES, TFDS writes ten times slower."""
     return tfds.features.Tensor(shape=shape, dtype=DTYPES[dtype], encoding=tfds.features.Encoding.BYTES)
 

@@ -130,8 +130,8 @@ def _open_wordllama(length: int, cleaning: str) -> TextEncoder:
     positions = np.asarray(sinusoids(jnp.arange(length, dtype=jnp.float32), width))
 
     def vectors(ids: np.ndarray, mask: np.ndarray) -> jax.Array:
-        own = table[ids] + positions[: ids.shape[1]]
-        return jnp.asarray(np.where(mask[..., None], own, 0.0))
+        own = table[np.asarray(ids)] + positions[: ids.shape[1]]
+        return jnp.asarray(np.where(np.asarray(mask)[..., None], own, 0.0))
 
     files = (table_path, token_path)
     return TextEncoder(

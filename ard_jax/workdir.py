@@ -5,6 +5,7 @@ trajectories/            config.json, the store (see trajectories/store.py), don
 distill/ard/             as teacher/; one folder a student, fine-tuned ones too
 distill/done.json        of every student that is finished
 vae/                     an autoencoder in diffusers' format
+captions/                as trajectories/, captions as a text encoder's vectors
 latents/                 as trajectories/
 sample/ard/              samples.npz, grid.png
 evaluate/, report/       results
@@ -22,6 +23,8 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ard_jax.build import make_process, make_student, make_teacher
+from ard_jax.captions.store import Captions, open_captions
+from ard_jax.conditions import Conditions, Labels
 from ard_jax.config import ROWS, default_config, flatten, keys_that_change, plain, sections_that_change
 from ard_jax.convert.vae import open_vae
 from ard_jax.data import Identity
@@ -36,7 +39,8 @@ log = logging.getLogger("ard_jax")
 
 # The keys on top of a config that what a stage makes depends on.
 SECTIONS = {
-    stage: sections_that_change(stage) for stage in ("encode", "teacher", "trajectories", "distill", "finetune")
+    stage: sections_that_change(stage)
+    for stage in ("captions", "encode", "teacher", "trajectories", "distill", "finetune")
 }
 
 # Settings that may differ between two starts of the same run: where things lie, how they are shown, and by which
@@ -254,6 +258,10 @@ def store_folder(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pa
     return pathlib.Path(config.trajectories.dir) if config.trajectories.dir else workdir / "trajectories"
 
 
+def captions_folder(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(config.captions.dir) if config.captions.dir else workdir / "captions"
+
+
 def vae_folder(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(config.vae.dir) if config.vae.dir else workdir / "vae"
 
@@ -268,6 +276,43 @@ def require_done(directory: pathlib.Path, stage: str) -> dict[str, Any]:
     if done is None:
         raise UserError(f"{directory} has no done.json: run the stage '{stage}' to its end first, with this config.")
     return done
+
+
+def load_conditions(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Conditions:
+    """What there is to draw, and what a network is told of it: classes, or the captions of a store.
+
+    Raises:
+        UserError: there is no store of captions, or it is of another width than the network's.
+    """
+    if config.data.num_classes:
+        return Labels(config.data.num_classes)
+    captions = open_captions(captions_folder(config, workdir))
+    width = make_teacher(config).condition_shapes.tokens.shape[-1]
+    if captions.width != width:
+        raise UserError(
+            f"the captions in {captions.directory} have {captions.width} channels, but the network reads {width}: "
+            f"set captions.encoder to the text encoder that it was trained with, and run 'captions' again."
+        )
+    return captions
+
+
+def inputs_of(conditions: Conditions) -> dict[str, str]:
+    """What a stage notes of the conditions that it depends on; nothing of classes, which the config says."""
+    if not isinstance(conditions, Captions):
+        return {}
+    return {"captions": conditions.sha256, "text_encoder": conditions.encoder_sha256}
+
+
+def check_text_encoder(config: ml_collections.ConfigDict, workdir: pathlib.Path, conditions: Conditions) -> None:
+    """Raises UserError if captions are of another text encoder than those that the teacher was trained with."""
+    ours = inputs_of(conditions).get("text_encoder")
+    path = teacher_folder(config, workdir) / "config.json"
+    theirs = read_config(path).get("inputs", {}).get("text_encoder") if ours and path.exists() else None
+    if ours and theirs and ours != theirs:
+        raise UserError(
+            f"the captions in {captions_folder(config, workdir)} were made by another text encoder (hash {ours[:12]}…) "
+            f"than the teacher's ({theirs[:12]}…): encode them with the same encoder, length and cleaning."
+        )
 
 
 Model = TypeVar("Model", bound=Network)

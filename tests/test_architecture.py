@@ -14,7 +14,7 @@ FLOORS = (
     ("models", "data", "hosts", "evaluation", "report"),
     ("diffusion", "text"),
     ("parallel", "sharded"),
-    ("sampling",),
+    ("sampling", "captions"),
     ("objectives",),
     ("training",),
     ("build",),

@@ -1,12 +1,14 @@
 """Labelled images, and the endless, resumable stream of batches that training reads.
 
 A *source*, `Source`, is random-access as Grain's are: `len(source)` records, `source[i]` a dict of arrays.
-`image_source` makes one from digits, TFDS or a folder; the trajectory store is another; `stream` batches any of them.
+`image_source` makes one from digits, TFDS or a folder, with classes or captions; the trajectory store is another;
+`stream` batches any of them.
 """
 
+from ard_jax.data.captioned import read_lines, read_text
 from ard_jax.data.memory import InMemory, Source, check_records, in_memory
 from ard_jax.data.pixels import MODES, as_shown, center_crop, to_uint8
-from ard_jax.data.sources import Identity, identify, image_source, labels_and_images
+from ard_jax.data.sources import Identity, captions_of, identify, image_source, labels_and_images, tfds_texts
 from ard_jax.data.stream import Joined, stream
 
 __all__ = [
@@ -16,12 +18,16 @@ __all__ = [
     "Joined",
     "Source",
     "as_shown",
+    "captions_of",
     "center_crop",
     "check_records",
     "identify",
     "image_source",
     "in_memory",
     "labels_and_images",
+    "read_lines",
+    "read_text",
     "stream",
+    "tfds_texts",
     "to_uint8",
 ]

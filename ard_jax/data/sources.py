@@ -1,4 +1,7 @@
-"""Labelled images: scikit-learn's digits, a prepared TFDS dataset, or a folder with one sub-folder a class."""
+"""Images with labels: scikit-learn's digits, a prepared TFDS dataset, a folder, or drawn shapes.
+
+A label is a class, or where there are no classes (`num_classes` is 0) the number of a caption.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -8,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ard_jax.data.captioned import ImageFolder, Shapes
 from ard_jax.data.folder import Folder
 from ard_jax.data.memory import InMemory, Record, Source, in_threads
 from ard_jax.data.pixels import MODES, decode, to_uint8
@@ -22,13 +26,16 @@ def image_source(data: ConfigDict) -> Source:
 
     Args:
       data: an object with the fields
-        source: "digits" (scikit-learn's, 1797 of 8×8×1), "tfds" or "folder".
+        source: "digits" (scikit-learn's, 1797 of 8×8×1), "tfds" or "folder"; with captions "imagefolder" (a folder with
+          a metadata.jsonl), "shapes" (96 drawn ones) or "tfds".
         name: a TFDS name such as "cifar10" or "name/config:1.0.0"; "" to open `dir` itself as a prepared dataset.
         dir: TFDS's data_dir ("" is TFDS's default), or the prepared dataset, or the folder with one sub-folder a class.
         split: "train", or for "tfds" any split expression such as "train[:90%]".
         image_size: height and width of the images (pixels) or latents (latent pixels) that come out.
         channels: their channels; 1 or 3 for pixels.
-        num_classes: labels lie in [0, num_classes).
+        num_classes: labels lie in [0, num_classes); 0 for captions, of which record i has number i, or the number
+          that is its label where there are no captions but labels, as in latents that `encode` made.
+        caption_key: what a caption is called in a line of metadata.jsonl, or among a TFDS dataset's features.
         space: "pixel" (feature "image": uint8, cropped and resized as ADM does, in [-1, 1]) or "latent" (TFDS only;
           feature "latent": float (H, W, C), used as it is).
 
@@ -39,9 +46,19 @@ def image_source(data: ConfigDict) -> Source:
       UserError: a field is wrong, the data are missing or of another shape or format. An image that cannot be
         read and a label out of range raise it when that record is read.
     """
-    makers: dict[str, Callable[[ConfigDict], Source]] = {"digits": _digits, "tfds": _tfds, "folder": Folder}
+    classed: dict[str, Callable[[ConfigDict], Source]] = {"digits": _digits, "tfds": _tfds, "folder": Folder}
+    captioned: dict[str, Callable[[ConfigDict], Source]] = {"imagefolder": ImageFolder, "shapes": Shapes, "tfds": _tfds}
+    makers = classed if data.num_classes else captioned
+    if data.source not in {**classed, **captioned}:
+        known = ", ".join({**classed, **captioned})
+        raise UserError(f"data.source is {data.source!r}, but it must be one of {known}.")
     if data.source not in makers:
-        raise UserError(f"data.source is {data.source!r}, but it must be one of {', '.join(makers)}.")
+        has, lacks = ("classes", "captions") if data.source in classed else ("captions", "classes")
+        raise UserError(
+            f"data.source is {data.source!r}, which has {has} and no {lacks}, but data.num_classes is "
+            f"{data.num_classes}: set it to {'0' if has == 'captions' else 'their number'}, or name one of "
+            f"{', '.join(makers)}."
+        )
     if data.space not in ("pixel", "latent"):
         raise UserError(f"data.space is {data.space!r}, but it must be pixel or latent.")
     if data.space == "latent" and data.source != "tfds":
@@ -86,20 +103,31 @@ def identify(data: ConfigDict, source: Source) -> Identity:
     """
     if isinstance(source, Folder):
         return {"classes": source.classes, "records": len(source), "sha256": source.sha256()}
+    if isinstance(source, ImageFolder):
+        return {"classes": None, "records": len(source), "sha256": source.sha256()}
+    if data.source == "shapes":
+        return {"classes": None, "records": len(source), "sha256": "drawn"}
     if data.source == "digits":
         return {"classes": [str(digit) for digit in range(10)], "records": len(source), "sha256": "scikit-learn"}
     info = _tfds_builder(data)[0].info
-    names = getattr(info.features["label"], "names", None)
+    names = getattr(info.features["label"], "names", None) if data.num_classes else None
     splits = sorted((name, split.num_examples, split.num_bytes) for name, split in info.splits.items())
     sha256 = hashlib.sha256(f"{info.full_name} {data.split} {splits}".encode()).hexdigest()
     return {"classes": list(names) if names else None, "records": len(source), "sha256": sha256}
 
 
 class _Tfds:
-    """A prepared TFDS dataset: `read(record, where)` makes the image, labels are checked here."""
+    """A prepared TFDS dataset: `read(record, where)` makes the image, labels are checked here.
+
+    `num_classes` is None if a record's own number is its label, and 0 if labels are numbers of captions.
+    """
 
     def __init__(
-        self, records: Sequence[dict[str, Any]], read: Callable[[dict, str], np.ndarray], num_classes: int, where: str
+        self,
+        records: Sequence[dict[str, Any]],
+        read: Callable[[dict, str], np.ndarray],
+        num_classes: int | None,
+        where: str,
     ):
         self._records, self._read, self._num_classes, self._where = records, read, num_classes, where
 
@@ -108,8 +136,10 @@ class _Tfds:
 
     def __getitem__(self, index: int) -> Record:
         record, where = self._records[index], f"record {index} of {self._where}"
+        if self._num_classes is None:
+            return {"image": self._read(record, where), "label": np.int32(index)}
         label = int(record["label"])
-        if not 0 <= label < self._num_classes:
+        if not 0 <= label < (self._num_classes or np.inf):
             raise UserError(
                 f"The label of {where} is {label}, but data.num_classes={self._num_classes} allows 0 to "
                 f"{self._num_classes - 1}: set data.num_classes to the number of classes in the data."
@@ -123,18 +153,20 @@ def _tfds(data: ConfigDict) -> _Tfds:
     builder, where = _tfds_builder(data)
     feature = "image" if data.space == "pixel" else "latent"
     features = dict(builder.info.features)
-    if missing := {feature, "label"} - features.keys():
+    has_captions = not data.num_classes and data.caption_key in features
+    if missing := {feature, data.caption_key if has_captions else "label"} - features.keys():
         raise UserError(
             f"data.space={data.space} needs the features {feature} and label, but {where} has "
             f"{', '.join(sorted(features))}: prepare it with {' and '.join(sorted(missing))}, or use another dataset."
         )
-    classes = getattr(features["label"], "num_classes", None)
-    if classes not in (None, data.num_classes):
+    num_classes = None if has_captions else data.num_classes
+    classes = getattr(features.get("label"), "num_classes", None)
+    if data.num_classes and classes not in (None, data.num_classes):
         raise UserError(f"data.num_classes is {data.num_classes}, but {where} has {classes}: set it to {classes}.")
     if data.space == "latent":
         _check_latents(features["latent"], data, where)
         records = _tfds_records(builder, data, where, decoders=None)
-        return _Tfds(records, lambda record, _: record["latent"].astype(np.float32), data.num_classes, where)
+        return _Tfds(records, lambda record, _: record["latent"].astype(np.float32), num_classes, where)
     if not isinstance(features["image"], tfds.features.Image) or features["image"].np_dtype != np.uint8:
         raise UserError(
             f"data.space=pixel needs a tfds.features.Image of uint8, but the feature image of {where} is "
@@ -147,9 +179,43 @@ def _tfds(data: ConfigDict) -> _Tfds:
     return _Tfds(
         records,
         lambda record, where: decode(lambda: record["image"], where, size, channels),
-        data.num_classes,
+        num_classes,
         where,
     )
+
+
+def captions_of(data: ConfigDict, source: Source) -> list[str]:
+    """The captions of captioned images, in the order of their numbers.
+
+    Args:
+      data: what `image_source` takes.
+      source: what it made of them.
+
+    Raises:
+      UserError: they have none.
+    """
+    if isinstance(source, ImageFolder | Shapes):
+        return source.captions
+    return tfds_texts(data)
+
+
+def tfds_texts(data: ConfigDict) -> list[str]:
+    """The texts of a prepared TFDS dataset under `data.caption_key`.
+
+    Raises:
+      UserError: there is no such dataset, or it has no such feature of text.
+    """
+    import tensorflow_datasets as tfds
+
+    builder, where = _tfds_builder(data)
+    if not isinstance(builder.info.features.get(data.caption_key), tfds.features.Text):
+        raise UserError(
+            f"{where} has no captions under {data.caption_key!r}, but {', '.join(sorted(builder.info.features))}: set "
+            f"data.caption_key to a feature that is text."
+        )
+    decoders = tfds.decode.PartialDecoding({data.caption_key: True})
+    records = _tfds_records(builder, data, where, decoders=decoders)
+    return [records[index][data.caption_key].decode() for index in range(len(records))]
 
 
 def _tfds_builder(data: ConfigDict) -> tuple["tfds.core.DatasetBuilder", str]:
@@ -182,7 +248,7 @@ def _tfds_builder(data: ConfigDict) -> tuple["tfds.core.DatasetBuilder", str]:
 
 
 def _tfds_records(
-    builder: "tfds.core.DatasetBuilder", data: ConfigDict, where: str, decoders: dict | None
+    builder: "tfds.core.DatasetBuilder", data: ConfigDict, where: str, decoders: Any
 ) -> Sequence[dict[str, Any]]:
     try:
         return builder.as_data_source(data.split, decoders=decoders)

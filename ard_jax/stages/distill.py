@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.build import make_conditions, make_student
+from ard_jax.build import make_student
 from ard_jax.conditions import draw_numbers
 from ard_jax.data import InMemory, Source
 from ard_jax.errors import UserError
@@ -23,7 +23,17 @@ from ard_jax.sampling import trajectory_key
 from ard_jax.training.fit import Task, fit
 from ard_jax.trajectories.store import open_store, store_hash
 from ard_jax.types import Params
-from ard_jax.workdir import Stopwatch, claim, load_student, load_teacher, merge_done, write_done
+from ard_jax.workdir import (
+    Stopwatch,
+    check_text_encoder,
+    claim,
+    inputs_of,
+    load_conditions,
+    load_student,
+    load_teacher,
+    merge_done,
+    write_done,
+)
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -33,11 +43,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         UserError: there is no teacher, the store does not fit the config, or the batch or the workdir do not fit.
     """
     watch, mesh = Stopwatch(), make_mesh(config.mesh)
-    settings, student, conditions = config.distill, make_student(config), make_conditions(config)
+    settings, student, conditions = config.distill, make_student(config), load_conditions(config, workdir)
+    check_text_encoder(config, workdir, conditions)
     directory = workdir / "distill" / config.student.name
     check_batch(settings, mesh, "distill")
     teacher, teacher_params, teacher_hash, _ = load_teacher(config, workdir, mesh)
-    inputs = {"teacher": teacher_hash, "store": ""}
+    inputs = {"teacher": teacher_hash, "store": "", **inputs_of(conditions)}
     params, start = init_from_teacher(teacher_params, student), None
     if settings.start:
         params, inputs["start"], start = _load_start(config, workdir, mesh)

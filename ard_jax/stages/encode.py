@@ -112,15 +112,20 @@ def _check(config: ml_collections.ConfigDict, model: AutoencoderKL, folder: path
 
 def _features_of(config: ml_collections.ConfigDict, names: list[str] | None) -> tfds.features.FeaturesDict:
     """The record: latent (H, W, C), label, index, and whether it is of the mirror image."""
-    classes = config.data.num_classes
+    label = tfds.features.ClassLabel(names=names) if names else _numbers(config.data.num_classes)
     return tfds.features.FeaturesDict(
         {
             "latent": tensor(example_shape(config), config.encode.dtype),
-            "label": tfds.features.ClassLabel(names=names) if names else tfds.features.ClassLabel(num_classes=classes),
+            "label": label,
             "index": tfds.features.Scalar(dtype=np.int64),
             "flipped": tfds.features.Scalar(dtype=np.bool_),
         }
     )
+
+
+def _numbers(classes: int) -> tfds.features.FeatureConnector:
+    """The feature of a class, or where there are none of a caption's number."""
+    return tfds.features.ClassLabel(num_classes=classes) if classes else tfds.features.Scalar(dtype=np.int64)
 
 
 def _make_encoder(model: AutoencoderKL, config: ml_collections.ConfigDict) -> Callable[[Params, Batch], jax.Array]:

@@ -24,8 +24,8 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_conditions, make_rollout, make_solve
-from ard_jax.conditions import draw_numbers
+from ard_jax.build import example_shape, make_rollout, make_solve
+from ard_jax.conditions import Conditions, draw_numbers
 from ard_jax.config import plain
 from ard_jax.data import identify, image_source, labels_and_images, to_uint8
 from ard_jax.drawing import Decoder, make_decoder, open_images
@@ -60,6 +60,7 @@ from ard_jax.workdir import (
     Stopwatch,
     check_identity,
     find_vae,
+    load_conditions,
     load_student,
     load_teacher,
     occupy,
@@ -103,17 +104,20 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     same = all(teacher.config.data[key] == config.data[key] for key in ("source", "name", "split"))
     if vae is None and same:  # others may be compared with, but not by chance
         check_identity(teacher_folder(config, workdir), identify(config.data, real_images))
-    chosen = set(config.sample.labels)
-    if chosen and len(chosen) < config.data.num_classes:
+    chosen, conditions = set(config.sample.labels), load_conditions(config, workdir)
+    if chosen and len(chosen) < len(conditions):
         log.warning(
-            "samples are of %d of %d classes, and the real images of all: what is far from them may just be missing.",
+            "samples are of %d of %d %s, and the real images of all: what is far from them may just be missing.",
             len(chosen),
-            config.data.num_classes,
+            len(conditions),
+            "classes" if config.data.num_classes else "captions",
         )
     occupy(directory)
     real, labels = labels_and_images(real_images, limit=REAL_LIMIT)
-    paired = Paired(config, teacher, students, make_decoder(vae, config, mesh), mesh)
-    extractor = train_feature_net(real, labels, config.data.num_classes, steps=config.evaluate.feature_steps)
+    paired = Paired(config, teacher, students, conditions, make_decoder(vae, config, mesh), mesh)
+    classes = config.data.num_classes or 1  # captions are no classes that a classifier could learn to tell apart
+    labels = labels if config.data.num_classes else np.zeros_like(labels)
+    extractor = train_feature_net(real, labels, classes, steps=config.evaluate.feature_steps)
     fewest = min(len(real), config.sample.count)
     note = "" if fewest > NUM_FEATURES else f"; no Fréchet distance, which {fewest} images are too few for"
     if note:
@@ -212,12 +216,13 @@ class Paired:
         config: ml_collections.ConfigDict,
         teacher: Loaded,
         students: dict[str, Loaded],
+        conditions: Conditions,
         decoder: Decoder | None,
         mesh: Mesh,
     ):
         model, params = teacher.model, teacher.params
         how, shape = make_solve(config), example_shape(config)
-        self.config, self.decoder, self.mesh, self.conditions = config, decoder, mesh, make_conditions(config)
+        self.config, self.decoder, self.mesh, self.conditions = config, decoder, mesh, conditions
         self.size = config.sample.batch_size * batch_shards(mesh)
         every = {*config.student.points}.union(*(student.config.student.points for student in students.values()))
         self.kept_points = tuple(sorted(every, reverse=True))
@@ -274,7 +279,7 @@ class Paired:
         first = {name: array[:count] for name, array in self.rows.items()}
         return {
             "noise": self.noise_pictures(first["noise"]),
-            "label": first["label"],
+            "label": self.shown_labels(first["label"]),
             "teacher": to_uint8(self.images(self.points(first["x0"], self.config))),
             "teacher_xt": to_uint8(self.images(self.points(first["xt"], self.config))),
         }
@@ -335,20 +340,26 @@ class Paired:
         return found
 
     def edit_sources(self, count: int) -> dict[str, np.ndarray]:
-        """The images that students edit, the teacher's last points, and the classes that they turn them into."""
+        """The images that students edit, the teacher's last points, and the conditions that they turn them into."""
         source, label = self.rows["x0"][:count, -1:], self.rows["label"][:count]
-        return {"source": to_uint8(self.images(source))[:, 0], "label": self.other_class(label)}
+        return {"source": to_uint8(self.images(source))[:, 0], "label": self.shown_labels(self.other_condition(label))}
 
-    def other_class(self, label: np.ndarray) -> np.ndarray:
-        """Half of the classes further on: always another one where there are several."""
-        classes = self.config.data.num_classes
-        return ((label + max(classes // 2, 1)) % classes).astype(label.dtype)
+    def shown_labels(self, label: np.ndarray) -> np.ndarray:
+        """What stands under pictures: a class's number, a caption's words."""
+        if self.config.data.num_classes:
+            return label
+        return np.array([self.conditions.words(int(number)) for number in label])
+
+    def other_condition(self, label: np.ndarray) -> np.ndarray:
+        """Half of the classes or captions further on: always another one where there are several."""
+        count = len(self.conditions)
+        return ((label + max(count // 2, 1)) % count).astype(label.dtype)
 
     def edits(self, student: Loaded, count: int) -> np.ndarray:
         """Pictures (image, S, height, width, channel): without the source, then with it after step 1, …, S−1."""
         model, params = student.model, student.params
         source = self.rows["x0"][:count, -1:]
-        condition = self.conditions.rows(self.other_class(self.rows["label"][:count]))
+        condition = self.conditions.rows(self.other_condition(self.rows["label"][:count]))
         # the noise of another row, since a real image's own is not known
         noise = np.roll(self.rows["noise"], 1, axis=0)[:count]
         roll = jax.jit(on_mesh(self.mesh)(functools.partial(sample_student_among, model)))

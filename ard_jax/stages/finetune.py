@@ -11,7 +11,6 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from ard_jax.build import make_conditions
 from ard_jax.data import Source, identify, image_source
 from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, finetuned_config, make_finetune_method
@@ -21,8 +20,11 @@ from ard_jax.trajectories.store import open_store, store_hash
 from ard_jax.workdir import (
     Stopwatch,
     check_same_config,
+    check_text_encoder,
     claim,
+    inputs_of,
     keep_identity,
+    load_conditions,
     load_student,
     load_teacher,
     merge_done,
@@ -51,13 +53,16 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     check_same_config(network_settings(before), network_settings(config), ("data", "model", "diffusion"), start)
     config = finetuned_config(config, before)
     source, manifest = open_store(config, workdir, teacher_hash)
+    conditions = load_conditions(config, workdir)
+    check_text_encoder(config, workdir, conditions)
     real = image_source(config.data)
     check_real(real, source, config)
     directory = workdir / "distill" / settings.name
-    claim(directory, config, "finetune", teacher=teacher_hash, start=start_hash, store=store_hash(manifest))
+    inputs = {"teacher": teacher_hash, "start": start_hash, "store": store_hash(manifest), **inputs_of(conditions)}
+    claim(directory, config, "finetune", **inputs)
     keep_identity(directory, identify(config.data, real))
     method = make_finetune_method(config, teacher, columns_of(manifest["points"], config))
-    task = Task({"trajectory": source, "real": real}, method, make_conditions(config), teacher_params)
+    task = Task({"trajectory": source, "real": real}, method, conditions, teacher_params)
     made = fit(task, params, config, settings, directory, mesh, watch)
     write_done(directory, **made, teacher=teacher_hash)
     if is_first():
@@ -81,7 +86,7 @@ def check_real(real: Source, trajectories: Source, config: ml_collections.Config
             f"the real data are {images.shape[1:]} and the store's trajectories {samples.shape[1:]} (height, width, "
             f"channel): {remedy}."
         )
-    if labels >= config.data.num_classes:
+    if labels >= (config.data.num_classes or np.inf):
         raise UserError(
             f"the store has the label {labels}, but data.num_classes is {config.data.num_classes}: {remedy}."
         )

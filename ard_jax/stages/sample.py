@@ -13,6 +13,7 @@ import logging
 import pathlib
 import shutil
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,9 +22,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_conditions, make_rollout, make_solve
+from ard_jax.build import example_shape, make_rollout, make_solve
 from ard_jax.completion import SAMPLED
-from ard_jax.conditions import draw_numbers
+from ard_jax.conditions import Conditions, draw_numbers
 from ard_jax.config import plain
 from ard_jax.data import to_uint8
 from ard_jax.drawing import Decoder, Sampler, make_decoder, make_drawing, rollout_macs, student_sampler
@@ -38,8 +39,10 @@ from ard_jax.sampling import network_calls, sample_teacher, sampling_key
 from ard_jax.types import Params
 from ard_jax.workdir import (
     Stopwatch,
+    check_text_encoder,
     config_differences,
     find_vae,
+    load_conditions,
     load_student,
     load_teacher,
     merge_done,
@@ -67,14 +70,16 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if config.data.space == "latent" and vae is None:
         there = vae_folder(config, workdir)
         log.warning("there is no VAE in %s, so latents are written: convert one, or set vae.dir, for images.", there)
-    decoder = make_decoder(vae, config, mesh)
+    decoder, conditions = make_decoder(vae, config, mesh), load_conditions(config, workdir)
+    check_text_encoder(config, workdir, conditions)
+    _check_labels(config.sample.labels, conditions)
     missing = [name for name in config.sample.models if not _is_finished(config, workdir, name, vae is not None)]
     loaded = {name: _load_sampler(config, workdir, name, mesh) for name in missing}
     for name, (sampler, params, facts) in loaded.items():
         watch, directory = Stopwatch(), workdir / "sample" / name
         occupy(directory)
         _begin(directory, config, facts["ema_sha256"])
-        _draw(sampler, params, decoder, config, mesh, directory / "parts")
+        _draw(sampler, params, conditions, decoder, config, mesh, directory / "parts")
         if not is_first():
             continue
         files, seconds_per_image = _join(directory, config.sample)
@@ -82,6 +87,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         made = {"sha256": hashes, "seconds": round(watch(), 2), "seconds_per_image": seconds_per_image, **facts}
         merge_done(workdir / "sample", {name: made})
         shutil.rmtree(directory / "parts")
+
+
+def _check_labels(labels: Sequence[int], conditions: Conditions) -> None:
+    """Raises UserError for a number that no condition has."""
+    outside = [label for label in labels if not 0 <= label < len(conditions)]
+    if outside:
+        raise UserError(f"sample.labels has {outside[0]!r}, but there are {len(conditions)}: count from 0.")
 
 
 def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, decodes: bool) -> bool:
@@ -157,6 +169,7 @@ def _load_sampler(
 def _draw(
     sampler: Sampler,
     params: Params,
+    conditions: Conditions,
     decoder: Decoder | None,
     config: ml_collections.ConfigDict,
     mesh: Mesh,
@@ -168,7 +181,7 @@ def _draw(
     that an image took once compiled.
     """
     settings, chosen = config.sample, np.asarray(config.sample.labels, np.int32)
-    drawn, conditions, key = make_drawing(sampler, config, mesh), make_conditions(config), sampling_key(settings.seed)
+    drawn, key = make_drawing(sampler, config, mesh), sampling_key(settings.seed)
 
     def sample(batch):
         images, *rest = drawn(params, batch)

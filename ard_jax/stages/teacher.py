@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_conditions, make_process, make_teacher
+from ard_jax.build import example_shape, make_process, make_teacher
 from ard_jax.data import check_records, identify, image_source
 from ard_jax.keys import make_key
 from ard_jax.models import Backbone
@@ -23,7 +23,7 @@ from ard_jax.objectives.denoising import denoising
 from ard_jax.parallel import check_batch, make_mesh, sharding_of
 from ard_jax.training.fit import Task, fit
 from ard_jax.types import Params
-from ard_jax.workdir import Stopwatch, claim, keep_identity, write_done
+from ard_jax.workdir import Stopwatch, claim, inputs_of, keep_identity, load_conditions, write_done
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = False) -> None:
@@ -38,14 +38,15 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = 
     source = image_source(data)
     if check:
         return check_records(source)
-    claim(directory, config, "teacher")
+    conditions = load_conditions(config, workdir)
+    claim(directory, config, "teacher", **inputs_of(conditions))
     keep_identity(directory, identify(data, source))
     model, shape = make_teacher(config), example_shape(config)
     params = init_parameters(model, shape, config.seed, mesh)
     objective = denoising(
         model, make_process(config), label_dropout=settings.label_dropout, horizontal_flip=data.horizontal_flip
     )
-    task = Task(source, Method(objective, flops=6 * teacher_macs(model, shape)), make_conditions(config))
+    task = Task(source, Method(objective, flops=6 * teacher_macs(model, shape)), conditions)
     write_done(directory, **fit(task, params, config, settings, directory, mesh, watch))
 
 

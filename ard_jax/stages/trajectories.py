@@ -12,7 +12,6 @@ import jax
 import ml_collections
 from jax.experimental import multihost_utils
 
-from ard_jax.build import make_conditions
 from ard_jax.config import plain
 from ard_jax.errors import UserError
 from ard_jax.files import read_json
@@ -21,7 +20,15 @@ from ard_jax.sharded import number_of_shards
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import features_of, make_store, manifest
 from ard_jax.trajectories.store import stored_settings
-from ard_jax.workdir import Stopwatch, claim, load_teacher, write_done
+from ard_jax.workdir import (
+    Stopwatch,
+    check_text_encoder,
+    claim,
+    inputs_of,
+    load_conditions,
+    load_teacher,
+    write_done,
+)
 
 log = logging.getLogger("ard_jax")
 
@@ -35,14 +42,16 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     watch, directory = Stopwatch(), workdir / "trajectories"
     mesh = local_mesh(config.mesh)
     model, params, teacher_hash, _ = load_teacher(config, workdir, mesh)
-    claim(directory, config, "trajectories", teacher=teacher_hash)
+    conditions = load_conditions(config, workdir)
+    check_text_encoder(config, workdir, conditions)
+    claim(directory, config, "trajectories", teacher=teacher_hash, **inputs_of(conditions))
     path = directory / "manifest.json"
     if is_first() and path.exists() and read_json(path, dict[str, Any]).get("tried") != config.trajectories.count:
         path.unlink()  # nobody shall read a store that grows
     make_store(
         model,
         params,
-        make_conditions(config),
+        conditions,
         config,
         directory,
         mesh,

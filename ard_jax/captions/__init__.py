@@ -1,0 +1,1 @@
+"""Captions: where their texts come from, and the store of their vectors."""

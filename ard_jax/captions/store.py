@@ -1,0 +1,142 @@
+"""The store of encoded captions: a TFDS dataset of ragged vectors, and the empty caption's beside it.
+
+Folder: as sharded.py says, and null.npz ("vectors": those of the empty caption, and last the one that pads it).
+Record i holds `vectors` (token, width), the caption's own alone, its `text` and its `index`.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from typing import Any, Required, TypedDict
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from ard_jax.errors import UserError, first_line
+from ard_jax.files import file_sha256, read_json, read_npz
+from ard_jax.sharded import SPLIT, Layout, Shard, data_folder, tensor
+from ard_jax.types import Caption
+
+LAYOUT = Layout("captions", "Captions as a text encoder's vectors, to train and sample a diffusion model with.")
+NULL = "null.npz"
+BUCKET = 16  # tokens: captions are padded to a multiple
+
+
+def record_features(width: int, dtype: str) -> tfds.features.FeaturesDict:
+    """The record: vectors (token, width), text and index."""
+    return tfds.features.FeaturesDict(
+        {
+            "vectors": tensor((None, width), dtype),
+            "text": tfds.features.Text(),
+            "index": tfds.features.Scalar(dtype=np.int64),
+        }
+    )
+
+
+class Manifest(TypedDict, total=False):
+    """What those who read a store ask of its manifest."""
+
+    shards: Required[list[Shard]]
+    encoder_sha256: Required[str]
+    encoder: Required[str]
+    width: Required[int]
+    longest: Required[int]
+    null_sha256: Required[str]
+
+
+def read_manifest(directory: pathlib.Path) -> Manifest:
+    """The manifest of a whole store.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = directory / "manifest.json"
+    if not path.exists():
+        raise UserError(
+            f"there are no encoded captions in {directory} (no manifest.json): run the stage 'captions' first, with "
+            f"the same config, or set captions.dir to where they are."
+        )
+    return read_json(path, Manifest, "run the stage 'captions' again")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Captions:
+    """A whole store as `conditions.Conditions`: numbers in, what a network is told out.
+
+    Attributes:
+        directory: of the store.
+        sha256: hash of all that it holds.
+        encoder_sha256: of the text encoder that made it.
+        width: channels of a vector.
+        length: tokens that captions are padded to.
+    """
+
+    directory: pathlib.Path
+    sha256: str
+    encoder_sha256: str
+    width: int
+    length: int
+    _records: Any
+    _null: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def rows(self, numbers: np.ndarray) -> Caption:
+        """Vectors (batch, token, width) in the store's type, their mask, and the empty caption's."""
+        records = self._read([int(number) for number in numbers])
+        tokens = np.zeros((len(records), self.length, self.width), self._null.dtype)
+        mask = np.zeros((len(records), self.length), bool)
+        for row, record in enumerate(records):
+            own = record["vectors"]
+            tokens[row, : len(own)], mask[row, : len(own)] = own, True
+        return Caption(tokens, mask, np.broadcast_to(self._null, (len(records), *self._null.shape)).copy())
+
+    def words(self, number: int) -> str:
+        """The caption's text."""
+        return self._read([int(number)])[0]["text"].decode()
+
+    def _read(self, numbers: list[int]) -> list[dict[str, Any]]:
+        try:
+            return [self._records[number] for number in numbers]
+        except RuntimeError as error:  # ArrayRecord's own checksums
+            raise UserError(
+                f"the captions in {self.directory} cannot be read ({first_line(error)}): run 'captions' again."
+            ) from error
+
+
+def open_captions(directory: pathlib.Path) -> Captions:
+    """Opens a store.
+
+    Raises:
+        UserError: there is none, it is not whole, or was altered.
+    """
+    manifest = read_manifest(directory)
+    again = "run the stage 'captions' again, which makes only what is missing"
+    for shard in manifest["shards"]:
+        path = data_folder(directory) / shard["file"]
+        if not path.exists() or path.stat().st_size != shard["bytes"]:
+            raise UserError(f"shard {path} is missing or not whole: {again}.")
+    if not (directory / NULL).exists() or file_sha256(directory / NULL) != manifest["null_sha256"]:
+        raise UserError(f"the empty caption, {directory / NULL}, is missing or was altered: {again}.")
+    try:
+        records = tfds.builder_from_directory(os.fspath(data_folder(directory))).as_data_source(SPLIT)
+    except Exception as error:  # what TFDS and protobuf raise of a file that is cut
+        raise UserError(f"TFDS cannot read the captions in {directory} ({first_line(error)}): {again}.") from error
+    dtype = records.dataset_info.features["vectors"].np_dtype
+    return Captions(
+        directory=directory,
+        sha256=store_hash(manifest),
+        encoder_sha256=manifest["encoder_sha256"],
+        width=manifest["width"],
+        length=-(-max(manifest["longest"], 2) // BUCKET) * BUCKET,
+        _records=records,
+        _null=read_npz(directory / NULL)["vectors"].astype(dtype),
+    )
+
+
+def store_hash(manifest: Manifest) -> str:
+    """One hash for all that a store holds."""
+    hashes = [*(shard["sha256"] for shard in manifest["shards"]), manifest["null_sha256"]]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
