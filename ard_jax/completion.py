@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from ard_jax.captions.conditions import inputs_of
 from ard_jax.captions.store import open_captions
 from ard_jax.config import keys_that_change, plain
 from ard_jax.methods import finetuned_config
@@ -19,7 +20,6 @@ from ard_jax.workdir import (
     captions_folder,
     check_same_config,
     config_differences,
-    inputs_of,
     read_config,
     read_done,
     recorded_config,

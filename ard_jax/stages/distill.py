@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ard_jax.build import make_student
+from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
 from ard_jax.conditions import draw_numbers
 from ard_jax.data import InMemory, Source
 from ard_jax.errors import UserError
@@ -25,10 +26,7 @@ from ard_jax.trajectories.store import open_store, store_hash
 from ard_jax.types import Params
 from ard_jax.workdir import (
     Stopwatch,
-    check_text_encoder,
     claim,
-    inputs_of,
-    load_conditions,
     load_student,
     load_teacher,
     merge_done,

@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_rollout, make_solve
+from ard_jax.captions.conditions import load_conditions
 from ard_jax.conditions import Conditions, draw_numbers
 from ard_jax.config import plain
 from ard_jax.data import identify, image_source, labels_and_images, to_uint8
@@ -60,7 +61,6 @@ from ard_jax.workdir import (
     Stopwatch,
     check_identity,
     find_vae,
-    load_conditions,
     load_student,
     load_teacher,
     occupy,

@@ -11,6 +11,7 @@ import pathlib
 import ml_collections
 import numpy as np
 
+from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
 from ard_jax.data import Source, identify, image_source
 from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, finetuned_config, make_finetune_method
@@ -20,11 +21,8 @@ from ard_jax.trajectories.store import open_store, store_hash
 from ard_jax.workdir import (
     Stopwatch,
     check_same_config,
-    check_text_encoder,
     claim,
-    inputs_of,
     keep_identity,
-    load_conditions,
     load_student,
     load_teacher,
     merge_done,

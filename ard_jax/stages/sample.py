@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_rollout, make_solve
+from ard_jax.captions.conditions import check_text_encoder, load_conditions
 from ard_jax.completion import SAMPLED
 from ard_jax.conditions import Conditions, draw_numbers
 from ard_jax.config import plain
@@ -39,10 +40,8 @@ from ard_jax.sampling import network_calls, sample_teacher, sampling_key
 from ard_jax.types import Params
 from ard_jax.workdir import (
     Stopwatch,
-    check_text_encoder,
     config_differences,
     find_vae,
-    load_conditions,
     load_student,
     load_teacher,
     merge_done,

@@ -13,6 +13,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_process, make_teacher
+from ard_jax.captions.conditions import inputs_of, load_conditions
 from ard_jax.data import check_records, identify, image_source
 from ard_jax.keys import make_key
 from ard_jax.models import Backbone
@@ -23,7 +24,7 @@ from ard_jax.objectives.denoising import denoising
 from ard_jax.parallel import check_batch, make_mesh, sharding_of
 from ard_jax.training.fit import Task, fit
 from ard_jax.types import Params
-from ard_jax.workdir import Stopwatch, claim, inputs_of, keep_identity, load_conditions, write_done
+from ard_jax.workdir import Stopwatch, claim, keep_identity, write_done
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = False) -> None:

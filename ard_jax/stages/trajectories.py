@@ -12,6 +12,7 @@ import jax
 import ml_collections
 from jax.experimental import multihost_utils
 
+from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
 from ard_jax.config import plain
 from ard_jax.errors import UserError
 from ard_jax.files import read_json
@@ -22,10 +23,7 @@ from ard_jax.trajectories.generate import features_of, make_store, manifest
 from ard_jax.trajectories.store import stored_settings
 from ard_jax.workdir import (
     Stopwatch,
-    check_text_encoder,
     claim,
-    inputs_of,
-    load_conditions,
     load_teacher,
     write_done,
 )
