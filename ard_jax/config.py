@@ -132,7 +132,7 @@ SETTINGS: dict[str, Any] = {
         "image_size": Setting(32, PROCESS, at_least(1)),  # side of the network's input: pixels, or latents
         "channels": Setting(4, PROCESS, at_least(1)),
         "num_classes": Setting(1000, PROCESS, at_least(0)),  # 0 for images with captions
-        "caption_key": Setting("text", IMAGES | CAPTIONS),  # of metadata.jsonl, or a feature of TFDS
+        "caption_key": Setting("text", IMAGES),  # of metadata.jsonl, or a feature of TFDS
         "space": Setting("latent", NETWORK | SAMPLES),  # or "pixel"
         "horizontal_flip": Setting(False, IMAGES),
     },

@@ -68,9 +68,12 @@ class TextEncoder:
         vectors = np.asarray(self.vectors(padded, mask)).astype(np.float32)
         return [row[: len(own)] for row, own in zip(vectors, ids, strict=True)]
 
-    def null(self) -> np.ndarray:
-        """The empty text's own vectors, and last the one that pads it, (vector, width) float32; see `types.Caption`."""
-        (ids,), _ = self.tokenize([""])
+    def null(self, text: str = "") -> np.ndarray:
+        """The empty text's own vectors, and last the one that pads it, (vector, width) float32; see `types.Caption`.
+
+        Or those of another text, from which guidance then moves away.
+        """
+        (ids,), _ = self.tokenize([text])
         padded, mask = pad_tokens([ids], self.length, spare=1)
         return np.asarray(self.vectors(padded, mask))[0, : len(ids) + 1].astype(np.float32)
 

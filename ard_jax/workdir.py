@@ -337,7 +337,7 @@ def network_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What a config says by `NETWORK`, by section: of the model that its name stands for and of the process it has."""
     process = {"process": config.diffusion.process, **dataclasses.asdict(make_process(config))}
     teacher = make_teacher(config)
-    model = {key: getattr(teacher, key, value) for key, value in config.model.items() if key != "name"}
+    model = {key: getattr(teacher, key) for key in config.model if key != "name" and hasattr(teacher, key)}
     every = {"data": config.data, "model": model, "diffusion": process}
     return {
         section: {key: value for key, value in values.items() if f"{section}.{key}" in NETWORK}

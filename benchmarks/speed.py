@@ -38,13 +38,13 @@ import numpy as np
 from ard_jax.build import (
     compute_dtype,
     example_shape,
-    make_conditions,
     make_solve,
     make_student,
     make_teacher,
 )
 from ard_jax.chips import measured_matmul_rate
 from ard_jax.command_line import parse_flags, set_up_logging
+from ard_jax.conditions import Labels
 from ard_jax.config import default_config
 from ard_jax.data import stream
 from ard_jax.errors import UserError
@@ -253,7 +253,7 @@ def trajectories(config: ml_collections.ConfigDict, batch: int, seconds: float) 
     dtype = compute_dtype(config.model.dtype)
     with tempfile.TemporaryDirectory() as folder:
         rates = [measured_matmul_rate(dtype)]
-        make_store(teacher, params, make_conditions(config), config, pathlib.Path(folder), make_mesh())
+        make_store(teacher, params, Labels(config.data.num_classes), config, pathlib.Path(folder), make_mesh())
         rates.append(measured_matmul_rate(dtype))
         paths = [store.LAYOUT.shard_path(pathlib.Path(folder), shard, shards) for shard in range(shards)]
         finished = np.array([path.stat().st_mtime for path in paths])
@@ -316,7 +316,7 @@ def loop(config: ml_collections.ConfigDict, batch: int, seconds: float) -> str:
         directory = pathlib.Path(folder) / "run"
         directory.mkdir()
         fit(
-            Task(source, method, make_conditions(config)),
+            Task(source, method, Labels(config.data.num_classes)),
             params,
             config,
             config.distill,

@@ -27,10 +27,11 @@ from ard_jax.errors import UserError
 from ard_jax.trajectories.store import stored_settings
 
 POSITIVE = {
-    "data": ("image_size", "channels", "num_classes"),
-    "model": ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio"),
+    "data": ("image_size", "channels"),
+    "model": ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "caption_width", "interpolation"),
     "diffusion": ("train_steps", "steps", "time_scale"),
     "vae": ("batch_size",),
+    "captions": ("batch_size", "shard_size"),
     "encode": ("image_size", "batch_size", "shard_size"),
     "teacher": ("steps", "batch_size", "accumulate", "checkpoint_every"),
     "trajectories": ("count", "batch_size", "shard_size"),
@@ -45,6 +46,8 @@ OPTIMIZERS = (
     "finetune.discriminator_optimizer",
 )  # fmt: skip
 RANGES = {
+    "data.num_classes": (0, math.inf),
+    "captions.length": (2, math.inf),
     "seed": (0, 2**31 - 1),
     "sample.seed": (0, 2**31 - 1),
     "model.label_init_std": (0, math.inf),
@@ -117,7 +120,8 @@ def test_a_choice_names_its_choices():
 
 def test_free_on_restart():
     assert set(workdir.FREE) == {
-        "run.", "mesh.", "data.dir", "encode.dir", "teacher.dir", "trajectories.dir", "report.", "teacher.accumulate",
+        "run.", "mesh.", "data.dir", "encode.dir", "teacher.dir", "trajectories.dir", "report.",
+        "captions.dir", "captions.path", "captions.encoder", "teacher.accumulate",
         "distill.accumulate", "model.remat", "model.attention", "teacher.checkpoint_every", "distill.checkpoint_every",
         "finetune.checkpoint_every", "trajectories.batch_size",
     }  # fmt: skip
@@ -125,6 +129,7 @@ def test_free_on_restart():
 
 def test_sections_that_stages_depend_on():
     assert workdir.SECTIONS == {
+        "captions": ("captions",),
         "encode": ("seed", "encode"),
         "teacher": ("seed", "data", "model", "diffusion", "teacher"),
         "trajectories": ("seed", "data", "model", "diffusion", "trajectories"),

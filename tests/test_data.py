@@ -268,7 +268,10 @@ def test_folder_errors(folder):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        (dict(source="mnist"), "data.source is 'mnist', but it must be one of digits, tfds, folder."),
+        (
+            dict(source="mnist"),
+            "data.source is 'mnist', but it must be one of digits, tfds, folder, imagefolder, shapes.",
+        ),
         (dict(space="wave"), "data.space is 'wave', but it must be pixel or latent."),
         (dict(space="latent"), "data.space=latent needs data.source=tfds, but data.source is 'digits'."),
         (dict(channels=4), "data.channels is 4, but images have 1 (grey) or 3 (RGB): set one of them."),

@@ -17,7 +17,8 @@ import tensorflow_datasets as tfds
 from networks import draw_noise_and_labels
 from pipeline_fixtures import ROOT, copy, done, files, sentence, smoke
 
-from ard_jax.build import make_conditions, make_solve
+from ard_jax.build import make_solve
+from ard_jax.conditions import Labels
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, write_json
 from ard_jax.parallel import make_mesh
@@ -169,7 +170,7 @@ def job(teacher):
         for process in range(processes):
             make_store(
                 *teacher,
-                make_conditions(config),
+                Labels(config.data.num_classes),
                 config,
                 directory,
                 make_mesh(),
@@ -215,7 +216,7 @@ def test_processes_share_the_shards_out(teacher, tmp_path):
     for process, shards in ((1, {1}), (0, {0, 1, 2})):
         make_store(
             *teacher,
-            make_conditions(smoke_config.get_config()),
+            Labels(10),
             smoke_config.get_config(),
             tmp_path,
             make_mesh(),
@@ -241,7 +242,7 @@ def test_the_store_is_the_same_on_any_number_of_devices(pipeline, tmp_path, opti
         import pathlib, sys
         import jax
         from ard_jax.parallel import make_mesh
-        from ard_jax.build import make_conditions
+        from ard_jax.conditions import Labels
         from ard_jax.workdir import load_teacher
         from ard_jax.trajectories.generate import make_store
         from configs import smoke
@@ -251,7 +252,7 @@ def test_the_store_is_the_same_on_any_number_of_devices(pipeline, tmp_path, opti
             assert mesh.size == count
             model, params, *_ = load_teacher(smoke.get_config(), workdir, mesh)
             config = smoke.get_config()
-            make_store(model, params, make_conditions(config), config, target / str(count), mesh)
+            make_store(model, params, Labels(config.data.num_classes), config, target / str(count), mesh)
     """
     flags = "--xla_force_host_platform_device_count=4 " + ("" if optimised else os.environ["XLA_FLAGS"])
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}

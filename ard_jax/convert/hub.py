@@ -51,7 +51,7 @@ def needed_files(files: Iterable[str]) -> list[str]:
     Variants, such as fp16, are left there where the plain file is.
     """
     paths = [pathlib.PurePosixPath(file) for file in files]
-    kept = [path for path in paths if path.suffix in (".json", ".md") or path.name.startswith("LICENSE")]
+    kept = [path for path in paths if path.suffix in (".json", ".md", ".model") or path.name.startswith("LICENSE")]
     for folder in dict.fromkeys(path.parent for path in paths):
         here = [path for path in paths if path.parent == folder]
         by_suffix = [[path for path in here if path.suffix == suffix] for suffix in WEIGHT_SUFFIXES]

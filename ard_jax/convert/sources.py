@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable
 
-from ard_jax.convert.families import autoencoder, diffusers_folder, exported, published_file
+from ard_jax.convert.families import autoencoder, diffusers_folder, exported, pixart, published_file
 from ard_jax.convert.families.base import Hints, Source
 from ard_jax.convert.families.folders import PART, PIPELINE, folder_class, folder_license
 from ard_jax.convert.tensors import WEIGHT_SUFFIXES
@@ -29,6 +29,7 @@ class Family:
 # The first that recognises a path opens it, so a family that tells its own by a file's names stands before the last.
 FAMILIES = (
     Family(diffusers_folder.recognise, pipelines=("DiTPipeline",), parts=("a DiT",)),
+    Family(pixart.recognise, pipelines=pixart.PIPELINES, parts=("a PixArt transformer",)),
     Family(exported.recognise, pipelines=("ARDPipeline",), parts=("a DiT", "an ARD student")),
     Family(autoencoder.recognise, parts=("an AutoencoderKL",)),
     Family(published_file.recognise),

@@ -95,6 +95,8 @@ class Backbone(nn.Module):
     attention: str = "auto"
 
     is_student = False
+    num_classes = 0  # of a network that is told a class, how many there are
+    frequency_shift = 0.0  # see `layers.sinusoids`
     stacked_heads = 0  # of a student, how many final layers lie on a leading axis; a backbone alone has but one
 
     def __post_init__(self):

@@ -31,12 +31,20 @@ from ard_jax.errors import UserError
 from ard_jax.files import local_path, read_json, whole_folder, write_json
 from ard_jax.models import AutoencoderKL, Network
 from ard_jax.parallel import make_mesh
+from ard_jax.pipeline.prompts import copy_encoder, describe_encoder
 from ard_jax.types import Params, PyTree
 from ard_jax.version import __version__
-from ard_jax.workdir import find_vae, load_student, load_teacher, read_done, recorded_config, teacher_folder
+from ard_jax.workdir import (
+    captions_folder,
+    find_vae,
+    load_student,
+    load_teacher,
+    read_done,
+    recorded_config,
+    teacher_folder,
+)
 
-PARTS = {"student": "ARDStudent", "teacher": "DiT"}
-OURS = {"model_index.json", "README.md", "vae", *PARTS}
+OURS = {"model_index.json", "README.md", "vae", "student", "teacher", "text_encoder", "tokenizer"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 # The keyword arguments of `ARDPipeline`.
@@ -134,15 +142,25 @@ def _open_folder(folder: pathlib.Path) -> Opened:
         "vae": vae,
         "vae_params": vae_params,
         "id2label": dict(enumerate(source.labels)),
+        "text_encoder": _find_encoder(folder),
         "card": card.read_text(encoding="utf-8") if card.is_file() else "",
     }
+
+
+def _find_encoder(folder: pathlib.Path) -> str:
+    """Where a pipeline's text encoder is: in its folder, or by the name that its index has; "" if it has none."""
+    named = read_description(folder / "model_index.json").get("text_encoder") or ("", "")
+    return str(folder) if (folder / "text_encoder").is_dir() else str(named[1]) if named[0] == "ard_jax" else ""
 
 
 def describe_model(config: ml_collections.ConfigDict, is_student: bool) -> ml_collections.ConfigDict:
     """What of a config describes a model; where its data lay on some machine does not."""
     names = ("data", "model", "diffusion", *(("student",) if is_student else ()))
+    names += () if config.data.num_classes else ("captions",)
     described = ml_collections.ConfigDict({name: config[name].to_dict() for name in names})
     described.data.dir = ""
+    if "captions" in described:
+        described.captions.update(dir="", path="", encoder="", prompts=())
     return described
 
 
@@ -162,12 +180,16 @@ def open_workdir(folder: pathlib.Path) -> Opened:
         config.teacher.dir = os.fspath(folder)
         params = load_teacher(config, workdir, mesh).params
     vae, vae_params = find_vae(config, workdir) or (None, None)  # latents can be made without one
+    encoded = captions_folder(config, workdir) / "config.json"  # which says what text encoder made them
+    captions = recorded_config(encoded.parent).captions if encoded.is_file() else config.captions
+    config.captions.update(length=captions.length, cleaning=captions.cleaning)
     return {
         "params": params,
         "config": describe_model(config, is_student),
         "vae": vae,
         "vae_params": vae_params,
         "id2label": _read_names(folder / "labels.json") or _read_names(teacher_folder(config, workdir) / "labels.json"),
+        "text_encoder": "" if config.data.num_classes else captions.encoder,
     }
 
 
@@ -187,13 +209,15 @@ def write_pipeline(
     vae: AutoencoderKL | None,
     vae_params: PyTree,
     id2label: Mapping[int, str],
+    text_encoder: str,
     card: str,
 ) -> None:
     """Writes a pipeline's folder, whole or not at all.
 
     Args:
         folder: its place.
-        params, config, vae, vae_params, id2label, card: see `ARDPipeline`.
+        params, config, vae, vae_params, id2label, text_encoder, card: see `ARDPipeline`. A text encoder in a folder
+            is copied; one that a package ships, or that is on the hub, is named.
 
     Raises:
         UserError: something is there that is no earlier pipeline of ours.
@@ -203,12 +227,13 @@ def write_pipeline(
     with whole_folder(folder) as new:
         name = "student" if config.get("student") else "teacher"
         model = make_student(config) if name == "student" else make_teacher(config)
+        kind = type(model).__name__
         index: dict[str, Any] = {
             "_class_name": "ARDPipeline",
             "_ard_jax_version": __version__,
-            name: ["ard_jax", PARTS[name]],
+            name: ["ard_jax", kind],
         }
-        described = {"_class_name": PARTS[name], "config": plain(describe_model(config, name == "student"))}
+        described = {"_class_name": kind, "config": plain(describe_model(config, name == "student"))}
         write_json(new / name / "config.json", described)
         write_tensors(new / name / WEIGHTS, to_torch(model, params))
         if vae is not None:
@@ -216,6 +241,10 @@ def write_pipeline(
             state_dict, settings = vae_to_diffusers(vae, vae_params)
             write_json(new / "vae" / "config.json", settings)
             write_tensors(new / "vae" / WEIGHTS, state_dict)
+        if text_encoder:
+            how, index["text_encoder"] = describe_encoder(text_encoder)
+            if how == "copied":
+                copy_encoder(text_encoder, new)
         (new / "README.md").write_text(card or default_card(model), encoding="utf-8")
         index["id2label"] = {str(number): label for number, label in id2label.items()}
         write_json(new / "model_index.json", index)
@@ -243,9 +272,12 @@ def default_card(model: Network) -> str:
     """What a folder says of itself if nobody wrote it a card."""
     is_student = model.is_student
     what = f"An ARD student of {model.steps} steps" if is_student else "A diffusion transformer"
+    classes = model.backbone.num_classes
+    told = f"{classes} classes of images" if classes else "images of captions"
+    call = "class_labels=[0, 1]" if classes else '"a red apple"'
     return (
-        f"---\nlibrary_name: ard_jax\n---\n\n{what} for {model.backbone.num_classes} classes of images.\n\n"
+        f"---\nlibrary_name: ard_jax\n---\n\n{what} for {told}.\n\n"
         "```python\nfrom ard_jax import ARDPipeline\n\n"
         'pipe = ARDPipeline.from_pretrained(".")  # this folder\n'
-        "images = pipe(class_labels=[0, 1], seed=0).images\n```\n"
+        f"images = pipe({call}, seed=0).images\n```\n"
     )

@@ -1,6 +1,8 @@
-"""What people hand to a pipeline, checked and made into arrays: class labels by number or name, and images to edit."""
+"""What people hand to a pipeline, checked: classes by number or name, prompts, sides, solvers, and images to edit."""
 
+import dataclasses
 import difflib
+import math
 import operator
 import os
 import pathlib
@@ -8,12 +10,15 @@ from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ard_jax.build import make_solve
 from ard_jax.data import MODES, as_shown
 from ard_jax.errors import UserError
+from ard_jax.sampling import Solve
 
 
 def resolve_labels(labels: Any, id2label: Mapping[int, str], num_classes: int) -> np.ndarray:
@@ -36,6 +41,87 @@ def resolve_labels(labels: Any, id2label: Mapping[int, str], num_classes: int) -
     if not given:
         raise UserError("class_labels is empty: give at least one class, by number or name.")
     return np.asarray([_resolve_label(label, id2label, num_classes) for label in given], np.int32)
+
+
+def resolve_prompts(prompts: Any) -> list[str]:
+    """Prompts as a list.
+
+    Raises:
+        UserError: there are none, or they are no strings.
+    """
+    given = [prompts] if isinstance(prompts, str) else list(prompts) if np.iterable(prompts) else [prompts]
+    if not given or not all(isinstance(prompt, str) for prompt in given):
+        raise UserError(f"the prompt is {prompts!r}: give a string, or several.")
+    return given
+
+
+def resolve_solve(
+    config: ml_collections.ConfigDict, student_steps: int | None, steps: int | None, given: Mapping[str, Any]
+) -> Solve | None:
+    """How a teacher is sampled; None for a student.
+
+    Args:
+        config: with the settings that hold where nothing is given.
+        student_steps: S of a student, None for a teacher.
+        steps: that are asked for, None for the config's.
+        given: "guidance_scale", "solver" and "guided_channels", each None for the config's.
+
+    Raises:
+        UserError: a student is given a teacher's settings, or one of them cannot be used.
+    """
+    asked = {name: value for name, value in given.items() if value is not None}
+    if student_steps is not None:
+        if asked:
+            raise UserError(
+                f"{next(iter(asked))} is a teacher's setting, and this is a student, which has learned its "
+                f"teacher's: leave it out."
+            )
+        if steps not in (None, student_steps):
+            raise UserError(
+                f"num_inference_steps is {steps!r}, but this student was trained for {student_steps} steps and "
+                f"can make no other number: leave it out, or distil a student of that many points."
+            )
+        return None
+    if steps is not None:
+        asked["steps"] = require_int(steps, "num_inference_steps", 1)
+    if "guided_channels" in asked:
+        require_int(asked["guided_channels"], "guided_channels", 0)
+    scale = asked.get("guidance_scale", 1)
+    if not 0 <= scale < math.inf:
+        raise UserError(f"guidance_scale is {scale}: give a number of at least 0; 1 is no guidance.")
+    how = make_solve(config)
+    names = {"guidance_scale": "scale", "guided_channels": "channels"}
+    guidance = {ours: asked[name] for name, ours in names.items() if name in asked}
+    rest = {name: asked[name] for name in ("steps", "solver") if name in asked}
+    return dataclasses.replace(how, **rest, guidance=dataclasses.replace(how.guidance, **guidance))
+
+
+def resolve_sides(
+    shape: tuple[int, int, int], height: int | None, width: int | None, downscale: int, patch_size: int, is_free: bool
+) -> tuple[int, int, int]:
+    """(height, width, channel) of what a network sees of images of these sides, in pixels.
+
+    Args:
+        shape: what it was made for.
+        height, width: that are asked for; None for those.
+        downscale: pixels a side of a latent.
+        patch_size: latents a side of a patch.
+        is_free: whether the network takes other sides than its own.
+
+    Raises:
+        UserError: they are no multiples of what a patch covers, or the network takes no others.
+    """
+    if height is None and width is None:
+        return shape
+    if not is_free:
+        raise UserError("height and width are for models that are told captions: this one makes one size.")
+    unit, found = downscale * patch_size, []
+    for name, given, own in (("height", height, shape[0]), ("width", width, shape[1])):
+        side = own * downscale if given is None else require_int(given, name, 1)
+        if side % unit:
+            raise UserError(f"{name} is {side}, which is no multiple of {unit}: choose one that is.")
+        found.append(side // downscale)
+    return found[0], found[1], shape[2]
 
 
 def _resolve_label(label: SupportsIndex | str, id2label: Mapping[int, str], num_classes: int) -> int:

@@ -23,7 +23,7 @@ class PipelineOutput:
     Attributes:
         images: a list of Pillow images ("pil"), float32 (batch, height, width, channel) in [0, 1] ("np"), or what the
             network made, of the same axes ("latent").
-        labels: the class of each, int32 (batch,).
+        labels: the class of each, int32 (batch,), or its prompt.
         trajectory: the steps to each image in the same output type, (batch, step, …), a list of lists for "pil": what
             the student predicted, or the teacher's x0-predictions; None if it was not asked for.
     """

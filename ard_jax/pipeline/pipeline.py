@@ -1,7 +1,6 @@
-"""A finished model as a pipeline: class labels in, images out, for people who know diffusers and not this project."""
+"""A finished model as a pipeline: classes or prompts in, images out, for people who know diffusers alone."""
 
 import contextlib
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +15,13 @@ from PIL import Image
 
 from ard_jax.build import example_shape, make_process, make_solve, make_student, make_teacher
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, AutoencoderKL, Backbone
+from ard_jax.models import ARDStudent, AutoencoderKL, Backbone, Condition
 from ard_jax.models.vae import to_images, to_latents
 from ard_jax.parallel import equal_batches, make_mesh, put_batch, replicated_sharding, run_batches
 from ard_jax.pipeline.files import open_pipeline, write_pipeline
-from ard_jax.pipeline.inputs import read_image, require_int, resolve_labels
+from ard_jax.pipeline.inputs import read_image, require_int, resolve_labels, resolve_sides, resolve_solve
 from ard_jax.pipeline.outputs import OUTPUT_TYPES, PipelineOutput, concatenate, convert_output
+from ard_jax.pipeline.prompts import Prompts
 from ard_jax.progress import progress_bar
 from ard_jax.sampling import Solve, draw_noise, sample_student, sample_teacher, sampling_key
 from ard_jax.types import Params, PyTree
@@ -36,9 +36,10 @@ class ARDPipeline:
     Attributes:
         config: its settings, with the sections `data`, `model`, `diffusion`, and `student` for a student.
         is_student: which of both it is.
-        model, params: an `ARDStudent` or a `DiT`, and its parameters, on every local device.
+        model, params: an `ARDStudent`, or a `DiT` or `PixArt`, and its parameters, on every local device.
         vae, vae_params: an `AutoencoderKL` and its parameters, or None.
         id2label: names by class number, as far as they are known.
+        prompts: of a model that is told captions, its text encoder, see `Prompts`; else None.
         card: words about it, in Markdown; the README.md of `save_pretrained`.
     """
 
@@ -50,6 +51,7 @@ class ARDPipeline:
         vae: AutoencoderKL | None = None,
         vae_params: Params | None = None,
         id2label: Mapping[int, str] | None = None,
+        text_encoder: str = "",
         card: str = "",
     ):
         self.config = config
@@ -59,13 +61,17 @@ class ARDPipeline:
         self.params, self.vae_params = jax.device_put((params, vae_params), replicated_sharding(self.mesh))
         self.vae = vae
         self.id2label = {int(number): name for number, name in (id2label or {}).items()}
+        is_told_words = not config.data.num_classes
+        width = self.model.backbone.condition_shapes.tokens.shape[-1] if is_told_words else 0
+        self.prompts = Prompts(text_encoder, config.captions, width) if is_told_words else None
         self.card = card
         self._jitted: dict[object, Program] = {}
 
     def __repr__(self) -> str:
         what = f"student of {self.model.steps} steps" if self.is_student else "teacher"
         sides = "×".join(map(str, example_shape(self.config)))
-        return f"ARDPipeline({what}, {sides}, {self.config.data.num_classes} classes)"
+        told = "captions" if self.prompts else f"{self.config.data.num_classes} classes"
+        return f"ARDPipeline({what}, {sides}, {told})"
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
@@ -84,9 +90,9 @@ class ARDPipeline:
         """Opens a pipeline.
 
         Args:
-            folder_or_repo: what `save_pretrained` wrote, a diffusers folder of a `DiTPipeline` (a teacher), or a
-                finished folder of a workdir, such as runs/x/teacher or runs/x/distill/ard; "ORG/NAME" or
-                "hf:ORG/NAME" for one of the first two kinds on the Hugging Face hub.
+            folder_or_repo: what `save_pretrained` wrote; a diffusers folder of a `DiTPipeline`, `PixArtSigmaPipeline`
+                or `PixArtAlphaPipeline` (a teacher); or a finished folder of a workdir, such as runs/x/teacher or
+                runs/x/distill/ard. "ORG/NAME" or "hf:ORG/NAME" for one of the first two on the Hugging Face hub.
             dtype: compute type, "float32" or "bfloat16"; None for the config's `model.dtype`, whose "auto" is bfloat16
                 on accelerators and float32 on CPU, with the VAE in float32. Parameters are float32, but for "bfloat16"
                 asked here, which keeps them so too, the VAE's included: half the memory.
@@ -112,12 +118,13 @@ class ARDPipeline:
             vae=self.vae,
             vae_params=self.vae_params,
             id2label=self.id2label,
+            text_encoder=self.prompts.source if self.prompts else "",
             card=self.card,
         )
 
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str],
+        class_labels: int | str | Sequence[int | str] | None = None,
         num_images_per_label: int = 1,
         seed: int = 0,
         output_type: str = "pil",
@@ -129,11 +136,20 @@ class ARDPipeline:
         guided_channels: int | None = None,
         latents: jax.typing.ArrayLike | None = None,
         batch_size: int | None = None,
+        prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int | None = None,
+        negative_prompt: str | None = None,
+        prompt_embeds: jax.typing.ArrayLike | None = None,
+        prompt_attention_mask: jax.typing.ArrayLike | None = None,
+        negative_prompt_embeds: jax.typing.ArrayLike | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> PipelineOutput:
         """Makes images. The first call compiles; later ones of as many images and the same settings do not.
 
         Args:
-            class_labels: class numbers, or names out of `id2label`, or one of them.
+            class_labels: class numbers, or names out of `id2label`, or one of them; of a model that is told captions,
+                the prompt or prompts.
             num_images_per_label: how many of each, side by side.
             seed: image i is made of noise i of this seed, whatever else is asked for, here and in the stage `sample`.
             output_type: "pil", "np" or "latent", see `PipelineOutput`.
@@ -144,29 +160,45 @@ class ARDPipeline:
             guided_channels: how many leading channels a teacher guides, 0 for all of them.
             latents: noise of your own, (batch, height, width, channel), in place of the seed's.
             batch_size: images made at a time, all of them if None; the last batch is filled up, and cut.
+            prompt, num_images_per_prompt: the first two under the names that diffusers has for captions.
+            negative_prompt: what a teacher's guidance moves away from, one for all images; None for the empty caption.
+            prompt_embeds, prompt_attention_mask: encoded prompts (prompt, token, channel), and which of their vectors
+                are their own (prompt, token), in place of words.
+            negative_prompt_embeds: the own vectors of a negative prompt, (token, channel), in place of words.
+            height, width: of images of a model that is told captions, in pixels; None for what it was made for.
 
         Raises:
             UserError: an argument cannot be used, in one sentence and before anything is compiled.
         """
-        how = self._how(num_inference_steps, guidance_scale, solver, guided_channels)
+        given = {"guidance_scale": guidance_scale, "solver": solver, "guided_channels": guided_channels}
+        how = resolve_solve(self.config, self.model.steps if self.is_student else None, num_inference_steps, given)
         form = self._form(output_type, return_trajectory)
-        labels = resolve_labels(class_labels, self.id2label, self.config.data.num_classes)
-        labels = np.repeat(labels, require_int(num_images_per_label, "num_images_per_label", 1))
+        words = dict(prompt=prompt, prompt_embeds=prompt_embeds, prompt_attention_mask=prompt_attention_mask)
+        words |= dict(negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds)
+        labels, condition = self._told(class_labels, words, is_guided=how is not None and how.guidance.scale != 1)
+        repeats = num_images_per_label if num_images_per_prompt is None else num_images_per_prompt
+        repeats = require_int(repeats, f"num_images_per_{'prompt' if self.prompts else 'label'}", 1)
+        labels, condition = jax.tree.map(lambda leaf: np.repeat(leaf, repeats, axis=0), (labels, condition))
         size = len(labels) if batch_size is None else require_int(batch_size, "batch_size", 1)
-        noise = self._drawn_noise(seed) if latents is None else self._own_noise(latents, len(labels))
+        down = self.vae.downscale if self.vae is not None else 1
+        sides = example_shape(self.config)
+        shape = resolve_sides(sides, height, width, down, self.model.backbone.patch_size, self.prompts is not None)
+        noise = self._drawn_noise(seed, shape) if latents is None else self._own_noise(latents, len(labels), shape)
         program = self._compiled(self.generate_function, **form, how=how)
-        return self._make(program, noise, labels, output_type, size)
+        return self._make(program, noise, labels, condition, output_type, size)
 
     def edit(
         self,
         image: Image.Image | str | os.PathLike | npt.ArrayLike,
         source_step: int,
-        class_labels: int | str | Sequence[int | str],
+        class_labels: int | str | Sequence[int | str] | None = None,
         seed: int = 0,
         output_type: str = "pil",
         return_trajectory: bool = False,
+        *,
+        prompt: str | Sequence[str] | None = None,
     ) -> PipelineOutput:
-        """Turns an image into one of another class (ARD, appendix C.2).
+        """Turns an image into one of another class or caption (ARD, appendix C.2).
 
         The student starts from noise, with the new class; after step `source_step` the image takes the place of what it
         predicted, and it goes on from there. The later the step, the more of the image stays.
@@ -175,7 +207,7 @@ class ARDPipeline:
             image: a Pillow image, the path of one, or an array (height, width, channel), uint8 or floats in [0, 1], of
                 the size that the pipeline makes.
             source_step: 1 … S−1.
-            class_labels: as in a call; one edited image each.
+            class_labels, prompt: as in a call; one edited image each.
             seed, output_type, return_trajectory: as in a call. The trajectory has the image in it.
 
         Raises:
@@ -188,11 +220,12 @@ class ARDPipeline:
             raise UserError("a student of 1 step cannot edit images: open one of at least 2 steps.")
         source_step = require_int(source_step, "source_step", 1, steps - 1)
         form = self._form(output_type, return_trajectory)
-        labels = resolve_labels(class_labels, self.id2label, self.config.data.num_classes)
+        labels, condition = self._told(class_labels, {"prompt": prompt}, is_guided=False)
         size, _, channels = self._pictures("edit images")
         pixels = read_image(image, size, channels)[None]
         program = self._compiled(self.edit_function, source_step=source_step, **form)
-        return self._make(program, self._drawn_noise(seed), labels, output_type, len(labels), pixels)
+        noise = self._drawn_noise(seed, example_shape(self.config))
+        return self._make(program, noise, labels, condition, output_type, len(labels), pixels)
 
     # ----------------------------------------------------------------------------------- the programs that run
 
@@ -205,8 +238,8 @@ class ARDPipeline:
             how: a teacher is sampled; None for the config's own settings, and for a student.
 
         Returns:
-            A pure function (params, vae_params, noise (batch, height, width, channel), labels (batch,)) → images in
-            [0, 1], (batch, height, width, channel), or (images, trajectories (batch, step, height, width, channel)).
+            A pure function (params, vae_params, noise (batch, height, width, channel), condition) → images in [0, 1],
+            (batch, height, width, channel), or (images, trajectories (batch, step, height, width, channel)).
             `vae_params` is None for pixels.
         """
         model, is_student, present = self.model, self.is_student, self._presenter(latent, trajectory)
@@ -281,6 +314,7 @@ class ARDPipeline:
         program: Program,
         noise: Callable[[np.ndarray], jax.Array],
         labels: np.ndarray,
+        condition: Condition,
         output_type: str,
         batch_size: int,
         *rest: PyTree,
@@ -290,7 +324,8 @@ class ARDPipeline:
         Args:
             program: what to run.
             noise: image numbers (batch,) → their noises.
-            labels: (image,).
+            labels: (image,), what the output calls them.
+            condition: what the network is told of them, leaves (image, …).
             output_type: see `PipelineOutput`.
             batch_size: images at a time.
             rest: the program's further arguments.
@@ -300,7 +335,8 @@ class ARDPipeline:
         parts = []
 
         def run(rows):
-            return program(self.params, self.vae_params, noise(rows), put_batch(labels[rows], self.mesh), *rest)
+            told = put_batch(jax.tree.map(lambda leaf: leaf[rows], condition), self.mesh)
+            return program(self.params, self.vae_params, noise(rows), told, *rest)
 
         with progress_bar(count, "image") if count > size else contextlib.nullcontext() as bar:
             for made in run_batches(run, equal_batches(np.arange(count), size)):
@@ -311,19 +347,20 @@ class ARDPipeline:
         images, *trajectory = (concatenate(batches) for batches in zip(*parts, strict=True))
         return PipelineOutput(images, labels, *trajectory)
 
-    def _drawn_noise(self, seed: int) -> Callable[[np.ndarray], jax.Array]:
+    def _drawn_noise(self, seed: int, shape: tuple[int, int, int]) -> Callable[[np.ndarray], jax.Array]:
         """Image numbers → their noises of this seed, as the stage `sample` draws them."""
         key = sampling_key(require_int(seed, "seed", 0, 2**31 - 1))
-        draw = self._compiled(self._draw_function)
+        draw = self._compiled(self._draw_function, shape=shape)
         return lambda index: draw(key, put_batch(index, self.mesh))
 
-    def _draw_function(self) -> Program:
-        shape = example_shape(self.config)
+    def _draw_function(self, *, shape: tuple[int, int, int]) -> Program:
         return lambda key, index: draw_noise(key, index, shape)
 
-    def _own_noise(self, latents: jax.typing.ArrayLike, count: int) -> Callable[[np.ndarray], jax.Array]:
+    def _own_noise(
+        self, latents: jax.typing.ArrayLike, count: int, shape: tuple[int, int, int]
+    ) -> Callable[[np.ndarray], jax.Array]:
         """Image numbers → rows of the caller's noise."""
-        array, expected = np.asarray(latents), (count, *example_shape(self.config))
+        array, expected = np.asarray(latents), (count, *shape)
         if array.shape != expected or not jnp.issubdtype(array.dtype, jnp.floating):
             raise UserError(
                 f"latents is an array of {array.dtype} {array.shape}, but these labels need floats {expected}: give "
@@ -334,35 +371,15 @@ class ARDPipeline:
 
     # ------------------------------------------------------------------------------------------- what is asked
 
-    def _how(
-        self, steps: int | None, guidance_scale: float | None, solver: str | None, guided_channels: int | None
-    ) -> Solve | None:
-        """How a teacher is sampled; None for a student."""
-        given: dict[str, Any] = {"guidance_scale": guidance_scale, "solver": solver, "guided_channels": guided_channels}
-        given = {name: value for name, value in given.items() if value is not None}
-        if self.is_student:
-            if given:
-                raise UserError(
-                    f"{next(iter(given))} is a teacher's setting, and this is a student, which has learned its "
-                    f"teacher's: leave it out."
-                )
-            if steps not in (None, self.model.steps):
-                raise UserError(
-                    f"num_inference_steps is {steps!r}, but this student was trained for {self.model.steps} steps and "
-                    f"can make no other number: leave it out, or distil a student of that many points."
-                )
-            return None
-        if steps is not None:
-            given["steps"] = require_int(steps, "num_inference_steps", 1)
-        if guided_channels is not None:
-            require_int(guided_channels, "guided_channels", 0)
-        if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
-            raise UserError(f"guidance_scale is {guidance_scale}: give a number of at least 0; 1 is no guidance.")
-        how = make_solve(self.config)
-        names = {"guidance_scale": "scale", "guided_channels": "channels"}
-        guidance = {ours: given[name] for name, ours in names.items() if name in given}
-        rest = {name: given[name] for name in ("steps", "solver") if name in given}
-        return dataclasses.replace(how, **rest, guidance=dataclasses.replace(how.guidance, **guidance))
+    def _told(self, asked: Any, words: Mapping[str, Any], is_guided: bool) -> tuple[np.ndarray, Condition]:
+        """What images are called, and what the network is told of them, of a call's arguments."""
+        if self.prompts is not None:
+            return self.prompts.resolve(asked, words, is_guided, self.is_student)
+        given = [name for name, value in words.items() if value is not None]
+        if given:
+            raise UserError(f"{given[0]} is for models that are told captions: give this one class_labels.")
+        labels = resolve_labels([] if asked is None else asked, self.id2label, self.config.data.num_classes)
+        return labels, labels
 
     def _form(self, output_type: str, trajectory: bool) -> dict[str, bool]:
         """What a program shall hand back."""

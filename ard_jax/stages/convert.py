@@ -32,7 +32,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ard_jax.checks import validate
-from ard_jax.config import plain
+from ard_jax.config import default_config, plain
 from ard_jax.convert.families.base import Hints, Source
 from ard_jax.convert.families.folders import part_files, read_description
 from ard_jax.convert.hub import fetch_source
@@ -42,8 +42,8 @@ from ard_jax.convert.tensors import open_tensors, to_float32, write_tensors
 from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
 from ard_jax.convert.write import files_sha256, save_parameters
 from ard_jax.errors import UserError
-from ard_jax.files import read_json, require_finite, write_json, write_text
-from ard_jax.models import MASKS
+from ard_jax.files import read_json, require_finite, write_json, write_npz, write_text
+from ard_jax.models import MASKS, Backbone
 from ard_jax.workdir import (
     Stopwatch,
     check_same_config,
@@ -57,15 +57,17 @@ from ard_jax.workdir import (
 
 log = logging.getLogger("ard_jax")
 
+NULL_CAPTION_FILE = "null_caption.npz"  # of a PixArt's own file, which goes out with it again
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 WRITTEN_BY = '"""Written by `python -m ard_jax convert`'
 # Sections of the config that the source settles, and what it settles of them.
 SETTLED = {
     "data": ("source", "name", "split", "image_size", "channels", "num_classes", "space", "horizontal_flip"),
     "model": (
-        "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "learn_sigma", "frequency_shift",
-        "mlp_norm_eps",
+        "name", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "learn_sigma", "frequency_shift",
+        "mlp_norm_eps", "caption_width", "interpolation", "size_conditioning", "null_mask",
     ),
+    "captions": ("encoder", "length", "cleaning"),
     "diffusion": (
         "process", "train_steps", "beta_start", "beta_end", "spacing", "time_scale", "reversed", "solver", "steps",
         "guidance_scale", "guided_channels", "guidance_interval",
@@ -73,6 +75,13 @@ SETTLED = {
     "trajectories": ("points",),
     "student": ("name", "points", "target", "history_layers", "mask", "heads", "block_times"),
     "sample": ("models",),
+}  # fmt: skip
+
+
+# Of these, what a DiT has no use for is not written down for it.
+SOMETIMES = {
+    "model.name", "model.caption_width", "model.interpolation", "model.size_conditioning", "model.null_mask",
+    "captions.encoder", "captions.length", "captions.cleaning",
 }  # fmt: skip
 
 
@@ -154,6 +163,11 @@ def _destinations(source: Source, args: argparse.Namespace) -> dict[str, pathlib
     return folders
 
 
+def _told(network: Backbone) -> str:
+    """What a network is told, in words."""
+    return f"{network.num_classes} classes" if network.num_classes else "captions"
+
+
 def _summary(source: Source, name: str, folders: dict[str, pathlib.Path]) -> list[str]:
     """What a source is, line by line."""
     lines = [f"{name}: {source.what}"]
@@ -163,11 +177,12 @@ def _summary(source: Source, name: str, folders: dict[str, pathlib.Path]) -> lis
         side, tokens = network.image_size, (network.image_size // network.patch_size) ** 2
         count = sum(math.prod(shape) for shape in tensors.shapes.values())
         objective = "velocity" if config.diffusion.process == "flow" else "noise"
+        with_table = f" with the position table of {tokens} tokens" if "pos_embed" in tensors else ""
         lines += [
-            f"  images      {side}×{side}×{network.channels} ({config.data.space}), {network.num_classes} classes",
+            f"  images      {side}×{side}×{network.channels} ({config.data.space}), {_told(network)}",
             f"  model       width {network.hidden_size}, depth {network.depth}, {network.num_heads} heads, patch "
             f"{network.patch_size}, predicts {objective}",
-            f"  parameters  {count:,} with the position table of {tokens} tokens",
+            f"  parameters  {count:,}{with_table}",
         ]
         if model.is_student:
             points = ", ".join(map(str, config.student.points))
@@ -257,6 +272,8 @@ def _write_model(
         _write_source(folder, name, source_hash.result(), source.license)
         if source.labels:
             write_json(folder / "labels.json", source.labels)
+        if source.null_caption is not None:
+            write_npz(folder / NULL_CAPTION_FILE, vectors=np.asarray(source.null_caption.read(), np.float32))
     write_json(folder / "done.json", {"sha256": {"ema": params_hash}, "seconds": round(watch(), 2)})
 
 
@@ -301,7 +318,11 @@ def _config_text(config: ConfigDict, name: str) -> str:
     lines = [f"{WRITTEN_BY} from the source below, for the later stages; change what you like."]
     lines += ['"""', "", "from ard_jax.config import default_config", "", f"SOURCE = {name!r}", "", ""]
     lines += ["def get_config():", "    config = default_config()"]
-    for section, keys in SETTLED.items():
+    for section, every in SETTLED.items():
+        usual = default_config()[section]
+        keys = [key for key in every if f"{section}.{key}" not in SOMETIMES or config[section][key] != usual[key]]
+        if not keys:
+            continue
         lines.append(f"    config.{section}.update(")
         lines += [f"        {key}={config[section][key]!r}," for key in keys]
         lines.append("    )")

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ard_jax.config import default_config
-from ard_jax.convert.lazy import Tensors
+from ard_jax.convert.lazy import Stored, Tensors
 from ard_jax.errors import UserError
 from ard_jax.models import Network
 
@@ -77,6 +77,7 @@ class Source:
         vae: folder of its autoencoder in diffusers' format, if it has one.
         labels: names of the classes by index, () if unknown.
         license: of the weights, if known.
+        null_caption: vectors of the empty caption (token, channel) that came with them.
     """
 
     what: str
@@ -87,6 +88,7 @@ class Source:
     vae: pathlib.Path | None = None
     labels: tuple[str, ...] = ()
     license: str | None = None
+    null_caption: Stored | None = None
 
 
 def first_known(*values: Any) -> Any:
@@ -107,8 +109,11 @@ def config_of_model(model: Network, hints: Hints) -> ConfigDict:
         num_classes=network.num_classes,
         space="pixel" if network.channels in (1, 3) else "latent",
     )
-    fields = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "learn_sigma", "frequency_shift")
-    config.model.update({name: getattr(network, name) for name in (*fields, "mlp_norm_eps")})
+    fields: tuple[str, ...] = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "learn_sigma")
+    fields += ("frequency_shift", "mlp_norm_eps", "caption_width", "interpolation", "size_conditioning", "null_mask")
+    config.model.update({name: getattr(network, name) for name in fields if hasattr(network, name)})
+    if not network.num_classes:  # without a name it is a DiT
+        config.model.name = type(network).__name__
     config.sample.models = ("teacher",)
     if model.is_student:
         points = hints.points or POINTS.get(model.steps)

@@ -36,6 +36,21 @@ SCHEDULER_SAMPLING = {
     "steps_offset": (0, 0),
     "set_alpha_to_one": (True, True),
 }
+# Those of its DPM-Solver that ours has.
+DPM_SOLVER = {
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "timestep_spacing": "linspace",
+    "thresholding": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_flow_sigmas": False,
+    "use_lu_lambdas": False,
+    "final_sigmas_type": "zero",
+    "euler_at_final": False,
+}
 
 
 def recognise(path: pathlib.Path, hints: Hints) -> Source | None:
@@ -55,7 +70,7 @@ def _open_pipeline(folder: pathlib.Path, hints: Hints) -> Source:
     source = _open_transformer(folder / "transformer", hints)
     assert source.model is not None and source.config is not None
     index, scheduler, vae = folder / PIPELINE, folder / "scheduler" / "scheduler_config.json", folder / "vae"
-    source.config.diffusion.update(_scheduler_settings(read_description(scheduler), scheduler))
+    source.config.diffusion.update(scheduler_settings(read_description(scheduler), scheduler))
     read_description(vae / PART)
     source.config.data.space = "latent"
     id2label = read_description(index).get("id2label")
@@ -87,7 +102,7 @@ def _open_transformer(folder: pathlib.Path, hints: Hints) -> Source:
     )
 
 
-def _scheduler_settings(described: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
+def scheduler_settings(described: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
     """What a scheduler's config says, as settings of `config.diffusion`.
 
     Raises:
@@ -106,13 +121,28 @@ def _scheduler_settings(described: Mapping[str, Any], path: pathlib.Path) -> dic
         for key, (default, ours) in SCHEDULER_SAMPLING.items()
         if described.get(key, default) != ours
     ]
+    if scheduler == "DPMSolverMultistepScheduler":
+        return _dpm_solver_settings(described, path) | _process_settings(described)
     if scheduler != "DDIMScheduler":
         differing.insert(0, scheduler)
     if differing:
         log.warning("%s samples with %s; here it is DDIM without that.", path, ", ".join(differing))
+    return _process_settings(described) | {"solver": "ddim", "spacing": described.get("timestep_spacing", "leading")}
+
+
+def _process_settings(described: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "train_steps": described.get("num_train_timesteps", 1000),
         "beta_start": described.get("beta_start", 1e-4),
         "beta_end": described.get("beta_end", 0.02),
-        "spacing": described.get("timestep_spacing", "leading"),
     }
+
+
+def _dpm_solver_settings(described: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
+    """Of a `DPMSolverMultistepScheduler`; the log says what ours does otherwise."""
+    differing = [
+        f"{key} {described.get(key, ours)!r}" for key, ours in DPM_SOLVER.items() if described.get(key, ours) != ours
+    ]
+    if differing:
+        log.warning("%s samples with %s; here it is DPM-Solver++(2M) without that.", path, ", ".join(differing))
+    return {"solver": "dpm++2m", "spacing": "dpm"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ard_jax.build import make_student, make_teacher
+from ard_jax.build import BACKBONES, make_student, make_teacher
 from ard_jax.config import default_config
 from ard_jax.convert.families.base import STUDENT_HINTS, Hints, Source, fit_defaults
 from ard_jax.convert.families.folders import (
@@ -33,7 +33,7 @@ def recognise(path: pathlib.Path, hints: Hints) -> Source | None:
     """
     if folder_class(path, PIPELINE) == "ARDPipeline":
         return _open_pipeline(path, hints)
-    if folder_class(path, PART) in ("DiT", "ARDStudent"):
+    if folder_class(path, PART) in (*BACKBONES, "ARDStudent"):
         return _open_part(path, hints)
     if path.suffix == ".safetensors" and not path.is_dir():
         return _open_file(path, hints)
@@ -118,7 +118,7 @@ def _parse_config(described: Any, path: pathlib.Path) -> ConfigDict:
     try:
         described = json.loads(described) if isinstance(described, str) else described
         config, sections = default_config().lock(), {"data", "model", "diffusion"}
-        if not sections <= set(described) <= sections | {"student"}:
+        if not sections <= set(described) <= sections | {"student", "captions"}:
             raise ValueError(f"it has the sections {', '.join(described)}")
         with config.ignore_type():
             config.update(_with_tuples(described))

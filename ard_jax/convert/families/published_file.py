@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ard_jax.convert import pickles
+from ard_jax.convert.families import pixart
 from ard_jax.convert.families.base import STUDENT_HINTS, Hints, Source, config_of_model, first_known
 from ard_jax.convert.families.folders import PART, PIPELINE, part_files
 from ard_jax.convert.lazy import Tensors
@@ -47,6 +48,10 @@ def recognise(path: pathlib.Path, hints: Hints) -> Source | None:
     left_out += beside
     stored = {name: array for name, array in tensors.stored.items() if not BESIDE.match(name)}
     tensors = to_float32(Tensors(stored, tensors.metadata), path)
+    without = f" (left out: {', '.join(left_out)})" if left_out else ""
+    container = f"the {part} of a training checkpoint" if part else "a state dict"
+    if pixart.CAPTION in tensors:
+        return pixart.open_published(path, tensors, f"{container}{without}", hints)
     model = make_model(
         tensors.shapes,
         num_heads=1,  # until it is known how wide and deep the model is
@@ -66,9 +71,7 @@ def recognise(path: pathlib.Path, hints: Hints) -> Source | None:
         config.diffusion.update(process="flow", reversed=True, time_scale=1.0)
     teacher = "SiT teacher" if objective == "velocity" else "DiT teacher"
     network = "ARD student" if model.is_student else teacher
-    container = f"the {part} of a training checkpoint" if part else "a state dict"
     published = re.match(r"(DiT|SiT)-XL-2-\d+", path.name)
-    without = f" (left out: {', '.join(left_out)})" if left_out else ""
     return Source(
         what=f"{network}, {container} with the published names{without}",
         files=part_files(path) if sharded else (path,),
