@@ -6,7 +6,6 @@ a table of word vectors that the package of that name ships, for laptops.
 """
 
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import json
@@ -26,8 +25,11 @@ from ard_jax.files import file_sha256
 from ard_jax.models.layers import sinusoids
 from ard_jax.parallel import on_mesh, sharding_of
 from ard_jax.text import Tokenizer, clean_caption, open_tokenizer
+from ard_jax.types import PyTree
 
 WORDLLAMA = "wordllama"
+# Of the devices of a host, each of which keeps a part of every matrix: T5-XXL's are 9.5 GB.
+ENCODER_MESH = {"data": 1, "fsdp": -1, "tensor": 1}
 BUCKET = 16  # tokens: texts are padded to multiples, so that few programs are compiled
 
 
@@ -42,7 +44,8 @@ class TextEncoder:
         sha256: hash of its weights, of its tokenizer, and of how texts are cleaned and cut.
         cleaning: a name in `text.CLEANINGS`.
         tokenizer: texts into ids.
-        vectors: (ids, mask), each (batch, token) → (batch, token, width), on the devices.
+        apply: (params, ids, mask), the last two (batch, token) → (batch, token, width): a pure function.
+        params: its weights, on the devices.
     """
 
     name: str
@@ -51,7 +54,12 @@ class TextEncoder:
     sha256: str
     cleaning: str
     tokenizer: Tokenizer
-    vectors: Callable[[np.ndarray, np.ndarray], jax.Array]
+    apply: Callable[[PyTree, jax.typing.ArrayLike, jax.typing.ArrayLike], jax.Array]
+    params: PyTree
+
+    def vectors(self, ids: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> jax.Array:
+        """Ids and which of them are a text's own, each (batch, token) → (batch, token, width), on the devices."""
+        return self.apply(self.params, ids, mask)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[list[np.ndarray], int]:
         """The ids of each text, with those that stand before and after it, and how many texts were too long."""
@@ -130,11 +138,11 @@ def _open_wordllama(length: int, cleaning: str) -> TextEncoder:
     table = open_tensors(table_path)["embedding.weight"].astype(np.float32)
     _check_vocabulary(tokenizer, len(table), table_path)
     width = table.shape[1]
-    positions = np.asarray(sinusoids(jnp.arange(length, dtype=jnp.float32), width))
 
-    def vectors(ids: np.ndarray, mask: np.ndarray) -> jax.Array:
-        own = table[np.asarray(ids)] + positions[: ids.shape[1]]
-        return jnp.asarray(np.where(np.asarray(mask)[..., None], own, 0.0))
+    @jax.jit
+    def look_up(table, ids, mask):
+        positions = sinusoids(jnp.arange(ids.shape[1], dtype=jnp.float32), width)
+        return jnp.where((mask != 0)[..., None], table[ids] + positions, 0.0)
 
     files = (table_path, token_path)
     return TextEncoder(
@@ -144,7 +152,8 @@ def _open_wordllama(length: int, cleaning: str) -> TextEncoder:
         sha256=_identity(files, length, cleaning),
         cleaning=cleaning,
         tokenizer=tokenizer,
-        vectors=vectors,
+        apply=look_up,
+        params=jnp.asarray(table),
     )
 
 
@@ -174,8 +183,10 @@ def _open_t5(
         return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding)
 
     params = jax.tree.map(place, stored) if shardings is None else jax.tree.map(place, stored, shardings)
-    apply = model.apply if mesh is None else on_mesh(mesh)(model.apply)
-    run = jax.jit(apply)
+
+    def apply(params, ids, mask):
+        return model.apply({"params": params}, ids, mask)
+
     return TextEncoder(
         name=f"T5 of {model.depth} layers",
         width=model.width,
@@ -183,7 +194,8 @@ def _open_t5(
         sha256=_identity((*part_files(part), tokenizer.path), length, cleaning),
         cleaning=cleaning,
         tokenizer=tokenizer,
-        vectors=functools.partial(run, {"params": params}),
+        apply=jax.jit(apply if mesh is None else on_mesh(mesh)(apply)),
+        params=params,
     )
 
 

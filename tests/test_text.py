@@ -222,7 +222,7 @@ from ard_jax.text_encoders import open_text_encoder
 mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 3})
 alone, shared = (open_text_encoder(FOLDER, 12, "none", mesh=given) for given in (None, mesh))
 texts = ["red apple", "two a", "", "a"]
-params = shared.vectors.args[0]["params"]
+params = shared.params
 print(json.dumps({
     "apart": max(float(np.abs(a - b).max()) for a, b in zip(alone.encode(texts), shared.encode(texts))),
     "query": tuple(params["blocks"]["query"]["kernel"].sharding.spec),

@@ -106,7 +106,8 @@ def _origin_name(source: Mapping[str, Any]) -> str:
 
 def _front_matter(facts: Facts) -> str:
     method = ["autoregressive-distillation", "arxiv:2504.11295"] if facts.is_student else ["diffusion"]
-    tags = ["dit", "class-conditional", "jax", *method]
+    told = ["dit", "class-conditional"] if facts.config.data.num_classes else ["pixart", "text-to-image"]
+    tags = [*told, "jax", *method]
     return "\n".join(
         [
             "---",
@@ -116,7 +117,7 @@ def _front_matter(facts: Facts) -> str:
                 else ["license: other", f"license_name: {facts.license or 'unknown'}"]
             ),
             f"library_name: {'diffusers' if facts.form == 'diffusers' else 'ard_jax'}",
-            "pipeline_tag: unconditional-image-generation",
+            f"pipeline_tag: {'unconditional-image-generation' if facts.config.data.num_classes else 'text-to-image'}",
             "tags:",
             *(f"- {tag}" for tag in tags),
             "---",
@@ -127,22 +128,23 @@ def _front_matter(facts: Facts) -> str:
 
 def title(facts: Facts) -> str:
     if not facts.is_student:
-        return "A class-conditional diffusion transformer (DiT)"
+        is_classed = facts.config.data.num_classes > 0
+        return f"A {'class-conditional' if is_classed else 'text-to-image'} diffusion transformer ({_network(facts)})"
     return f"{facts.name}: a diffusion transformer distilled to {_count(len(facts.config.student.points), 'step')}"
 
 
 def _description(facts: Facts) -> str:
     """What it is, in two sentences."""
     config = facts.config
-    classes = f"of {config.data.num_classes} classes"
+    classes = f"of {config.data.num_classes} classes" if config.data.num_classes else "of captions"
     shape = "×".join(map(str, facts.images or (config.data.image_size, config.data.image_size, config.data.channels)))
     what = f"images {classes}, {shape}" if facts.images else f"latents of images {classes}, {shape}"
     how = make_solve(config)
     teacher = f"{_count(how.steps, 'step')} of {how.solver} ({network_calls(how)} network calls an image)"
     if not facts.is_student:
         return (
-            f"A DiT of {facts.parameters:,} parameters that makes {what}. Its settings are {teacher}, with a guidance "
-            f"scale of {how.guidance.scale:g}."
+            f"A {_network(facts)} of {facts.parameters:,} parameters that makes {what}. Its settings are {teacher}, "
+            f"with a guidance scale of {how.guidance.scale:g}."
         )
     history = config.student.history_layers if config.student.mask != "diagonal" else 0
     steps = _count(len(config.student.points), "step")
@@ -153,16 +155,27 @@ def _description(facts: Facts) -> str:
         else "step distillation, so that each step sees just the point before it"
     )
     return (
-        f"A DiT of {facts.parameters:,} parameters that makes {what}, in {steps} of one network call each. "
-        f"It was distilled from a teacher of {teacher} by {method}."
+        f"A {_network(facts)} of {facts.parameters:,} parameters that makes {what}, in {steps} of one network call "
+        f"each. It was distilled from a teacher of {teacher} by {method}."
     )
+
+
+def _network(facts: Facts) -> str:
+    return type(make_teacher(facts.config)).__name__
 
 
 def _usage(facts: Facts) -> str:
     """Lines that work in the folder."""
+    classes = facts.config.data.num_classes
     if facts.form == "stablehlo":
-        return STABLEHLO_USAGE
-    if facts.form == "diffusers":
+        return STABLEHLO_USAGE if classes else STABLEHLO_OF_CAPTIONS
+    if facts.form == "diffusers" and not classes:
+        code = (
+            'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(".")  # this folder\n'
+            f'images = pipe("a red apple", guidance_scale={float(facts.config.diffusion.guidance_scale)}, '
+            f"num_inference_steps={facts.config.diffusion.steps}).images"
+        )
+    elif facts.form == "diffusers":
         scale = facts.config.diffusion.guidance_scale if facts.config.data.num_classes == 1000 else 1.0
         code = (
             'from diffusers import DiTPipeline\n\npipe = DiTPipeline.from_pretrained(".")  # this folder\n'
@@ -179,10 +192,29 @@ def _usage(facts: Facts) -> str:
         output = "" if facts.images else ', output_type="latent"'
         code = (
             'from ard_jax import ARDPipeline\n\npipe = ARDPipeline.from_pretrained(".")  # this folder\n'
-            f"images = pipe(class_labels=[0, 1], num_images_per_label=4, seed=0{output}).images"
+            f"images = pipe({CLASSES if classes else WORDS}=4, seed=0{output}).images"
         )
     return f"```python\n{code}\n```"
 
+
+CLASSES = "class_labels=[0, 1], num_images_per_label"
+WORDS = '"a red apple", num_images_per_prompt'
+STABLEHLO_OF_CAPTIONS = """It needs jax and numpy, Pillow for pictures, and for prompts the library of its tokenizer
+(tokenizers for a tokenizer.json, else sentencepiece); ard_jax is not imported.
+
+```bash
+python run.py --prompts "a red apple" "a green circle" --seed 0 --out images.png
+```
+
+```python
+import run
+
+generate = run.load(".")  # this folder
+tokens, mask = run.encode(".", ["a red apple", "a green circle"])
+images = generate(run.draw_noise(".", seed=0, count=2), tokens, mask)  # float32 in [0, 1], channels last
+```
+
+`signature.json` says what goes in and comes out, and which platforms the modules run on."""
 
 STABLEHLO_USAGE = """It needs jax and numpy, and Pillow for pictures; ard_jax is not imported.
 

@@ -23,8 +23,10 @@ from ard_jax.types import PyTree
 PLATFORMS = ("cpu", "cuda", "tpu")
 ANY = "any"  # the batch size of a module that takes every one
 
-# (weights, noise, labels) → images in [0, 1]
-ExportedSampler = Callable[[PyTree, jax.Array, jax.Array], jax.Array]
+# (weights, noise, condition …) → images in [0, 1]
+ExportedSampler = Callable[..., jax.Array]
+# By name, what a program takes beside noise, of one example: shape, type, and the range of whole numbers or None.
+Told = Mapping[str, tuple[tuple[int, ...], str, tuple[int, int] | None]]
 
 
 def write_sampler(
@@ -33,8 +35,9 @@ def write_sampler(
     weights: PyTree,
     *,
     shape: tuple[int, int, int],
-    num_classes: int,
+    told: Told,
     names: Mapping[int, str],
+    text_encoder: Mapping[str, Any] | None = None,
     batch_sizes: Sequence[int] = (),
     platforms: Sequence[str] = PLATFORMS,
 ) -> None:
@@ -42,22 +45,23 @@ def write_sampler(
 
     Args:
         folder: that is there.
-        sampler: a pure function; its noise is (batch, height, width, channel), its labels (batch,).
+        sampler: a pure function; its noise is (batch, height, width, channel), and what else it takes is in `told`.
         weights: a pytree of arrays, in the types that they are written in; written leaf by leaf.
         shape: (height, width, channel) of the noise.
-        num_classes: labels are below it.
+        told: what it takes beside noise, such as labels.
         names: of the classes by number, as far as they are known.
+        text_encoder: what `write_text_encoder` says of the one that lies there already.
         batch_sizes: one module each; () for one module that takes any.
         platforms: some of `PLATFORMS`.
     """
     modules = {str(size): f"model.batch{size}.stablehlo" for size in batch_sizes} or {ANY: "model.stablehlo"}
     leaves, structure = jax.tree.flatten(weights)
 
-    def program(leaves, noise, labels):
-        return sampler(jax.tree.unflatten(structure, leaves), noise, labels)
+    def program(leaves, noise, *condition):
+        return sampler(jax.tree.unflatten(structure, leaves), noise, *condition)
 
     for size, file in modules.items():
-        exported = _export_program(program, leaves, shape, size, platforms)
+        exported = _export_program(program, leaves, {"noise": (shape, "float32", None), **told}, size, platforms)
         (folder / file).write_bytes(exported.serialize())
     (folder / "noise.stablehlo").write_bytes(_export_noise(shape, platforms).serialize())
     arrays = write_weights(folder / "weights.npz", weights)
@@ -70,32 +74,69 @@ def write_sampler(
             "platforms": list(platforms),
             "inputs": {
                 "noise": {"shape": ["batch", *shape], "dtype": "float32"},
-                "labels": {"shape": ["batch"], "dtype": "int32", "range": [0, num_classes - 1]},
+                **{
+                    name: {"shape": ["batch", *own], "dtype": dtype} | ({"range": list(limits)} if limits else {})
+                    for name, (own, dtype, limits) in told.items()
+                },
             },
             "output": {"shape": ["batch", *image.shape[1:]], "dtype": image.dtype.name, "range": [0, 1]},
             "labels": {str(number): names[number] for number in sorted(names)},
+            **({"text_encoder": dict(text_encoder)} if text_encoder else {}),
             "weights": arrays,
             "jax": jax.__version__,
-            "sha256": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
+            "sha256": {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
         },
     )
 
 
 def _export_program(
-    program: Callable[[list[jax.Array], jax.Array, jax.Array], jax.Array],
+    program: Callable[..., jax.Array],
     leaves: list[jax.Array],
-    shape: tuple[int, int, int],
+    inputs: Told,
     size: str,
     platforms: Sequence[str],
 ) -> export.Exported:
-    """(list of leaves, noise, labels) → images, for one batch size or, with `ANY`, for every."""
+    """(list of leaves, inputs in their order) → what it makes, for one batch size or, with `ANY`, for every."""
     batch = export.symbolic_shape("batch")[0] if size == ANY else int(size)
-    inputs = (
-        [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves],
-        jax.ShapeDtypeStruct((batch, *shape), jnp.float32),
-        jax.ShapeDtypeStruct((batch,), jnp.int32),
-    )
-    return export.export(jax.jit(program), platforms=platforms)(*inputs)
+    arrays = [jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype, _ in inputs.values()]
+    weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    return export.export(jax.jit(program), platforms=platforms)(weights, *arrays)
+
+
+def write_text_encoder(
+    folder: pathlib.Path,
+    apply: Callable[[PyTree, jax.Array, jax.Array], jax.Array],
+    params: PyTree,
+    *,
+    tokenizer: pathlib.Path,
+    length: int,
+    cleaning: str,
+    platforms: Sequence[str] = PLATFORMS,
+) -> dict[str, Any]:
+    """Writes a text encoder beside a sampler: its module, its weights and its tokenizer's file.
+
+    Args:
+        folder: that is there.
+        apply, params: (params, ids, mask) → vectors (batch, token, channel), and its weights.
+        tokenizer: file to copy.
+        length: tokens of a text at most, which all are padded to.
+        cleaning: how texts were cleaned; `run.py` knows "none" and "lower".
+        platforms: some of `PLATFORMS`.
+
+    Returns:
+        What the signature says of it.
+    """
+    leaves, structure = jax.tree.flatten(params)
+
+    def program(leaves, ids, mask):
+        return apply(jax.tree.unflatten(structure, leaves), ids, mask).astype(jnp.float32)
+
+    inputs: Told = {"ids": ((length,), "int32", None), "mask": ((length,), "bool", None)}
+    module = _export_program(program, leaves, inputs, ANY, platforms)
+    (folder / "text_encoder.stablehlo").write_bytes(module.serialize())
+    arrays = write_weights(folder / "text_encoder.npz", params)
+    shutil.copyfile(tokenizer, folder / tokenizer.name)
+    return {"tokenizer": tokenizer.name, "length": length, "cleaning": cleaning, "weights": arrays}
 
 
 def _export_noise(shape: tuple[int, int, int], platforms: Sequence[str]) -> export.Exported:

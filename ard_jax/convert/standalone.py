@@ -1,6 +1,7 @@
 """Makes images with the model in this folder, with jax and numpy alone (and Pillow for a .png).
 
 python run.py --labels 207 360 --seed 0 --out images.png
+python run.py --prompts "a red apple" --seed 0 --out images.png    (a model of captions; needs its tokenizer's library)
 
 Or from Python:
 
@@ -9,7 +10,8 @@ generate = run.load("FOLDER")
 images = generate(run.draw_noise("FOLDER", seed=0, count=2), [207, 360])
 
 Images are float32 in [0, 1], (batch, height, width, channel). Labels are class numbers; the command line takes the
-names in signature.json too. Image i of a seed is the same here and in the pipeline that this folder was exported from.
+names in signature.json too. A model of captions takes generate(noise, *run.encode(FOLDER, texts)).
+Image i of a seed is the same here and in the pipeline that this folder was exported from.
 """
 
 import argparse
@@ -24,27 +26,72 @@ from jax import export
 def load(folder):
     """A function (noise (batch, height, width, channel), labels (batch,)) → images. It compiles once a batch size.
 
-    It raises ValueError for noise or labels that the model cannot take.
+    Of a model of captions, (noise, tokens (batch, token, channel), mask (batch, token)) → images. It raises ValueError
+    for what the model cannot take.
     """
     folder = pathlib.Path(folder)
     signature = read_signature(folder)
     modules = {size: jax.jit(read_module(folder / file).call) for size, file in signature["modules"].items()}
-    weights = read_weights(folder, signature)
-    shape, last = signature["inputs"]["noise"]["shape"][1:], signature["inputs"]["labels"]["range"][1]
+    weights = read_weights(folder / "weights.npz", signature["weights"])
+    inputs = {name: found for name, found in signature["inputs"].items() if name != "noise"}
+    shape = signature["inputs"]["noise"]["shape"][1:]
 
-    def generate(noise, labels):
-        noise, labels = np.asarray(noise, np.float32), np.asarray(labels)
-        count = len(labels)
+    def generate(noise, *condition):
+        noise, told = np.asarray(noise, np.float32), [np.asarray(array) for array in condition]
+        if len(told) != len(inputs):
+            raise ValueError(f"{len(told)} arrays were given beside noise, but it wants {', '.join(inputs)}.")
+        count = len(told[0])
         if noise.shape != (count, *shape):
-            raise ValueError(f"noise is {noise.shape}, but {count} labels need {(count, *shape)}.")
-        if not count or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > last:
-            raise ValueError(f"labels are {labels.tolist()}: give class numbers from 0 to {last}.")
+            raise ValueError(f"noise is {noise.shape}, but {count} {next(iter(inputs))} need {(count, *shape)}.")
+        told = [check(name, array, count, inputs[name]) for name, array in zip(inputs, told, strict=True)]
         size = count if "any" in modules else smallest(modules, count)
         rows = np.arange(size) % count  # a batch that is too small is filled up
         run = modules.get("any") or modules[str(size)]
-        return np.asarray(run(weights, noise[rows], labels[rows].astype(np.int32)))[:count]
+        return np.asarray(run(weights, noise[rows], *(array[rows] for array in told)))[:count]
 
     return generate
+
+
+def check(name, array, count, found):
+    """An input in its type; raises ValueError if the model cannot take it."""
+    shape, dtype = (count, *found["shape"][1:]), np.dtype(found["dtype"])
+    if "range" in found:
+        last = found["range"][1]
+        if not count or array.dtype.kind not in "iu" or array.min() < 0 or array.max() > last:
+            raise ValueError(f"{name} are {array.tolist()}: give class numbers from 0 to {last}.")
+    if array.shape != shape:
+        raise ValueError(f"{name} is {array.shape}, but {shape} was expected.")
+    return array.astype(dtype)
+
+
+def encode(folder, texts):
+    """Texts → the vectors of their tokens (text, token, channel) and which are their own (text, token)."""
+    folder = pathlib.Path(folder)
+    about = read_signature(folder).get("text_encoder")
+    if about is None:
+        raise ValueError("this folder has no text encoder: give tokens and mask of your own to generate.")
+    texts = [text.lower().strip() if about["cleaning"] == "lower" else text for text in texts]
+    ids, mask = np.zeros((2, len(texts), about["length"]), np.int32)
+    for row, own in enumerate(tokenize(folder / about["tokenizer"], texts, about["length"])):
+        ids[row, : len(own)], mask[row, : len(own)] = own, 1
+    run = jax.jit(read_module(folder / "text_encoder.stablehlo").call)
+    weights = read_weights(folder / "text_encoder.npz", about["weights"])
+    return np.where(mask[..., None], run(weights, ids, mask.astype(bool)), 0), mask.astype(bool)
+
+
+def tokenize(path, texts, length):
+    """Ids of each text, at most `length`, by the library that its tokenizer's file is for."""
+    if path.suffix == ".json":
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(length)
+        return [found.ids for found in tokenizer.encode_batch(texts)]
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return [[*ids[: length - 1], 1] for ids in processor.encode(texts)]
 
 
 def smallest(sizes, count):
@@ -69,10 +116,10 @@ def read_module(path):
     return export.deserialize(bytearray(path.read_bytes()))
 
 
-def read_weights(folder, signature):
-    """The arrays of weights.npz in the order that the module takes them; NumPy has no bfloat16 and keeps its bits."""
-    with np.load(folder / "weights.npz", allow_pickle=False) as file:
-        return [jax.device_put(file[array["name"]].view(array["dtype"])) for array in signature["weights"]]
+def read_weights(path, arrays):
+    """The arrays of an .npz in the order that its module takes them; NumPy has no bfloat16 and keeps its bits."""
+    with np.load(path, allow_pickle=False) as file:
+        return [jax.device_put(file[array["name"]].view(array["dtype"])) for array in arrays]
 
 
 def class_numbers(labels, signature):
@@ -97,14 +144,17 @@ def save(images, path):
 
 def main():
     folder = pathlib.Path(__file__).parent
-    parser = argparse.ArgumentParser(description="Makes images of the given classes.")
-    parser.add_argument("--labels", nargs="+", required=True, help="class numbers, or names in signature.json")
+    parser = argparse.ArgumentParser(description="Makes images of the given classes, or prompts.")
+    told = parser.add_mutually_exclusive_group(required=True)
+    told.add_argument("--labels", nargs="+", help="class numbers, or names in signature.json")
+    told.add_argument("--prompts", nargs="+", help="of a model of captions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default="images.npy", help="a .npy, or a picture such as a .png")
     given = parser.parse_args()
     try:
-        labels = class_numbers(given.labels, read_signature(folder))
-        save(load(folder)(draw_noise(folder, given.seed, len(labels)), labels), given.out)
+        labels = given.prompts or class_numbers(given.labels, read_signature(folder))
+        condition = encode(folder, labels) if given.prompts else (labels,)
+        save(load(folder)(draw_noise(folder, given.seed, len(labels)), *condition), given.out)
     except ValueError as error:
         parser.error(str(error))
     print(f"{len(labels)} images: {given.out}")

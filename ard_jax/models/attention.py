@@ -111,7 +111,7 @@ def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
     Raises:
         UserError: what `choose_backend` raises.
     """
-    rows = q.reshape(len(k), -1, *q.shape[2:])
+    rows = q.reshape(k.shape[0], -1, *q.shape[2:])  # which may be symbolic
     backend = choose_backend(backend, target_platform(), q.dtype, q.shape[1], q.shape[-1])
     if backend == "xla":
         output = xla_attention(rows, k, v, lengths)

@@ -263,7 +263,7 @@ class PixArt(Backbone):
         if not self.size_conditioning or condition.size is not None:
             return condition
         size = jnp.asarray([[height * self.pixels, width * self.pixels]], jnp.float32)
-        batch = len(condition[0])
+        batch = condition[0].shape[0]
         return condition._replace(size=jnp.broadcast_to(size, (batch, 2)))
 
     def prepare(self, condition: Caption | PreparedCaption) -> PreparedCaption:
@@ -296,10 +296,10 @@ class PixArt(Backbone):
         if self.size_conditioning:
             size = condition.size
             assert size is not None  # `with_size` comes first
-            sides = self.size_embed(size.reshape(-1)).reshape(len(size), -1)
+            sides = self.size_embed(size.reshape(-1)).reshape(size.shape[0], -1)
             time = time + jnp.concatenate([sides, self.ratio_embed(size[:, 0] / size[:, 1])], axis=-1)[:, None]
         modulation = self.modulation(nn.silu(time)).reshape(*time.shape[:-1], 6, -1)
-        batch = len(condition[0])
+        batch = condition[0].shape[0]
 
         def by_row(x):
             return jnp.broadcast_to(x, (batch, *x.shape[1:])).reshape(-1, *x.shape[2:])

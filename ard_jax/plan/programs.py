@@ -1,6 +1,7 @@
 """The programs of a run as the stages make them, with shapes in place of arrays."""
 
 import functools
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -9,15 +10,20 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_rollout, make_solve, make_student, make_teacher
+from ard_jax.convert.families.folders import PART, read_description
+from ard_jax.convert.t5 import t5_model
 from ard_jax.drawing import make_drawing, rollout_macs, student_sampler
 from ard_jax.methods import columns_of, finetuned_config, make_finetune_method, make_method
-from ard_jax.models import network_shapes
+from ard_jax.models import network_shapes, parameter_shapes
 from ard_jax.models.backbone import Backbone, Condition, condition_like
 from ard_jax.models.flops import teacher_macs
+from ard_jax.models.jaxprs import macs
 from ard_jax.objectives import Method
-from ard_jax.parallel import batch_sharding, batch_shards, local_mesh, make_mesh, with_shardings
+from ard_jax.parallel import batch_sharding, batch_shards, local_mesh, make_mesh, on_mesh, with_shardings
 from ard_jax.plan.topology import Slice
 from ard_jax.sampling import network_calls
+from ard_jax.text import T5Encoder
+from ard_jax.text_encoders import ENCODER_MESH, WORDLLAMA
 from ard_jax.training.state import make_step, optimizer_of, start_state
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import make_solver
@@ -130,6 +136,28 @@ def trajectory_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     arguments = with_shardings(network_shapes(teacher), mesh), _drawn_rows(config, rows, mesh)
     macs = network_calls(make_solve(config)) * teacher_macs(teacher, example_shape(config))
     return Work("trajectory step", make_solver(teacher, config, mesh), arguments, mesh, rows, 2 * macs * rows)
+
+
+def caption_step(config: ml_collections.ConfigDict, where: Slice) -> Work | None:
+    """A batch of the stage `captions`, which every host does alone; None where no text encoder of size is run.
+
+    Without a folder in `captions.encoder`, T5 v1.1 XXL, which both PixArts have; in bfloat16, as its weights are kept.
+    """
+    if config.data.num_classes or config.captions.encoder == WORDLLAMA:
+        return None
+    folder = pathlib.Path(config.captions.encoder)
+    part = next((place for place in (folder / "text_encoder", folder) if (place / PART).is_file()), None)
+    model = t5_model(read_description(part / PART)) if part and config.captions.encoder else T5Encoder()
+    model = model.clone(dtype=jnp.dtype(config.model.dtype))
+    mesh = make_mesh(ENCODER_MESH, where.host)
+    rows, length = config.captions.batch_size * batch_shards(mesh), config.captions.length
+    ids = _rows_of(rows, (length,), "int32", mesh)
+    shapes = parameter_shapes(model, ids, ids)
+    params = with_shardings(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes), mesh)
+    encode = jax.jit(on_mesh(mesh)(lambda params, ids, mask: model.apply({"params": params}, ids, mask)))
+    one = jax.ShapeDtypeStruct((1, length), "int32")
+    flops = 2 * macs(jax.make_jaxpr(lambda p, i: model.apply({"params": p}, i, i))(shapes, one).jaxpr)
+    return Work("caption step", encode, (params, ids, ids), mesh, rows, flops * rows)
 
 
 def _drawn_rows(config: ml_collections.ConfigDict, rows: int, mesh: Mesh) -> Batch:

@@ -23,9 +23,9 @@ from ard_jax.captions.texts import read_texts
 from ard_jax.config import plain
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, write_npz
-from ard_jax.parallel import batch_shards, equal_batches, is_first, local_mesh, put_batch
+from ard_jax.parallel import batch_shards, equal_batches, is_first, make_mesh, put_batch
 from ard_jax.sharded import DTYPES, Shard, describe, number_of_shards
-from ard_jax.text_encoders import TextEncoder, open_text_encoder, pad_tokens
+from ard_jax.text_encoders import ENCODER_MESH, TextEncoder, open_text_encoder, pad_tokens
 from ard_jax.version import __version__
 from ard_jax.workdir import Stopwatch, captions_folder, claim, write_done
 
@@ -38,7 +38,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         UserError: there are no captions or no text encoder, or the workdir belongs to another config.
     """
-    watch, settings, mesh = Stopwatch(), config.captions, local_mesh(config.mesh)
+    watch, settings, mesh = Stopwatch(), config.captions, make_mesh(ENCODER_MESH, jax.local_devices())
     directory = captions_folder(config, workdir)
     texts = read_texts(config)
     dtype = compute_dtype(config.model.dtype)

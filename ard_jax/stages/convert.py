@@ -35,6 +35,7 @@ from ard_jax.checks import validate
 from ard_jax.config import default_config, plain
 from ard_jax.convert.families.base import Hints, Source
 from ard_jax.convert.families.folders import part_files, read_description
+from ard_jax.convert.families.pixart import NULL_CAPTION_FILE
 from ard_jax.convert.hub import fetch_source
 from ard_jax.convert.published import stored_parameters
 from ard_jax.convert.sources import open_source
@@ -57,7 +58,6 @@ from ard_jax.workdir import (
 
 log = logging.getLogger("ard_jax")
 
-NULL_CAPTION_FILE = "null_caption.npz"  # of a PixArt's own file, which goes out with it again
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 WRITTEN_BY = '"""Written by `python -m ard_jax convert`'
 # Sections of the config that the source settles, and what it settles of them.

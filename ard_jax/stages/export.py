@@ -1,7 +1,7 @@
 """Writes a finished teacher or student of a workdir in a form that others can use.
 
 --format pipeline      a folder that ARDPipeline.from_pretrained opens
---format diffusers     a folder that diffusers' DiTPipeline opens (teachers of latents, with their VAE)
+--format diffusers     a folder that diffusers' DiTPipeline or PixArt's opens (teachers of latents, with their VAE)
 --format safetensors   one file with the published DiT names, which `convert` reads back
 --format stablehlo     the whole sampler, noise and labels in, images out, for a machine that has just jax and numpy
 
@@ -16,22 +16,39 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
+import jax.numpy as jnp
 
 from ard_jax.build import example_shape
 from ard_jax.config import plain
 from ard_jax.convert.card import Facts, choose_license, model_card
 from ard_jax.convert.diffusers import dit_to_diffusers
-from ard_jax.convert.published import to_torch
-from ard_jax.convert.stablehlo import PLATFORMS, parse_batch_sizes, parse_platforms, write_sampler
+from ard_jax.convert.diffusers_pipeline import (
+    check_diffusers,
+    pipeline_class,
+    sampling_differences,
+    scheduler_config,
+)
+from ard_jax.convert.families.pixart import NULL_CAPTION_FILE
+from ard_jax.convert.pixart import pixart_to_diffusers
+from ard_jax.convert.published import NULL_CAPTION, to_torch
+from ard_jax.convert.stablehlo import (
+    PLATFORMS,
+    Told,
+    parse_batch_sizes,
+    parse_platforms,
+    write_sampler,
+    write_text_encoder,
+)
 from ard_jax.convert.tensors import write_tensors
 from ard_jax.convert.vae import vae_to_diffusers
 from ard_jax.errors import UserError
-from ard_jax.files import file_sha256, read_json, whole_folder, write_json
+from ard_jax.files import file_sha256, read_json, read_npz, whole_folder, write_json
 from ard_jax.models import count_parameters
 from ard_jax.pipeline import ARDPipeline
 from ard_jax.pipeline.files import WEIGHTS, open_workdir, with_dtype
+from ard_jax.pipeline.prompts import copy_encoder, describe_encoder
 from ard_jax.results import Results, read_results
+from ard_jax.types import Caption
 from ard_jax.workdir import load_weights, read_done, recorded_config, require_done, teacher_folder, vae_folder
 
 log = logging.getLogger("ard_jax")
@@ -52,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     license = choose_license(source or {}, args.license)
     is_student = args.model != "teacher"
     if args.format == "diffusers":
-        _check_diffusers(config, is_student)
+        check_diffusers(config, is_student)
     pipe = load(folder, args, done["sha256"])
     images = pipe.image_shape
     if images is None and args.format in ("diffusers", "stablehlo"):
@@ -61,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
             f"{args.format} could make images of them with: put one there with 'convert', or choose --format pipeline "
             f"or safetensors."
         )
-    notes = _differences(config) if args.format == "diffusers" else []
+    notes = sampling_differences(config) if args.format == "diffusers" else []
     for note in notes:
         log.warning("%s", note)
     facts = Facts(
@@ -177,27 +194,39 @@ def _write_safetensors(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.N
         "config": json.dumps(plain(pipe.config)),
         "id2label": json.dumps(_label_names(pipe)),
     }
-    write_tensors(folder / f"{args.model}.safetensors", to_torch(pipe.model, pipe.params), metadata)
+    arrays, kept = to_torch(pipe.model, pipe.params), args.workdir / "teacher" / NULL_CAPTION_FILE
+    if args.model == "teacher" and kept.is_file():  # of a PixArt's own file, which had it
+        arrays[NULL_CAPTION] = read_npz(kept)["vectors"]
+    write_tensors(folder / f"{args.model}.safetensors", arrays, metadata)
 
 
 def _write_diffusers(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
-    """A `DiTPipeline`."""
+    """A `DiTPipeline`, or PixArt's, with its text encoder if that is in a folder."""
     assert pipe.vae is not None  # `run` refuses latents that cannot be decoded
+    to_diffusers = dit_to_diffusers if pipe.prompts is None else pixart_to_diffusers
     parts = {
-        "transformer": dit_to_diffusers(pipe.model, pipe.params),
+        "transformer": to_diffusers(pipe.model, pipe.params),
         "vae": vae_to_diffusers(pipe.vae, pipe.vae_params),
     }
     for name, (state_dict, config) in parts.items():
         write_json(folder / name / "config.json", config)
         write_tensors(folder / name / WEIGHTS, state_dict, {"format": "pt"})
-    write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(pipe.config))
-    index = {
-        "_class_name": "DiTPipeline",
-        "id2label": _label_names(pipe),
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
+    scheduler = scheduler_config(pipe.config)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index: dict[str, Any] = {
+        "_class_name": pipeline_class(pipe.config),
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "transformer": ["diffusers", parts["transformer"][1]["_class_name"]],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if pipe.prompts is None:
+        index["id2label"] = _label_names(pipe)
+    elif pipe.prompts.source and describe_encoder(pipe.prompts.source)[0] == "copied":
+        copy_encoder(pipe.prompts.source, folder)
+        index |= {"text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "T5Tokenizer"]}
+    else:
+        log.warning("diffusers' folder has no text encoder: prompts must be given there as prompt_embeds.")
+        index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
     write_json(folder / "model_index.json", index)
 
 
@@ -212,18 +241,46 @@ def _write_stablehlo(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Nam
     generate = pipe.generate_function()
     decoding = {name: leaf for name, leaf in (pipe.vae_params or {}).items() if name in ("decoder", "post_quant_conv")}
 
-    def sampler(weights, noise, labels):
-        return generate(weights["network"], weights.get("vae"), noise, labels)
+    weights, platforms = (
+        {"network": pipe.params} | ({"vae": decoding} if decoding else {}),
+        parse_platforms(args.platforms),
+    )
+    told: Told = {"labels": ((), "int32", (0, pipe.config.data.num_classes - 1))}
+    about = None
+    if pipe.prompts is not None:
+        length, width = pipe.config.captions.length, pipe.model.backbone.condition_shapes.tokens.shape[-1]
+        told = {"tokens": ((length, width), "float32", None), "mask": ((length,), "bool", None)}
+        if not pipe.is_student:  # guidance's empty caption is a constant of the folder
+            weights["null"] = jnp.asarray(pipe.prompts.null(None, None))
+        if pipe.prompts.source:
+            encoder = pipe.prompts.encoder
+            about = write_text_encoder(
+                folder,
+                encoder.apply,
+                encoder.params,
+                tokenizer=encoder.tokenizer.path,
+                length=length,
+                cleaning=encoder.cleaning,
+                platforms=platforms,
+            )
+
+    def sampler(weights, noise, *condition):
+        if len(condition) == 1:
+            return generate(weights["network"], weights.get("vae"), noise, *condition)
+        (tokens, mask), null = condition, weights.get("null")
+        nulls = None if null is None else jnp.broadcast_to(null, (noise.shape[0], *null.shape))
+        return generate(weights["network"], weights.get("vae"), noise, Caption(tokens, mask, nulls))
 
     write_sampler(
         folder,
         sampler,
-        {"network": pipe.params} | ({"vae": decoding} if decoding else {}),
+        weights,
         shape=example_shape(pipe.config),
-        num_classes=pipe.config.data.num_classes,
+        told=told,
         names=pipe.id2label,
+        text_encoder=about,
         batch_sizes=parse_batch_sizes(args.batch_sizes),
-        platforms=parse_platforms(args.platforms),
+        platforms=platforms,
     )
 
 
@@ -248,64 +305,6 @@ FLAGS = {
     "--batch-sizes": dict(metavar="symbolic|1,8,…", help="stablehlo: any one (symbolic, the default), or just these"),
     "--platforms": dict(metavar=",".join(PLATFORMS), help="stablehlo: where it shall run (default: on all of these)"),
 }
-
-
-def _check_diffusers(config: ConfigDict, is_student: bool) -> None:
-    """Raises UserError for a model that `DiTPipeline` cannot run."""
-    if is_student:
-        raise UserError("diffusers has no ARD students: choose --format pipeline, safetensors or stablehlo.")
-    if config.data.space == "pixel":
-        raise UserError(
-            "diffusers' DiTPipeline decodes latents with a VAE, but this teacher makes pixels: choose another --format."
-        )
-    if config.diffusion.process != "vp":
-        raise UserError(
-            "diffusers' DiTPipeline wants a network that predicts noise, but this teacher predicts velocities "
-            "(diffusion.process is 'flow'): choose another --format."
-        )
-
-
-def _scheduler_config(config: ConfigDict) -> dict[str, Any]:
-    """Of diffusers' `DDIMScheduler`, which walks in strides of ⌊T/steps⌋ whatever its timesteps are."""
-    diffusion = config.diffusion
-    return {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": diffusion.train_steps,
-        "beta_schedule": "linear",
-        "beta_start": diffusion.beta_start,
-        "beta_end": diffusion.beta_end,
-        "prediction_type": "epsilon",
-        "timestep_spacing": "trailing" if diffusion.spacing == "trailing" else "leading",
-        "steps_offset": 0,
-        "set_alpha_to_one": True,
-        "clip_sample": False,
-    }
-
-
-def _differences(config: ConfigDict) -> list[str]:
-    """Where `DiTPipeline` samples otherwise than this teacher's settings say; a sentence each."""
-    diffusion, channels, classes = config.diffusion, config.data.channels, config.data.num_classes
-    found = []
-    if diffusion.spacing in ("linspace", "dpm"):
-        found.append(
-            "diffusers' DDIM cannot walk the teacher's timesteps (spacing linspace), and takes others there (leading): "
-            "images differ from those of ard_jax."
-        )
-    if diffusion.spacing == "trailing" and diffusion.train_steps % diffusion.steps:
-        found.append(
-            f"diffusers' DDIM steps wrongly through trailing timesteps unless the steps divide "
-            f"{diffusion.train_steps}, which the teacher's {diffusion.steps} do not."
-        )
-    if diffusion.solver != "ddim":
-        found.append(f"The teacher's solver is {diffusion.solver}; diffusers' folder has DDIM.")
-    if classes != 1000:
-        found.append(
-            f"DiTPipeline takes class 1000 for the null class, and this teacher has {classes} classes: guidance does "
-            f"not work there, so use guidance_scale=1."
-        )
-    elif diffusion.guidance_scale != 1 and diffusion.guided_channels not in (0, channels):
-        found.append(f"DiTPipeline guides all {channels} channels, the teacher's settings {diffusion.guided_channels}.")
-    return found
 
 
 # ----------------------------------------------------------------------------------------------------- the folder

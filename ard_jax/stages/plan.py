@@ -5,10 +5,10 @@ disk.
 --topology cpu       this machine, which needs nothing
 
 Compiles the distillation step, the student's sampler and the trajectory step of the config ahead of time, for devices
-that need not be there; the teacher's training is estimated. Times are bounds: what the FLOPs, the bytes of memory and
-the bytes between chips take at the chips' peak rates, whichever is longest. A training step that does not fit is tried
-with other settings of model.remat, mesh.fsdp and distill.accumulate. XL/2 takes about two minutes a program on two
-cores.
+that need not be there, and the text encoder where networks are told captions; the teacher's training is estimated.
+Times are bounds: what the FLOPs, the bytes of memory and the bytes between chips take at the chips' peak rates,
+whichever is longest. A training step that does not fit is tried with other settings of model.remat, mesh.fsdp and
+distill.accumulate. XL/2 takes about two minutes a program on two cores.
 
 --json FILE          writes the figures as one line of JSON, too
 --finetune           plans the adversarial fine-tune as well
@@ -24,7 +24,7 @@ from ard_jax.files import write_text
 from ard_jax.parallel import check_batch
 from ard_jax.plan import ladder, recipe
 from ard_jax.plan.cost import Cost, measure
-from ard_jax.plan.programs import finetune_step, for_platform, sampler, training_step, trajectory_step
+from ard_jax.plan.programs import caption_step, finetune_step, for_platform, sampler, training_step, trajectory_step
 from ard_jax.plan.topology import Slice, find_slice
 
 
@@ -58,9 +58,13 @@ def run(config: ml_collections.ConfigDict, topology: str, json_file: pathlib.Pat
     for program in (sampler, trajectory_step):
         others.append(measure(program(config, where), where.chip))
         print("\n".join(_program_lines(others[-1])), flush=True)
+    encoding = caption_step(config, where)
+    captions = [] if encoding is None else [measure(encoding, where.chip)]
+    for cost in captions:
+        print("\n".join(_program_lines(cost)), flush=True)
     print("\n".join(_recipe_lines(config, where, steps, others)), flush=True)
     if json_file:
-        line = json.dumps(_figures(config, topology, advice, steps, others)) + "\n"
+        line = json.dumps(_figures(config, topology, advice, steps, [*others, *captions])) + "\n"
         write_text(json_file, line)
 
 
@@ -170,7 +174,7 @@ def _figures(
         "fits_as_given": advice is None,
         "advice": advice[0]._asdict() if advice else None,
         "programs": programs,
-        "chip_hours": recipe.chip_hours(config, steps, *others),
+        "chip_hours": recipe.chip_hours(config, steps, *others[:2]),
         "storage": _storage(config, steps),
     }
 

@@ -30,6 +30,7 @@ from ard_jax.models.pixart import LATENT_SIDE, SIZES
 PIPELINES = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
 CAPTION = "y_embedder.y_proj.fc1.weight"  # of the authors' names, which no DiT has
 SIZE = "csize_embedder.mlp.0.weight"
+NULL_CAPTION_FILE = "null_caption.npz"  # the empty caption of the authors' file, which goes out with it again
 HEADS = {1152: 16}  # of the published width
 INTERPOLATIONS = (0.5, 1.0, 2.0, 4.0)
 # Longest caption and how captions are cleaned, of Σ and of α.
