@@ -262,7 +262,11 @@ def _combine_gradients(student_pass: StudentPass, to_fake: jax.Array, weight: ja
     regression, generator = (student_pass.pull_heads(at) for at in (student_pass.to_predictions, last))
     norms = [jnp.linalg.norm(_last_kernel(heads).astype(jnp.float32)) for heads, _ in (regression, generator)]
     factor = jax.lax.stop_gradient(weight * jnp.clip(norms[0] / (norms[1] + 1e-4), 0.0, 1e4))
-    heads, hidden = jax.tree.map(lambda a, b: a + factor.astype(b.dtype) * b, regression, generator)
+
+    def combine(a, b):  # what a context has of whole numbers, such as the lengths of captions, has no gradient
+        return a if a.dtype == jax.dtypes.float0 else a + factor.astype(b.dtype) * b
+
+    heads, hidden = jax.tree.map(combine, regression, generator)
     (trunk,) = student_pass.pull_trunk(hidden)
     return {**trunk, **heads}, factor
 
