@@ -24,7 +24,7 @@ from ml_collections import config_flags
 
 from ard_jax import hosts, keys
 from ard_jax.checks import validate
-from ard_jax.config import ROWS, default_config, flatten, plain
+from ard_jax.config import ROWS, WORDLLAMA, default_config, flatten, plain
 from ard_jax.errors import Preempted, UserError, first_line
 from ard_jax.files import local_path
 from ard_jax.parallel import is_first, set_up_libtpu
@@ -157,9 +157,11 @@ def _check_devices() -> None:
 def _as_meant(value: Any) -> Any:
     """A flag's value, or the config, with its paths as the user meant them; UserError for one that is none here."""
     if isinstance(value, ml_collections.ConfigDict):
-        for key in (key for key in ROWS if key.endswith(".dir")):
+        for key in (key for key in ROWS if key.endswith((".dir", ".path", ".encoder"))):
             section, name = key.split(".")
-            value[section][name] = value[section][name] and str(local_path(value[section][name]))
+            given = value[section][name]
+            if given and given != WORDLLAMA and not given.startswith("hf:"):
+                value[section][name] = str(local_path(given))
         return value
     return local_path(value) if isinstance(value, pathlib.Path) else value
 

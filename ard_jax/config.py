@@ -80,6 +80,8 @@ def one_of(*names: str, **meanings: str) -> Allowed:
     return Allowed(lambda value: value in (*names, *meanings), f"choose {', '.join(first)} or {last}")
 
 
+WORDLLAMA = "wordllama"  # the text encoder that a package of that name ships
+
 # Values of several settings.
 SEEDS = between(0, 2**31 - 1)
 STORED_TYPES = one_of("float16", "bfloat16", "float32")

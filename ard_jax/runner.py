@@ -106,6 +106,9 @@ def jobs_of(entries: Iterable[Entry]) -> list[Job]:
     jobs: list[Job] = []
     measured: dict[str, tuple[Place, list[str]]] = {}
     for entry in entries:
+        for place in (entry.teacher, entry.store, entry.trained, entry.home):
+            if not place.config.data.num_classes and not place.config.captions.dir:
+                jobs.append(Job("captions", place, ()))
         if not entry.teacher.config.teacher.dir:
             jobs.append(Job("teacher", entry.teacher, (TEACHER,)))
         if not entry.store.config.trajectories.dir:

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ard_jax.config import WORDLLAMA
 from ard_jax.convert.families.folders import PART, PIPELINE, part_files, read_description
+from ard_jax.convert.hub import fetch_source
 from ard_jax.convert.t5 import stored_t5, t5_model
 from ard_jax.convert.tensors import open_tensors
 from ard_jax.errors import UserError
@@ -27,7 +29,6 @@ from ard_jax.parallel import on_mesh, sharding_of
 from ard_jax.text import Tokenizer, clean_caption, open_tokenizer
 from ard_jax.types import PyTree
 
-WORDLLAMA = "wordllama"
 # Of the devices of a host, each of which keeps a part of every matrix: T5-XXL's are 9.5 GB.
 ENCODER_MESH = {"data": 1, "fsdp": -1, "tensor": 1}
 BUCKET = 16  # tokens: texts are padded to multiples, so that few programs are compiled
@@ -105,7 +106,7 @@ def open_text_encoder(
     """Opens a text encoder.
 
     Args:
-        source: "wordllama", or a folder as the module's docstring says.
+        source: "wordllama", a folder as the module's docstring says, or hf:ORG/NAME.
         length: tokens of a text at most.
         cleaning: a name in `text.CLEANINGS`.
         dtype: compute type, bfloat16 or float32; None for the weights'.
@@ -119,7 +120,8 @@ def open_text_encoder(
     clean_caption("", cleaning)  # raises before anything is read
     if source == WORDLLAMA:
         return _open_wordllama(length, cleaning)
-    return _open_t5(pathlib.Path(source), length, cleaning, dtype, mesh)
+    folder = fetch_source(source) if source.startswith("hf:") else pathlib.Path(source)
+    return _open_t5(folder, length, cleaning, dtype, mesh)
 
 
 def _open_wordllama(length: int, cleaning: str) -> TextEncoder:

@@ -1,6 +1,8 @@
 """Captions: their sources, their store, the stages that are told them, and a PixArt from its folder to its exports."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline_fixtures import copy, done, files, run, sentence
+from pipeline_fixtures import ROOT, copy, done, files, run, sentence
 from pixart_fixtures import small_pixart, write_pixart, write_text_encoder
 
 from ard_jax import ARDPipeline
@@ -401,6 +403,54 @@ def test_a_pipeline_without_a_text_encoder_takes_vectors(pixart):
     student.prompts.source = ""
     with pytest.raises(UserError, match="has no text encoder: give prompt_embeds"):
         student("a red apple")
+
+
+# --------------------------------------------------------------------------------------------------- the document
+
+DOCUMENT = (ROOT / "docs" / "TEXT_TO_IMAGE.md").read_text()
+# What makes configs/pixart_sigma_1024.py the tiny network of `write_pixart`, and its runs short.
+SMALL = (
+    "model.name=PixArt", "model.patch_size=2", "model.hidden_size=24", "model.depth=2", "model.num_heads=2",
+    "model.caption_width=20", "model.interpolation=0.5", "data.image_size=8", "diffusion.steps=34",
+)  # fmt: skip
+FEWER = {
+    "distill": ("distill.steps=2", "distill.batch_size=4", "run.tensorboard=False"),
+    "sample": ("sample.batch_size=32", "sample.models=('ard',)"),
+    "teacher": ("teacher.steps=2", "teacher.batch_size=4", "run.tensorboard=False"),
+    "encode": ("encode.image_size=16", "encode.batch_size=4"),
+    "captions": ("captions.batch_size=2",),
+    "plan": (),
+}
+
+
+@pytest.mark.slow
+def test_every_command_of_the_document_runs_as_written(tmp_path, monkeypatch):
+    """In its order, on a tiny random PixArt; the networks of configs/pixart_sigma_1024.py are made as small."""
+    write_pixart(tmp_path / "PixArt-Sigma-XL-2-1024-MS")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    imagefolder(tmp_path / "PICTURES", ["black", "a red apple", "green circle", "blue"])
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) == 18 and all(line.startswith("python ") for line in lines)
+    for line in lines:
+        words = shlex.split(line)
+        if words[1] != "-m":
+            ended = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
+            assert ended.returncode == 0, ended.stderr
+            assert Image.open(tmp_path / words[-1]).size == (32, 16)  # two pictures of 16 pixels
+            continue
+        stage_name, *flags = words[3:]
+        if "configs/pixart_sigma_1024.py" in flags:
+            flags += [f"--config.{setting}" for setting in (*SMALL, *FEWER[stage_name])]
+        if stage_name == "plan":
+            flags[flags.index("v5e:4x4")] = "cpu"
+        outcome = run(stage_name, *flags)
+        assert outcome.status == 0, (line, outcome.err)
+    code = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+    made: dict = {}
+    exec(code[0], made)
+    assert len(made["images"]) == 1 and len(made["edited"]) == 1 and made["edited"][0].size == (16, 16)
 
 
 ALONE = """

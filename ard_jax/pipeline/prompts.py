@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from ard_jax.config import WORDLLAMA
 from ard_jax.convert.families.folders import PIPELINE
-from ard_jax.convert.hub import fetch_source
 from ard_jax.errors import UserError
 from ard_jax.pipeline.inputs import resolve_prompts
-from ard_jax.text_encoders import WORDLLAMA, TextEncoder, open_text_encoder, pad_tokens
+from ard_jax.text_encoders import TextEncoder, open_text_encoder, pad_tokens
 from ard_jax.types import Caption
 
 BUCKET = 16  # tokens: prompts are padded to a multiple, so that few programs are compiled
@@ -44,8 +44,7 @@ class Prompts:
                     "this pipeline has no text encoder: give prompt_embeds with prompt_attention_mask, or open it from "
                     "a folder that has one."
                 )
-            source = str(fetch_source(self.source)) if self.source.startswith("hf:") else self.source
-            opened = open_text_encoder(source, self._settings.length, self._settings.cleaning)
+            opened = open_text_encoder(self.source, self._settings.length, self._settings.cleaning)
             if opened.width != self._width:
                 raise UserError(
                     f"the text encoder {self.source} makes vectors of {opened.width} channels, but the network reads "

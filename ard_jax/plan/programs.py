@@ -10,6 +10,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_rollout, make_solve, make_student, make_teacher
+from ard_jax.config import WORDLLAMA
 from ard_jax.convert.families.folders import PART, read_description
 from ard_jax.convert.t5 import t5_model
 from ard_jax.drawing import make_drawing, rollout_macs, student_sampler
@@ -23,7 +24,7 @@ from ard_jax.parallel import batch_sharding, batch_shards, local_mesh, make_mesh
 from ard_jax.plan.topology import Slice
 from ard_jax.sampling import network_calls
 from ard_jax.text import T5Encoder
-from ard_jax.text_encoders import ENCODER_MESH, WORDLLAMA
+from ard_jax.text_encoders import ENCODER_MESH
 from ard_jax.training.state import make_step, optimizer_of, start_state
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import make_solver

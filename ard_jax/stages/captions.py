@@ -21,13 +21,14 @@ from ard_jax.build import compute_dtype
 from ard_jax.captions.store import LAYOUT, NULL, record_features
 from ard_jax.captions.texts import read_texts
 from ard_jax.config import plain
+from ard_jax.convert.families.pixart import NULL_CAPTION_FILE
 from ard_jax.errors import UserError
-from ard_jax.files import file_sha256, write_npz
+from ard_jax.files import file_sha256, read_npz, write_npz
 from ard_jax.parallel import batch_shards, equal_batches, is_first, make_mesh, put_batch
 from ard_jax.sharded import DTYPES, Shard, describe, number_of_shards
 from ard_jax.text_encoders import ENCODER_MESH, TextEncoder, open_text_encoder, pad_tokens
 from ard_jax.version import __version__
-from ard_jax.workdir import Stopwatch, captions_folder, claim, write_done
+from ard_jax.workdir import Stopwatch, captions_folder, claim, teacher_folder, write_done
 
 log = logging.getLogger("ard_jax")
 
@@ -81,6 +82,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     described = describe(directory, number_of_shards(len(texts), settings.shard_size))
     LAYOUT.finish(directory, features, described, _manifest(config, encoder, ids, cut, described, directory))
     log.info("%d captions of %.1f tokens on average.", len(texts), np.mean([len(own) for own in ids]))
+    _compare_null(teacher_folder(config, workdir) / NULL_CAPTION_FILE, encoder.null())
     write_done(directory, {shard["file"]: shard["sha256"] for shard in described}, watch(), records=len(texts))
 
 
@@ -95,6 +97,16 @@ def _encode(encoder: TextEncoder, ids: list[np.ndarray], batch_size: int, mesh: 
             for row, own in zip(rows, vectors, strict=False):
                 found[row] = own[: len(ids[row])]
     return found
+
+
+def _compare_null(path: pathlib.Path, ours: np.ndarray) -> None:
+    """Says how far the empty caption that came with a PixArt's file is from the text encoder's own."""
+    if not path.is_file():
+        return
+    theirs = read_npz(path)["vectors"]
+    own = np.concatenate([ours, np.repeat(ours[-1:], max(len(theirs) - len(ours), 0), axis=0)])[: len(theirs)]
+    apart = float(np.linalg.norm(theirs - own) / np.linalg.norm(own))
+    log.info("the empty caption that came with the teacher is %.3g of its size away from this encoder's.", apart)
 
 
 def _sha256(texts: list[str]) -> str:
