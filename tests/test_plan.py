@@ -19,9 +19,9 @@ from ard_jax.models import count_parameters, jaxprs
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.plan import hlo, ladder, recipe
 from ard_jax.plan.cost import Cost, Memory, measure, needed_bytes
-from ard_jax.plan.programs import finetune_step, for_platform, sampler, training_step, trajectory_step
+from ard_jax.plan.programs import caption_step, finetune_step, for_platform, sampler, training_step, trajectory_step
 from ard_jax.plan.topology import SHAPES, Slice, find_slice
-from configs import imagenet256, smoke
+from configs import imagenet256, pixart_sigma_1024, smoke, smoke_captions
 
 IMAGENET = str(ROOT / "configs" / "imagenet256.py")
 needs_libtpu = pytest.mark.skipif(
@@ -380,6 +380,26 @@ def test_a_host_s_own_work_is_compiled_for_a_host():
     config.mesh.fsdp = 4
     made = measure(trajectory_step(config, where), where.chip)
     assert made.work.mesh.shape["fsdp"] == 4 == made.work.mesh.size and made.fits
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_pixart_s_recipe_and_its_text_encoder_fit_sixteen_chips():
+    """PixArt-Σ at 1024 px with 48 guided calls in the step; T5 XXL, which no folder has to be there for."""
+    where, config = find_slice("v5e:4x4"), for_platform(pixart_sigma_1024.get_config(), "tpu")
+    made = measure(training_step(config, where), where.chip)
+    assert made.fits and made.needed < 15.75e9
+    assert made.seconds["compute"] >= made.work.flops / 16 / where.chip.flops
+    encoding = caption_step(config, where)
+    cost = measure(encoding, where.chip)
+    assert cost.fits and encoding.rows == 256 and encoding.mesh.size == 4
+    assert abs(cost.flops / (encoding.flops / 4) - 1) < 0.01
+
+
+def test_captions_of_a_small_encoder_are_not_planned():
+    where = find_slice("cpu")
+    assert caption_step(for_platform(smoke_captions.get_config(), "cpu"), where) is None
+    assert caption_step(for_platform(smoke.get_config(), "cpu"), where) is None
 
 
 @needs_libtpu

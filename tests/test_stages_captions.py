@@ -180,6 +180,19 @@ def test_a_record_is_its_text_s_own_vectors(tmp_path, prompts, encoder):
     assert done(tmp_path / "run" / "captions")["sha256"] == before
 
 
+def test_captions_of_a_tfds_dataset(tmp_path, prompts, encoder):
+    """Here the store itself, which is one that has texts and no pictures."""
+    assert encode(tmp_path / "run", prompts, encoder).status == 0
+    dataset = str(tmp_path / "run" / "captions" / "1.0.0")
+    found = caption_texts.read_texts(captions_config(captions={"source": "tfds", "path": dataset}))
+    assert found == [prompt.strip() for prompt in PROMPTS]
+    config = captions_config(captions={"source": "tfds", "path": dataset}, data={"caption_key": "index"})
+    with pytest.raises(
+        UserError, match="has no captions under 'index', but index, text, vectors: set data.caption_key"
+    ):
+        caption_texts.read_texts(config)
+
+
 def test_other_captions_or_another_encoder_are_another_store(tmp_path, prompts, encoder):
     assert encode(tmp_path / "run", prompts, encoder).status == 0
     other = write_text_encoder(tmp_path / "other", seed=9)

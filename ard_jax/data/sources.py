@@ -213,7 +213,8 @@ def tfds_texts(data: ConfigDict) -> list[str]:
             f"{where} has no captions under {data.caption_key!r}, but {', '.join(sorted(builder.info.features))}: set "
             f"data.caption_key to a feature that is text."
         )
-    decoders = tfds.decode.PartialDecoding({data.caption_key: True})
+    images = [name for name, kind in builder.info.features.items() if isinstance(kind, tfds.features.Image)]
+    decoders = {name: tfds.decode.SkipDecoding() for name in images}  # which nobody looks at
     records = _tfds_records(builder, data, where, decoders=decoders)
     return [records[index][data.caption_key].decode() for index in range(len(records))]
 
