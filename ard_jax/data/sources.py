@@ -208,12 +208,13 @@ def tfds_texts(data: ConfigDict) -> list[str]:
     import tensorflow_datasets as tfds
 
     builder, where = _tfds_builder(data)
-    if not isinstance(builder.info.features.get(data.caption_key), tfds.features.Text):
+    features = dict(builder.info.features)
+    if not isinstance(features.get(data.caption_key), tfds.features.Text):
         raise UserError(
-            f"{where} has no captions under {data.caption_key!r}, but {', '.join(sorted(builder.info.features))}: set "
+            f"{where} has no captions under {data.caption_key!r}, but {', '.join(sorted(features))}: set "
             f"data.caption_key to a feature that is text."
         )
-    images = [name for name, kind in builder.info.features.items() if isinstance(kind, tfds.features.Image)]
+    images = [name for name, kind in features.items() if isinstance(kind, tfds.features.Image)]
     decoders = {name: tfds.decode.SkipDecoding() for name in images}  # which nobody looks at
     records = _tfds_records(builder, data, where, decoders=decoders)
     return [records[index][data.caption_key].decode() for index in range(len(records))]
