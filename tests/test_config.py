@@ -73,6 +73,7 @@ RANGES = {
     "run.in_memory": (0, math.inf),
 }
 CHOICES = {
+    "captions.dtype": ("float16", "bfloat16", "float32"),
     "trajectories.dtype": ("float16", "bfloat16", "float32"),
     "encode.dtype": ("float16", "bfloat16", "float32"),
     "student.target": ("x0", "xt"),

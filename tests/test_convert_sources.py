@@ -486,7 +486,10 @@ def test_folders_that_are_none_of_these(tmp_path):
     write(tmp_path / "b.safetensors", teacher())
     assert "holds 2 files of weights: give a pipeline's folder, or the file that you mean" in refused(tmp_path)
     write_json(tmp_path / "config.json", {"_class_name": "UNet2DConditionModel"})
-    assert "holds a UNet2DConditionModel: only a DiT, an ARD student or an AutoencoderKL" in refused(tmp_path)
+    assert (
+        "holds a UNet2DConditionModel: only a DiT, a PixArt transformer, an ARD student or an AutoencoderKL"
+        in refused(tmp_path)
+    )
     write_json(tmp_path / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
     assert "holds a StableDiffusionPipeline: only a DiTPipeline or ARDPipeline can be converted" in refused(tmp_path)
     (tmp_path / "model_index.json").write_text("{")
@@ -507,7 +510,7 @@ def test_a_new_family_is_a_row(tmp_path, monkeypatch):
     assert open_source(path, Hints(license="mit")) == Source("a foreign one", (path,), license="mit")
     assert open_source(tmp_path).what == "a foreign one"
     write_json(tmp_path / "config.json", {"_class_name": "UNet"})
-    said = "only a DiT, a foreign network, an ARD student or an AutoencoderKL can be converted"
+    said = "only a DiT, a foreign network, a PixArt transformer, an ARD student or an AutoencoderKL"
     assert said in refused(tmp_path)
     write_json(tmp_path / "model_index.json", {})
     assert "holds a None: only a ForeignPipeline, DiTPipeline or ARDPipeline can be" in refused(tmp_path)

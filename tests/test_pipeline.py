@@ -609,7 +609,10 @@ def no_index(folder):
     [
         (broken_index, "model_index.json is damaged"),
         (no_part, "names neither a student nor a teacher"),
-        (another_kind, "holds a StableDiffusionPipeline: only a DiTPipeline or ARDPipeline"),
+        (
+            another_kind,
+            "holds a StableDiffusionPipeline: only a DiTPipeline, PixArtSigmaPipeline, PixArtAlphaPipeline or ARD",
+        ),
         (no_config, "student/config.json is missing, so"),
         (newer_config, "describes no model of this version of ard_jax"),
         (no_section, "does not fit the architecture that its config describes"),

@@ -277,6 +277,39 @@ def test_online_rivals_and_fine_tune_with_captions(captioned, tmp_path):
     assert set(read_json(workdir / "evaluate" / "results.json")["models"]) == set(models)
 
 
+COMPARED = """
+from configs import smoke_captions
+
+
+def get_config(argument=""):
+    config = smoke_captions.get_config("process=flow")
+    with config.unlocked():
+        config.trajectories.points, config.student.points = (3, 2, 0), (2, 0)
+        config.compare.update(steps=(2,), points=((2, 0),))
+        config.compare.methods = {
+            "ard": {"title": "ARD"},
+            "step": {"title": "Step distillation", "settings": {"student": {"mask": "diagonal"}}},
+        }
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_methods_are_compared_with_captions(tmp_path):
+    """Of a teacher that predicts velocity; the captions are encoded on the way, once."""
+    (tmp_path / "compared.py").write_text(COMPARED)
+    arguments = ["--config", str(tmp_path / "compared.py"), "--workdir", str(tmp_path / "run")]
+    outcome = run("compare", *arguments)
+    assert outcome.status == 0, outcome.err
+    rows = read_json(tmp_path / "run" / "compare" / "compare.json")["rows"]
+    assert [row["name"] for row in rows] == ["teacher", "ard_2", "step_2"]
+    assert all(0 < row["mean"]["fd"] < np.inf for row in rows)
+    encoded = tmp_path / "run" / "seed0" / "captions" / "done.json"
+    before = encoded.stat().st_mtime_ns
+    assert run("compare", *arguments).status == 0
+    assert encoded.stat().st_mtime_ns == before
+
+
 def test_two_students_are_told_different_captions_apart(captioned):
     pipe = ARDPipeline.from_pretrained(captioned / "distill" / "ard")
     one = pipe(["a large red circle", "a small blue square"], seed=3, output_type="np")

@@ -102,8 +102,12 @@ def _open_transformer(folder: pathlib.Path, hints: Hints) -> Source:
     )
 
 
-def scheduler_settings(described: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
+def scheduler_settings(
+    described: Mapping[str, Any], path: pathlib.Path, keeps_dpm_solver: bool = False
+) -> dict[str, Any]:
     """What a scheduler's config says, as settings of `config.diffusion`.
+
+    Without `keeps_dpm_solver`, the teacher is sampled by DDIM whatever the scheduler is, as trajectories are.
 
     Raises:
         UserError: the network's output or its times mean something else than our noise-predicting process.
@@ -121,7 +125,7 @@ def scheduler_settings(described: Mapping[str, Any], path: pathlib.Path) -> dict
         for key, (default, ours) in SCHEDULER_SAMPLING.items()
         if described.get(key, default) != ours
     ]
-    if scheduler == "DPMSolverMultistepScheduler":
+    if keeps_dpm_solver and scheduler == "DPMSolverMultistepScheduler":
         return _dpm_solver_settings(described, path) | _process_settings(described)
     if scheduler != "DDIMScheduler":
         differing.insert(0, scheduler)

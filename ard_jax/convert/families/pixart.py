@@ -56,7 +56,7 @@ def _open_pipeline(folder: pathlib.Path, hints: Hints) -> Source:
     is_sigma = folder_class(folder, PIPELINE) == PIPELINES[0]
     source = _open_transformer(folder / "transformer", hints, is_sigma)
     assert source.config is not None
-    source.config.diffusion.update(scheduler_settings(read_description(scheduler), scheduler))
+    source.config.diffusion.update(scheduler_settings(read_description(scheduler), scheduler, True))
     read_description(vae / PART)
     if (folder / "text_encoder").is_dir():
         source.config.captions.encoder = str(folder.absolute())
