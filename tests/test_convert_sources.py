@@ -491,7 +491,9 @@ def test_folders_that_are_none_of_these(tmp_path):
         in refused(tmp_path)
     )
     write_json(tmp_path / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
-    assert "holds a StableDiffusionPipeline: only a DiTPipeline or ARDPipeline can be converted" in refused(tmp_path)
+    assert "only a DiTPipeline, PixArtSigmaPipeline, PixArtAlphaPipeline or ARDPipeline can be converted" in refused(
+        tmp_path
+    )
     (tmp_path / "model_index.json").write_text("{")
     assert "model_index.json is damaged" in refused(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
@@ -513,7 +515,7 @@ def test_a_new_family_is_a_row(tmp_path, monkeypatch):
     said = "only a DiT, a foreign network, a PixArt transformer, an ARD student or an AutoencoderKL"
     assert said in refused(tmp_path)
     write_json(tmp_path / "model_index.json", {})
-    assert "holds a None: only a ForeignPipeline, DiTPipeline or ARDPipeline can be" in refused(tmp_path)
+    assert "holds a None: only a ForeignPipeline, DiTPipeline, PixArtSigmaPipeline, PixArtAlpha" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["transformer/config.json", "scheduler/scheduler_config.json", "vae/config.json"])

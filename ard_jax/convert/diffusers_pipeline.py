@@ -62,9 +62,8 @@ def sampling_differences(config: ConfigDict) -> list[str]:
     is_dpm = diffusion.solver == "dpm++2m" and not classes
     if diffusion.spacing in ("linspace", "dpm") and not (is_dpm and diffusion.spacing == "dpm"):
         found.append(
-            f"diffusers' DDIM cannot walk the teacher's timesteps (spacing {diffusion.spacing}), and takes others there "
-            f"(leading): "
-            "images differ from those of ard_jax."
+            f"diffusers' DDIM cannot walk the teacher's timesteps (spacing {diffusion.spacing}), and takes others "
+            f"there (leading): images differ from those of ard_jax."
         )
     if diffusion.spacing == "trailing" and diffusion.train_steps % diffusion.steps:
         found.append(
