@@ -110,6 +110,31 @@ class Results:
         return found if self.seconds else {key: value for key, value in found.items() if key != "seconds"}
 
 
+def add_degradation(models: dict[str, Measured]) -> dict[str, Measured]:
+    """Adds each student's Fréchet distance minus the teacher's, where the teacher has been sampled."""
+    teacher = models["teacher"].fd if "teacher" in models else None
+
+    def add(model: Measured) -> Measured:
+        if model.is_teacher or model.fd is None or teacher is None:
+            return model
+        return dataclasses.replace(model, degradation=model.fd - teacher)
+
+    return {name: add(model) for name, model in models.items()}
+
+
+def degradation_ratios(models: dict[str, Measured]) -> dict[str, float]:
+    """Degradation of step distillation over that of ARD, for each kind of target that both were trained on."""
+    students = [(model, model.degradation) for model in models.values() if model.objective == "ard"]
+    ratios = {}
+    for target in ("x0", "xt"):
+        found = [(model, worse) for model, worse in students if worse is not None and model.target == target]
+        ours = [worse for model, worse in found if model.history_layers]
+        baseline = [worse for model, worse in found if not model.history_layers]
+        if ours and baseline and ours[0] > 0 and baseline[0] > 0:
+            ratios[target] = baseline[0] / ours[0]
+    return ratios
+
+
 def read_results(workdir: pathlib.Path) -> Results:
     """What `evaluate` wrote in a workdir.
 

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
-import time
 from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, NotRequired, TypedDict, TypeVar
 
@@ -236,16 +235,6 @@ def merge_done(directory: pathlib.Path, made: dict[str, dict[str, Any]]) -> None
         models = (read_done(directory) or {}).get("models", {}) | made
         hashes = {f"{name}/{file}": sha for name in sorted(models) for file, sha in models[name]["sha256"].items()}
         write_done(directory, hashes, sum(model["seconds"] for model in models.values()), models=models)
-
-
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self):
-        self.start = time.monotonic()
-
-    def __call__(self) -> float:
-        return time.monotonic() - self.start
 
 
 def teacher_folder(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:

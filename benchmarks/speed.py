@@ -54,13 +54,13 @@ from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.objectives import Method, Objective
 from ard_jax.objectives.ard import ard
 from ard_jax.parallel import make_mesh, put_batch
+from ard_jax.progress import Stopwatch
 from ard_jax.sampling import network_calls, sample_student, sample_teacher
 from ard_jax.stages.teacher import init_parameters
 from ard_jax.training.fit import Task, fit
 from ard_jax.training.state import init_state, make_optimizer, make_step
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import features_of, make_store
-from ard_jax.workdir import Stopwatch
 from benchmarks import dense
 from benchmarks.measure import in_turns, spread, table
 from configs import digits

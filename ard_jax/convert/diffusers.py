@@ -13,7 +13,8 @@ from typing import Any, cast
 import numpy as np
 
 from ard_jax.convert.lazy import Stored, Tensors, dtypes_of, shapes_of
-from ard_jax.convert.published import check_names, expected_shapes, parameters, to_torch
+from ard_jax.convert.names import check_names
+from ard_jax.convert.published import expected_shapes, parameters, to_torch
 from ard_jax.errors import UserError
 from ard_jax.models import DiT, Network
 from ard_jax.models.layers import position_table

@@ -10,7 +10,8 @@ from typing import Any, cast
 import numpy as np
 
 from ard_jax.convert.lazy import Stored, Tensors, dtypes_of, shapes_of
-from ard_jax.convert.published import KINDS, NULL_CAPTION, check_names, expected_shapes, parameters, to_torch
+from ard_jax.convert.names import check_names
+from ard_jax.convert.published import KINDS, NULL_CAPTION, expected_shapes, parameters, to_torch
 from ard_jax.errors import UserError
 from ard_jax.models import Network, PixArt
 from ard_jax.types import Params

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from ard_jax.convert.lazy import Stored, dtypes_of, shapes_of
+from ard_jax.convert.names import check_names
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, Backbone, DiT, Network, PixArt, network_shapes
 from ard_jax.types import Params
@@ -363,32 +364,6 @@ def check_published(
     naming = naming_of(model)
     names = f"the published {naming.what} names"
     check_names(found, expected_shapes(model), described, names, optional=naming.constants)
-
-
-def check_names(
-    found: Mapping[str, tuple[int, ...]],
-    expected: Mapping[str, tuple[int, ...] | None],
-    described: str,
-    names: str,
-    optional: Iterable[str] = (),
-) -> None:
-    """Raises UserError with the first few missing, unexpected and misshapen names; `optional` ones are neither."""
-    misshapen = [n for n, s in expected.items() if n in found and s is not None and found[n] != s]
-    problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected and name not in optional],
-        "of another shape": [f"{n} {found[n]} instead of {expected[n]}" for n in misshapen],
-    }
-    said = [
-        f"{kind}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for kind, names in problems.items()
-        if names
-    ]
-    if said:
-        raise UserError(
-            f"the state dict does not fit the architecture that {described} ({'; '.join(said)}): "
-            f"give a state dict with {names}."
-        )
 
 
 def _check_position_table(table: np.ndarray, model: Network) -> None:

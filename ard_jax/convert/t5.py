@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ard_jax.convert.lazy import dtypes_of, shapes_of
-from ard_jax.convert.published import Places, check_names, stored_tree
+from ard_jax.convert.names import check_names
+from ard_jax.convert.published import Places, stored_tree
 from ard_jax.errors import UserError
 from ard_jax.models import parameter_shapes
 from ard_jax.text.t5 import T5Encoder

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ard_jax.convert.lazy import shapes_of
-from ard_jax.convert.published import check_names
+from ard_jax.convert.names import check_names
 from ard_jax.convert.tensors import open_tensors, to_float32
 from ard_jax.errors import UserError
 from ard_jax.files import read_json

@@ -25,10 +25,11 @@ from ard_jax.convert.families.pixart import NULL_CAPTION_FILE
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_npz, write_npz
 from ard_jax.parallel import batch_shards, equal_batches, is_first, make_mesh, put_batch
+from ard_jax.progress import Stopwatch
 from ard_jax.sharded import DTYPES, Shard, describe, number_of_shards
 from ard_jax.text_encoders import ENCODER_MESH, TextEncoder, open_text_encoder, pad_tokens
 from ard_jax.version import __version__
-from ard_jax.workdir import Stopwatch, captions_folder, claim, teacher_folder, write_done
+from ard_jax.workdir import captions_folder, claim, teacher_folder, write_done
 
 log = logging.getLogger("ard_jax")
 

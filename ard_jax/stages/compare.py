@@ -24,10 +24,11 @@ from ard_jax.entries import STAGES, entries_of
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256
 from ard_jax.methods import training_flops
+from ard_jax.progress import Stopwatch
 from ard_jax.report import build_comparison, markdown
 from ard_jax.results import Measured, read_results
 from ard_jax.runner import TEACHER, Entry, Job, Place, prefix_errors, with_settings
-from ard_jax.workdir import Stopwatch, require_done, teacher_folder, write_done
+from ard_jax.workdir import require_done, teacher_folder, write_done
 
 log = logging.getLogger("ard_jax")
 

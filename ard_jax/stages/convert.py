@@ -45,8 +45,8 @@ from ard_jax.convert.write import files_sha256, save_parameters
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, require_finite, write_json, write_npz, write_text
 from ard_jax.models import MASKS, Backbone
+from ard_jax.progress import Stopwatch
 from ard_jax.workdir import (
-    Stopwatch,
     check_same_config,
     merge_done,
     network_settings,

@@ -20,12 +20,12 @@ from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, make_method
 from ard_jax.models import init_from_teacher
 from ard_jax.parallel import check_batch, is_first, make_mesh
+from ard_jax.progress import Stopwatch
 from ard_jax.sampling import trajectory_key
 from ard_jax.training.fit import Task, fit
 from ard_jax.trajectories.store import open_store, store_hash
 from ard_jax.types import Params
 from ard_jax.workdir import (
-    Stopwatch,
     claim,
     load_student,
     load_teacher,

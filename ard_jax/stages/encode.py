@@ -32,10 +32,11 @@ from ard_jax.keys import make_key
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_latents
 from ard_jax.parallel import equal_batches, is_first, make_mesh, put_batch, replicated_sharding, run_batches
+from ard_jax.progress import Stopwatch
 from ard_jax.sharded import DTYPES, Layout, Shard, data_folder, describe, number_of_shards, tensor
 from ard_jax.types import Batch, Params
 from ard_jax.version import __version__
-from ard_jax.workdir import Stopwatch, claim, keep_identity, load_vae, vae_folder, write_done
+from ard_jax.workdir import claim, keep_identity, load_vae, vae_folder, write_done
 
 log = logging.getLogger("ard_jax")
 

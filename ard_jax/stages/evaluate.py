@@ -46,7 +46,8 @@ from ard_jax.files import file_sha256, read_npz, write_json, write_npz
 from ard_jax.models import ARDStudent, Condition
 from ard_jax.objectives.ard import teacher_forcing
 from ard_jax.parallel import batch_shards, equal_batches, is_first, local_mesh, on_mesh, put_batch, run_batches
-from ard_jax.results import Measured, Results
+from ard_jax.progress import Stopwatch
+from ard_jax.results import Measured, Results, add_degradation, degradation_ratios
 from ard_jax.sampling import (
     draw_noise,
     is_within_bounds,
@@ -58,7 +59,6 @@ from ard_jax.sampling import (
 from ard_jax.types import Params, PyTree
 from ard_jax.workdir import (
     Loaded,
-    Stopwatch,
     check_identity,
     find_vae,
     load_student,
@@ -139,8 +139,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         pictures[name] = images
         if _can_edit(student):
             edits[name] = paired.edits(student, config.evaluate.pictures)
-    measured = _add_degradation(measured)
-    ratios = _degradation_ratios(measured)
+    measured = add_degradation(measured)
+    ratios = degradation_ratios(measured)
     results = Results(
         features=f"features of a small classifier trained on the same images "
         f"(held-out accuracy {extractor.held_out_accuracy:.3f}); not comparable with ImageNet FID{note}",
@@ -381,28 +381,3 @@ def _can_edit(student: Loaded) -> bool:
     """Whether a source image can stand among a student's points: it has a history, and x0-predictions in it."""
     model, config = student.model, student.config
     return config.student.kind == "history" and model.layers_with_history > 0 and config.student.target == "x0"
-
-
-def _add_degradation(models: dict[str, Measured]) -> dict[str, Measured]:
-    """Adds each student's Fréchet distance minus the teacher's, where the teacher has been sampled."""
-    teacher = models["teacher"].fd if "teacher" in models else None
-
-    def add(model: Measured) -> Measured:
-        if model.is_teacher or model.fd is None or teacher is None:
-            return model
-        return dataclasses.replace(model, degradation=model.fd - teacher)
-
-    return {name: add(model) for name, model in models.items()}
-
-
-def _degradation_ratios(models: dict[str, Measured]) -> dict[str, float]:
-    """Degradation of step distillation over that of ARD, for each kind of target that both were trained on."""
-    students = [(model, model.degradation) for model in models.values() if model.objective == "ard"]
-    ratios = {}
-    for target in ("x0", "xt"):
-        found = [(model, worse) for model, worse in students if worse is not None and model.target == target]
-        ours = [worse for model, worse in found if model.history_layers]
-        baseline = [worse for model, worse in found if not model.history_layers]
-        if ours and baseline and ours[0] > 0 and baseline[0] > 0:
-            ratios[target] = baseline[0] / ours[0]
-    return ratios

@@ -16,10 +16,10 @@ from ard_jax.data import Source, identify, image_source
 from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, finetuned_config, make_finetune_method
 from ard_jax.parallel import check_batch, is_first, make_mesh
+from ard_jax.progress import Stopwatch
 from ard_jax.training.fit import Task, fit
 from ard_jax.trajectories.store import open_store, store_hash
 from ard_jax.workdir import (
-    Stopwatch,
     check_same_config,
     claim,
     keep_identity,

@@ -13,9 +13,10 @@ import ml_collections
 
 from ard_jax.files import atomic_write, file_sha256, read_json_lines, read_npz, write_json
 from ard_jax.parallel import is_first
+from ard_jax.progress import Stopwatch
 from ard_jax.report import build_report, teaser
 from ard_jax.results import Measured, Results, read_results
-from ard_jax.workdir import Stopwatch, read_done, require_done, teacher_folder, write_done
+from ard_jax.workdir import read_done, require_done, teacher_folder, write_done
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

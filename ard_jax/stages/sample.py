@@ -34,12 +34,11 @@ from ard_jax.files import atomic_write, file_sha256, join_npz, read_npz, to_host
 from ard_jax.models import count_parameters
 from ard_jax.models.flops import teacher_macs
 from ard_jax.parallel import batch_shards, is_first, make_mesh, put_batch
-from ard_jax.progress import progress_bar
+from ard_jax.progress import Stopwatch, progress_bar
 from ard_jax.report import image_grid
 from ard_jax.sampling import network_calls, sample_teacher, sampling_key
 from ard_jax.types import Params
 from ard_jax.workdir import (
-    Stopwatch,
     config_differences,
     find_vae,
     load_student,

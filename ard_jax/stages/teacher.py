@@ -22,9 +22,10 @@ from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import Method
 from ard_jax.objectives.denoising import denoising
 from ard_jax.parallel import check_batch, make_mesh, sharding_of
+from ard_jax.progress import Stopwatch
 from ard_jax.training.fit import Task, fit
 from ard_jax.types import Params
-from ard_jax.workdir import Stopwatch, claim, keep_identity, write_done
+from ard_jax.workdir import claim, keep_identity, write_done
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = False) -> None:

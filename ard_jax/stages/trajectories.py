@@ -17,12 +17,12 @@ from ard_jax.config import plain
 from ard_jax.errors import UserError
 from ard_jax.files import read_json
 from ard_jax.parallel import is_first, local_mesh
+from ard_jax.progress import Stopwatch
 from ard_jax.sharded import number_of_shards
 from ard_jax.trajectories import store
 from ard_jax.trajectories.generate import features_of, make_store, manifest
 from ard_jax.trajectories.store import stored_settings
 from ard_jax.workdir import (
-    Stopwatch,
     claim,
     load_teacher,
     write_done,
