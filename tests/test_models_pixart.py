@@ -420,7 +420,7 @@ def test_guided_sampling_prepares_a_caption_once(told_size):
 # --------------------------------------------------------------------------------------------------------- student
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_the_cached_sampler_is_the_forward_on_its_own_predictions(x64, steps):
     teacher = small(size_conditioning=steps == 2, learn_sigma=steps != 4)
     random = np.random.default_rng(3)

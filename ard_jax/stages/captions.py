@@ -96,7 +96,7 @@ def _encode(encoder: TextEncoder, ids: list[np.ndarray], batch_size: int, mesh: 
             batch = pad_tokens([ids[row] for row in rows], encoder.length)
             vectors = np.asarray(encoder.vectors(*put_batch(batch, mesh)))[:count]
             for row, own in zip(rows, vectors, strict=False):
-                found[row] = own[: len(ids[row])]
+                found[row] = own[: len(ids[row])].copy()  # and not a view that keeps the padding
     return found
 
 

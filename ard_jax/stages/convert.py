@@ -135,6 +135,8 @@ def run(args: argparse.Namespace) -> None:
     hints = Hints(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Hints)})
     source = open_source(fetch_source(args.source), hints)
     if source.config is not None:
+        if source.config.captions.encoder and args.source.startswith("hf:"):
+            source.config.captions.encoder = args.source  # and not where this machine keeps its copy
         validate(source.config)
     folders = _destinations(source, args)
     print("\n".join(_summary(source, args.source, folders)), flush=True)

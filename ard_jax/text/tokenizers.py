@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from ard_jax.errors import UserError, first_line
 SENTENCEPIECE = ("spiece.model", "tokenizer.model")
 TOKENIZERS = "tokenizer.json"
 END = 1  # T5's token after a text
+SPECIAL = re.compile(r"<pad>|</s>|<unk>|<extra_id_\d+>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,20 @@ def _open_sentencepiece(path: pathlib.Path) -> Tokenizer:
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be read as a sentencepiece model ({first_line(error)}).") from None
 
+    known = {processor.id_to_piece(number): number for number in range(processor.vocab_size())}
+    special = re.compile("(" + "|".join(re.escape(piece) for piece in known if SPECIAL.fullmatch(piece)) + ")")
+
+    def ids_of(text: str) -> list[int]:
+        """Names of special tokens in a text stand for them, as in transformers."""
+        parts = [part for part in special.split(text) if part]
+        return [
+            number
+            for part in parts
+            for number in ([known[part]] if part in known and special.fullmatch(part) else processor.encode(part))
+        ]
+
     def encode(texts: Sequence[str], longest: int) -> tuple[list[np.ndarray], int]:
-        found = processor.encode(list(texts), out_type=int)
+        found = [ids_of(text) for text in texts]
         cut = sum(len(ids) > longest - 1 for ids in found)
         return [np.array([*ids[: longest - 1], END], np.int32) for ids in found], cut
 
