@@ -178,16 +178,15 @@ def _open_t5(
     _check_vocabulary(tokenizer, model.vocabulary, part)
     stored = stored_t5(open_tensors(part), model)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
-    shardings = jax.tree.map(lambda leaf: None, shapes) if mesh is None else sharding_of(shapes, mesh)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda leaf: here, shapes) if mesh is None else sharding_of(shapes, mesh)
 
     def place(path, leaf, sharding):  # a leaf at a time, so that the host never has all of it
         is_matrix = path[-1].key in ("kernel", "embedding")  # which are multiplied in the compute type anyway
         array = leaf.read().astype(dtype if dtype is not None and is_matrix else leaf.dtype, copy=False)
         return jax.device_put(array, sharding)
 
-    paths, structure = jax.tree_util.tree_flatten_with_path(stored)
-    leaves = structure.flatten_up_to(shardings)
-    params = structure.unflatten([place(path, leaf, where) for (path, leaf), where in zip(paths, leaves, strict=True)])
+    params = jax.tree_util.tree_map_with_path(place, stored, shardings)
 
     def apply(params, ids, mask):
         return model.apply({"params": params}, ids, mask)

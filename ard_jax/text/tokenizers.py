@@ -62,16 +62,15 @@ def _open_sentencepiece(path: pathlib.Path) -> Tokenizer:
         raise UserError(f"{path} cannot be read as a sentencepiece model ({first_line(error)}).") from None
 
     known = {processor.id_to_piece(number): number for number in range(processor.vocab_size())}
-    special = re.compile("(" + "|".join(re.escape(piece) for piece in known if SPECIAL.fullmatch(piece)) + ")")
+    names = [piece for piece in known if SPECIAL.fullmatch(piece)]
+    special = re.compile(f"({'|'.join(map(re.escape, names))})")
 
     def ids_of(text: str) -> list[int]:
         """Names of special tokens in a text stand for them, as in transformers."""
-        parts = [part for part in special.split(text) if part]
-        return [
-            number
-            for part in parts
-            for number in ([known[part]] if part in known and special.fullmatch(part) else processor.encode(part))
-        ]
+        found: list[int] = []
+        for part in filter(None, special.split(text)):
+            found += [known[part]] if part in names else processor.encode(part)
+        return found
 
     def encode(texts: Sequence[str], longest: int) -> tuple[list[np.ndarray], int]:
         found = [ids_of(text) for text in texts]
