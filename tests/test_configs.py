@@ -35,6 +35,7 @@ def get_config(name, argument=""):
         ("imagenet256", "steps=2,mask=diagonal"),
         ("imagenet256", "steps=1"),
         ("smoke_captions", "process=flow"),
+        ("shapes", "student=step"),
         ("pixart_sigma_1024", ""),
         ("pixart_sigma_1024", "steps=2,history_layers=28,mask=diagonal"),
         ("pixart_alpha_512", ""),
