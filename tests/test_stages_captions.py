@@ -388,6 +388,26 @@ def test_the_authors_file(tmp_path):
     assert "nothing tells how this PixArt's positions are scaled" in said
 
 
+@pytest.mark.oracle
+def test_the_authors_pth_is_known_by_its_name(tmp_path):
+    """{"state_dict": …} with Σ's longest captions; the name says how positions are scaled, whatever is in the file."""
+    import torch
+
+    model = small_pixart(image_size=32, interpolation=0.5)
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), network_shapes(model))
+    published = pixart_to_published(model, params, np.ones((300, 20), np.float32))
+    tensors = {name: torch.from_numpy(array) for name, array in published.items() if name != "pos_embed"}
+    path = tmp_path / "PixArt-Sigma-XL-2-256x256.pth"
+    torch.save({"state_dict": tensors, "epoch": 3}, path)
+    outcome = run("convert", "--source", str(path), "--workdir", str(tmp_path / "run"), "--num-heads", "2")
+    assert outcome.status == 0, outcome.err
+    assert "PixArt teacher PixArt-Sigma-XL-2-256x256, the state_dict of a training checkpoint" in outcome.out
+    config = read_json(tmp_path / "run" / "teacher" / "config.json")
+    assert (config["data"]["image_size"], config["model"]["interpolation"]) == (32, 0.5)
+    assert (config["captions"]["length"], config["captions"]["cleaning"]) == (300, "none")
+    assert read_npz(tmp_path / "run" / "teacher" / "null_caption.npz")["vectors"].shape == (300, 20)
+
+
 def test_a_pipeline_goes_out_and_in_with_its_text_encoder(pixart, tmp_path):
     student = ARDPipeline.from_pretrained(pixart / "run" / "distill" / "ard")
     drawn = student(["a red apple", "green circle"], num_images_per_prompt=2, seed=1, output_type="np")
