@@ -9,6 +9,7 @@ import os
 import pathlib
 import platform
 import re
+import secrets
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,12 +52,11 @@ def atomic_write(path: str | os.PathLike, write: Callable[[pathlib.Path], object
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = pathlib.Path(name)
+    # it has its name before it is there: a signal may come at any instruction, and nothing shall be left
+    temporary = path.with_name(f".partial-{secrets.token_hex(8)}{path.suffix}")
     try:
         write(temporary)
-        temporary.chmod(0o644)  # mkstemp makes private files; results are meant to be read
+        temporary.chmod(0o644)  # results are meant to be read
         _sync(temporary)
         os.replace(temporary, path)
         _sync_names(path.parent)
