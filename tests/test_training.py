@@ -419,7 +419,9 @@ def test_weights_with_a_flipped_bit_are_refused_by_the_next_stage(pipeline, tmp_
     path.write_bytes(content)
     outcome = smoke("trajectories", workdir)
     assert outcome.status == 2 and "Traceback" not in outcome.err
-    assert "are not those that its done.json names" in outcome.err or "cannot be read" in outcome.err
+    # which of these it is depends on where the middle of the compressed file happens to lie
+    refusals = ("are not those that its done.json names", "cannot be read", "numbers that are NaN or infinite")
+    assert any(refusal in outcome.err for refusal in refusals), outcome.err
     assert not (workdir / "trajectories").exists()
 
 
