@@ -70,6 +70,8 @@ def encode(folder, texts):
     about = read_signature(folder).get("text_encoder")
     if about is None:
         raise ValueError("this folder has no text encoder: give tokens and mask of your own to generate.")
+    if about["cleaning"] == "clean":
+        raise ValueError("its captions were cleaned, which this file does not do: clean and encode them elsewhere.")
     texts = [text.lower().strip() if about["cleaning"] == "lower" else text for text in texts]
     ids, mask = np.zeros((2, len(texts), about["length"]), np.int32)
     for row, own in enumerate(tokenize(folder / about["tokenizer"], texts, about["length"])):
