@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from ard_jax.convert.lazy import Stored, Tensors, dtypes_of, shapes_of
+from ard_jax.convert.diffusers_config import UNUSED, read_config, written_sizes
+from ard_jax.convert.lazy import Stored, Tensors, dtypes_of, joined, shapes_of
 from ard_jax.convert.names import check_names
 from ard_jax.convert.published import expected_shapes, parameters, to_torch
 from ard_jax.errors import UserError
@@ -96,11 +97,8 @@ def dit_to_diffusers(model: Network, params: Params) -> tuple[dict[str, np.ndarr
     Raises:
         UserError: it is a student, its MLP is not four times as wide as its tokens, or its `image_size` is None.
     """
-    if model.is_student:
-        raise UserError("diffusers has no ARD students: export a student as a pipeline or as safetensors instead.")
+    sizes = written_sizes(model, "DiT")
     model = cast(DiT, model)
-    if model.mlp_ratio != 4:
-        raise UserError(f"model.mlp_ratio is {model.mlp_ratio}, but diffusers' DiT has 4: export safetensors instead.")
     if model.frequency_shift != 1:
         log.warning(
             "diffusers spaces the time's sinusoids by 1/127, this model by 1/%g: its images differ a little there.",
@@ -114,18 +112,10 @@ def dit_to_diffusers(model: Network, params: Params) -> tuple[dict[str, np.ndarr
     return found, {
         "_class_name": CLASSES[0],
         **ONLY,
-        "num_attention_heads": model.num_heads,
-        "attention_head_dim": model.hidden_size // model.num_heads,
-        "in_channels": model.channels,
-        "out_channels": model.channels * (2 if model.learn_sigma else 1),
-        "num_layers": model.depth,
-        "sample_size": model.image_size,
-        "patch_size": model.patch_size,
+        **sizes,
         "num_embeds_ada_norm": model.num_classes,
         "norm_eps": model.mlp_norm_eps,
-        "norm_num_groups": 32,
-        "dropout": 0.0,
-        "upcast_attention": False,
+        **UNUSED,
     }
 
 
@@ -135,41 +125,17 @@ def dit_model(config: Mapping[str, Any], **fields: Any) -> DiT:
     Raises:
         UserError: it describes one that our DiT cannot be.
     """
-    name = config.get("_class_name", CLASSES[0])
-    if name not in CLASSES:
-        raise UserError(f"the transformer is a {name}, but only a {CLASSES[0]} can be converted: give one.")
-    for key, value in ONLY.items():
-        found = config.get(key, value if name == CLASSES[0] else None)
-        if found != value:
-            raise UserError(f"the transformer's {key} is {found!r}, but only {value!r} can be converted: give another.")
-    given = {key: config.get(key, default) for key, default in DEFAULTS.items()}
-    given["out_channels"] = given["out_channels"] or given["in_channels"]
-    for key, value in given.items():
-        if not isinstance(value, (int, float) if key == "norm_eps" else int) or value <= 0:
-            raise UserError(f"the transformer's {key} is {value!r} in its config: give a config with a number there.")
-    size = given["sample_size"]
-    scale = config.get("interpolation_scale") or (size // 64 if name == CLASSES[1] else 1)
+    given, sizes = read_config(config, CLASSES, ONLY, DEFAULTS)
+    size = sizes["image_size"]
+    scale = config.get("interpolation_scale") or (size // 64 if config.get("_class_name") == CLASSES[1] else 1)
     if scale > 1:
         raise UserError(
             f"the transformer's positions are scaled by {scale}, as {CLASSES[1]} does for sample_size {size}: "
             f"only DiTs with the published position table can be used."
         )
-    channels, out = given["in_channels"], given["out_channels"]
-    if out not in (channels, 2 * channels):
-        raise UserError(
-            f"the transformer's out_channels is {out} for {channels} channels: only {channels}, or {2 * channels} with "
-            f"a learned variance, can be converted."
-        )
-    sizes = {
-        "channels": channels,
-        "learn_sigma": out == 2 * channels,
-        "hidden_size": given["num_attention_heads"] * given["attention_head_dim"],
-        "num_heads": given["num_attention_heads"],
-        "depth": given["num_layers"],
-        "patch_size": given["patch_size"],
+    sizes |= {
         "num_classes": given["num_embeds_ada_norm"],
         "mlp_norm_eps": given["norm_eps"],
-        "image_size": size,
         "frequency_shift": 1.0,
     }
     return DiT(**{**sizes, **fields})
@@ -186,15 +152,13 @@ def published_names(state_dict: Mapping[str, np.ndarray], model: DiT) -> Tensors
     optional = {TABLE: None} if TABLE in found else {}
     check_names(found, expected | optional, "its config describes", "the names and shapes of diffusers' DiT")
 
-    def joined(names):
-        shape = (sum(found[name][0] for name in names), *found[names[0]][1:])
-        dtype = np.result_type(*(dtypes[name] for name in names))
-        return Stored(shape, dtype, lambda: np.concatenate([state_dict[name] for name in names]))
-
     def shared(names):
         return Stored(found[names[0]], dtypes[names[0]], lambda: _the_one(state_dict, names))
 
-    stored = {name: (joined if _is_qkv(name) else shared)(theirs) for name, theirs in _diffusers_names(model).items()}
+    stored = {
+        name: joined(state_dict, theirs) if _is_qkv(name) else shared(theirs)
+        for name, theirs in _diffusers_names(model).items()
+    }
     stored["pos_embed"] = shared([TABLE]) if optional else _fixed_table(model)
     return Tensors(stored)
 

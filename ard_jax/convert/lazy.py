@@ -1,7 +1,7 @@
 """Arrays of files that are read one at a time, when they are asked for: shapes and types are known before."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -69,3 +69,20 @@ def dtypes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, np.dtype]:
     if isinstance(tensors, Tensors):
         return tensors.dtypes
     return {name: np.asarray(array).dtype for name, array in tensors.items()}
+
+
+def joined(tensors: Mapping[str, np.ndarray], names: Sequence[str]) -> Stored:
+    """One array whose rows are those of some, one after the other; nothing is read until it is asked for."""
+    parts = [_stored(tensors, name) for name in names]
+    if len(parts) == 1:
+        return parts[0]
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    dtype = np.result_type(*(part.dtype for part in parts))
+    return Stored(shape, dtype, lambda: np.concatenate([part.read() for part in parts]))
+
+
+def _stored(tensors: Mapping[str, np.ndarray], name: str) -> Stored:
+    if isinstance(tensors, Tensors):
+        return tensors.stored[name]
+    array = np.asarray(tensors[name])
+    return Stored(array.shape, array.dtype, lambda: array)

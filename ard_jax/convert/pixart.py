@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from ard_jax.convert.lazy import Stored, Tensors, dtypes_of, shapes_of
+from ard_jax.convert.diffusers_config import UNUSED, read_config, written_sizes
+from ard_jax.convert.lazy import Tensors, joined, shapes_of
 from ard_jax.convert.names import check_names
 from ard_jax.convert.published import KINDS, NULL_CAPTION, expected_shapes, parameters, to_torch
 from ard_jax.errors import UserError
@@ -127,13 +128,8 @@ def pixart_to_diffusers(model: Network, params: Params) -> tuple[dict[str, np.nd
     Raises:
         UserError: it is a student, its MLP is not four times as wide as its tokens, or its `image_size` is None.
     """
-    if model.is_student:
-        raise UserError("diffusers has no ARD students: export a student as a pipeline or as safetensors instead.")
+    sizes = written_sizes(model, "PixArt")
     model = cast(PixArt, model)
-    if model.mlp_ratio != 4:
-        raise UserError(
-            f"model.mlp_ratio is {model.mlp_ratio}, but diffusers' PixArt has 4: export safetensors instead."
-        )
     published = to_torch(model, params)
     found: dict[str, np.ndarray] = {}
     for name, theirs in _diffusers_names(model).items():
@@ -141,21 +137,13 @@ def pixart_to_diffusers(model: Network, params: Params) -> tuple[dict[str, np.nd
     return found, {
         "_class_name": CLASS,
         **ONLY,
-        "num_attention_heads": model.num_heads,
-        "attention_head_dim": model.hidden_size // model.num_heads,
-        "in_channels": model.channels,
-        "out_channels": model.channels * (2 if model.learn_sigma else 1),
-        "num_layers": model.depth,
-        "sample_size": model.image_size,
-        "patch_size": model.patch_size,
+        **sizes,
         "caption_channels": model.caption_width,
         "cross_attention_dim": model.hidden_size,
         "interpolation_scale": model.interpolation,
         "use_additional_conditions": model.size_conditioning,
         "num_embeds_ada_norm": 1000,
-        "norm_num_groups": 32,
-        "dropout": 0.0,
-        "upcast_attention": False,
+        **UNUSED,
     }
 
 
@@ -168,40 +156,16 @@ def pixart_model(config: Mapping[str, Any], **fields: Any) -> PixArt:
     Raises:
         UserError: it describes one that our PixArt cannot be.
     """
-    name = config.get("_class_name", CLASS)
-    if name != CLASS:
-        raise UserError(f"the transformer is a {name}, but only a {CLASS} can be converted: give one.")
-    for key, value in ONLY.items():
-        found = config.get(key, value)
-        if found != value:
-            raise UserError(f"the transformer's {key} is {found!r}, but only {value!r} can be converted: give another.")
-    given: dict[str, Any] = {key: config.get(key, default) for key, default in DEFAULTS.items()}
-    given["out_channels"] = given["out_channels"] or given["in_channels"]
-    for key, value in given.items():
-        if not isinstance(value, int) or value <= 0:
-            raise UserError(f"the transformer's {key} is {value!r} in its config: give a config with a number there.")
-    width = given["num_attention_heads"] * given["attention_head_dim"]
+    given, sizes = read_config(config, (CLASS,), ONLY, DEFAULTS)
+    width, size = sizes["hidden_size"], sizes["image_size"]
     if config.get("cross_attention_dim", width) not in (width, None):
         raise UserError(
             f"the transformer's cross_attention_dim is {config['cross_attention_dim']}, but its captions are projected "
             f"to {width}, the width of its tokens: give the config that the weights came with."
         )
-    size, channels, out = given["sample_size"], given["in_channels"], given["out_channels"]
-    if out not in (channels, 2 * channels):
-        raise UserError(
-            f"the transformer's out_channels is {out} for {channels} channels: only {channels}, or {2 * channels} with "
-            f"a learned variance, can be converted."
-        )
     scale, told_size = config.get("interpolation_scale"), config.get("use_additional_conditions")
-    sizes = {
-        "channels": channels,
-        "learn_sigma": out == 2 * channels,
-        "hidden_size": width,
-        "num_heads": given["num_attention_heads"],
-        "depth": given["num_layers"],
-        "patch_size": given["patch_size"],
+    sizes |= {
         "caption_width": given["caption_channels"],
-        "image_size": size,
         "interpolation": float(max(size // 64, 1) if scale is None else scale),
         "size_conditioning": size == 128 if told_size is None else bool(told_size),
     }
@@ -214,17 +178,13 @@ def published_names(state_dict: Mapping[str, np.ndarray], model: PixArt) -> Tens
     Raises:
         UserError: the names or shapes are not those of `model`.
     """
-    found, dtypes = shapes_of(state_dict), dtypes_of(state_dict)
-    check_names(found, _diffusers_shapes(model), "its config describes", "the names and shapes of diffusers' PixArt")
-
-    def joined(names):
-        shape = (sum(found[name][0] for name in names), *found[names[0]][1:])
-        dtype = np.result_type(*(dtypes[name] for name in names))
-        if len(names) == 1:
-            return Stored(shape, dtype, lambda: np.asarray(state_dict[names[0]]))
-        return Stored(shape, dtype, lambda: np.concatenate([state_dict[name] for name in names]))
-
-    return Tensors({name: joined(theirs) for name, theirs in _diffusers_names(model).items()})
+    check_names(
+        shapes_of(state_dict),
+        _diffusers_shapes(model),
+        "its config describes",
+        "the names and shapes of diffusers' PixArt",
+    )
+    return Tensors({name: joined(state_dict, theirs) for name, theirs in _diffusers_names(model).items()})
 
 
 def _diffusers_names(model: PixArt) -> dict[str, list[str]]:
