@@ -95,7 +95,7 @@ def _encode(encoder: TextEncoder, ids: list[np.ndarray], batch_size: int, mesh: 
         for rows, count in equal_batches(np.flatnonzero(padded_to == length), batch_size):
             batch = pad_tokens([ids[row] for row in rows], encoder.length)
             vectors = np.asarray(encoder.vectors(*put_batch(batch, mesh)))[:count]
-            for row, own in zip(rows, vectors, strict=False):
+            for row, own in zip(rows[:count], vectors, strict=True):
                 found[row] = own[: len(ids[row])].copy()  # and not a view that keeps the padding
     return found
 
