@@ -21,6 +21,10 @@ class Conditions(Protocol):
     def __len__(self) -> int:
         """How many there are."""
 
+    @property
+    def for_training(self) -> int:
+        """How many of them, the first ones, may be trained on: the others are held out."""
+
     def rows(self, numbers: np.ndarray) -> PyTree:
         """What a network is told: numbers (batch,) → a pytree of NumPy arrays (batch, …), see `models.backbone`."""
 
@@ -41,6 +45,11 @@ class Labels:
     names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
+        return self.count
+
+    @property
+    def for_training(self) -> int:
+        """All."""
         return self.count
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:

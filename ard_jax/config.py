@@ -127,7 +127,7 @@ def _averaged_optimizer(changes: frozenset[str]) -> dict[str, Setting]:
 SETTINGS: dict[str, Any] = {
     "seed": Setting(0, ENCODED | TRAINED, SEEDS),
     "data": {
-        "source": Setting("tfds", IMAGES),  # "digits", "tfds", "folder"; "imagefolder", "shapes"
+        "source": Setting("tfds", IMAGES),  # "digits", "tfds", "folder", "openmoji"; "imagefolder", "shapes"
         "name": Setting("", IMAGES),  # TFDS name
         "dir": Setting("", NOTHING),  # TFDS data_dir, or the folder of images; what lies there is told by data.json
         "split": Setting("train", IMAGES),
@@ -294,12 +294,15 @@ SETTINGS: dict[str, Any] = {
         "batch_size": Setting(64, REQUEST, at_least(1)),  # a device
         "seed": Setting(1, SAMPLES, SEEDS),
         "labels": Setting((), SAMPLES),  # classes to draw, in turn; () for labels drawn uniformly
+        # of `count`, the last so many are of captions that are held out of training, in turn
+        "held_out": Setting(0, SAMPLES, at_least(0)),
         "grid": Setting(64, REQUEST, at_least(1)),  # pictures in the PNG
     },
     "evaluate": {
         "paired": Setting(512, RESULTS, at_least(1)),  # trajectories for the errors that are paired with the teacher
         "pictures": Setting(16, RESULTS, at_least(1)),
         "feature_steps": Setting(600, RESULTS, at_least(1)),  # training steps of the small classifier
+        "judge_steps": Setting(1000, RESULTS, at_least(1)),  # of the judge of captions, where there are such
         "neighbours": Setting(3, RESULTS, at_least(1)),
     },
     "report": {"title": Setting("ard_jax", NOTHING)},

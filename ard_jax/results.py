@@ -22,6 +22,8 @@ class Measured:
         steps: S of a student, the solver's of the teacher.
         network_calls, parameters, gmac_per_image, seconds_per_image: what an image costs.
         fd, precision, recall: of its samples to the real images, in the features of `Results.features`.
+        recall_at_1, recall_at_5: share of its samples whose caption is the first of all, or among the first five, by
+            the judge: "trained", and of captions that are held out of training "held_out".
         kind: "teacher" or "student".
         objective, target: of a student's training: of `distill.objective`, and "x0" or "xt".
         psnr: of its images to the teacher's from the same noise, dB.
@@ -43,6 +45,8 @@ class Measured:
     fd: float | None = None
     precision: float | None = None
     recall: float | None = None
+    recall_at_1: Mapping[str, float] | None = None
+    recall_at_5: Mapping[str, float] | None = None
     kind: str | None = None
     objective: str | None = None
     target: str | None = None
@@ -81,6 +85,8 @@ class Results:
         models: by name.
         degradation_ratio: of the students with x0 points, that of step distillation over that of ARD.
         degradation_ratios: the same by target.
+        judge: of captioned images, the judge's own `recall_at_1` and `recall_at_5` on "real" images, and on "augmented"
+            ones, which says how far it can be trusted.
         config: plain, as it was resolved.
         seconds: by stage, of a report's alone.
     """
@@ -92,6 +98,7 @@ class Results:
     models: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
     degradation_ratio: float | None = None
     degradation_ratios: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    judge: Mapping[str, Any] | None = None
     config: Mapping[str, Any] | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 

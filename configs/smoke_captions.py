@@ -17,5 +17,6 @@ def get_config(argument: str = ""):
             name="PixArt", patch_size=4, hidden_size=24, depth=2, num_heads=2, learn_sigma=False, caption_width=256
         )
         config.diffusion.update(guidance_scale=2.5, guided_channels=0)
+        config.evaluate.judge_steps = 20
         config.report.title = "Smoke test with captions"
     return config

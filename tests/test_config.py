@@ -38,7 +38,7 @@ POSITIVE = {
     "distill": ("steps", "batch_size", "accumulate", "checkpoint_every"),
     "finetune": ("steps", "batch_size", "accumulate", "checkpoint_every", "spectral_rounds"),
     "sample": ("count", "batch_size", "grid"),
-    "evaluate": ("paired", "pictures", "feature_steps", "neighbours"),
+    "evaluate": ("paired", "pictures", "feature_steps", "judge_steps", "neighbours"),
     "run": ("log_every", "keep_checkpoints", "join_timeout", "workers"),
 }
 OPTIMIZERS = (
@@ -48,6 +48,7 @@ OPTIMIZERS = (
 RANGES = {
     "data.num_classes": (0, math.inf),
     "captions.length": (2, math.inf),
+    "sample.held_out": (0, math.inf),
     "seed": (0, 2**31 - 1),
     "sample.seed": (0, 2**31 - 1),
     "model.label_init_std": (0, math.inf),
@@ -148,7 +149,8 @@ def test_what_samples_and_measurements_depend_on():
     def but_for_dir(*sections):
         return {key for key in ROWS if key.split(".")[0] in sections and not key.endswith(".dir")}
 
-    sampled = but_for_dir("data") | {"vae.", "diffusion.", "sample.count", "sample.seed", "sample.labels"}
+    sampled = but_for_dir("data") | {"vae.", "diffusion."}
+    sampled |= {f"sample.{name}" for name in ("count", "seed", "labels", "held_out")}
     assert set(completion.SAMPLED) == sampled
     assert set(completion.MEASURED) == sampled | but_for_dir("encode") | {"student.", "evaluate."}
 

@@ -65,16 +65,24 @@ def encode(workdir, prompts, encoder, *more):
 def test_texts_of_files(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\n\n  two  \r\nthr\xc3\xa9e")
-    assert caption_texts.read_texts(captions_config(captions={"source": "file", "path": str(path)})) == [
+    assert caption_texts.read_texts(captions_config(captions={"source": "file", "path": str(path)})).texts == [
         "one", "two", "thrée"
     ]  # fmt: skip
     lines = tmp_path / "a.jsonl"
     lines.write_text('{"text": "one", "x": 1}\n\n{"text": " "}\n{"text": "two"}\n')
-    assert caption_texts.read_texts(captions_config(captions={"source": "file", "path": str(lines)})) == ["one", "two"]
+    assert caption_texts.read_texts(captions_config(captions={"source": "file", "path": str(lines)})).texts == [
+        "one",
+        "two",
+    ]
     given = captions_config(captions={"source": "prompts", "prompts": ("a", "b")})
-    assert caption_texts.read_texts(given) == ["a", "b"]
-    drawn = caption_texts.read_texts(captions_config())
-    assert len(drawn) == 96 and drawn[0] == drawn[1] == "a small red circle" and drawn[-1] == "a large black ring"
+    assert caption_texts.read_texts(given).texts == ["a", "b"]
+    drawn, held_out = caption_texts.read_texts(captions_config())
+    assert (
+        len(drawn) == 96
+        and not held_out
+        and drawn[0] == drawn[1] == "a small red circle"
+        and drawn[-1] == "a large black ring"
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +119,7 @@ def test_an_image_folder_with_its_metadata(tmp_path):
     source = image_source(config.data)
     assert [int(source[i]["label"]) for i in range(3)] == [0, 1, 2]  # a picture's caption is its own number
     assert np.rint((source[2]["image"][0, 0, 0] + 1) * 127.5) == 80
-    assert caption_texts.read_texts(config) == ["black", "", "red"]  # an empty one stays with its picture
+    assert caption_texts.read_texts(config).texts == ["black", "", "red"]  # an empty one stays with its picture
     for line, said in (
         ('{"file_name": "9.png", "text": "x"}', "names the picture '9.png', which is not there"),
         ('{"file_name": "../a.png", "text": "x"}', "names the picture '../a.png'"),
@@ -128,7 +136,7 @@ def test_an_image_folder_with_its_metadata(tmp_path):
 
 def test_drawn_shapes_look_like_their_captions():
     config = captions_config(data={"image_size": 32})
-    source, said = image_source(config.data), caption_texts.read_texts(config)
+    source, said = image_source(config.data), caption_texts.read_texts(config).texts
     for number, caption in enumerate(said):
         image = (np.asarray(source[number]["image"]) + 1) / 2
         inked = image.min(axis=-1) < 0.7
@@ -184,7 +192,7 @@ def test_captions_of_a_tfds_dataset(tmp_path, prompts, encoder):
     """Here the store itself, which is one that has texts and no pictures."""
     assert encode(tmp_path / "run", prompts, encoder).status == 0
     dataset = str(tmp_path / "run" / "captions" / "1.0.0")
-    found = caption_texts.read_texts(captions_config(captions={"source": "tfds", "path": dataset}))
+    found = caption_texts.read_texts(captions_config(captions={"source": "tfds", "path": dataset})).texts
     assert found == [prompt.strip() for prompt in PROMPTS]
     config = captions_config(captions={"source": "tfds", "path": dataset}, data={"caption_key": "index"})
     with pytest.raises(

@@ -43,6 +43,7 @@ class Manifest(TypedDict, total=False):
     width: Required[int]
     longest: Required[int]
     null_sha256: Required[str]
+    held_out: int
 
 
 def read_manifest(directory: pathlib.Path) -> Manifest:
@@ -70,6 +71,7 @@ class Captions:
         encoder_sha256: of the text encoder that made it.
         width: channels of a vector.
         length: tokens that captions are padded to.
+        held_out: how many captions, the last ones, are sampled but never trained on.
     """
 
     directory: pathlib.Path
@@ -77,11 +79,17 @@ class Captions:
     encoder_sha256: str
     width: int
     length: int
+    held_out: int
     _records: Any
     _null: np.ndarray
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def for_training(self) -> int:
+        """How many captions, the first ones, may be trained on."""
+        return len(self) - self.held_out
 
     def rows(self, numbers: np.ndarray) -> Caption:
         """Vectors (batch, token, width) in the store's type, their mask, and the empty caption's."""
@@ -131,6 +139,7 @@ def open_captions(directory: pathlib.Path) -> Captions:
         encoder_sha256=manifest["encoder_sha256"],
         width=manifest["width"],
         length=-(-max(manifest["longest"], 2) // BUCKET) * BUCKET,
+        held_out=manifest.get("held_out", 0),
         _records=records,
         _null=read_npz(directory / NULL)["vectors"].astype(dtype),
     )

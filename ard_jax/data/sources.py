@@ -1,11 +1,11 @@
-"""Images with labels: scikit-learn's digits, a prepared TFDS dataset, a folder, or drawn shapes.
+"""Images with labels: scikit-learn's digits, a prepared TFDS dataset, a folder, OpenMoji, or drawn shapes.
 
 A label is a class, or where there are no classes (`num_classes` is 0) the number of a caption.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,9 @@ from ard_jax.data.pixels import MODES, decode, to_uint8
 from ard_jax.errors import UserError
 
 if TYPE_CHECKING:
-    import tensorflow_datasets as tfds  # takes seconds, and only one source needs it
+    import tensorflow_datasets as tfds  # takes seconds, and only two sources need it
+
+    from ard_jax.data.openmoji import OpenMoji
 
 
 def image_source(data: ConfigDict) -> Source:
@@ -27,10 +29,11 @@ def image_source(data: ConfigDict) -> Source:
     Args:
       data: an object with the fields
         source: "digits" (scikit-learn's, 1797 of 8×8×1), "tfds" or "folder"; with captions "imagefolder" (a folder with
-          a metadata.jsonl), "shapes" (96 drawn ones) or "tfds".
+          a metadata.jsonl), "shapes" (96 drawn ones) or "tfds"; "openmoji" (3,953 pictures) has both.
         name: a TFDS name such as "cifar10" or "name/config:1.0.0"; "" to open `dir` itself as a prepared dataset.
-        dir: TFDS's data_dir ("" is TFDS's default), or the prepared dataset, or the folder with one sub-folder a class.
-        split: "train", or for "tfds" any split expression such as "train[:90%]".
+        dir: TFDS's data_dir ("" is TFDS's default), or the prepared dataset, or the folder with one sub-folder a class,
+          or where OpenMoji's pictures are drawn ("" is the user's cache).
+        split: "train"; for "tfds" any split expression such as "train[:90%]"; for "openmoji" also "held_out", "all".
         image_size: height and width of the images (pixels) or latents (latent pixels) that come out.
         channels: their channels; 1 or 3 for pixels.
         num_classes: labels lie in [0, num_classes); 0 for captions, of which record i has number i, or the number
@@ -46,8 +49,12 @@ def image_source(data: ConfigDict) -> Source:
       UserError: a field is wrong, the data are missing or of another shape or format. An image that cannot be
         read and a label out of range raise it when that record is read.
     """
-    classed: dict[str, Callable[[ConfigDict], Source]] = {"digits": _digits, "tfds": _tfds, "folder": Folder}
-    captioned: dict[str, Callable[[ConfigDict], Source]] = {"imagefolder": ImageFolder, "shapes": Shapes, "tfds": _tfds}
+    classed: dict[str, Callable[[ConfigDict], Source]] = {
+        "digits": _digits, "tfds": _tfds, "folder": Folder, "openmoji": _openmoji,
+    }  # fmt: skip
+    captioned: dict[str, Callable[[ConfigDict], Source]] = {
+        "imagefolder": ImageFolder, "shapes": Shapes, "tfds": _tfds, "openmoji": _openmoji,
+    }  # fmt: skip
     makers = classed if data.num_classes else captioned
     if data.source not in {**classed, **captioned}:
         known = ", ".join({**classed, **captioned})
@@ -65,7 +72,7 @@ def image_source(data: ConfigDict) -> Source:
         raise UserError(f"data.space=latent needs data.source=tfds, but data.source is {data.source!r}.")
     if data.space == "pixel" and data.channels not in MODES:
         raise UserError(f"data.channels is {data.channels}, but images have 1 (grey) or 3 (RGB): set one of them.")
-    if data.source != "tfds" and data.split != "train":
+    if data.source not in ("tfds", "openmoji") and data.split != "train":
         raise UserError(f"data.split is {data.split!r}, but data.source={data.source} has only the split train.")
     return makers[data.source](data)
 
@@ -81,6 +88,12 @@ def _digits(data: ConfigDict) -> InMemory:
     digits = load_digits()
     images = digits.images[..., None].astype(np.float32) / 8 - 1  # grey levels 0 … 16
     return InMemory({"image": images, "label": digits.target.astype(np.int32)})
+
+
+def _openmoji(data: ConfigDict) -> "OpenMoji":
+    from ard_jax.data.openmoji import OpenMoji  # which imports TFDS
+
+    return OpenMoji(data)
 
 
 class Identity(TypedDict):
@@ -103,6 +116,9 @@ def identify(data: ConfigDict, source: Source) -> Identity:
     """
     if isinstance(source, Folder):
         return {"classes": source.classes, "records": len(source), "sha256": source.sha256()}
+    if data.source == "openmoji":
+        pictures = cast("OpenMoji", source)
+        return {"classes": pictures.classes, "records": len(source), "sha256": pictures.sha256()}
     if isinstance(source, ImageFolder):
         return {"classes": None, "records": len(source), "sha256": source.sha256()}
     if data.source == "shapes":
@@ -184,8 +200,8 @@ def _tfds(data: ConfigDict) -> _Tfds:
     )
 
 
-def captions_of(data: ConfigDict, source: Source) -> list[str]:
-    """The captions of captioned images, in the order of their numbers.
+def captions_of(data: ConfigDict, source: Source) -> tuple[list[str], int]:
+    """The captions of images in the order of their numbers, and how many, the last, are held out of training.
 
     Args:
       data: what `image_source` takes.
@@ -195,8 +211,11 @@ def captions_of(data: ConfigDict, source: Source) -> list[str]:
       UserError: they have none.
     """
     if isinstance(source, ImageFolder | Shapes):
-        return source.captions
-    return tfds_texts(data)
+        return source.captions, 0
+    if data.source == "openmoji":
+        pictures = cast("OpenMoji", source)
+        return pictures.captions, pictures.held_out
+    return tfds_texts(data), 0
 
 
 def tfds_texts(data: ConfigDict) -> list[str]:

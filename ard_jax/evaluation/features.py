@@ -80,6 +80,8 @@ class FeatureExtractor:
     train_accuracy: float
     held_out_accuracy: float
 
+    num_features = NUM_FEATURES
+
     def __call__(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
         """Unnormalised activations of the penultimate layer.
 
@@ -93,7 +95,7 @@ class FeatureExtractor:
         Raises:
             UserError: images of another dtype or shape, or a batch size below 1.
         """
-        images = _check_images(images)
+        images = check_images(images)
         if images.shape[1:] != self.image_shape:
             raise UserError(
                 f"The images have shape (height, width, channel) = {images.shape[1:]}, but the feature network was "
@@ -126,7 +128,7 @@ def train_feature_net(
     Raises:
         UserError: wrong dtype or shape, fewer than 2 images, labels out of range, or fewer than 1 step.
     """
-    images, labels = _check_images(images), _check_labels(labels, len(images), num_classes)
+    images, labels = check_images(images), _check_labels(labels, len(images), num_classes)
     if num_classes == 1:  # of a single class, the network learns to tell by how many quarters an image is turned
         labels, num_classes = np.random.default_rng((seed, 1)).integers(0, 4, len(images), np.int32), 4
         images = np.stack([np.rot90(image, turns) for image, turns in zip(images, labels, strict=True)])
@@ -211,7 +213,7 @@ def _accuracy(net, params, images, labels, rows):
     return float((classes == labels[rows]).mean())
 
 
-def _check_images(images):
+def check_images(images):
     if not isinstance(images, np.ndarray):
         images = np.asarray(images)
     if images.dtype != np.uint8:

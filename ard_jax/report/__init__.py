@@ -1,7 +1,7 @@
 """Results made visible: picture grids, charts, and one self-contained HTML page."""
 
 from ard_jax.report.comparison import build_comparison, markdown
-from ard_jax.report.figures import image_grid, teaser
+from ard_jax.report.figures import captioned_rows, image_grid, teaser
 from ard_jax.report.page import build_report
 
-__all__ = ["build_comparison", "build_report", "image_grid", "markdown", "teaser"]
+__all__ = ["build_comparison", "build_report", "captioned_rows", "image_grid", "markdown", "teaser"]

@@ -1,6 +1,7 @@
 """Picture grids (Pillow) and charts (matplotlib, as SVG that follows the page's colours)."""
 
 import io
+import textwrap
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -164,11 +165,37 @@ def _row_note(model: Measured) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _titled_rows(titles: Sequence[tuple[str, str]], strips: Sequence[np.ndarray]) -> bytes:
-    """PNG of strips (h, w, 3) under each other, pixel for pixel, each with a title and a note on its left."""
+def captioned_rows(rows: Mapping[str, tuple[str, np.ndarray]], captions: Sequence[str]) -> bytes:
+    """One picture: a row a model, a column a caption, which stands under it.
+
+    Args:
+      rows: title of the model → a note of a few words, and uint8 images (caption, H, W, C).
+      captions: of the columns.
+
+    Returns:
+      PNG bytes.
+
+    Raises:
+      UserError: if a row is not uint8 or not of the stated shape.
+    """
+    strips = []
+    for _, images in rows.values():
+        small = np.stack([_shrink(image, 128) for image in check_images(images)])
+        strips.append(np.asarray(image_grid(small, len(captions), side=128).convert("RGB")))
+    titles = [(title, note) for title, (note, _) in rows.items()]
+    feet = [textwrap.fill(caption, 15) for caption in captions]
+    return _titled_rows(titles, strips, feet)
+
+
+def _titled_rows(titles: Sequence[tuple[str, str]], strips: Sequence[np.ndarray], feet: Sequence[str] = ()) -> bytes:
+    """PNG of strips (h, w, 3) under each other, pixel for pixel, each with a title and a note on its left.
+
+    `feet` are words under the pictures of the last strip, which then has as many.
+    """
     dpi, margin, gap, left = 144, 24, 14, 330
     height, width = strips[0].shape[:2]
-    full_width, full_height = left + width + margin, 2 * margin + len(strips) * (height + gap) - gap
+    foot = 10 + 17 * max((words.count("\n") + 1 for words in feet), default=0) if feet else 0
+    full_width, full_height = left + width + margin, 2 * margin + len(strips) * (height + gap) - gap + foot
     figure = Figure(figsize=(full_width / dpi, full_height / dpi), dpi=dpi, facecolor="white")
     for row, ((title, note), strip) in enumerate(zip(titles, strips, strict=True)):
         bottom = full_height - margin - height - row * (height + gap)
@@ -177,6 +204,10 @@ def _titled_rows(titles: Sequence[tuple[str, str]], strips: Sequence[np.ndarray]
         ink, soft = PALETTE["ink"][0], PALETTE["soft"][0]
         figure.text(margin / full_width, middle + 4 / full_height, title, size=11.5, weight="bold", color=ink)
         figure.text(margin / full_width, middle - 6 / full_height, note, size=9.5, va="top", color=soft)
+    for column, said in enumerate(feet):
+        middle = (left + (column + 0.5) * (width + GUTTER) / len(feet)) / full_width
+        top = (margin + foot - 6) / full_height
+        figure.text(middle, top, said, size=8, ha="center", va="top", color=PALETTE["soft"][0])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from ard_jax.report import figures, pieces, words
+from ard_jax.report import captions, figures, pieces, words
 from ard_jax.report.figures import Series, thin
 from ard_jax.report.pieces import Chart, FinalImages, Picture, PictureGrid
 from ard_jax.report.render import render
 from ard_jax.report.words import number, significant
 from ard_jax.results import Measured, Results
 
-MEASURED: tuple[str, ...] = ("fd", "degradation", "precision", "recall", "psnr", "network_calls", "gmac_per_image")
-MEASURED += ("seconds_per_image", "parameters")
+MEASURED: tuple[str, ...] = ("fd", "degradation", "precision", "recall", "psnr", "recall_at_1", "recall_at_5")
+MEASURED += ("network_calls", "gmac_per_image", "seconds_per_image", "parameters")
 
 
 def build_report(
@@ -23,6 +23,7 @@ def build_report(
     pictures: Mapping[str, np.ndarray] | None,
     curves: Mapping | None,
     edits: Mapping[str, np.ndarray] | None = None,
+    gallery: Mapping[str, np.ndarray] | None = None,
 ) -> str:
     """The whole report as one self-contained HTML page.
 
@@ -38,12 +39,13 @@ def build_report(
       curves: name of the model → rows of its metrics.jsonl (`step`, `loss`, `samples_per_s`).
       edits: uint8 arrays: `source` (n, H, W, C), `label` (n,) of the class that it is turned into, and by a student's
         name (n, S, H, W, C): without the source, then with it in place of the prediction of step 1, …, S−1.
+      gallery: samples of captions: `label` (n,) their words, `held_out` (n,) whether they were held out of training;
+        and uint8 (n, H, W, C) under each model's name, and under `real` the data's own picture of each caption.
 
     Raises:
       UserError: if a picture is not uint8 or not of the stated shape.
     """
-    models = results.models
-    curves = curves or {}
+    models, curves = results.models, curves or {}
     lead, detail = words.headline(results)
     return render(
         "report.html.j2",
@@ -54,8 +56,10 @@ def build_report(
         features=(results.features or "").rstrip("."),
         tiles=_tiles(results, models),
         pictures=_pictures(models, pictures or {}),
-        head=["Model", *words.headings(MEASURED)],
+        head=["Model", *words.headings(captions.columns(models, MEASURED))],
         measurements=_measurements(models),
+        judged=captions.judged(results),
+        gallery=captions.gallery(models, gallery or {}),
         points=_points(results, models),
         psnr=_by_step(models, "psnr", {"psnr_per_step": ""}, "PSNR to the teacher, dB"),
         exposure=_by_step(
@@ -251,12 +255,16 @@ def _progression(rows: Mapping[str, np.ndarray], noise: np.ndarray | None, steps
 
 def _measurements(models: Mapping[str, Measured]) -> list[list[str]]:
     """Cells of the table's rows, the teacher's first."""
-    titles = words.titles(models)
+    titles, rows = words.titles(models), []
     teachers = {name: model for name, model in models.items() if model.is_teacher}
-    rows = []
     for name, model in (teachers | _students(models, "x0") | _students(models, "xt")).items():
         degradation = None if model.is_teacher else words.degradation(models, name)
-        rows.append([titles[name], *words.cells(model.to_json() | {"degradation": degradation}, MEASURED)])
+        rows.append(
+            [
+                titles[name],
+                *words.cells(model.to_json() | {"degradation": degradation}, captions.columns(models, MEASURED)),
+            ]
+        )
     return rows
 
 

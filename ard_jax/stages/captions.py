@@ -42,7 +42,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """
     watch, settings, mesh = Stopwatch(), config.captions, make_mesh(ENCODER_MESH, jax.local_devices())
     directory = captions_folder(config, workdir)
-    texts = read_texts(config)
+    texts, held_out = read_texts(config)
     dtype = compute_dtype(config.model.dtype)
     encoder = open_text_encoder(settings.encoder, settings.length, settings.cleaning, dtype, mesh)
     claim(directory, config, "captions", encoder=encoder.sha256, texts=_sha256(texts))
@@ -81,7 +81,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if not is_first():
         return
     described = describe(directory, number_of_shards(len(texts), settings.shard_size))
-    LAYOUT.finish(directory, features, described, _manifest(config, encoder, ids, cut, described, directory))
+    LAYOUT.finish(directory, features, described, _manifest(config, encoder, ids, cut, held_out, described, directory))
     log.info("%d captions of %.1f tokens on average.", len(texts), np.mean([len(own) for own in ids]))
     _compare_null(teacher_folder(config, workdir) / NULL_CAPTION_FILE, encoder.null())
     write_done(directory, {shard["file"]: shard["sha256"] for shard in described}, watch(), records=len(texts))
@@ -119,6 +119,7 @@ def _manifest(
     encoder: TextEncoder,
     ids: list[np.ndarray],
     cut: int,
+    held_out: int,
     shards: list[Shard],
     directory: pathlib.Path,
 ) -> dict[str, Any]:
@@ -135,5 +136,6 @@ def _manifest(
         "cut": cut,
         "null_sha256": file_sha256(directory / NULL),
         "records": len(ids),
+        "held_out": held_out,
         "shards": shards,
     }

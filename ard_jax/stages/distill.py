@@ -54,7 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     columns: tuple[int, ...] | None
     if settings.online:  # the stream's positions are all that is needed
         source, columns = InMemory({"nothing": np.zeros(1, np.int32)}), None
-        numbers = functools.partial(draw_numbers, trajectory_key(config.seed), count=len(conditions))
+        numbers = functools.partial(draw_numbers, trajectory_key(config.seed), count=conditions.for_training)
     else:
         (source, manifest), numbers = open_store(config, workdir, teacher_hash), None
         columns = columns_of(manifest["points"], config)

@@ -1,9 +1,11 @@
 """Measures the samples of the teacher and of every student that has been sampled.
 
 Reads `sample/` and the real images (of `data`, or of `encode` for models of latents) and writes, in `evaluate/`,
-`results.json`, `pictures.npz` and `edits.npz`: Fréchet distance, precision and recall in the features of a small
-classifier that is trained on the same data (so they compare models here, and with nothing else; fewer than 65 images
-have no Fréchet distance); each student's error to the teacher from the same noise, step by step; and of ARD students
+`results.json`, `pictures.npz`, `edits.npz` and of captioned images `gallery.npz`: Fréchet distance, precision and
+recall in the features of a small network that is trained on the same data (so they compare models here, and with
+nothing else; few images have no Fréchet distance): a classifier, or of captioned images a judge, which also says how
+often the right caption is among those that fit an image best, of captions that were trained on and of those held out;
+each student's error to the teacher from the same noise, step by step; and of ARD students
 - the exposure bias, the error of each step with the teacher's history against its own;
 - `given_psnr`, of the final image to the teacher's when the first 0, 1, …, S−1 points are the teacher's;
 - `attention_mass` (layer, query block, key block), how a block shares its attention out, on the student's own points;
@@ -13,52 +15,38 @@ have no Fréchet distance); each student's error to the teacher from the same no
 """
 
 import dataclasses
-import functools
 import logging
 import pathlib
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
-import jax
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_rollout, make_solve
 from ard_jax.captions.conditions import load_conditions
-from ard_jax.conditions import Conditions, draw_numbers
+from ard_jax.captions.texts import texts_of_data
+from ard_jax.conditions import Conditions
 from ard_jax.config import plain
-from ard_jax.data import identify, image_source, labels_and_images, to_uint8
-from ard_jax.drawing import Decoder, make_decoder, open_images
+from ard_jax.data import Source, identify, image_source, labels_and_images
+from ard_jax.drawing import make_decoder, open_images
 from ard_jax.errors import UserError
 from ard_jax.evaluation import (
-    NUM_FEATURES,
-    FeatureExtractor,
-    exposure_bias,
+    Judge,
+    disturb,
     feature_statistics,
     frechet_distance,
-    mean_squared_error_per_step,
     precision_recall,
-    psnr,
     train_feature_net,
+    train_judge,
 )
 from ard_jax.files import file_sha256, read_npz, write_json, write_npz
-from ard_jax.models import ARDStudent, Condition
-from ard_jax.objectives.ard import teacher_forcing
-from ard_jax.parallel import batch_shards, equal_batches, is_first, local_mesh, on_mesh, put_batch, run_batches
+from ard_jax.models import AutoencoderKL
+from ard_jax.paired import Paired, can_edit
+from ard_jax.parallel import is_first, local_mesh
 from ard_jax.progress import Stopwatch
 from ard_jax.results import Measured, Results, add_degradation, degradation_ratios
-from ard_jax.sampling import (
-    draw_noise,
-    is_within_bounds,
-    sample_student_among,
-    sample_teacher,
-    sampling_key,
-    take_points,
-)
-from ard_jax.types import Params, PyTree
+from ard_jax.types import Params
 from ard_jax.workdir import (
-    Loaded,
     check_identity,
     find_vae,
     load_student,
@@ -99,7 +87,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     teacher = load_teacher(config, workdir, mesh)
     students = {name: load_student(workdir / "distill" / name, mesh) for name in sampled if name != "teacher"}
     hashes = {"teacher": teacher.sha256} | {name: student.sha256 for name, student in students.items()}
-    samples = {name: _read_samples(workdir / "sample" / name, sampled[name], hashes[name], config) for name in sampled}
+    folders = {name: workdir / "sample" / name for name in sampled}
+    samples = {name: _read_samples(folders[name], sampled[name], hashes[name], config) for name in sampled}
     real_images = image_source(config.data) if vae is None else open_images(config, vae[0])
     same = all(teacher.config.data[key] == config.data[key] for key in ("source", "name", "split"))
     if vae is None and same:  # others may be compared with, but not by chance
@@ -113,20 +102,18 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
             "classes" if config.data.num_classes else "captions",
         )
     occupy(directory)
-    real, labels = labels_and_images(real_images, limit=REAL_LIMIT)
     paired = Paired(config, teacher, students, conditions, make_decoder(vae, config, mesh), mesh)
-    classes = config.data.num_classes or 1  # captions are no classes that a classifier could learn to tell apart
-    labels = labels if config.data.num_classes else np.zeros_like(labels)
-    extractor = train_feature_net(real, labels, classes, steps=config.evaluate.feature_steps)
-    fewest = min(len(real), config.sample.count)
-    note = "" if fewest > NUM_FEATURES else f"; no Fréchet distance, which {fewest} images are too few for"
+    real = _look_at(config, real_images, vae, conditions)
+    fewest = min(len(real.images), config.sample.count - config.sample.held_out)
+    note = "" if fewest > real.num_features else f"; no Fréchet distance, which {fewest} images are too few for"
     if note:
-        log.warning("%d images are too few for a Fréchet distance, which wants %d: left out.", fewest, NUM_FEATURES + 1)
+        wanted = real.num_features + 1
+        log.warning("%d images are too few for a Fréchet distance, which wants %d: left out.", fewest, wanted)
     kept = ("ema_sha256", "steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
     measured = {
         name: Measured(
             **{key: facts[key] for key in kept},
-            **_distances(extractor, real, samples[name], config),
+            **_distances(real, samples[name], conditions, config),
             kind="teacher" if name == "teacher" else "student",
         )
         for name, facts in sampled.items()
@@ -137,19 +124,19 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         errors, images = paired.compare(student, config.evaluate.pictures)
         measured[name] = dataclasses.replace(measured[name], **errors)
         pictures[name] = images
-        if _can_edit(student):
+        if can_edit(student):
             edits[name] = paired.edits(student, config.evaluate.pictures)
     measured = add_degradation(measured)
     ratios = degradation_ratios(measured)
     results = Results(
-        features=f"features of a small classifier trained on the same images "
-        f"(held-out accuracy {extractor.held_out_accuracy:.3f}); not comparable with ImageNet FID{note}",
-        real_images=len(real),
-        samples=config.sample.count,
+        features=f"features of {real.about}; not comparable with ImageNet FID{note}",
+        real_images=len(real.images),
+        samples=config.sample.count - config.sample.held_out,
         paired=paired.count,
         models=measured,
         degradation_ratio=ratios.get("x0"),
         degradation_ratios=ratios,
+        judge=real.judged,
         config=plain(config),
     )
     if not is_first():  # every host has computed the same
@@ -157,14 +144,107 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     write_json(directory / "results.json", results.to_json())
     write_npz(directory / "pictures.npz", **pictures)
     write_npz(directory / "edits.npz", **edits)
-    files = ("results.json", "pictures.npz", "edits.npz")
+    files = ["results.json", "pictures.npz", "edits.npz"]
+    if real.judge is not None:
+        write_npz(directory / "gallery.npz", **_gallery(real, samples, conditions, config.evaluate.pictures))
+        files.append("gallery.npz")
     write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())
+
+
+class Real(NamedTuple):
+    """The real images that samples are compared with, and the network that both are looked at with.
+
+    Attributes:
+        images: uint8 (image, height, width, channel), without those held out of training.
+        features: the network: uint8 images → features (image, feature).
+        num_features: how many features it has.
+        about: the network in words.
+        judge: the same network, if it knows captions.
+        judged: how well it knows those of real images, as `Results.judge` has it.
+        examples: an image of each caption.
+    """
+
+    images: np.ndarray
+    features: Callable[[np.ndarray], np.ndarray]
+    num_features: int
+    about: str
+    judge: Judge | None = None
+    judged: Mapping[str, Any] | None = None
+    examples: Mapping[str, np.ndarray] = {}
+
+
+def _look_at(
+    config: ml_collections.ConfigDict,
+    source: Source,
+    vae: tuple[AutoencoderKL, Params] | None,
+    conditions: Conditions,
+) -> Real:
+    """Reads the real images and trains the network that looks at them; a judge sees those that are held out as well."""
+    settings = config.evaluate
+    texts = [] if config.data.num_classes else texts_of_data(config).texts
+    if len(set(texts)) < 2:  # one class, or no caption that differs from the others
+        images, labels = labels_and_images(source, limit=REAL_LIMIT)
+        labels = labels if config.data.num_classes else np.zeros_like(labels)
+        net = train_feature_net(images, labels, config.data.num_classes or 1, steps=settings.feature_steps)
+        about = f"a small classifier trained on the same images (held-out accuracy {net.held_out_accuracy:.3f})"
+        return Real(images, net, net.num_features, about)
+    whole = config.copy_and_resolve_references()
+    with whole.unlocked():
+        for section in (whole.data, whole.encode):
+            section.split = "all" if section.source == "openmoji" else section.split
+    everything = open_images(whole, vae[0]) if vae else image_source(whole.data)
+    images, numbers = labels_and_images(everything, limit=REAL_LIMIT)
+    captions = [texts[number] for number in numbers]
+    judge = train_judge(images, captions, steps=settings.judge_steps)
+    held_out = {conditions.words(number) for number in range(conditions.for_training, len(conditions))}
+    is_trained = np.array([caption not in held_out for caption in captions])
+    disturbed = disturb(images, np.random.default_rng(1))
+    judged = {
+        "real": _recall(judge, images, captions, is_trained),
+        "augmented": _recall(judge, disturbed, captions, is_trained),
+    }
+    kept = is_trained if is_trained.any() else slice(None)
+    about = "a small judge of images and captions, trained on the same images"
+    examples = dict(zip(reversed(captions), images[::-1], strict=True))  # the first one of each
+    return Real(images[kept], judge, judge.num_features, about, judge, judged, examples)
+
+
+def _recall(
+    judge: Judge, images: np.ndarray, captions: list[str], is_trained: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """recall_at_1 and recall_at_5, each of captions that were trained on and of those held out, where there are any."""
+    found: dict[str, dict[str, float]] = {"recall_at_1": {}, "recall_at_5": {}}
+    for part, rows in (("trained", is_trained), ("held_out", ~is_trained)):
+        if rows.any():
+            own = [caption for caption, is_own in zip(captions, rows, strict=True) if is_own]
+            recall = judge.recall(images[rows], own, (1, 5))
+            found["recall_at_1"][part], found["recall_at_5"][part] = recall[1], recall[5]
+    return found
+
+
+def _gallery(real: Real, samples: Mapping[str, "Samples"], conditions: Conditions, count: int) -> dict[str, np.ndarray]:
+    """The first images of captions that were trained on, and of those held out, of all models: see `build_report`."""
+    labels = next(iter(samples.values())).labels
+    is_trained = labels < conditions.for_training
+    rows = np.concatenate([np.flatnonzero(is_trained)[:count], np.flatnonzero(~is_trained)[:count]])
+    words = [conditions.words(int(number)) for number in labels[rows]]
+    shown = {"label": np.array(words), "held_out": ~is_trained[rows]}
+    if all(word in real.examples for word in words):
+        shown["real"] = np.stack([real.examples[word] for word in words])
+    return shown | {name: model.images[rows] for name, model in samples.items()}
+
+
+class Samples(NamedTuple):
+    """Of a model, uint8 (count, height, width, channel), and the number of each one's condition (count,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
 
 
 def _read_samples(
     directory: pathlib.Path, facts: dict[str, Any], sha256: str, config: ml_collections.ConfigDict
-) -> np.ndarray:
-    """A model's samples, uint8 (count, height, width, channel).
+) -> Samples:
+    """A model's samples.
 
     Args:
         directory: where they lie.
@@ -186,198 +266,35 @@ def _read_samples(
             f"{directory} holds {len(images)} images, but sample.count is {config.sample.count}: "
             f"run 'sample' again with this config."
         )
-    return images
+    return Samples(images, arrays["labels"])
 
 
 def _distances(
-    extractor: FeatureExtractor, real: np.ndarray, images: np.ndarray, config: ml_collections.ConfigDict
+    real: Real, samples: Samples, conditions: Conditions, config: ml_collections.ConfigDict
 ) -> dict[str, Any]:
-    """Fréchet distance to the real images, unless there are too few of either, precision and recall."""
-    real_features, features = extractor(real), extractor(images)
+    """Fréchet distance to the real images, unless there are too few of either, precision and recall; those of captions.
+
+    Images of captions that are held out of training count for the recall of captions alone, as there may be more of
+    them than in the data.
+    """
+    is_trained = samples.labels < conditions.for_training
+    if not is_trained.any():
+        is_trained = np.ones_like(is_trained)
+    real_features, features = real.features(real.images), real.features(samples.images[is_trained])
     count = min(len(real_features), len(features), NEIGHBOUR_LIMIT)
     spread = np.linspace(0, len(real_features) - 1, count).astype(int)  # a folder's images come class by class
     precision, recall = precision_recall(real_features[spread], features[:count], k=config.evaluate.neighbours)
-    enough = min(len(real_features), len(features)) > NUM_FEATURES
-    return {
+    enough = min(len(real_features), len(features)) > real.num_features
+    found: dict[str, Any] = {
         "fd": frechet_distance(feature_statistics(real_features), feature_statistics(features)) if enough else None,
         "precision": precision,
         "recall": recall,
     }
-
-
-class Paired:
-    """The teacher's trajectories from the first noises of the sampling, and how far students are from them.
-
-    Everything is solved `sample.batch_size` rows a device at a time, and just the points are kept.
-    """
-
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        teacher: Loaded,
-        students: dict[str, Loaded],
-        conditions: Conditions,
-        decoder: Decoder | None,
-        mesh: Mesh,
-    ):
-        model, params = teacher.model, teacher.params
-        how, shape = make_solve(config), example_shape(config)
-        self.config, self.decoder, self.mesh, self.conditions = config, decoder, mesh, conditions
-        self.size = config.sample.batch_size * batch_shards(mesh)
-        every = {*config.student.points}.union(*(student.config.student.points for student in students.values()))
-        self.kept_points = tuple(sorted(every, reverse=True))
-        key = sampling_key(config.sample.seed)
-
-        @jax.jit
-        @on_mesh(mesh)
-        def trajectories(params, index, condition):
-            noise = draw_noise(key, index, shape)
-            solution = sample_teacher(model, params, noise, condition, how)
-            x0, xt = (take_points(states, self.kept_points, how.steps) for states in solution)
-            return {"noise": noise, "x0": x0, "xt": xt}
-
-        index = np.arange(config.evaluate.paired, dtype=np.int32)
-        numbers = draw_numbers(key, index, len(self.conditions))
-        rows = self.batches(functools.partial(trajectories, params), index, self.conditions.rows(numbers))
-        rows["label"] = numbers
-        kept = np.asarray(is_within_bounds(self.points(rows["x0"], config), config.trajectories.max_abs))
-        if not kept.any():
-            raise UserError(
-                f"none of the teacher's {len(index)} trajectories stays within trajectories.max_abs="
-                f"{config.trajectories.max_abs}: train the teacher longer, or raise max_abs or evaluate.paired."
-            )
-        self.rows, self.count = {name: array[kept] for name, array in rows.items()}, int(kept.sum())
-
-    def batches(self, function: Callable[..., PyTree], *arrays: PyTree) -> PyTree:
-        """A jitted function of rows of arrays, or of pytrees of them, called in batches of one size; NumPy arrays."""
-        count = len(jax.tree.leaves(arrays)[0])
-        shards = batch_shards(self.mesh)
-        size = min(self.size, -(-count // shards) * shards)
-
-        def run(rows):
-            return function(*put_batch(jax.tree.map(lambda array: array[rows], arrays), self.mesh))
-
-        parts = run_batches(run, equal_batches(np.arange(count), size))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-    def condition(self) -> Condition:
-        """What the networks are told of the rows."""
-        return self.conditions.rows(self.rows["label"])
-
-    def points(self, states: np.ndarray, config: ml_collections.ConfigDict) -> np.ndarray:
-        """Of the kept points, those of a student's config."""
-        return states[:, [self.kept_points.index(point) for point in config.student.points]]
-
-    def images(self, states: np.ndarray) -> np.ndarray:
-        """What the networks see, (batch, point, …) → images."""
-        if self.decoder is None:
-            return states
-        rows = self.batches(self.decoder, states.reshape(-1, *states.shape[2:]))
-        return rows.reshape(*states.shape[:2], *rows.shape[1:])
-
-    def teacher_pictures(self, count: int) -> dict[str, np.ndarray]:
-        first = {name: array[:count] for name, array in self.rows.items()}
-        return {
-            "noise": self.noise_pictures(first["noise"]),
-            "label": self.shown_labels(first["label"]),
-            "teacher": to_uint8(self.images(self.points(first["x0"], self.config))),
-            "teacher_xt": to_uint8(self.images(self.points(first["xt"], self.config))),
-        }
-
-    def noise_pictures(self, noise: np.ndarray) -> np.ndarray:
-        """Three standard deviations span black to white; of latents, the decoded noise."""
-        return to_uint8(noise / 3 if self.decoder is None else self.images(noise[:, None])[:, 0])
-
-    def compare(self, student: Loaded, pictures: int) -> tuple[dict[str, Any], np.ndarray]:
-        """A student's errors, and the pictures of its steps."""
-        model, params, _, config = student
-        target = config.student.target
-        noise, condition, points = self.rows["noise"], self.condition(), self.points(self.rows[target], config)
-        roll = jax.jit(on_mesh(self.mesh)(make_rollout(config, model)))
-        rollout = self.batches(functools.partial(roll, params), noise, condition)
-        image_mse = self.image_error(rollout, points)
-        errors = {
-            "objective": config.distill.objective,
-            "target": target,
-            "psnr": float(psnr(image_mse[-1])),
-            "mse_per_step": mean_squared_error_per_step(rollout, points).tolist(),
-            "psnr_per_step": [float(psnr(step)) for step in image_mse],
-        }
-        if config.student.kind == "history":
-            errors |= self.use_of_history(model, params, points, rollout)
-        return errors, to_uint8(self.images(rollout[:pictures]))
-
-    def use_of_history(
-        self, model: ARDStudent, params: Params, points: np.ndarray, rollout: np.ndarray
-    ) -> dict[str, Any]:
-        """What an ARD student makes of the points before a step: the teacher's `points`, or its own `rollout`."""
-        noise, condition = self.rows["noise"], self.condition()
-        force = jax.jit(on_mesh(self.mesh)(functools.partial(teacher_forcing, model)))
-        forced = self.batches(functools.partial(force, params), noise, points, condition)
-        bias = exposure_bias(points, forced, rollout)
-        found = {
-            "mask": model.mask,
-            "history_layers": model.layers_with_history,
-            "forced_mse": np.asarray(bias.forced).tolist(),
-            "rollout_mse": np.asarray(bias.rollout).tolist(),
-            "given_psnr": self.given_psnr(model, params, points),
-        }
-        if model.layers_with_history:
-            weigh = jax.jit(on_mesh(self.mesh)(functools.partial(model.apply, method="attention_mass")))
-            inputs = np.concatenate([noise[:, None], rollout[:, :-1]], axis=1)
-            mass = self.batches(functools.partial(weigh, {"params": params}), inputs, condition)
-            found["attention_mass"] = mass.mean(axis=0, dtype=np.float64).tolist()
-        return found
-
-    def given_psnr(self, model: ARDStudent, params: Params, points: np.ndarray) -> list[float]:
-        """PSNR of the final image to the teacher's when the first k points are the teacher's, for k = 0 … S−1."""
-        roll = jax.jit(on_mesh(self.mesh)(functools.partial(sample_student_among, model)))
-        steps, found = np.arange(model.steps), []
-        for first in range(model.steps):
-            among = functools.partial(roll, params, steps < first)
-            final = self.batches(among, self.rows["noise"], self.condition(), points)[:, -1:]
-            found.append(float(psnr(self.image_error(final, points[:, -1:])[0])))
-        return found
-
-    def edit_sources(self, count: int) -> dict[str, np.ndarray]:
-        """The images that students edit, the teacher's last points, and the conditions that they turn them into."""
-        source, label = self.rows["x0"][:count, -1:], self.rows["label"][:count]
-        return {"source": to_uint8(self.images(source))[:, 0], "label": self.shown_labels(self.other_condition(label))}
-
-    def shown_labels(self, label: np.ndarray) -> np.ndarray:
-        """What stands under pictures: a class's number, a caption's words."""
-        if self.config.data.num_classes:
-            return label
-        return np.array([self.conditions.words(int(number)) for number in label])
-
-    def other_condition(self, label: np.ndarray) -> np.ndarray:
-        """Half of the classes or captions further on: always another one where there are several."""
-        count = len(self.conditions)
-        return ((label + max(count // 2, 1)) % count).astype(label.dtype)
-
-    def edits(self, student: Loaded, count: int) -> np.ndarray:
-        """Pictures (image, S, height, width, channel): without the source, then with it after step 1, …, S−1."""
-        model, params = student.model, student.params
-        source = self.rows["x0"][:count, -1:]
-        condition = self.conditions.rows(self.other_condition(self.rows["label"][:count]))
-        # the noise of another row, since a real image's own is not known
-        noise = np.roll(self.rows["noise"], 1, axis=0)[:count]
-        roll = jax.jit(on_mesh(self.mesh)(functools.partial(sample_student_among, model)))
-        steps, sources = np.arange(model.steps), np.repeat(source, model.steps, axis=1)
-        finals = [
-            self.batches(functools.partial(roll, params, steps == step - 1), noise, condition, sources)[:, -1]
-            for step in range(model.steps)
-        ]
-        return to_uint8(self.images(np.stack(finals, axis=1)))
-
-    def image_error(self, rollout: np.ndarray, points: np.ndarray) -> np.ndarray:
-        """Mean squared error of each step's images, (step,); decoded a batch at a time, never all together."""
-        parts = [slice(first, first + self.size) for first in range(0, len(points), self.size)]
-        errors = [mean_squared_error_per_step(self.images(rollout[part]), self.images(points[part])) for part in parts]
-        return np.average(errors, axis=0, weights=[len(points[part]) for part in parts])
-
-
-def _can_edit(student: Loaded) -> bool:
-    """Whether a source image can stand among a student's points: it has a history, and x0-predictions in it."""
-    model, config = student.model, student.config
-    return config.student.kind == "history" and model.layers_with_history > 0 and config.student.target == "x0"
+    if real.judge is not None:
+        words = {int(number): conditions.words(int(number)) for number in np.unique(samples.labels)}
+        if set(words.values()) <= set(real.judge.captions):
+            captions = [words[int(number)] for number in samples.labels]
+            found |= _recall(real.judge, samples.images, captions, samples.labels < conditions.for_training)
+        else:
+            log.warning("the recall of captions is left out: some that were sampled are of no real image.")
+    return found

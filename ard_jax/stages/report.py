@@ -30,10 +30,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     watch, directory = Stopwatch(), workdir / "report"
     require_done(workdir / "evaluate", "evaluate")
     results = dataclasses.replace(read_results(workdir), seconds=_stage_seconds(workdir))
-    paths = (workdir / "evaluate" / name for name in ("pictures.npz", "edits.npz"))
-    pictures, edits = (read_npz(path) if path.exists() else {} for path in paths)  # an earlier version made no edits
+    paths = [workdir / "evaluate" / f"{name}.npz" for name in ("pictures", "edits", "gallery")]
+    pictures, edits, gallery = (read_npz(path) if path.exists() else {} for path in paths)  # not every run has all
     curves = _read_curves(config, workdir, results.models)
-    html = build_report(config.report.title, results, pictures, curves, edits)
+    html = build_report(config.report.title, results, pictures, curves, edits, gallery)
     atomic_write(directory / "index.html", lambda temporary: temporary.write_text(html, encoding="utf-8"))
     atomic_write(directory / "teaser.png", lambda temporary: temporary.write_bytes(teaser(pictures, results)))
     write_json(directory / "results.json", summary(results))

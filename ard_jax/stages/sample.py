@@ -13,7 +13,6 @@ import logging
 import pathlib
 import shutil
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -70,7 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         log.warning("there is no VAE in %s, so latents are written: convert one, or set vae.dir, for images.", there)
     decoder, conditions = make_decoder(vae, config, mesh), load_conditions(config, workdir)
     check_text_encoder(config, workdir, conditions)
-    _check_labels(config.sample.labels, conditions)
+    _check_labels(config.sample, conditions)
     missing = [name for name in config.sample.models if not _is_finished(config, workdir, name, vae is not None)]
     loaded = {name: _load_sampler(config, workdir, name, mesh) for name in missing}
     for name, (sampler, params, facts) in loaded.items():
@@ -87,11 +86,30 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         shutil.rmtree(directory / "parts")
 
 
-def _check_labels(labels: Sequence[int], conditions: Conditions) -> None:
-    """Raises UserError for a number that no condition has."""
-    outside = [label for label in labels if not 0 <= label < len(conditions)]
+def _check_labels(settings: ml_collections.ConfigDict, conditions: Conditions) -> None:
+    """Raises UserError for a number that no condition has, and for images of held-out captions that cannot be."""
+    outside = [label for label in settings.labels if not 0 <= label < len(conditions)]
     if outside:
         raise UserError(f"sample.labels has {outside[0]!r}, but there are {len(conditions)}: count from 0.")
+    if settings.held_out and conditions.for_training == len(conditions):
+        raise UserError(f"sample.held_out is {settings.held_out}, but nothing is held out of training: set it to 0.")
+    if settings.held_out and (settings.labels or settings.held_out > settings.count):
+        raise UserError(
+            f"sample.held_out is {settings.held_out}, but it must be at most sample.count, which is {settings.count}, "
+            f"and sample.labels must be (): set one of them otherwise."
+        )
+
+
+def _choose(settings: ml_collections.ConfigDict, index: np.ndarray, conditions: Conditions) -> np.ndarray:
+    """The numbers of the conditions of images `index`: int32 (batch,)."""
+    if settings.labels:
+        return np.asarray(settings.labels, np.int32)[index % len(settings.labels)]
+    numbers = draw_numbers(sampling_key(settings.seed), index, conditions.for_training)
+    beyond = index - (settings.count - settings.held_out)
+    if not settings.held_out:
+        return numbers
+    held_out = conditions.for_training + beyond % (len(conditions) - conditions.for_training)
+    return np.where(beyond < 0, numbers, held_out).astype(np.int32)
 
 
 def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, decodes: bool) -> bool:
@@ -178,8 +196,7 @@ def _draw(
     A part is an npz file with "arr_0" (uint8), or without a decoder "latents" (float32), "labels", and the "seconds"
     that an image took once compiled.
     """
-    settings, chosen = config.sample, np.asarray(config.sample.labels, np.int32)
-    drawn, key = make_drawing(sampler, config, mesh), sampling_key(settings.seed)
+    settings, drawn = config.sample, make_drawing(sampler, config, mesh)
 
     def sample(batch):
         images, *rest = drawn(params, batch)
@@ -188,7 +205,7 @@ def _draw(
     def batch_of(first):
         """This process's rows; indices beyond the count fill the last batch up."""
         index = np.array_split(np.arange(first, first + batch_size), jax.process_count())[jax.process_index()]
-        numbers = chosen[index % len(chosen)] if len(chosen) else draw_numbers(key, index, len(conditions))
+        numbers = _choose(settings, index, conditions)
         return put_batch({"index": index, "label": numbers, "condition": conditions.rows(numbers)}, mesh)
 
     batch_size = settings.batch_size * batch_shards(mesh)

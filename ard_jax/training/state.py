@@ -21,7 +21,7 @@ OPTIMIZERS = {
     "adan": True, "radam": False, "adabelief": False, "adamax": False, "adamaxw": True, "amsgrad": False, "yogi": False,
     "adagrad": False, "adadelta": True, "rmsprop": False, "novograd": True, "lamb": True, "lars": True,
     "sign_sgd": False, "signum": False, "noisy_sgd": False, "fromage": False,
-    "optimistic_adam_v2": False, "optimistic_gradient_descent": False,
+    "optimistic_adam_v2": False, "optimistic_gradient_descent": False, "muon": True,
 }  # fmt: skip
 
 
@@ -87,10 +87,35 @@ def make_optimizer(settings: ml_collections.ConfigDict, steps: int) -> optax.Gra
         )
     # a decay of 0 is said too, since some of optax's defaults are not 0
     options = {"weight_decay": decay} if OPTIMIZERS[name] else {}
-    optimizer = getattr(optax, name)(learning_rate=learning_rate(settings, steps), **options)
+    build = _muon if name == "muon" else getattr(optax, name)
+    optimizer = build(learning_rate=learning_rate(settings, steps), **options)
     if settings.clip < 0:
         raise UserError(f"clip is {settings.clip}: give a gradient norm, or 0 for no clipping.")
     return optax.chain(optax.clip_by_global_norm(settings.clip), optimizer) if settings.clip else optimizer
+
+
+def _muon(learning_rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """Muon (Jordan 2024) for the stacked matrices of the blocks, AdamW for all else.
+
+    Its updates are as large as AdamW's (Liu et al., arXiv 2502.16982, section 2.2), so that the same rates suit both.
+    """
+
+    def matrices(params):
+        axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)  # axis 0 is the layers'
+
+        def of(path, leaf):
+            in_blocks = any(getattr(step, "key", None) == "blocks" for step in path)
+            return axes if in_blocks and leaf.ndim == 3 else None
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    return optax.contrib.muon(
+        learning_rate,
+        weight_decay=weight_decay,
+        adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=0.2,
+    )
 
 
 def optimizer_of(method: Method, settings: ml_collections.ConfigDict) -> optax.GradientTransformation:

@@ -78,7 +78,7 @@ def make_store(
     trajectories, solver = config.trajectories, make_solver(model, config, mesh)
 
     def solve(indices):
-        numbers = draw_numbers(trajectory_key(config.seed), indices, len(conditions))
+        numbers = draw_numbers(trajectory_key(config.seed), indices, conditions.for_training)
         batch = {"index": indices, "label": numbers, "condition": conditions.rows(numbers)}
         return solver(params, put_batch(batch, mesh))
 
