@@ -1,6 +1,8 @@
 """OpenMoji, 32×32 in colour: a teacher that draws what a caption says, and students of it.
 
---config configs/openmoji.py[:student=ard|step]
+--config configs/openmoji.py[:student=ard|step,budget=full|quick]
+
+With budget=quick, what launch/emoji.sh makes in some ten minutes, in the folder of a shipped teacher.
 
 3,953 pictures with captions; a tenth of the compositions of a figure and skin tones is held out of training
 (ard_jax/data/openmoji_held_out.txt). Wants the extra `emoji`.
@@ -10,7 +12,8 @@ from ard_jax.config import config_arguments, default_config
 
 
 def get_config(argument: str = ""):
-    student = config_arguments(argument, student="ard")["student"]
+    given = config_arguments(argument, student="ard", budget="full")
+    student, is_quick = given["student"], given["budget"] == "quick"
     config = default_config()
     with config.unlocked():
         config.data.update(source="openmoji", image_size=32, channels=3, num_classes=0, space="pixel")
@@ -26,6 +29,13 @@ def get_config(argument: str = ""):
         config.student.mask = "diagonal" if student == "step" else "causal"
         config.distill.update(steps=3000, batch_size=32, checkpoint_every=500)
         config.distill.optimizer.update(learning_rate=6e-4, schedule="cosine", ema=0.995)
-        config.sample.update(models=("teacher", student), count=2048, batch_size=64)
+        # all of the held-out captions among them, once each
+        config.sample.update(models=("teacher", student), count=2252, held_out=204, batch_size=64, grid=100)
+        config.evaluate.update(paired=256, pictures=10, judge_steps=1000)
+        if is_quick:
+            config.trajectories.count = 1536
+            config.distill.update(steps=280, checkpoint_every=140)
+            config.sample.update(count=460)
+            config.evaluate.update(paired=128, judge_steps=500)
         config.report.title = "OpenMoji, 32×32"
     return config

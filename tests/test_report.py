@@ -23,8 +23,8 @@ def build_report(title, results, *shown):
     return report.build_report(title, Results.from_json(results), *shown)
 
 
-def teaser(pictures, results):
-    return report.teaser(pictures, Results.from_json(results))
+def teaser(pictures, results, *gallery):
+    return report.teaser(pictures, Results.from_json(results), *gallery)
 
 
 def headline(results):
@@ -141,6 +141,16 @@ def curves():
     return {"teacher": rows, "ard": rows, "step": rows}
 
 
+@pytest.fixture
+def gallery():
+    rng = np.random.default_rng(2)
+    words = np.array(["red heart", "cat <face>", "fire", "woman astronaut", "man astronaut"])
+    drawn = {
+        name: rng.integers(0, 256, (5, SIDE, SIDE, 3), dtype=np.uint8) for name in ("real", "teacher", "ard", "step")
+    }
+    return drawn | {"label": words, "held_out": np.array([False, False, False, True, True])}
+
+
 def decoded(image: dict) -> Image.Image:
     head, data = image["src"].split(",", 1)
     assert head == "data:image/png;base64"
@@ -216,6 +226,29 @@ def test_edits_stand_under_the_step_that_the_source_replaced(results, edits):
     np.testing.assert_array_equal(by_alt["ARD, edit 2, after step 3"], edits["ard"][1, 3, ..., 0])
     np.testing.assert_array_equal(by_alt["ARD, edit 2, no source"], edits["ard"][1, 0, ..., 0])
     assert "into 3" in page.text["edits"]
+
+
+def test_pictures_stand_under_their_captions_those_held_out_apart(results, gallery):
+    page = Page(build_report("Emoji", results, {}, {}, {}, gallery))
+    by_alt = {image["alt"]: np.asarray(decoded(image))[::8, ::8] for image in page.images}
+    assert len(page.images) == len(by_alt) == 4 * 5
+    np.testing.assert_array_equal(by_alt["ARD: cat <face>"], gallery["ard"][1])
+    np.testing.assert_array_equal(by_alt["The data’s own: man astronaut"], gallery["real"][4])
+    said = page.text["captions"]
+    trained, held_out = said.split("Captions held out of training")
+    assert "fire" in trained and "woman astronaut" in held_out and "woman astronaut" not in trained
+    assert not Page(build_report("Digits", results, {}, {}, {})).text.get("captions")
+
+
+def test_the_recall_of_captions_stands_in_the_table(results):
+    results["models"]["ard"] |= {"recall_at_1": {"trained": 0.314}, "recall_at_5": {"trained": 0.618, "held_out": 0.4}}
+    results["judge"] = {
+        "real": {"recall_at_1": {"trained": 0.9, "held_out": 0.8}, "recall_at_5": {"trained": 0.99, "held_out": 0.97}}
+    }
+    page = Page(build_report("Emoji", results, {}, {}, {}, {}))
+    place = page.row("Model").index("Caption in first 5, trained / held out\u00a0↑")
+    assert page.row("ARD")[place - 1 : place + 1] == ["31 %", "62 % / 40 %"] and page.row("Teacher")[place] == "–"
+    assert not any("Caption" in cell for cell in Page(build_report("", results | {"models": {}}, {}, {})).rows)
 
 
 def test_attention_is_written_in_percent_into_the_cells_of_the_blocks_that_are_seen():
@@ -494,6 +527,18 @@ def test_teaser_shows_the_three_rows_pixel_for_pixel(results, pictures):
         cell = image[top : top + strip, left + 2 * (strip + GUTTER) :][:, :strip]
         np.testing.assert_array_equal(cell[6::12, 6::12], pictures[name][2, -1, ..., 0])
         assert image[top : top + strip, :left].min() < 100  # the row has a title
+
+
+def test_teaser_of_captions_has_them_under_its_columns(results, pictures, gallery):
+    image = np.asarray(Image.open(io.BytesIO(teaser(pictures, results, gallery))).convert("RGB"))
+    strip, margin, gap, left = 128, 24, 14, 330
+    foot = image.shape[0] - (2 * margin + 3 * strip + 2 * gap)
+    assert foot > 20 and image.shape[1] == left + 5 * (strip + GUTTER) - GUTTER + margin
+    for row, name in enumerate(["teacher", "ard", "step"]):
+        cell = image[margin + row * (strip + gap) :, left + 3 * (strip + GUTTER) :][:strip, :strip]
+        np.testing.assert_array_equal(cell[8::16, 8::16], gallery[name][3])
+    below = image[margin + 3 * strip + 2 * gap :, left + 3 * (strip + GUTTER) :][:, :strip]
+    assert below.min() < 160  # the caption
 
 
 def test_teaser_without_a_student_says_what_it_needs(results, pictures):

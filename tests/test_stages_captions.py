@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 from pipeline_fixtures import ROOT, copy, done, files, run, sentence
 from pixart_fixtures import small_pixart, write_pixart, write_text_encoder
@@ -244,6 +245,46 @@ def test_a_run_with_captions_from_its_data_to_its_report(captioned):
     assert set(pictures["label"]) <= known and pictures["label"].dtype.kind == "U"
     page = (captioned / "report" / "index.html").read_text()
     assert all(str(label) in page for label in pictures["label"])
+
+
+def hold_out(workdir, count):
+    """Declares the last captions of a store held out of training."""
+    path = workdir / "captions" / "manifest.json"
+    path.write_text(json.dumps(read_json(path) | {"held_out": count}))
+
+
+def test_held_out_captions_are_never_trained_on_and_are_measured_apart(captioned, tmp_path):
+    workdir = copy(captioned, tmp_path / "run", "captions", "teacher")
+    hold_out(workdir, 86)
+    for name in ("trajectories", "distill"):
+        assert stage(name, workdir).status == 0
+    shard = tfds.builder_from_directory(workdir / "trajectories" / "1.0.0").as_data_source("train")
+    assert {int(record["label"]) for record in shard} <= set(range(10))
+    said = sentence(stage("sample", workdir, "sample.held_out=73"), "sample")
+    assert "sample.held_out is 73, but it must be at most sample.count, which is 72" in said
+    said = sentence(stage("sample", workdir, "sample.held_out=2", "sample.labels=(1,)"), "sample")
+    assert "and sample.labels must be ()" in said
+    for name in ("sample", "evaluate", "report"):
+        assert stage(name, workdir, "sample.held_out=6").status == 0
+    labels = read_npz(workdir / "sample" / "ard" / "samples.npz")["labels"]
+    assert labels[-6:].tolist() == [10, 11, 12, 13, 14, 15] and labels[:-6].max() < 10
+    found = read_json(workdir / "report" / "results.json")
+    assert found["samples"] == 66 and found["real_images"] == 10
+    for measured in (found["teacher"], found["ard"], found["judge"]["real"], found["judge"]["augmented"]):
+        assert set(measured["recall_at_5"]) == {"trained", "held_out"}
+        assert 0 <= measured["recall_at_1"]["trained"] <= measured["recall_at_5"]["trained"] <= 1
+    gallery = read_npz(workdir / "evaluate" / "gallery.npz")
+    assert gallery["held_out"].tolist() == [False] * 4 + [True] * 4
+    assert gallery["label"][-1] == open_captions(workdir / "captions").words(13)
+    assert np.array_equal(gallery["ard"][4], read_npz(workdir / "sample" / "ard" / "samples.npz")["arr_0"][66])
+    page = (workdir / "report" / "index.html").read_text()
+    assert "Captions trained on" in page and "Captions held out of training" in page
+
+
+def test_nothing_held_out_cannot_be_asked_for(captioned, tmp_path):
+    workdir = copy(captioned, tmp_path / "run", "captions", "teacher", "distill")
+    said = sentence(stage("sample", workdir, "sample.held_out=2"), "sample")
+    assert "sample.held_out is 2, but nothing is held out of training: set it to 0" in said
 
 
 def test_captions_of_another_encoder_are_refused_by_whoever_learned_others(captioned, tmp_path):

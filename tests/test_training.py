@@ -503,6 +503,22 @@ def test_every_optimiser_trains(name):
     assert all(not np.array_equal(a, np.ones_like(a)) for a in jax.tree.leaves(after.params))
 
 
+def test_muon_turns_the_matrices_of_the_blocks_and_nothing_else():
+    """Its update of a matrix has singular values that are all alike, whatever the gradient's; AdamW's has not."""
+    rng = np.random.default_rng(0)
+    scales = np.diag([1.0, 0.5, 0.1, 0.05])
+    steep = np.stack([scales @ rng.normal(size=(4, 8)) for _ in range(2)]).astype(np.float32)
+    gradient = {"blocks": {"qkv": {"kernel": jnp.asarray(steep), "bias": jnp.ones((2, 8))}}, "head": jnp.asarray(steep)}
+    optimizer = make_optimizer(settings(optimizer=OPTIMIZER | {"name": "muon", "clip": 0.0}).optimizer, 10)
+    moved, _ = optimizer.update(gradient, optimizer.init(gradient), gradient)
+    turned = np.linalg.svd(np.asarray(moved["blocks"]["qkv"]["kernel"]), compute_uv=False)
+    assert (turned.max(axis=1) < 2 * turned.min(axis=1)).all()
+    rate = float(learning_rate(settings(optimizer=OPTIMIZER).optimizer, 10)(0))
+    size = np.sqrt(np.mean(np.square(moved["blocks"]["qkv"]["kernel"])))
+    assert 0.1 * rate < size < 0.3 * rate  # as large as AdamW's usually are, so that the same rates suit both
+    np.testing.assert_allclose(moved["head"], -1.4737 * rate * np.sign(steep), rtol=1e-2)  # AdamW's first, Nesterov's
+
+
 def test_gradients_are_clipped(monkeypatch):
     mesh, batch = make_mesh(), {"x": jnp.full((4, 3), 100.0), "y": jnp.zeros(4), "position": jnp.arange(4)}
     sgd = {"name": "sgd", "learning_rate": 1.0}

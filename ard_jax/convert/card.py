@@ -10,6 +10,7 @@ import ml_collections
 
 from ard_jax.build import make_solve, make_teacher
 from ard_jax.errors import UserError
+from ard_jax.report.words import shares
 from ard_jax.results import Results
 from ard_jax.sampling import network_calls
 
@@ -27,6 +28,9 @@ CITATION = """```bibtex
 
 # What the hub's front matter can have as a licence; it wants lower case.
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+
+# What data of ours ask to be said of them.
+CREDITS = {"openmoji": "OpenMoji (openmoji.org), under CC BY-SA 4.0, which holds for these weights too"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,12 +248,15 @@ def results(facts: Facts) -> str:
         "PSNR to the teacher (dB)": ("psnr", 2),
         "network calls": ("network_calls", 0),
     }
-    rows = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    judged = models[facts.name].recall_at_5
+    heads = [*columns, *(["caption in first 5, trained / held out"] if judged else [])]
+    rows = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for name in dict.fromkeys(("teacher", facts.name)):
         if name in models:
             values = [getattr(models[name], key) for key, _ in columns.values()]
             digits = [digits for _, digits in columns.values()]
             cells = ["" if v is None else f"{v:.{d}f}" for v, d in zip(values, digits, strict=True)]
+            cells += [shares(models[name].recall_at_5)] if judged else []
             rows.append(f"| {name} | {' | '.join(cells)} |")
     words = (
         f"FD is the Fréchet distance of {facts.results.samples} samples to {facts.results.real_images} real "
@@ -280,7 +287,8 @@ def settings(facts: Facts) -> str:
     if not facts.converted:
         training = config.distill if facts.is_student else config.teacher
         optimizer = training.optimizer
-        rows["images"] = " ".join(filter(None, (config.data.source, config.data.name)))
+        images = CREDITS.get(config.data.source, config.data.source)
+        rows["images"] = " ".join(filter(None, (images, config.data.name)))
         rows["training"] = (
             f"{_count(training.steps, 'step')} of batch {training.batch_size}, {optimizer.name}, learning rate "
             f"{optimizer.learning_rate:g} ({optimizer.schedule}), running average {optimizer.ema:g}, seed {config.seed}"

@@ -18,11 +18,10 @@ import optax
 from flax import linen as nn
 
 from ard_jax.errors import UserError
-from ard_jax.evaluation.features import BATCH_SIZE, FINAL_GRID, check_images
+from ard_jax.evaluation.features import BATCH_SIZE, FINAL_GRID, NUM_FEATURES, check_images
 from ard_jax.keys import make_key
 from ard_jax.types import Params
 
-NUM_FEATURES = 128
 WORD_WIDTH = 96
 JUDGE_BATCH = 4 * BATCH_SIZE
 PEAK_LEARNING_RATE = 2e-3
@@ -34,7 +33,7 @@ MAX_SIDE = 64  # of the images that it looks at; larger ones are averaged down t
 
 
 class _Images(nn.Module):
-    """uint8 or float images in 0 … 255, (batch, height, width, channel) → features (batch, 128)."""
+    """uint8 or float images in 0 … 255, (batch, height, width, channel) → features (batch, 64)."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -47,11 +46,11 @@ class _Images(nn.Module):
             strides = tuple(2 if side > FINAL_GRID else 1 for side in x.shape[1:3])
             x = nn.gelu(nn.LayerNorm()(conv(width, (3, 3), strides=strides)(x)))
             width = min(2 * width, 192)
-        return dense(NUM_FEATURES)(nn.gelu(nn.LayerNorm()(dense(2 * NUM_FEATURES)(x.reshape(len(x), -1)))))
+        return dense(NUM_FEATURES)(nn.gelu(nn.LayerNorm()(dense(4 * NUM_FEATURES)(x.reshape(len(x), -1)))))
 
 
 class _Captions(nn.Module):
-    """Words by number, 0 for none, (caption, word) → (caption, 128); words in another order are another caption."""
+    """Words by number, 0 for none, (caption, word) → (caption, 64); words in another order are another caption."""
 
     vocabulary: int
 
@@ -63,7 +62,7 @@ class _Captions(nn.Module):
         x = x * (1 + self.param("places", nn.initializers.normal(0.3), (words.shape[1], WORD_WIDTH)))
         is_word = (words > 0)[..., None]
         x = (x * is_word).sum(axis=1) / jnp.sqrt(is_word.sum(axis=1))
-        return dense(NUM_FEATURES)(nn.gelu(dense(2 * NUM_FEATURES)(x)))
+        return dense(NUM_FEATURES)(nn.gelu(dense(4 * NUM_FEATURES)(x)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,12 +77,12 @@ class Judge:
     captions: tuple[str, ...]
     image_shape: tuple[int, int, int]
     _params: Params
-    _embedded: np.ndarray  # (caption, 128) of length 1
+    _embedded: np.ndarray  # (caption, 64) of length 1
 
     num_features = NUM_FEATURES
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Image features, not normalised: (N, height, width, channel) uint8 → (N, 128) float64.
+        """Image features, not normalised: (N, height, width, channel) uint8 → (N, 64) float64.
 
         Raises:
             UserError: images of another dtype or shape.

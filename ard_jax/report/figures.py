@@ -125,13 +125,16 @@ def shown(images: np.ndarray) -> int:
     return min(len(images), 16 if max(images.shape[1:3]) <= 64 else 8)
 
 
-def teaser(pictures: Mapping[str, np.ndarray], results: Results) -> bytes:
+def teaser(
+    pictures: Mapping[str, np.ndarray], results: Results, gallery: Mapping[str, np.ndarray] | None = None
+) -> bytes:
     """One picture for a README: teacher, step distillation and ARD (x0 points), a column a sample from the same noise.
 
-    Where there is neither of the two, the first student of another objective stands in for them.
+    Where there is neither of the two, the first student of another objective stands in for them. With captions, which
+    stand under the columns, every model is shown.
 
     Args:
-      pictures, results: as `page.build_report` takes them.
+      pictures, results, gallery: as `page.build_report` takes them.
 
     Returns:
       PNG bytes.
@@ -140,6 +143,16 @@ def teaser(pictures: Mapping[str, np.ndarray], results: Results) -> bytes:
       UserError: if the pictures of the teacher or of all such students are missing.
     """
     models = results.models
+    if gallery:
+        shown_rows = np.flatnonzero(~gallery["held_out"])[:7], np.flatnonzero(gallery["held_out"])[:3]
+        columns = np.concatenate(shown_rows)
+        titles = words.titles(models)
+        rows = {
+            title: (_row_note(models[name]), np.asarray(gallery[name])[columns])
+            for name, title in titles.items()
+            if name in gallery
+        }
+        return captioned_rows(rows, [str(label) for label in gallery["label"][columns]])
     names = [name for name in ("teacher", *words.pair(models, "x0")) if name and name in pictures]
     if names == ["teacher"]:
         rivals = (name for name, model in models.items() if words.objective_of(model) != "ard" and name in pictures)

@@ -35,7 +35,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     curves = _read_curves(config, workdir, results.models)
     html = build_report(config.report.title, results, pictures, curves, edits, gallery)
     atomic_write(directory / "index.html", lambda temporary: temporary.write_text(html, encoding="utf-8"))
-    atomic_write(directory / "teaser.png", lambda temporary: temporary.write_bytes(teaser(pictures, results)))
+    atomic_write(directory / "teaser.png", lambda temporary: temporary.write_bytes(teaser(pictures, results, gallery)))
     write_json(directory / "results.json", summary(results))
     files = ("index.html", "teaser.png", "results.json")
     write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())

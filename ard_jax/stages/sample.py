@@ -100,7 +100,7 @@ def _check_labels(settings: ml_collections.ConfigDict, conditions: Conditions) -
         )
 
 
-def _choose(settings: ml_collections.ConfigDict, index: np.ndarray, conditions: Conditions) -> np.ndarray:
+def choose_numbers(settings: ml_collections.ConfigDict, index: np.ndarray, conditions: Conditions) -> np.ndarray:
     """The numbers of the conditions of images `index`: int32 (batch,)."""
     if settings.labels:
         return np.asarray(settings.labels, np.int32)[index % len(settings.labels)]
@@ -205,7 +205,7 @@ def _draw(
     def batch_of(first):
         """This process's rows; indices beyond the count fill the last batch up."""
         index = np.array_split(np.arange(first, first + batch_size), jax.process_count())[jax.process_index()]
-        numbers = _choose(settings, index, conditions)
+        numbers = choose_numbers(settings, index, conditions)
         return put_batch({"index": index, "label": numbers, "condition": conditions.rows(numbers)}, mesh)
 
     batch_size = settings.batch_size * batch_shards(mesh)

@@ -95,7 +95,7 @@ def make_optimizer(settings: ml_collections.ConfigDict, steps: int) -> optax.Gra
 
 
 def _muon(learning_rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
-    """Muon (Jordan 2024) for the stacked matrices of the blocks, AdamW for all else.
+    """Muon (Jordan 2024) for the stacked matrices of the blocks, AdamW with Nesterov's momentum for all else.
 
     Its updates are as large as AdamW's (Liu et al., arXiv 2502.16982, section 2.2), so that the same rates suit both.
     """

@@ -23,6 +23,7 @@ from ard_jax.convert.lazy import Tensors
 from ard_jax.convert.published import check_published
 from ard_jax.convert.tensors import open_tensors, to_float32, without_prefixes
 from ard_jax.errors import UserError, first_line
+from ard_jax.files import file_sha256, read_json
 
 
 def recognise(path: pathlib.Path, hints: Hints) -> Source | None:
@@ -43,6 +44,7 @@ def recognise(path: pathlib.Path, hints: Hints) -> Source | None:
 def _open_pipeline(folder: pathlib.Path, hints: Hints) -> Source:
     path = folder / PIPELINE
     index = read_description(path)
+    _check_weights(folder)
     name = next((name for name in ("student", "teacher") if name in index), None)
     if name is None:
         raise UserError(f"{path} names neither a student nor a teacher: save the pipeline again.")
@@ -56,6 +58,19 @@ def _open_pipeline(folder: pathlib.Path, hints: Hints) -> Source:
         labels=class_names(index.get("id2label"), source.model.backbone.num_classes, path),
         license=source.license or folder_license(folder),
     )
+
+
+def _check_weights(folder: pathlib.Path) -> None:
+    """Raises UserError if weights are not those that `export` wrote, of which it left the hashes."""
+    done = folder / "done.json"
+    hashes = read_json(done, dict[str, Any]).get("sha256", {}) if done.exists() else {}
+    for name, sha256 in hashes.items():
+        path = folder / name
+        if path.suffix == ".safetensors" and (not path.exists() or file_sha256(path) != sha256):
+            raise UserError(
+                f"{path} is not the file that was exported (its SHA-256 is not {sha256[:12]}…): get it again, or "
+                f"delete {done.name} in it if you changed the weights yourself."
+            )
 
 
 def _open_part(folder: pathlib.Path, hints: Hints) -> Source:

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Coloured pictures from words on a laptop's CPU: the shipped teacher and its student of four calls draw what captions
+# say; then ARD and step distillation are distilled from the teacher's own trajectories for some ten minutes, and all
+# are measured and shown.
+#   launch/emoji.sh [WORKDIR] [--prompt "woman astronaut dark skin tone"] … [--config.key=value …]
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+workdir=runs/emoji
+prompts=()
+flags=()
+if [[ $# -gt 0 && "$1" != --* ]]; then
+  workdir=$1
+  shift
+fi
+while [[ $# -gt 0 ]]; do
+  case "$1" in
+    --prompt)
+      prompts+=(--prompt "${2:?--prompt needs words}")
+      shift 2
+      ;;
+    --prompt=*)
+      prompts+=(--prompt "${1#--prompt=}")
+      shift
+      ;;
+    --config.*)
+      flags+=("$1")
+      shift
+      ;;
+    *)
+      echo "error: $1 is no flag of launch/emoji.sh: give --prompt TEXT or --config.KEY=VALUE." >&2
+      exit 2
+      ;;
+  esac
+done
+started=$SECONDS
+stage() { # STAGE STUDENT [FLAG …]
+  echo "== $1 ${2:-}"
+  "$python" -m ard_jax "$1" --config "configs/openmoji.py:student=$2,budget=quick" --workdir "$workdir" "${@:3}"
+}
+"$python" examples/draw_emoji.py --out "$workdir/first.png" "${prompts[@]}"
+echo "emoji: first pictures after $((SECONDS - started)) seconds; look at $workdir/first.png"
+"$python" -m ard_jax convert --source pipelines/openmoji-teacher --workdir "$workdir"
+"$python" -m ard_jax convert --source pipelines/openmoji-ard --workdir "$workdir" --name shipped
+stage captions ard "${flags[@]}"
+stage trajectories ard "${flags[@]}"
+for student in ard step; do
+  stage distill "$student" "${flags[@]}"
+done
+stage sample ard "${flags[@]}" --config.sample.models="('teacher', 'ard', 'step', 'shipped')"
+stage evaluate ard "${flags[@]}"
+stage report ard "${flags[@]}"
+"$python" examples/draw_emoji.py --out "$workdir/all.png" --workdir "$workdir" "${prompts[@]}"
+echo "emoji: $((SECONDS - started)) seconds; open $workdir/report/index.html"
