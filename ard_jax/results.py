@@ -142,6 +142,13 @@ def degradation_ratios(models: dict[str, Measured]) -> dict[str, float]:
     return ratios
 
 
+def shares(found: Mapping[str, float] | None) -> str:
+    """A `Measured.recall_at_5` in percent, of captions that were trained on and of those held out; "" for none."""
+    return (
+        " / ".join(f"{100 * found[part]:.0f} %" for part in ("trained", "held_out") if part in found) if found else ""
+    )
+
+
 def read_results(workdir: pathlib.Path) -> Results:
     """What `evaluate` wrote in a workdir.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ard_jax import ARDPipeline
 from ard_jax.build import make_solve
-from ard_jax.data.openmoji import pictures
+from ard_jax.data.openmoji_names import pictures
 from ard_jax.errors import UserError
 from ard_jax.report import captioned_rows
 from ard_jax.sampling import network_calls

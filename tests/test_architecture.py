@@ -39,10 +39,10 @@ def modules() -> dict[str, pathlib.Path]:
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
 
-def imports(path: pathlib.Path, known: set[str]) -> set[str]:
-    """Modules of ours that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: pathlib.Path, known: set[str], anywhere: bool = True) -> set[str]:
+    """Modules of ours that a file imports, anywhere in it or when it is imported itself."""
+    found, tree = set(), ast.parse(path.read_text())
+    for node in ast.walk(tree) if anywhere else tree.body:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ard_jax":
             inner = node.module.removeprefix("ard_jax").lstrip(".")
             for alias in node.names:
@@ -53,9 +53,9 @@ def imports(path: pathlib.Path, known: set[str]) -> set[str]:
     return found
 
 
-def arrows() -> dict[str, set[str]]:
+def arrows(anywhere: bool = True) -> dict[str, set[str]]:
     known = modules()
-    return {name: imports(path, set(known)) - {name} for name, path in known.items()}
+    return {name: imports(path, set(known), anywhere) - {name} for name, path in known.items()}
 
 
 def room(module: str) -> str:

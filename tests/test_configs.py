@@ -36,6 +36,9 @@ def get_config(name, argument=""):
         ("imagenet256", "steps=1"),
         ("smoke_captions", "process=flow"),
         ("shapes", "student=step"),
+        ("openmoji", ""),
+        ("openmoji", "told=groups"),
+        ("openmoji", "told=subgroups,student=step,budget=quick"),
         ("pixart_sigma_1024", ""),
         ("pixart_sigma_1024", "steps=2,history_layers=28,mask=diagonal"),
         ("pixart_alpha_512", ""),
@@ -43,6 +46,18 @@ def get_config(name, argument=""):
 )
 def test_every_config_is_valid(name, argument):
     validate(get_config(name, argument))
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("told=classes", "told is 'classes': choose one of captions, groups, subgroups"),
+        ("budget=huge", "budget is 'huge': choose one of full, quick"),
+    ],
+)
+def test_openmoji_says_what_it_can_be(argument, said):
+    with pytest.raises(UserError, match=said):
+        get_config("openmoji", argument)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from ard_jax.config import default_config
 from ard_jax.data import captions_of, identify, image_source, labels_and_images
 from ard_jax.data import openmoji as drawn
-from ard_jax.data.openmoji import GROUPS, HELD_OUT, TONES, pictures
+from ard_jax.data.openmoji_names import GROUPS, HELD_OUT, TONES, pictures
 from ard_jax.errors import UserError
 
 

