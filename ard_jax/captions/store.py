@@ -16,11 +16,11 @@ import tensorflow_datasets as tfds
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import file_sha256, read_json, read_npz
 from ard_jax.sharded import SPLIT, Layout, Shard, data_folder, tensor
+from ard_jax.text_encoders import BUCKET
 from ard_jax.types import Caption
 
 LAYOUT = Layout("captions", "Captions as a text encoder's vectors, to train and sample a diffusion model with.")
 NULL = "null.npz"
-BUCKET = 16  # tokens: captions are padded to a multiple
 
 
 def record_features(width: int, dtype: str) -> tfds.features.FeaturesDict:

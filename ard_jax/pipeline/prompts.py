@@ -14,10 +14,8 @@ from ard_jax.config import WORDLLAMA
 from ard_jax.convert.families.folders import PIPELINE
 from ard_jax.errors import UserError
 from ard_jax.pipeline.inputs import resolve_prompts
-from ard_jax.text_encoders import TextEncoder, open_text_encoder, pad_tokens
+from ard_jax.text_encoders import BUCKET, TextEncoder, open_text_encoder, pad_tokens
 from ard_jax.types import Caption
-
-BUCKET = 16  # tokens: prompts are padded to a multiple, so that few programs are compiled
 
 
 class Prompts:

@@ -181,7 +181,7 @@ def _look_at(
 ) -> Real:
     """Reads the real images and trains the network that looks at them; a judge sees those that are held out as well."""
     settings = config.evaluate
-    texts = [] if config.data.num_classes else texts_of_data(config).texts
+    texts = [] if config.data.num_classes else _texts_of(config)
     if len(set(texts)) < 2:  # one class, or no caption that differs from the others
         images, labels = labels_and_images(source, limit=REAL_LIMIT)
         labels = labels if config.data.num_classes else np.zeros_like(labels)
@@ -207,6 +207,15 @@ def _look_at(
     about = "a small judge of images and captions, trained on the same images"
     examples = dict(zip(reversed(captions), images[::-1], strict=True))  # the first one of each
     return Real(images[kept], judge, judge.num_features, about, judge, judged, examples)
+
+
+def _texts_of(config: ml_collections.ConfigDict) -> list[str]:
+    """The captions of the real images by number, none where they have none."""
+    try:
+        return texts_of_data(config).texts
+    except UserError as error:
+        log.warning("captions are not judged, since the real images have none: %s", error)
+        return []
 
 
 def _recall(

@@ -110,7 +110,7 @@ class Store:
             return self.records[index]
         except RuntimeError as error:
             path = self.paths[np.searchsorted(self.ends, index, side="right")]
-            raise _broken_shard(path, f"cannot be read ({str(error).splitlines()[0]})") from error
+            raise _broken_shard(path, f"cannot be read ({first_line(error)})") from error
 
 
 def open_store(config: ml_collections.ConfigDict, workdir: pathlib.Path, teacher_hash: str) -> tuple[Store, Manifest]:
