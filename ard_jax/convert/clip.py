@@ -184,8 +184,7 @@ def _parameters(tensors: Mapping[str, np.ndarray], model: CLIP) -> Params:
         flat, convolution.dtype, lambda: np.asarray(convolution.read()).transpose(0, 2, 3, 1).reshape(flat)
     )
     tree: PyTree = stored_tree(Tensors(stored), _places(model))
-    # reshaped for the one number, of which np.ascontiguousarray makes a vector
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf.read()).reshape(leaf.shape), tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), tree)
 
 
 def _places(model: CLIP) -> Places:

@@ -1,4 +1,7 @@
-"""Numbers from images: features, Fréchet distance, precision and recall, paired error. Arrays in, numbers out."""
+"""Numbers from images: features, Fréchet distance, precision and recall, paired error, CLIP's scores.
+
+Arrays in, numbers out.
+"""
 
 from ard_jax.evaluation.clip_images import images_for_clip
 from ard_jax.evaluation.clip_scores import (

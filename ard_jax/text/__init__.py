@@ -1,4 +1,7 @@
-"""Words into vectors: tokenisers, the cleaning of captions, and T5; `text_encoders` puts them behind one interface."""
+"""Words into vectors: tokenisers, the cleaning of captions, and T5; `text_encoders` puts them behind one interface.
+
+What CLIP reads is here too; CLIP itself, which sees as well, is in `models`.
+"""
 
 from ard_jax.text.cleaning import CLEANINGS, clean_caption
 from ard_jax.text.clip import tokens_for_clip
