@@ -1,5 +1,6 @@
 """PyTorch weights in and out."""
 
+from ard_jax.convert.clip import clip_from_open_clip, clip_from_transformers
 from ard_jax.convert.diffusers import dit_from_diffusers, dit_to_diffusers
 from ard_jax.convert.pixart import (
     pixart_from_diffusers,
@@ -12,6 +13,8 @@ from ard_jax.convert.t5 import t5_from_transformers, t5_to_transformers
 from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
 
 __all__ = [
+    "clip_from_open_clip",
+    "clip_from_transformers",
     "dit_from_diffusers",
     "dit_to_diffusers",
     "from_torch",

@@ -325,7 +325,7 @@ def _stored_leaf(state_dict: Mapping[str, np.ndarray], keys: tuple[str, ...], na
         return _to_ours(keys, np.broadcast_to(np.empty(()), shapes[name])).shape
 
     if isinstance(names, str):
-        return Stored(shape(names), dtypes[names], lambda: np.ascontiguousarray(read(names)))
+        return Stored(shape(names), dtypes[names], lambda: np.asarray(read(names), order="C"))
     stack = (len(names), *shape(names[0]))
     dtype = np.result_type(*(dtypes[name] for name in names))
 

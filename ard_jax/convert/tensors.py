@@ -191,7 +191,8 @@ def write_tensors(
         tensors: names to NumPy or JAX arrays of floats, bfloat16 included.
         metadata: words beside them.
     """
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}  # safetensors takes raw memory
+    # safetensors takes raw memory; np.ascontiguousarray would make a vector of a single number
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
 
     def write(temporary: pathlib.Path) -> None:
         save_file(arrays, temporary, dict(metadata or {}))

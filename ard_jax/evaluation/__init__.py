@@ -1,5 +1,17 @@
-"""Numbers from images: features, Fréchet distance, precision and recall, paired error. Arrays in, numbers out."""
+"""Numbers from images: features, Fréchet distance, precision and recall, paired error, CLIP's scores.
 
+Arrays in, numbers out.
+"""
+
+from ard_jax.evaluation.clip_images import images_for_clip
+from ard_jax.evaluation.clip_scores import (
+    CLIP_SCORE_PREFIX,
+    clip_score,
+    clip_similarity,
+    compbench_non_spatial,
+    hps_v2,
+    pick_score,
+)
 from ard_jax.evaluation.features import FeatureExtractor, FeatureNet, train_feature_net
 from ard_jax.evaluation.frechet import FeatureStatistics, feature_statistics, frechet_distance
 from ard_jax.evaluation.judge import Judge, disturb, train_judge
@@ -7,16 +19,23 @@ from ard_jax.evaluation.paired import ExposureBias, exposure_bias, mean_squared_
 from ard_jax.evaluation.precision_recall import precision_recall
 
 __all__ = [
+    "CLIP_SCORE_PREFIX",
     "ExposureBias",
     "FeatureExtractor",
     "FeatureNet",
     "FeatureStatistics",
     "Judge",
+    "clip_score",
+    "clip_similarity",
+    "compbench_non_spatial",
     "disturb",
     "exposure_bias",
     "feature_statistics",
     "frechet_distance",
+    "hps_v2",
+    "images_for_clip",
     "mean_squared_error_per_step",
+    "pick_score",
     "precision_recall",
     "psnr",
     "train_feature_net",

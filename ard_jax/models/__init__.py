@@ -1,6 +1,7 @@
 """Pure Flax modules: nothing here trains, reads or writes."""
 
 from ard_jax.models.backbone import Backbone, Condition, Context, count_parameters, inputs_like, parameter_shapes
+from ard_jax.models.clip import CLIP, clip_fields
 from ard_jax.models.discriminator import Discriminator
 from ard_jax.models.dit import DiT, size_fields
 from ard_jax.models.masks import MASKS, visible_blocks
@@ -11,6 +12,7 @@ from ard_jax.types import Caption
 
 __all__ = [
     "MASKS",
+    "CLIP",
     "ARDStudent",
     "AutoencoderKL",
     "Backbone",
@@ -21,6 +23,7 @@ __all__ = [
     "DiT",
     "Network",
     "PixArt",
+    "clip_fields",
     "count_parameters",
     "default_block_times",
     "init_from_teacher",
