@@ -2,6 +2,7 @@
 
 from ard_jax.evaluation.features import FeatureExtractor, FeatureNet, train_feature_net
 from ard_jax.evaluation.frechet import FeatureStatistics, feature_statistics, frechet_distance
+from ard_jax.evaluation.inception import InceptionFeatures
 from ard_jax.evaluation.judge import Judge, disturb, train_judge
 from ard_jax.evaluation.paired import ExposureBias, exposure_bias, mean_squared_error_per_step, psnr
 from ard_jax.evaluation.precision_recall import precision_recall
@@ -11,6 +12,7 @@ __all__ = [
     "FeatureExtractor",
     "FeatureNet",
     "FeatureStatistics",
+    "InceptionFeatures",
     "Judge",
     "disturb",
     "exposure_bias",
