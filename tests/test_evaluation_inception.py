@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 from ard_jax.errors import UserError
 from ard_jax.evaluation import InceptionFeatures, inception
 from ard_jax.evaluation.inception_net import (
-    PRECISION,
     InceptionNet,
     average_pool,
     maximum_pool,
@@ -105,7 +104,7 @@ def test_every_product_has_the_highest_precision():
     found = jaxprs.equations(jax.make_jaxpr(InceptionNet().apply)(params, images).jaxpr)
     products = [e for e, _ in found if e.primitive.name in ("dot_general", "conv_general_dilated")]
     assert len(products) == 94 + 3  # convolutions; the resize's two matrices and the classifier
-    assert all(set(np.atleast_1d(e.params["precision"])) == {PRECISION} for e in products)
+    assert all(set(np.atleast_1d(e.params["precision"])) == {jax.lax.Precision.HIGHEST} for e in products)
     assert {v.aval.dtype for e in products for v in e.outvars} == {np.dtype(np.float32)}
 
 

@@ -1,5 +1,6 @@
 """Numbers from images: features, Fréchet distance, precision and recall, paired error. Arrays in, numbers out."""
 
+from ard_jax.evaluation.adm_files import adm_metrics
 from ard_jax.evaluation.features import FeatureExtractor, FeatureNet, train_feature_net
 from ard_jax.evaluation.frechet import FeatureStatistics, feature_statistics, frechet_distance
 from ard_jax.evaluation.inception import InceptionFeatures
@@ -14,6 +15,7 @@ __all__ = [
     "FeatureStatistics",
     "InceptionFeatures",
     "Judge",
+    "adm_metrics",
     "disturb",
     "exposure_bias",
     "feature_statistics",
