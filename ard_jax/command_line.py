@@ -30,8 +30,8 @@ from ard_jax.files import local_path
 from ard_jax.parallel import is_first, set_up_libtpu
 from ard_jax.workdir import leave_all
 
-# Stages about a model that exists: they find its config beside it.
-WITHOUT_CONFIG = ("convert", "export")
+# Stages about a model that exists, which find its config beside it, and one about files of anybody.
+WITHOUT_CONFIG = ("convert", "export", "evaluate_files")
 
 # Settings of JAX that change what a seed draws, and types: the same whatever the environment says.
 FIXED = {
@@ -69,14 +69,15 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         The exit status: 0 done or saved before a preemption, 2 a user's mistake, 130 interrupted, 143 preempted with
         nothing to save.
     """
+    words, stage = stage, _variant(stage, arguments)
     if {"-h", "--help"} & set(arguments):
         try:
             module = _stage_module(stage)
         except UserError as error:
-            return _report_error(stage, str(error))
+            return _report_error(words, str(error))
         about = (module.__doc__ or "").strip()
         if stage in WITHOUT_CONFIG:
-            prog = f"python -m ard_jax {stage}"
+            prog = f"python -m ard_jax {words}"
             print(make_parser(module.FLAGS, prog=prog, description=about).format_help())
             return 0
         print(f"python -m ard_jax {stage} --config FILE[:key=value,…] {usage(_flags_of(stage))} [--config.key=value …]")
@@ -96,7 +97,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         if stage in WITHOUT_CONFIG:
             args = parse_flags(_stage_module(stage).FLAGS, arguments)
             given = [argparse.Namespace(**{name: _as_meant(value) for name, value in vars(args).items()})]
-            workdir = given[0].workdir
+            workdir = getattr(given[0], "workdir", None)
         else:
             every = parse_config(arguments, {**_flags_of(stage), **hosts.FLAGS})
             given, place = every[: -len(hosts.FLAGS)], hosts.place_by_flags(*every[-len(hosts.FLAGS) :])
@@ -113,7 +114,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
                 hosts.check_same_settings(flatten(plain(config)))
         module = _stage_module(stage)
     except UserError as error:
-        return _report_error(stage, str(error))
+        return _report_error(words, str(error))
     _set_up_jax(workdir)
     if not is_first():
         logging.getLogger("ard_jax").setLevel(logging.WARNING)
@@ -121,21 +122,21 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         with _stop_on_sigterm(stage):
             module.run(*given)
     except UserError as error:
-        return _report_error(stage, str(error))
+        return _report_error(words, str(error))
     except Preempted as reason:
-        print(f"{stage}: {reason}; its state is saved: resume by running the same command.", flush=True)
+        print(f"{words}: {reason}; its state is saved: resume by running the same command.", flush=True)
         if jax.process_count() > 1 and stage not in TRAINING:
             hosts.leave(0)
         stopped.set()
         return 130 if reason.by_hand else 0
     except KeyboardInterrupt:
-        print(f"\nard_jax {stage}: interrupted; running the same command goes on from what is saved.", file=sys.stderr)
+        print(f"\nard_jax {words}: interrupted; running the same command goes on from what is saved.", file=sys.stderr)
         return 130
     except Exception as error:
         sentence = _describe_storage_error(error, workdir)
         if not sentence:
             raise
-        return _report_error(stage, sentence)
+        return _report_error(words, sentence)
     finally:
         leave_all()
     return 0
@@ -164,6 +165,12 @@ def _as_meant(value: Any) -> Any:
                 value[section][name] = str(local_path(given))
         return value
     return local_path(value) if isinstance(value, pathlib.Path) else value
+
+
+def _variant(stage: str, arguments: Sequence[str]) -> str:
+    """The module of a stage: `evaluate --samples` is about files, and another than `evaluate` of a workdir."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    return "evaluate_files" if stage == "evaluate" and given & {"--samples", "--reference", "--weights"} else stage
 
 
 def _flags_of(stage: str) -> Flags:

@@ -44,6 +44,11 @@ def local_path(path: str | os.PathLike) -> pathlib.Path:
         raise UserError(f"{text} cannot be used ({first_line(error)}): write the whole path.") from None
 
 
+def cache_folder() -> pathlib.Path:
+    """Where the user keeps what can be made again; it need not be there."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ard_jax"
+
+
 def atomic_write(path: str | os.PathLike, write: Callable[[pathlib.Path], object]) -> None:
     """Calls `write(temporary)` and renames the result to `path` only if it succeeded.
 

@@ -21,13 +21,13 @@ from ard_jax.config import WORDLLAMA
 from ard_jax.convert.families.folders import PART, PIPELINE, part_files, read_description
 from ard_jax.convert.hub import fetch_source
 from ard_jax.convert.t5 import stored_t5, t5_model
-from ard_jax.convert.tensors import open_tensors
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256
 from ard_jax.models.layers import sinusoids
 from ard_jax.parallel import on_mesh, sharding_of
 from ard_jax.text import Tokenizer, clean_caption, open_tokenizer
 from ard_jax.types import PyTree
+from ard_jax.weights.tensors import open_tensors
 
 # Of the devices of a host, each of which keeps a part of every matrix: T5-XXL's are 9.5 GB.
 ENCODER_MESH = {"data": 1, "fsdp": -1, "tensor": 1}

@@ -37,9 +37,9 @@ def make(folder: pathlib.Path) -> list[pathlib.Path]:
     import torch
 
     from ard_jax.convert.published import expected_shapes
-    from ard_jax.convert.tensors import write_tensors
     from ard_jax.models import DiT
     from ard_jax.models.layers import position_table
+    from ard_jax.weights.tensors import write_tensors
 
     rng = np.random.default_rng(0)
     model = DiT(image_size=32)

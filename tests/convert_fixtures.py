@@ -9,9 +9,9 @@ import numpy as np
 
 from ard_jax.convert import dit_to_diffusers, from_torch, vae_to_diffusers
 from ard_jax.convert.published import expected_shapes
-from ard_jax.convert.tensors import write_tensors
 from ard_jax.models import AutoencoderKL, parameter_shapes
 from ard_jax.models.layers import position_table
+from ard_jax.weights.tensors import write_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = {

@@ -9,8 +9,8 @@ from convert_fixtures import WEIGHTS
 
 from ard_jax.convert import pixart_to_diffusers, t5_to_transformers, vae_to_diffusers
 from ard_jax.convert.t5 import t5_model
-from ard_jax.convert.tensors import write_tensors
 from ard_jax.models import AutoencoderKL, PixArt, network_shapes, parameter_shapes
+from ard_jax.weights.tensors import write_tensors
 
 T5 = {
     "model_type": "t5",

@@ -6,10 +6,10 @@ from convert_fixtures import assert_same, state_dict
 
 from ard_jax.convert import from_torch, to_torch
 from ard_jax.convert.published import parameters
-from ard_jax.convert.tensors import open_tensors, read_tensors, write_tensors
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT, parameter_shapes
 from ard_jax.models.layers import position_table
+from ard_jax.weights.tensors import open_tensors, read_tensors, write_tensors
 
 
 def test_sizes_come_from_the_shapes():

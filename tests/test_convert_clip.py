@@ -8,11 +8,11 @@ from clip_fixtures import config, random_state_dict
 from ard_jax.convert import clip_from_open_clip, clip_from_transformers
 from ard_jax.convert.clip import open_clip_shapes
 from ard_jax.convert.clip_config import fields_of_open_clip, fields_of_transformers
-from ard_jax.convert.tensors import open_tensors, write_tensors
 from ard_jax.errors import UserError
 from ard_jax.models import CLIP, clip_fields, count_parameters
 from ard_jax.models.clip import ACTIVATIONS
 from ard_jax.models.partition import logical_axes
+from ard_jax.weights.tensors import open_tensors, write_tensors
 
 # The tiny one's config as open_clip has it.
 OPEN_CLIP = {

@@ -9,10 +9,10 @@ import pytest
 from convert_fixtures import assert_same, state_dict
 
 from ard_jax.convert import dit_from_diffusers, dit_to_diffusers, from_torch
-from ard_jax.convert.tensors import read_tensors, write_tensors
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT, layers
 from ard_jax.models.layers import position_table
+from ard_jax.weights.tensors import read_tensors, write_tensors
 
 TINY = {
     "num_attention_heads": 2,

@@ -29,9 +29,9 @@ from ard_jax.convert.families.base import Hints, Source
 from ard_jax.convert.families.folders import folder_license
 from ard_jax.convert.published import parameters
 from ard_jax.convert.sources import open_source
-from ard_jax.convert.tensors import read_tensors, write_tensors
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT, size_fields
+from ard_jax.weights.tensors import read_tensors, write_tensors
 
 HEADS = {"num_heads": 2}
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from ard_jax.convert import vae_from_diffusers, vae_to_diffusers
-from ard_jax.convert.tensors import read_tensors, write_tensors
 from ard_jax.convert.vae import OLD_NAMES, published_shapes, vae_shapes
 from ard_jax.errors import UserError
 from ard_jax.files import write_json
 from ard_jax.models import AutoencoderKL, count_parameters, parameter_shapes, vae
 from ard_jax.models.vae import decode, to_images, to_latents, to_raw
+from ard_jax.weights.tensors import read_tensors, write_tensors
 
 
 def config(widths=(8, 16, 16, 16), **settings):

@@ -20,7 +20,6 @@ import ard_jax.pipeline.files
 from ard_jax import ARDPipeline
 from ard_jax.build import make_process, make_solve, make_student
 from ard_jax.convert import vae_to_diffusers
-from ard_jax.convert.tensors import write_tensors
 from ard_jax.data import center_crop
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, write_json
@@ -28,6 +27,7 @@ from ard_jax.models import AutoencoderKL, network_shapes, parameter_shapes
 from ard_jax.models.vae import to_images, to_latents
 from ard_jax.pipeline.inputs import resolve_labels
 from ard_jax.sampling import draw_noise, sample_student, sample_teacher, sampling_key
+from ard_jax.weights.tensors import write_tensors
 from configs import smoke as smoke_config
 
 LABELS = [3, 1, 4, 1]  # as many in nearly every test, since another number would have to be compiled

@@ -19,12 +19,12 @@ from ard_jax.captions import texts as caption_texts
 from ard_jax.captions.store import open_captions
 from ard_jax.convert import pixart_to_published
 from ard_jax.convert.published import NULL_CAPTION
-from ard_jax.convert.tensors import read_tensors, write_tensors
 from ard_jax.data import image_source
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, read_npz
 from ard_jax.models import network_shapes
 from ard_jax.text_encoders import open_text_encoder
+from ard_jax.weights.tensors import read_tensors, write_tensors
 from configs import smoke_captions
 
 CONFIG = "configs/smoke_captions.py"

@@ -23,13 +23,13 @@ from networks import ard_student
 from pipeline_fixtures import done, files, run, sentence
 
 from ard_jax.convert import from_torch, vae_from_diffusers
-from ard_jax.convert.lazy import Stored
-from ard_jax.convert.tensors import read_tensors, write_tensors
 from ard_jax.convert.write import save_parameters
 from ard_jax.files import file_sha256, tree_sha256
 from ard_jax.models import ARDStudent, DiT
 from ard_jax.parallel import make_mesh
 from ard_jax.training.checkpoints import load_parameters
+from ard_jax.weights.lazy import Stored
+from ard_jax.weights.tensors import read_tensors, write_tensors
 from ard_jax.workdir import load_student, load_teacher, recorded_config
 
 TEACHER = ("--num-heads", "2", "--objective", "noise")

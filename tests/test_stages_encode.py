@@ -14,7 +14,6 @@ from pipeline_fixtures import ROOT, copy, done, files, sentence
 from pipeline_fixtures import smoke as run_smoke
 
 from ard_jax.convert import vae_to_diffusers
-from ard_jax.convert.tensors import read_tensors, write_tensors
 from ard_jax.convert.vae import vae_shapes
 from ard_jax.data import identify, image_source
 from ard_jax.errors import UserError
@@ -22,6 +21,7 @@ from ard_jax.files import file_sha256, read_json, write_json
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_latents
 from ard_jax.stages import encode
+from ard_jax.weights.tensors import read_tensors, write_tensors
 from configs import smoke
 
 # Four images of 8×8 in two classes, latents of 4×4 with 2 channels, eight records in three files.

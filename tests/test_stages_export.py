@@ -23,11 +23,11 @@ from ard_jax.config import default_config, plain
 from ard_jax.convert import standalone, vae_to_diffusers
 from ard_jax.convert.card import choose_license
 from ard_jax.convert.published import parameters
-from ard_jax.convert.tensors import open_tensors, read_tensors, write_tensors
 from ard_jax.convert.vae import vae_shapes
 from ard_jax.files import file_sha256, read_json, tree_sha256, write_json
 from ard_jax.models import AutoencoderKL, init_from_teacher, network_shapes
 from ard_jax.training.checkpoints import make_manager
+from ard_jax.weights.tensors import open_tensors, read_tensors, write_tensors
 from ard_jax.workdir import network_settings, recorded_config
 
 

@@ -8,11 +8,11 @@ import pytest
 from pipeline_fixtures import done, sentence, smoke
 
 from ard_jax.convert import vae_to_diffusers
-from ard_jax.convert.tensors import write_tensors
 from ard_jax.data import to_uint8
 from ard_jax.files import read_json, write_json
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_images
+from ard_jax.weights.tensors import write_tensors
 
 STAGES = ("encode", "teacher", "trajectories", "distill", "sample", "evaluate", "report")
 

@@ -11,12 +11,12 @@ from pipeline_fixtures import in_process
 
 from ard_jax.convert import t5_from_transformers, t5_to_transformers
 from ard_jax.convert.t5 import t5_model
-from ard_jax.convert.tensors import write_tensors
 from ard_jax.errors import UserError
 from ard_jax.models import count_parameters, parameter_shapes
 from ard_jax.text import T5Encoder, clean_caption, open_tokenizer
 from ard_jax.text.t5 import distance_buckets
 from ard_jax.text_encoders import open_text_encoder, pad_tokens
+from ard_jax.weights.tensors import write_tensors
 
 TINY = {
     "model_type": "t5",

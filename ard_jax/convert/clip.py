@@ -15,11 +15,11 @@ import ml_dtypes
 import numpy as np
 
 from ard_jax.convert.clip_config import fields_of_open_clip, fields_of_transformers
-from ard_jax.convert.lazy import Stored, Tensors, joined, shapes_of
-from ard_jax.convert.names import check_names
 from ard_jax.convert.published import Places, stored_tree
 from ard_jax.models import CLIP, parameter_shapes
 from ard_jax.types import Params, PyTree
+from ard_jax.weights.lazy import Stored, Tensors, joined, shapes_of
+from ard_jax.weights.names import check_names
 
 PATCHES = "vision_model.embeddings.patch_embedding.weight"  # a convolution there
 # Ours: transformers', outside the blocks.

@@ -13,13 +13,13 @@ from typing import Any, cast
 import numpy as np
 
 from ard_jax.convert.diffusers_config import UNUSED, read_config, written_sizes
-from ard_jax.convert.lazy import Stored, Tensors, dtypes_of, joined, shapes_of
-from ard_jax.convert.names import check_names
 from ard_jax.convert.published import expected_shapes, parameters, to_torch
 from ard_jax.errors import UserError
 from ard_jax.models import DiT, Network
 from ard_jax.models.layers import position_table
 from ard_jax.types import Params
+from ard_jax.weights.lazy import Stored, Tensors, dtypes_of, joined, shapes_of
+from ard_jax.weights.names import check_names
 
 log = logging.getLogger("ard_jax")
 

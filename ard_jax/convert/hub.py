@@ -4,9 +4,9 @@ import pathlib
 import re
 from collections.abc import Iterable
 
-from ard_jax.convert.tensors import WEIGHT_SUFFIXES, variant
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import local_path
+from ard_jax.weights.tensors import WEIGHT_SUFFIXES, variant
 
 
 def fetch_source(source: str) -> pathlib.Path:

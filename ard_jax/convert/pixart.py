@@ -10,12 +10,12 @@ from typing import Any, cast
 import numpy as np
 
 from ard_jax.convert.diffusers_config import UNUSED, read_config, written_sizes
-from ard_jax.convert.lazy import Tensors, joined, shapes_of
-from ard_jax.convert.names import check_names
 from ard_jax.convert.published import KINDS, NULL_CAPTION, expected_shapes, parameters, to_torch
 from ard_jax.errors import UserError
 from ard_jax.models import Network, PixArt
 from ard_jax.types import Params
+from ard_jax.weights.lazy import Tensors, joined, shapes_of
+from ard_jax.weights.names import check_names
 
 CLASS = "PixArtTransformer2DModel"
 # Settings of diffusers' that we have no others for; a config that leaves one out means this.

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from ard_jax.convert.lazy import Stored, dtypes_of, shapes_of
-from ard_jax.convert.names import check_names
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, Backbone, DiT, Network, PixArt, network_shapes
 from ard_jax.types import Params
+from ard_jax.weights.lazy import Stored, dtypes_of, shapes_of
+from ard_jax.weights.names import check_names
 
 
 class Naming(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from ard_jax.convert.families import autoencoder, diffusers_folder, exported, pixart, published_file
 from ard_jax.convert.families.base import Hints, Source
 from ard_jax.convert.families.folders import PART, PIPELINE, folder_class, folder_license
-from ard_jax.convert.tensors import WEIGHT_SUFFIXES
 from ard_jax.errors import UserError
+from ard_jax.weights.tensors import WEIGHT_SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)

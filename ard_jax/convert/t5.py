@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ard_jax.convert.lazy import dtypes_of, shapes_of
-from ard_jax.convert.names import check_names
 from ard_jax.convert.published import Places, stored_tree
 from ard_jax.errors import UserError
 from ard_jax.models import parameter_shapes
 from ard_jax.text.t5 import T5Encoder
 from ard_jax.types import Params, PyTree
+from ard_jax.weights.lazy import dtypes_of, shapes_of
+from ard_jax.weights.names import check_names
 
 # Ours: transformers', of a config; a config that leaves one out means the class's own default.
 SIZES = {

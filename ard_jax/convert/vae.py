@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ard_jax.convert.lazy import shapes_of
-from ard_jax.convert.names import check_names
-from ard_jax.convert.tensors import open_tensors, to_float32
 from ard_jax.errors import UserError
 from ard_jax.files import read_json
 from ard_jax.models import AutoencoderKL, parameter_shapes
 from ard_jax.types import Params
+from ard_jax.weights.lazy import shapes_of
+from ard_jax.weights.names import check_names
+from ard_jax.weights.tensors import open_tensors, to_float32
 
 # Settings that are fields of ours by the same name, and what diffusers takes where a config leaves them out.
 FIELDS: dict[str, Any] = {

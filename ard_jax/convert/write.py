@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ard_jax.convert.lazy import Stored
 from ard_jax.files import file_sha256, hash_leaf, named_leaves
 from ard_jax.types import PyTree
+from ard_jax.weights.lazy import Stored
 
 
 def save_parameters(directory: pathlib.Path, params: PyTree, look: Callable[[str, np.ndarray], None]) -> str:

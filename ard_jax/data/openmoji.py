@@ -23,7 +23,7 @@ from ard_jax.data.memory import Record
 from ard_jax.data.openmoji_names import GROUPS, pictures
 from ard_jax.data.pixels import decode
 from ard_jax.errors import UserError, first_line
-from ard_jax.files import locked, read_json
+from ard_jax.files import cache_folder, locked, read_json
 from ard_jax.sharded import SPLIT, Layout, Shard, data_folder, describe, number_of_shards
 
 log = logging.getLogger("ard_jax")
@@ -108,7 +108,7 @@ def _folder(given: str) -> pathlib.Path:
     """Where pictures lie: a folder that is given, or the user's cache."""
     if given:
         return pathlib.Path(given).expanduser()
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ard_jax"
+    return cache_folder()
 
 
 def _open(folder: pathlib.Path, size: int) -> Manifest:

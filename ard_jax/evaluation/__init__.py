@@ -3,6 +3,7 @@
 Arrays in, numbers out.
 """
 
+from ard_jax.evaluation.adm_files import adm_metrics
 from ard_jax.evaluation.clip_images import images_for_clip
 from ard_jax.evaluation.clip_scores import (
     CLIP_SCORE_PREFIX,
@@ -14,6 +15,7 @@ from ard_jax.evaluation.clip_scores import (
 )
 from ard_jax.evaluation.features import FeatureExtractor, FeatureNet, train_feature_net
 from ard_jax.evaluation.frechet import FeatureStatistics, feature_statistics, frechet_distance
+from ard_jax.evaluation.inception import InceptionFeatures
 from ard_jax.evaluation.judge import Judge, disturb, train_judge
 from ard_jax.evaluation.paired import ExposureBias, exposure_bias, mean_squared_error_per_step, psnr
 from ard_jax.evaluation.precision_recall import precision_recall
@@ -24,7 +26,9 @@ __all__ = [
     "FeatureExtractor",
     "FeatureNet",
     "FeatureStatistics",
+    "InceptionFeatures",
     "Judge",
+    "adm_metrics",
     "clip_score",
     "clip_similarity",
     "compbench_non_spatial",

@@ -25,7 +25,6 @@ from ard_jax.convert.families.folders import read_description
 from ard_jax.convert.hub import fetch_source
 from ard_jax.convert.published import parameters
 from ard_jax.convert.sources import open_source
-from ard_jax.convert.tensors import write_tensors
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import local_path, read_json, whole_folder, write_json
@@ -34,6 +33,7 @@ from ard_jax.parallel import make_mesh
 from ard_jax.pipeline.prompts import copy_encoder, describe_encoder
 from ard_jax.types import Params, PyTree
 from ard_jax.version import __version__
+from ard_jax.weights.tensors import write_tensors
 from ard_jax.workdir import (
     captions_folder,
     find_vae,

@@ -39,13 +39,13 @@ from ard_jax.convert.families.pixart import NULL_CAPTION_FILE
 from ard_jax.convert.hub import fetch_source
 from ard_jax.convert.published import stored_parameters
 from ard_jax.convert.sources import open_source
-from ard_jax.convert.tensors import open_tensors, to_float32, write_tensors
 from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
 from ard_jax.convert.write import files_sha256, save_parameters
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, require_finite, write_json, write_npz, write_text
 from ard_jax.models import MASKS, Backbone
 from ard_jax.progress import Stopwatch
+from ard_jax.weights.tensors import open_tensors, to_float32, write_tensors
 from ard_jax.workdir import (
     check_same_config,
     merge_done,

@@ -1,5 +1,8 @@
 """Measures the samples of the teacher and of every student that has been sampled.
 
+    python -m ard_jax evaluate --samples FILE.npz --reference FILE.npz --weights FILE
+measures anybody's images instead, as ADM does: FID, sFID, Inception score, precision, recall (add --help for more).
+
 Reads `sample/` and the real images (of `data`, or of `encode` for models of latents) and writes, in `evaluate/`,
 `results.json`, `pictures.npz`, `edits.npz` and of captioned images `gallery.npz`: Fréchet distance, precision and
 recall in the features of a small network that is trained on the same data (so they compare models here, and with

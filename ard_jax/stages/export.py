@@ -39,7 +39,6 @@ from ard_jax.convert.stablehlo import (
     write_sampler,
     write_text_encoder,
 )
-from ard_jax.convert.tensors import write_tensors
 from ard_jax.convert.vae import vae_to_diffusers
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, read_npz, whole_folder, write_json
@@ -49,6 +48,7 @@ from ard_jax.pipeline.files import WEIGHTS, open_workdir, with_dtype
 from ard_jax.pipeline.prompts import copy_encoder, describe_encoder
 from ard_jax.results import Results, read_results
 from ard_jax.types import Caption
+from ard_jax.weights.tensors import write_tensors
 from ard_jax.workdir import load_weights, read_done, recorded_config, require_done, teacher_folder, vae_folder
 
 log = logging.getLogger("ard_jax")

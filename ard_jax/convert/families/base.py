@@ -7,9 +7,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ard_jax.config import default_config
-from ard_jax.convert.lazy import Stored, Tensors
 from ard_jax.errors import UserError
 from ard_jax.models import Network
+from ard_jax.weights.lazy import Stored, Tensors
 
 POINTS = {4: (15, 10, 5, 0), 2: (10, 0), 1: (0,)}  # the paper's, of 25 steps
 STUDENT_HINTS = ("points", "history_layers", "mask")  # that have a meaning for students alone

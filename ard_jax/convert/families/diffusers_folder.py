@@ -17,8 +17,8 @@ from ard_jax.convert.families.folders import (
     part_files,
     read_description,
 )
-from ard_jax.convert.tensors import open_tensors, to_float32
 from ard_jax.errors import UserError
+from ard_jax.weights.tensors import open_tensors, to_float32
 
 log = logging.getLogger("ard_jax")
 

@@ -19,11 +19,11 @@ from ard_jax.convert.families.folders import (
     part_files,
     read_description,
 )
-from ard_jax.convert.lazy import Tensors
 from ard_jax.convert.published import check_published
-from ard_jax.convert.tensors import open_tensors, to_float32, without_prefixes
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import file_sha256, read_json
+from ard_jax.weights.lazy import Tensors
+from ard_jax.weights.tensors import open_tensors, to_float32, without_prefixes
 
 
 def recognise(path: pathlib.Path, hints: Hints) -> Source | None:

@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ard_jax.convert.tensors import WEIGHT_SUFFIXES
 from ard_jax.errors import UserError
 from ard_jax.files import read_json
+from ard_jax.weights.tensors import WEIGHT_SUFFIXES
 
 PIPELINE, PART = "model_index.json", "config.json"  # what describes a whole pipeline, and one network
 

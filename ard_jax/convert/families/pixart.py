@@ -20,12 +20,12 @@ from ard_jax.convert.families.folders import (
     part_files,
     read_description,
 )
-from ard_jax.convert.lazy import Tensors
 from ard_jax.convert.published import NULL_CAPTION, check_published
-from ard_jax.convert.tensors import open_tensors, to_float32
 from ard_jax.errors import UserError
 from ard_jax.models import PixArt
 from ard_jax.models.pixart import LATENT_SIDE, SIZES
+from ard_jax.weights.lazy import Tensors
+from ard_jax.weights.tensors import open_tensors, to_float32
 
 PIPELINES = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
 CAPTION = "y_embedder.y_proj.fc1.weight"  # of the authors' names, which no DiT has

@@ -10,16 +10,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ard_jax.convert import pickles
 from ard_jax.convert.families import pixart
 from ard_jax.convert.families.base import STUDENT_HINTS, Hints, Source, config_of_model, first_known
 from ard_jax.convert.families.folders import PART, PIPELINE, part_files
-from ard_jax.convert.lazy import Tensors
 from ard_jax.convert.published import check_published, make_model
-from ard_jax.convert.tensors import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, open_tensors, to_float32, without_prefixes
 from ard_jax.errors import UserError
 from ard_jax.models import Network
 from ard_jax.models.dit import SIZES
+from ard_jax.weights import pickles
+from ard_jax.weights.lazy import Tensors
+from ard_jax.weights.tensors import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, open_tensors, to_float32, without_prefixes
 
 # Names under which trainings keep their averaged weights, and the others, by what --weights calls them.
 PARTS = {

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ard_jax.convert.pickles import load, open_state_dict
-from ard_jax.convert.tensors import open_tensors
 from ard_jax.errors import UserError
+from ard_jax.weights.pickles import load, open_state_dict
+from ard_jax.weights.tensors import open_tensors
 
 pytestmark = pytest.mark.oracle
 
@@ -131,6 +131,11 @@ def test_integers(tmp_path, torch):
     torch.save({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.int8)}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"no floats of 16, 32 or 64 bits \(b is int8\): give the weights in one of"):
         open_state_dict(tmp_path / "x.pt")
+
+
+def test_integers_that_are_left_out(tmp_path, torch):
+    torch.save({"a": torch.ones(2), "bn.counter": torch.tensor(7)}, tmp_path / "x.pt")
+    assert set(open_tensors(tmp_path / "x.pt", leave_out=".counter")) == {"a"}
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, 3])

@@ -16,10 +16,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ard_jax.convert.lazy import DTYPES, Stored, Tensors, dtypes_of
-from ard_jax.convert.pickles import open_state_dict
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import atomic_write
+from ard_jax.weights.lazy import DTYPES, Stored, Tensors, dtypes_of
+from ard_jax.weights.pickles import open_state_dict
 
 log = logging.getLogger("ard_jax")
 
@@ -34,12 +34,13 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return dict(open_tensors(path))
 
 
-def open_tensors(path: str | os.PathLike) -> Tensors:
+def open_tensors(path: str | os.PathLike, leave_out: str | None = None) -> Tensors:
     """The arrays of a file, or of a folder as diffusers writes it, types as they are stored.
 
     Args:
         path: a .safetensors file, a PyTorch file of a state dict, or a folder with one of them or with shards and
             their index. A folder's full-precision safetensors come before its fp16 ones, and those before pickles.
+        leave_out: how names end that are left out, whatever their type; in shards none are.
 
     Raises:
         UserError: it is not there, is truncated or corrupt, or a shard or an array that the index names is missing.
@@ -52,12 +53,12 @@ def open_tensors(path: str | os.PathLike) -> Tensors:
     if path.suffix == ".json":
         return _open_shards(path)
     if path.suffix in PICKLE_SUFFIXES:
-        return open_state_dict(path)
-    return _open_safetensors(path)
+        return open_state_dict(path, leave_out)
+    return _open_safetensors(path, leave_out)
 
 
-def _open_safetensors(path: pathlib.Path) -> Tensors:
-    """The arrays of one .safetensors file.
+def _open_safetensors(path: pathlib.Path, leave_out: str | None) -> Tensors:
+    """The arrays of one .safetensors file, but for names that end on `leave_out`.
 
     They are read by `pread`: a mapped file would count as this process's memory for as long as it is open.
 
@@ -66,7 +67,8 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
     """
     try:
         file = safe_open(path, "np", backend="pread")
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        names = [name for name in file.keys() if not (leave_out and name.endswith(leave_out))]  # noqa: SIM118 (no dict)
+        slices = {name: file.get_slice(name) for name in names}
         headers = {name: (tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(

@@ -14,9 +14,9 @@ from convert_fixtures import assert_same
 from safetensors.numpy import load_file, save_file
 
 from ard_jax.convert.hub import fetch_source, needed_files
-from ard_jax.convert.lazy import Stored, Tensors, dtypes_of, shapes_of
-from ard_jax.convert.tensors import open_tensors, read_tensors, to_float32, write_tensors
 from ard_jax.errors import UserError
+from ard_jax.weights.lazy import Stored, Tensors, dtypes_of, shapes_of
+from ard_jax.weights.tensors import open_tensors, read_tensors, to_float32, write_tensors
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -61,6 +61,14 @@ def test_types_are_kept(tmp_path, where):
     opened = open_tensors(path)
     assert shapes_of(opened) == shapes_of(given) and dtypes_of(opened) == dtypes_of(given)
     assert opened.metadata == ({} if where == "shards" else {"licence": "mit"})
+
+
+def test_names_that_are_left_out_may_be_of_any_type(tmp_path):
+    given = arrays(np.float32) | {"bn.counter": np.array(7), "counter.weight": np.ones(2, np.float32)}
+    save_file(given, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="no floats of 16, 32 or 64 bits .bn.counter is I64"):
+        open_tensors(tmp_path / "x.safetensors")
+    assert set(open_tensors(tmp_path / "x.safetensors", leave_out=".counter")) == {"layer.0", "counter.weight"}
 
 
 def test_arrays_are_read_when_they_are_asked_for(tmp_path):
@@ -208,7 +216,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr("ard_jax.convert.tensors.save_file", fail)
+    monkeypatch.setattr("ard_jax.weights.tensors.save_file", fail)
     with pytest.raises(OSError):
         write_tensors(tmp_path / "x.safetensors", arrays(np.float32))
     assert files(tmp_path) == []
