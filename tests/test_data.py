@@ -270,7 +270,7 @@ def test_folder_errors(folder):
     [
         (
             dict(source="mnist"),
-            "data.source is 'mnist', but it must be one of digits, tfds, folder, imagefolder, shapes.",
+            "data.source is 'mnist', but it must be one of digits, tfds, folder, openmoji, imagefolder, shapes.",
         ),
         (dict(space="wave"), "data.space is 'wave', but it must be pixel or latent."),
         (dict(space="latent"), "data.space=latent needs data.source=tfds, but data.source is 'digits'."),

@@ -50,6 +50,10 @@ class Captions:
     def __len__(self):
         return len(self.tokens)
 
+    @property
+    def for_training(self):
+        return len(self)
+
     def rows(self, numbers):
         return {"tokens": self.tokens[numbers], "mask": self.mask[numbers]}
 

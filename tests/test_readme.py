@@ -174,8 +174,8 @@ def test_what_it_names_exists():
         assert key in known_keys(), key
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
-def test_the_two_commands_are_those_of_ci(script):
+@pytest.mark.parametrize("script", ["emoji.sh", "quickstart.sh", "test.sh"])
+def test_the_commands_are_those_of_ci(script):
     assert f"launch/{script}" in blocks("bash")[0]
     assert f"launch/{script}" in (pathlib.Path(ROOT) / ".ci" / "run").read_text()
 
