@@ -14,6 +14,7 @@ from pipeline_fixtures import ROOT, run, sentence
 from ard_jax import ARDPipeline
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, read_npz
+from ard_jax.pipeline.files import WEIGHTS
 from configs.openmoji import SHIPPED
 
 DOCUMENT = (ROOT / "docs" / "OPENMOJI.md").read_text()
@@ -72,7 +73,7 @@ def test_groups_are_classes_of_a_run(tmp_path):
 def test_what_is_shipped_is_what_the_config_says():
     assert len(SHIPPED) == 2
     for name, sha256 in SHIPPED.items():
-        path = ROOT / name
+        path = ROOT / name / WEIGHTS
         assert file_sha256(path) == sha256
         folder = path.parents[1]
         assert read_json(folder / "done.json")["sha256"][str(path.relative_to(folder))] == sha256
@@ -84,7 +85,7 @@ def test_what_is_shipped_is_what_the_config_says():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_weights_that_were_altered_are_refused(name, tmp_path):
-    path = pathlib.Path(name)
+    path = pathlib.Path(name) / WEIGHTS
     folder = tmp_path / path.parts[1]
     shutil.copytree(ROOT / path.parent.parent, folder)
     weights = folder.joinpath(*path.parts[2:])
