@@ -1,6 +1,6 @@
 """Draws what captions say with the shipped teacher and its student of four calls, side by side, from the same noise.
 
-    python examples/draw_emoji.py --prompt "red heart" --prompt "woman astronaut dark skin tone"
+    python -m examples.draw_emoji --prompt "red heart" --prompt "woman astronaut dark skin tone"
 
 Wants the extra `emoji`. With --workdir, the students of a run of configs/openmoji.py are drawn as well.
 """

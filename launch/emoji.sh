@@ -38,7 +38,7 @@ stage() { # STAGE STUDENT [FLAG …]
   echo "== $1 ${2:-}"
   "$python" -m ard_jax "$1" --config "configs/openmoji.py:student=$2,budget=quick" --workdir "$workdir" "${@:3}"
 }
-"$python" examples/draw_emoji.py --out "$workdir/first.png" "${prompts[@]}"
+"$python" -m examples.draw_emoji --out "$workdir/first.png" "${prompts[@]}"
 echo "emoji: first pictures after $((SECONDS - started)) seconds; look at $workdir/first.png"
 "$python" -m ard_jax convert --source pipelines/openmoji-teacher --workdir "$workdir"
 "$python" -m ard_jax convert --source pipelines/openmoji-ard --workdir "$workdir" --name shipped
@@ -50,5 +50,5 @@ done
 stage sample ard "${flags[@]}" --config.sample.models="('teacher', 'ard', 'step', 'shipped')"
 stage evaluate ard "${flags[@]}"
 stage report ard "${flags[@]}"
-"$python" examples/draw_emoji.py --out "$workdir/all.png" --workdir "$workdir" "${prompts[@]}"
+"$python" -m examples.draw_emoji --out "$workdir/all.png" --workdir "$workdir" "${prompts[@]}"
 echo "emoji: $((SECONDS - started)) seconds; open $workdir/report/index.html"

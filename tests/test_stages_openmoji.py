@@ -101,7 +101,7 @@ def test_shipped_weights_that_were_altered_are_refused(name, tmp_path):
 @pytest.mark.slow
 def test_words_that_no_caption_has_are_refused_and_others_drawn(tmp_path):
     def draw(*flags):
-        script = [sys.executable, "examples/draw_emoji.py", "--out", str(tmp_path / "drawn.png"), *flags]
+        script = [sys.executable, "-m", "examples.draw_emoji", "--out", str(tmp_path / "drawn.png"), *flags]
         return subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
 
     outcome = draw("--prompt", "red heart", "--prompt", "qwxzt")
