@@ -72,16 +72,16 @@ SETTLED = {
         "process", "train_steps", "beta_start", "beta_end", "spacing", "time_scale", "reversed", "solver", "steps",
         "guidance_scale", "guided_channels", "guidance_interval",
     ),
-    "trajectories": ("points",),
+    "trajectories": ("points", "keep_noisy"),
     "student": ("name", "points", "target", "history_layers", "mask", "heads", "block_times"),
     "sample": ("models",),
 }  # fmt: skip
 
 
-# Of these, what a DiT has no use for is not written down for it.
+# Of these, what a DiT has no use for is not written down for it, nor noisy points for who needs none.
 SOMETIMES = {
     "model.name", "model.caption_width", "model.interpolation", "model.size_conditioning", "model.null_mask",
-    "captions.encoder", "captions.length", "captions.cleaning",
+    "captions.encoder", "captions.length", "captions.cleaning", "trajectories.keep_noisy",
 }  # fmt: skip
 
 

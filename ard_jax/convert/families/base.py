@@ -140,5 +140,6 @@ def fit_defaults(config: ConfigDict) -> ConfigDict:
     if config.sample.models == ("teacher",):
         config.student.history_layers = min(config.student.history_layers, config.model.depth)
         config.student.points = tuple(scaled)
+    config.trajectories.keep_noisy = config.student.target == "xt"
     config.trajectories.points = tuple(sorted({*scaled, *config.student.points}, reverse=True))
     return config
