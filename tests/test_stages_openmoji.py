@@ -98,6 +98,15 @@ def test_shipped_weights_that_were_altered_are_refused(name, tmp_path):
     assert "is not the file that was exported" in said and not (tmp_path / "run").exists()
 
 
+def test_both_join_one_workdir(tmp_path):
+    """A student of noisy points wants a store that keeps them, and the config that convert writes says so."""
+    for name, flags in (("openmoji-teacher", ()), ("openmoji-ard", ("--name", "shipped"))):
+        outcome = run("convert", "--source", str(ROOT / "pipelines" / name), "--workdir", str(tmp_path), *flags)
+        assert outcome.status == 0, outcome.err
+    assert read_json(tmp_path / "distill" / "shipped" / "config.json")["student"]["target"] == "xt"
+    assert "keep_noisy=True," in (tmp_path / "config.py").read_text()
+
+
 @pytest.mark.slow
 def test_words_that_no_caption_has_are_refused_and_others_drawn(tmp_path):
     def draw(*flags):
