@@ -218,5 +218,17 @@ class Layout:
                 log.info("shard %d of %d written, %.0f %s/s, %.0f s left.", shard + 1, shards, rate, unit, left)
 
 
+def problem_of(directory: pathlib.Path, shard: Shard, checksum: bool = False) -> str:
+    """What is wrong with a shard's file, in words; "" if it is as it was written, by its size, or by its hash too."""
+    path = data_folder(directory) / shard["file"]
+    if not path.exists():
+        return "is missing"
+    if path.stat().st_size != shard["bytes"]:
+        return f"has {path.stat().st_size} bytes instead of {shard['bytes']}"
+    if checksum and file_sha256(path) != shard["sha256"]:
+        return "does not have the checksum that it was written with"
+    return ""
+
+
 def number_of_shards(count: int, shard_size: int) -> int:
     return -(-count // shard_size)

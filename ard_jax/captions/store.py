@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import file_sha256, read_json, read_npz
-from ard_jax.sharded import SPLIT, Layout, Shard, data_folder, tensor
+from ard_jax.sharded import SPLIT, Layout, Shard, data_folder, problem_of, tensor
 from ard_jax.text_encoders import BUCKET
 from ard_jax.types import Caption
 
@@ -123,8 +123,8 @@ def open_captions(directory: pathlib.Path) -> Captions:
     manifest = read_manifest(directory)
     again = "run the stage 'captions' again, which makes only what is missing"
     for shard in manifest["shards"]:
-        path = data_folder(directory) / shard["file"]
-        if not path.exists() or path.stat().st_size != shard["bytes"]:
+        if problem_of(directory, shard):
+            path = data_folder(directory) / shard["file"]
             raise UserError(f"shard {path} is missing or not whole: {again}.")
     if not (directory / NULL).exists() or file_sha256(directory / NULL) != manifest["null_sha256"]:
         raise UserError(f"the empty caption, {directory / NULL}, is missing or was altered: {again}.")

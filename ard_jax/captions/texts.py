@@ -7,7 +7,7 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from ard_jax.data import captions_of, image_source, read_lines, read_text
+from ard_jax.data import Source, captions_of, image_source, read_lines, read_text
 from ard_jax.errors import UserError
 
 log = logging.getLogger("ard_jax")
@@ -47,12 +47,12 @@ def read_texts(config: ConfigDict) -> Texts:
     return Texts(texts, held_out)
 
 
-def texts_of_data(config: ConfigDict) -> Texts:
-    """Of the pictures of `data`, or of those that `encode` makes latents of."""
+def texts_of_data(config: ConfigDict, source: Source | None = None) -> Texts:
+    """Of the pictures of `data`, or of those that `encode` makes latents of; `source` is these, if they are open."""
     data = (config.encode if config.data.space == "latent" else config.data).copy_and_resolve_references()
     with data.unlocked():
         data.update(num_classes=0, space="pixel", channels=3, caption_key=config.data.caption_key)
-    return Texts(*captions_of(data, image_source(data)))
+    return Texts(*captions_of(data, image_source(data) if source is None else source))
 
 
 def _of_file(config: ConfigDict) -> Texts:

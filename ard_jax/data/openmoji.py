@@ -23,8 +23,8 @@ from ard_jax.data.memory import Record
 from ard_jax.data.openmoji_names import GROUPS, pictures
 from ard_jax.data.pixels import decode
 from ard_jax.errors import UserError, first_line
-from ard_jax.files import cache_folder, locked, read_json
-from ard_jax.sharded import SPLIT, Layout, Shard, data_folder, describe, number_of_shards
+from ard_jax.files import cache_folder, locked, read_json, whole_folder
+from ard_jax.sharded import SPLIT, Layout, Shard, data_folder, describe, number_of_shards, problem_of
 
 log = logging.getLogger("ard_jax")
 
@@ -62,7 +62,8 @@ class OpenMoji:
 
     def __init__(self, data: Any):
         _check(data)
-        folder = _folder(data.dir) / f"openmoji-{data.image_size}"
+        where = pathlib.Path(data.dir).expanduser() if data.dir else cache_folder()
+        folder = where / f"openmoji-{data.image_size}"
         manifest = _open(folder, data.image_size)
         self._records = _records(folder)
         self._size, self._versions = data.image_size, manifest["versions"]
@@ -93,7 +94,7 @@ class OpenMoji:
 
     def sha256(self) -> str:
         """Of what was drawn, by which versions, and how large; not of pixels, which another machine may round."""
-        told = [self._size, self._versions, self.captions, self.held_out, [*self._numbers][:1]]
+        told = [self._size, self._versions, self.captions, self.held_out, [self._numbers.start]]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
@@ -102,13 +103,6 @@ def _check(data: Any) -> None:
         raise UserError(f"channels is {data.channels}, but OpenMoji has colours: set it to 3.")
     if data.split not in SPLITS:
         raise UserError(f"split is {data.split!r}, but OpenMoji has {', '.join(SPLITS)}: use one of them.")
-
-
-def _folder(given: str) -> pathlib.Path:
-    """Where pictures lie: a folder that is given, or the user's cache."""
-    if given:
-        return pathlib.Path(given).expanduser()
-    return cache_folder()
 
 
 def _open(folder: pathlib.Path, size: int) -> Manifest:
@@ -121,10 +115,11 @@ def _open(folder: pathlib.Path, size: int) -> Manifest:
                 f"the pictures of OpenMoji are not in {folder}, and drawing them needs {', '.join(missing)}: run "
                 f"{INSTALL}."
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock", wait=True):  # two runs that start at once draw once
+        with locked(folder.with_name(f".{folder.name}.lock"), wait=True):  # two runs that start at once draw once
             if not path.exists():
-                _draw_all(folder, size, installed)
+                with whole_folder(folder) as new:  # drawn in seconds, so a drawing that was stopped begins anew
+                    log.info("drawing OpenMoji's pictures, %d×%d, into %s.", size, size, folder)
+                    _draw_all(new, size, installed)
     manifest = read_json(path, Manifest, "delete the folder, it is drawn anew in seconds")
     other = [
         f"{name} {manifest['versions'][name]} there, {version} installed"
@@ -137,8 +132,8 @@ def _open(folder: pathlib.Path, size: int) -> Manifest:
             "data.dir to a folder for new pictures, which runs that began with the old ones do not take."
         )
     for shard in manifest["shards"]:
-        there = data_folder(folder) / shard["file"]
-        if not there.exists() or there.stat().st_size != shard["bytes"]:
+        if problem_of(folder, shard):
+            there = data_folder(folder) / shard["file"]
             raise UserError(f"{there} is missing or not whole: delete {folder}, it is drawn anew in seconds.")
     return manifest
 
@@ -189,7 +184,6 @@ def _draw_all(folder: pathlib.Path, size: int, versions: dict[str, str]) -> None
             yield {"image": stored, **named, "group": picture.group, "subgroup": picture.subgroup}
             bar.update()
 
-    log.info("drawing %d pictures of OpenMoji, %d×%d, into %s.", len(every), size, size, folder)
     LAYOUT.make_shards(folder, features, len(every), SHARD_SIZE, records, "pictures")
     shards = describe(folder, number_of_shards(len(every), SHARD_SIZE))
     manifest = {

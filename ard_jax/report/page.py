@@ -47,6 +47,7 @@ def build_report(
     """
     models, curves = results.models, curves or {}
     lead, detail = words.headline(results)
+    columns = captions.columns(models, MEASURED)
     return render(
         "report.html.j2",
         title=title,
@@ -56,8 +57,8 @@ def build_report(
         features=(results.features or "").rstrip("."),
         tiles=_tiles(results, models),
         pictures=_pictures(models, pictures or {}),
-        head=["Model", *words.headings(captions.columns(models, MEASURED))],
-        measurements=_measurements(models),
+        head=["Model", *words.headings(columns)],
+        measurements=_measurements(models, columns),
         judged=captions.judged(results),
         gallery=captions.gallery(models, gallery or {}),
         points=_points(results, models),
@@ -214,18 +215,13 @@ def _pictures(
     return shown
 
 
-def _measurements(models: Mapping[str, Measured]) -> list[list[str]]:
+def _measurements(models: Mapping[str, Measured], columns: Sequence[str]) -> list[list[str]]:
     """Cells of the table's rows, the teacher's first."""
     titles, rows = words.titles(models), []
     teachers = {name: model for name, model in models.items() if model.is_teacher}
     for name, model in (teachers | _students(models, "x0") | _students(models, "xt")).items():
         degradation = None if model.is_teacher else words.degradation(models, name)
-        rows.append(
-            [
-                titles[name],
-                *words.cells(model.to_json() | {"degradation": degradation}, captions.columns(models, MEASURED)),
-            ]
-        )
+        rows.append([titles[name], *words.cells(model.to_json() | {"degradation": degradation}, columns)])
     return rows
 
 

@@ -92,7 +92,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     hashes = {"teacher": teacher.sha256} | {name: student.sha256 for name, student in students.items()}
     folders = {name: workdir / "sample" / name for name in sampled}
     samples = {name: _read_samples(folders[name], sampled[name], hashes[name], config) for name in sampled}
-    real_images = image_source(config.data) if vae is None else open_images(config, vae[0])
+    real_images = _open_images(config, vae)
     same = all(teacher.config.data[key] == config.data[key] for key in ("source", "name", "split"))
     if vae is None and same:  # others may be compared with, but not by chance
         check_identity(teacher_folder(config, workdir), identify(config.data, real_images))
@@ -159,6 +159,7 @@ class Real(NamedTuple):
 
     Attributes:
         images: uint8 (image, height, width, channel), without those held out of training.
+        own: their features (image, feature).
         features: the network: uint8 images → features (image, feature).
         num_features: how many features it has.
         about: the network in words.
@@ -168,6 +169,7 @@ class Real(NamedTuple):
     """
 
     images: np.ndarray
+    own: np.ndarray
     features: Callable[[np.ndarray], np.ndarray]
     num_features: int
     about: str
@@ -184,19 +186,16 @@ def _look_at(
 ) -> Real:
     """Reads the real images and trains the network that looks at them; a judge sees those that are held out as well."""
     settings = config.evaluate
-    texts = [] if config.data.num_classes else _texts_of(config)
+    texts = [] if config.data.num_classes else _texts_of(config, source)
     if len(set(texts)) < 2:  # one class, or no caption that differs from the others
         images, labels = labels_and_images(source, limit=REAL_LIMIT)
         labels = labels if config.data.num_classes else np.zeros_like(labels)
         net = train_feature_net(images, labels, config.data.num_classes or 1, steps=settings.feature_steps)
         about = f"a small classifier trained on the same images (held-out accuracy {net.held_out_accuracy:.3f})"
-        return Real(images, net, net.num_features, about)
-    whole = config.copy_and_resolve_references()
-    with whole.unlocked():
-        for section in (whole.data, whole.encode):
-            section.split = "all" if section.source == "openmoji" else section.split
-    everything = open_images(whole, vae[0]) if vae else image_source(whole.data)
-    images, numbers = labels_and_images(everything, limit=REAL_LIMIT)
+        return Real(images, net(images), net, net.num_features, about)
+    if (config.encode if vae else config.data).source == "openmoji":
+        source = _open_images(_with_held_out(config), vae)
+    images, numbers = labels_and_images(source, limit=REAL_LIMIT)
     captions = [texts[number] for number in numbers]
     judge = train_judge(images, captions, steps=settings.judge_steps)
     held_out = {conditions.words(number) for number in range(conditions.for_training, len(conditions))}
@@ -206,16 +205,28 @@ def _look_at(
         "real": _recall(judge, images, captions, is_trained),
         "augmented": _recall(judge, disturbed, captions, is_trained),
     }
-    kept = is_trained if is_trained.any() else slice(None)
+    kept = images[is_trained] if is_trained.any() else images
     about = "a small judge of images and captions, trained on the same images"
     examples = dict(zip(reversed(captions), images[::-1], strict=True))  # the first one of each
-    return Real(images[kept], judge, judge.num_features, about, judge, judged, examples)
+    return Real(kept, judge(kept), judge, judge.num_features, about, judge, judged, examples)
 
 
-def _texts_of(config: ml_collections.ConfigDict) -> list[str]:
+def _open_images(config: ml_collections.ConfigDict, vae: tuple[AutoencoderKL, Params] | None) -> Source:
+    return image_source(config.data) if vae is None else open_images(config, vae[0])
+
+
+def _with_held_out(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same of OpenMoji's pictures with those that are held out of training."""
+    whole = config.copy_and_resolve_references()
+    with whole.unlocked():
+        whole.data.split = whole.encode.split = "all"
+    return whole
+
+
+def _texts_of(config: ml_collections.ConfigDict, source: Source) -> list[str]:
     """The captions of the real images by number, none where they have none."""
     try:
-        return texts_of_data(config).texts
+        return texts_of_data(config, source).texts
     except UserError as error:
         log.warning("captions are not judged, since the real images have none: %s", error)
         return []
@@ -292,7 +303,7 @@ def _distances(
     is_trained = samples.labels < conditions.for_training
     if not is_trained.any():
         is_trained = np.ones_like(is_trained)
-    real_features, features = real.features(real.images), real.features(samples.images[is_trained])
+    real_features, features = real.own, real.features(samples.images[is_trained])
     count = min(len(real_features), len(features), NEIGHBOUR_LIMIT)
     spread = np.linspace(0, len(real_features) - 1, count).astype(int)  # a folder's images come class by class
     precision, recall = precision_recall(real_features[spread], features[:count], k=config.evaluate.neighbours)

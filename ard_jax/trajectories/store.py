@@ -11,9 +11,9 @@ import tensorflow_datasets as tfds
 
 from ard_jax.config import flatten, keys_that_change, plain
 from ard_jax.errors import UserError, first_line
-from ard_jax.files import file_sha256, read_json
+from ard_jax.files import read_json
 from ard_jax.sharded import DTYPES as DTYPES
-from ard_jax.sharded import SPLIT, Layout, Shard, data_folder, tensor
+from ard_jax.sharded import SPLIT, Layout, Shard, data_folder, problem_of, tensor
 from ard_jax.sharded import describe as describe
 from ard_jax.workdir import store_folder
 
@@ -68,16 +68,8 @@ def check_shards(directory: pathlib.Path, manifest: Manifest, checksums: bool) -
         UserError: a shard is missing, truncated or altered; the sentence names it and says how to remake it alone.
     """
     for shard in manifest["shards"]:
-        path = data_folder(directory) / shard["file"]
-        if not path.exists():
-            problem = "is missing"
-        elif path.stat().st_size != shard["bytes"]:
-            problem = f"has {path.stat().st_size} bytes instead of {shard['bytes']}"
-        elif checksums and file_sha256(path) != shard["sha256"]:
-            problem = "does not have the checksum that it was written with"
-        else:
-            continue
-        raise _broken_shard(path, problem)
+        if problem := problem_of(directory, shard, checksums):
+            raise _broken_shard(data_folder(directory) / shard["file"], problem)
 
 
 def _broken_shard(path: pathlib.Path, problem: str) -> UserError:
