@@ -106,6 +106,26 @@ def test_pictures_are_drawn_once_and_alike(folder, tmp_path):
     assert identify(section(folder), one) != identify(section(folder, split="all"), other)
 
 
+def test_a_drawing_that_is_stopped_leaves_nothing_and_begins_anew(folder, tmp_path, monkeypatch):
+    draw, asked = drawn.draw, []
+
+    def stop(file, size):
+        asked.append(file)
+        if len(asked) > 1100:  # the first shard is whole by then
+            raise KeyboardInterrupt
+        return draw(file, size)
+
+    monkeypatch.setattr(drawn, "draw", stop)
+    with pytest.raises(KeyboardInterrupt):
+        image_source(section(tmp_path))
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(drawn, "draw", draw)
+    image_source(section(tmp_path))
+    paths = [at / "openmoji-16" / "manifest.json" for at in (folder, tmp_path)]
+    one, two = (json.loads(path.read_text())["pixels_sha256"] for path in paths)
+    assert one == two  # of all pictures, not of those that the second start drew
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
