@@ -28,7 +28,7 @@ class Chip(NamedTuple):
 
 # TPU: Google Cloud's system-architecture pages of v4, v5e, v5p and v6e (docs.cloud.google.com/tpu/docs/v5e and so on);
 # links: "all-reduce bandwidth per Pod" over the Pod's chips, of v5p its 4800 Gbps a chip. hbm_bytes: the limit that
-# libtpu 0.0.42 names when a program is too large. NVIDIA: the data sheets of A100 80GB and H100 (both SXM, without
+# libtpu 0.0.42 names when a program is too large. NVIDIA: the data sheets of A100 80GB, H100 and H200 (all SXM, without
 # sparsity); links: half of NVLink's two-way rate.
 CHIPS = {
     "v4": Chip(flops=275e12, hbm_bytes=30.75 * GIB, hbm_bandwidth=1200e9, ici_bandwidth=269e9),
@@ -37,6 +37,7 @@ CHIPS = {
     "v6e": Chip(flops=918e12, hbm_bytes=31.25 * GIB, hbm_bandwidth=1638e9, ici_bandwidth=400e9),
     "A100": Chip(flops=312e12, hbm_bytes=80e9, hbm_bandwidth=2039e9, ici_bandwidth=300e9),
     "H100": Chip(flops=989e12, hbm_bytes=80e9, hbm_bandwidth=3350e9, ici_bandwidth=450e9),
+    "H200": Chip(flops=989e12, hbm_bytes=141e9, hbm_bandwidth=4800e9, ici_bandwidth=450e9),
 }
 
 # How `jax.Device.device_kind` starts; the longer names come before those that they start with.
@@ -50,6 +51,7 @@ KINDS = {
     "TPU v6e": "v6e",
     "NVIDIA A100": "A100",
     "NVIDIA H100": "H100",
+    "NVIDIA H200": "H200",
 }
 
 
@@ -70,7 +72,7 @@ def measured_matmul_rate(
     """
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     multiply = jax.jit(jnp.dot)
-    a = jnp.ones((size, size), dtype)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)  # of ones, it would be an eighth faster on GPUs
     multiply(a, a).block_until_ready()
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:

@@ -94,8 +94,9 @@ def inputs(config: ml_collections.ConfigDict, batch: int) -> dict[str, np.ndarra
 def fits(compiled: jax.stages.Compiled) -> bool:
     """Whether a program fits its device's memory; a CPU does not tell."""
     needed = compiled.memory_analysis()
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    return needed.temp_size_in_bytes + needed.argument_size_in_bytes + needed.output_size_in_bytes < limit
+    memory = jax.devices()[0].memory_stats() or {}
+    free = memory.get("bytes_limit", math.inf) - memory.get("bytes_in_use", 0)  # its arguments are there already
+    return needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes < free
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> Callable[[], Any] | None:

@@ -5,6 +5,7 @@ Record i holds `vectors` (token, width), the caption's own alone, its `text` and
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -19,6 +20,7 @@ from ard_jax.sharded import SPLIT, Layout, Shard, data_folder, problem_of, tenso
 from ard_jax.text_encoders import BUCKET
 from ard_jax.types import Caption
 
+IN_MEMORY = 2**28  # bytes of padded vectors up to which a store is decoded once, not row by row as it is asked
 LAYOUT = Layout("captions", "Captions as a text encoder's vectors, to train and sample a diffusion model with.")
 NULL = "null.npz"
 
@@ -93,13 +95,26 @@ class Captions:
 
     def rows(self, numbers: np.ndarray) -> Caption:
         """Vectors (batch, token, width) in the store's type, their mask, and the empty caption's."""
+        if len(self) * self.length * self.width * self._null.dtype.itemsize <= IN_MEMORY:
+            tokens, mask = (np.take(array, numbers, axis=0).view(dtype) for array, dtype in self._all)
+        else:
+            tokens, mask = self._padded(numbers)
+        return Caption(tokens, mask, np.broadcast_to(self._null, (len(numbers), *self._null.shape)).copy())
+
+    @functools.cached_property
+    def _all(self) -> list[tuple[np.ndarray, np.dtype]]:
+        """What `_padded` gives of every caption as bytes, which NumPy copies faster than bfloat16, and their types."""
+        return [(array.view(np.uint8), array.dtype) for array in self._padded(np.arange(len(self)))]
+
+    def _padded(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors (batch, token, width), 0 where a caption has no more of them, and where it has them."""
         records = self._read([int(number) for number in numbers])
         tokens = np.zeros((len(records), self.length, self.width), self._null.dtype)
         mask = np.zeros((len(records), self.length), bool)
         for row, record in enumerate(records):
             own = record["vectors"]
             tokens[row, : len(own)], mask[row, : len(own)] = own, True
-        return Caption(tokens, mask, np.broadcast_to(self._null, (len(records), *self._null.shape)).copy())
+        return tokens, mask
 
     def words(self, number: int) -> str:
         """The caption's text."""
