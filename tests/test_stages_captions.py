@@ -189,6 +189,17 @@ def test_a_record_is_its_text_s_own_vectors(tmp_path, prompts, encoder):
     assert done(tmp_path / "run" / "captions")["sha256"] == before
 
 
+def test_a_large_store_is_read_row_by_row_and_says_the_same(tmp_path, prompts, encoder, monkeypatch):
+    assert encode(tmp_path / "run", prompts, encoder).status == 0
+    numbers = np.array([3, 0, 4, 4])
+    small = open_captions(tmp_path / "run" / "captions").rows(numbers)
+    monkeypatch.setattr("ard_jax.captions.store.IN_MEMORY", 0)
+    large = open_captions(tmp_path / "run" / "captions")
+    for one, other in zip(small, large.rows(numbers), strict=True):
+        assert one.dtype == other.dtype and (np.asarray(one, np.float32) == np.asarray(other, np.float32)).all()
+    assert "_all" not in vars(large) and small.tokens.flags.writeable  # a batch is nobody else's
+
+
 def test_captions_of_a_tfds_dataset(tmp_path, prompts, encoder):
     """Here the store itself, which is one that has texts and no pictures."""
     assert encode(tmp_path / "run", prompts, encoder).status == 0
