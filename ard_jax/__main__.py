@@ -14,6 +14,8 @@ Stages, in the order of a run:
     compare        train, measure and show many methods side by side, all stages in one command (--quick)
     export         write a model in a form that others can use
     plan           say what all of it will cost on a TPU slice, which it does not need (--topology, no --workdir)
+Several in one process, which starts and imports once:
+    python -m ard_jax run STAGE[,STAGE…] ARGUMENTS [then STAGE[,STAGE…] ARGUMENTS] …
 `python -m ard_jax STAGE --help` explains a stage; configs/ has the configs.
 """
 
@@ -27,6 +29,7 @@ STAGES = (
     "convert", "captions", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "report",
     "compare", "export", "plan",
 )  # fmt: skip
+IN_TURN = tuple(stage for stage in STAGES if stage not in ("convert", "compare", "export", "plan"))
 
 
 def main(arguments: list[str]) -> int:
@@ -35,12 +38,47 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     stage, *rest = arguments
+    if stage == "run":
+        return run_in_turn(rest)
     if stage not in STAGES:
         print(f"ard_jax: there is no stage {stage!r}: choose one of {', '.join(STAGES)}.", file=sys.stderr)
         return 2
     from ard_jax.command_line import run_stage
 
     return run_stage(stage, rest)
+
+
+def run_in_turn(arguments: list[str]) -> int:
+    """Runs stages one after another in this process, each as its own command would.
+
+    Args:
+        arguments: STAGE,… and what follows a stage on its command line; after the word "then", the same again.
+
+    Returns:
+        The exit status of the first that does not end with 0, or that is preempted; there is no other after it.
+    """
+    parts: list[list[str]] = [[]]
+    for argument in arguments:
+        if argument == "then":
+            parts.append([])
+        else:
+            parts[-1].append(argument)
+    commands = [(stage, part[1:]) for part in parts for stage in "".join(part[:1]).split(",")]
+    for stage, _ in commands:
+        if stage not in IN_TURN:
+            print(f"ard_jax run: there is no {stage!r} to run: choose some of {','.join(IN_TURN)}.", file=sys.stderr)
+            return 2
+    import jax
+
+    from ard_jax import command_line
+
+    for number, (stage, given) in enumerate(commands, start=1):
+        print(f"== {stage} ({number} of {len(commands)})", flush=True)
+        status = command_line.run_stage(stage, given)
+        if status or command_line.stopped.is_set():
+            return status
+        jax.clear_caches()  # the next one has programs of its own, and wants the memory
+    return 0
 
 
 class Output:

@@ -313,6 +313,7 @@ def parse_config(arguments: list[str], table: Flags = WORKDIR) -> tuple[Any, ...
         re.sub(r"^(--?config=)?~(?=/)", lambda found: (found[1] or "") + str(pathlib.Path.home()), argument)
         for argument in arguments
     ]  # a shell expands ~ at the start of a word alone
+    sys.modules.pop("config_config", None)  # the last config file's names would still be in it
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["ard_jax", *arguments])
     for flag, options in table.items():

@@ -113,7 +113,7 @@ def start(place: ProcessPlace | None, folder: pathlib.Path, timeout: float) -> N
     Raises:
         UserError: JAX cannot join them.
     """
-    if place is None:
+    if place is None or jax.distributed.is_initialized():  # by an earlier stage of this process
         return
     options: dict[str, Any] = {}
     if place.coordinator:

@@ -34,21 +34,14 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 started=$SECONDS
-stage() { # STAGE STUDENT [FLAG …]
-  echo "== $1 ${2:-}"
-  "$python" -m ard_jax "$1" --config "configs/openmoji.py:student=$2,budget=quick" --workdir "$workdir" "${@:3}"
-}
 "$python" -m examples.draw_emoji --out "$workdir/first.png" "${prompts[@]}"
 echo "emoji: first pictures after $((SECONDS - started)) seconds; look at $workdir/first.png"
 "$python" -m ard_jax convert --source pipelines/openmoji-teacher --workdir "$workdir"
 "$python" -m ard_jax convert --source pipelines/openmoji-ard --workdir "$workdir" --name shipped
-stage captions ard "${flags[@]}"
-stage trajectories ard "${flags[@]}"
-for student in ard step; do
-  stage distill "$student" "${flags[@]}"
-done
-stage sample ard "${flags[@]}" --config.sample.models="('teacher', 'ard', 'step', 'shipped')"
-stage evaluate ard "${flags[@]}"
-stage report ard "${flags[@]}"
+config=configs/openmoji.py:budget=quick,student
+"$python" -m ard_jax run captions,trajectories,distill --config "$config=ard" --workdir "$workdir" "${flags[@]}" \
+  then distill --config "$config=step" --workdir "$workdir" "${flags[@]}" \
+  then sample,evaluate,report --config "$config=ard" --workdir "$workdir" "${flags[@]}" \
+  "--config.sample.models=('teacher', 'ard', 'step', 'shipped')"
 "$python" -m examples.draw_emoji --out "$workdir/all.png" --workdir "$workdir" "${prompts[@]}"
 echo "emoji: $((SECONDS - started)) seconds; open $workdir/report/index.html"

@@ -11,17 +11,11 @@ if [[ $# -gt 0 && "$1" != --* ]]; then
   shift
 fi
 started=$SECONDS
-stage() { # STAGE STUDENT [FLAG …]
-  echo "== $1 ${2:-}"
-  "$python" -m ard_jax "$1" --config "configs/digits.py:student=$2" --workdir "$workdir" "${@:3}"
-}
 students=(ard step ard_noisy step_noisy)
-stage teacher ard "$@"
-stage trajectories ard "$@"
+commands=(teacher,trajectories --config configs/digits.py:student=ard --workdir "$workdir" "$@")
 for student in "${students[@]}"; do
-  stage distill "$student" "$@"
+  commands+=(then distill --config "configs/digits.py:student=$student" --workdir "$workdir" "$@")
 done
-stage sample ard "$@" --config.sample.models="('teacher', 'ard', 'step', 'ard_noisy', 'step_noisy')"
-stage evaluate ard "$@"
-stage report ard "$@"
+commands+=(then sample,evaluate,report --config configs/digits.py:student=ard --workdir "$workdir" "$@")
+"$python" -m ard_jax run "${commands[@]}" "--config.sample.models=('teacher', 'ard', 'step', 'ard_noisy', 'step_noisy')"
 echo "quickstart: $((SECONDS - started)) seconds; open $workdir/report/index.html"

@@ -43,7 +43,6 @@ def run(stage: str, *arguments: str) -> Outcome:
     root = logging.getLogger()
     handlers = root.handlers[:]
     root.handlers.clear()  # or basicConfig would close pytest's
-    sys.modules.pop("config_config", None)  # ml_collections would leave the last config's names in it
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = main([stage, *map(str, arguments)])

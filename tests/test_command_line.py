@@ -8,7 +8,7 @@ import sys
 import types
 
 import pytest
-from pipeline_fixtures import ROOT, SMOKE, STAGES, copy, files, key, run, sentence, smoke
+from pipeline_fixtures import ROOT, SMOKE, STAGES, copy, done, files, key, run, sentence, smoke
 
 from ard_jax import command_line
 from ard_jax.__main__ import STAGES as ALL_STAGES
@@ -64,6 +64,31 @@ def test_a_stage_that_does_not_exist(capsys):
     assert main(["teach", "--config", SMOKE]) == 2
     out, err = capsys.readouterr()
     assert err == f"ard_jax: there is no stage 'teach': choose one of {', '.join(ALL_STAGES)}.\n" and not out
+
+
+def test_stages_in_turn_make_what_they_make_alone(pipeline, tmp_path):
+    """In one process, where none may hear of another's config or programs."""
+    workdir = copy(pipeline, tmp_path / "run", "teacher", "trajectories")
+    common = ["--workdir", workdir, "--config.sample.models=('teacher', 'ard', 'other')"]
+    first = ["distill,distill", "--config", SMOKE, *common]
+    second = ["then", "distill", "--config", f"{SMOKE}:student=other", *common]
+    outcome = run("run", *first, *second, "then", "sample,evaluate", "--config", SMOKE, *common)
+    assert outcome.status == 0, outcome.err
+    assert [line for line in outcome.out.splitlines() if line.startswith("==")] == [
+        f"== {stage} ({number} of 5)"
+        for number, stage in enumerate(["distill", "distill", "distill", "sample", "evaluate"], start=1)
+    ]
+    made, alone = done(workdir / "distill")["models"], done(pipeline / "distill")["models"]
+    assert made["ard"]["sha256"] == alone["ard"]["sha256"] and set(made) == {"ard", "other"}
+    assert set(read_results(workdir).models) == {"teacher", "ard", "other"}
+
+
+def test_stages_in_turn_end_at_the_first_that_fails(workdir):
+    outcome = run("run", "teacher,sample", "--config", SMOKE, "--workdir", workdir, "--config.teacher.steps=0")
+    assert outcome.status == 2 and outcome.err.startswith("ard_jax teacher: teacher.steps is 0")
+    assert "sample" not in outcome.out
+    for words in (["teacher,plan", "--config", SMOKE], ["teacher", "--config", SMOKE, "then"], []):
+        assert " to run: choose some of captions,encode,teacher," in sentence(run("run", *words), "run")
 
 
 def test_python_m_ard_jax(tmp_path):
