@@ -13,6 +13,7 @@ Stages, in the order of a run:
     report         put it all on one page
     compare        train, measure and show many methods side by side, all stages in one command (--quick)
     export         write a model in a form that others can use
+    demo           show models in a page, side by side, to play with (no --config)
     plan           say what all of it will cost on a TPU slice, which it does not need (--topology, no --workdir)
 Several in one process, which starts and imports once:
     python -m ard_jax run STAGE[,STAGE…] ARGUMENTS [then STAGE[,STAGE…] ARGUMENTS] …
@@ -27,7 +28,7 @@ from typing import Any, TextIO
 
 STAGES = (
     "convert", "captions", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "report",
-    "compare", "export", "plan",
+    "compare", "export", "demo", "plan",
 )  # fmt: skip
 IN_TURN = tuple(stage for stage in STAGES if stage not in ("convert", "compare", "export", "plan"))
 

@@ -31,7 +31,7 @@ from ard_jax.parallel import is_first, set_up_libtpu
 from ard_jax.workdir import leave_all
 
 # Stages about a model that exists, which find its config beside it, and one about files of anybody.
-WITHOUT_CONFIG = ("convert", "export", "evaluate_files")
+WITHOUT_CONFIG = ("convert", "export", "evaluate_files", "demo")
 
 # Settings of JAX that change what a seed draws, and types: the same whatever the environment says.
 FIXED = {

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from ard_jax.diffusion import (
     Process,
     Solution,
     calls,
+    coefficients_of,
     few_step_process,
     find_solver,
     per_row,
@@ -36,8 +37,15 @@ def teacher_predictor(
     model: Backbone, params: Params, condition: Condition, grid: Grid, process: Process, guidance: Guidance
 ) -> Predict:
     """A guided teacher as what a solver calls; its node may also be one a row, (batch,)."""
-    times, alpha, sigma = (jnp.asarray(values) for values in grid)
     prepared = prepare_condition(model, params, condition, guidance)
+    return _prepared_predictor(model, params, prepared, grid, process, guidance)
+
+
+def _prepared_predictor(
+    model: Backbone, params: Params, prepared: PyTree, grid: Grid, process: Process, guidance: Guidance
+) -> Predict:
+    """`teacher_predictor` of what `prepare_condition` made of the condition."""
+    times, alpha, sigma = (jnp.asarray(values) for values in grid)
 
     def predict(x, node):
         output = prepared_output(model, params, x, times[node].astype(x.dtype), prepared, guidance, process)
@@ -87,6 +95,34 @@ def sample_teacher(model: Backbone, params: Params, noise: jax.Array, condition:
     grid = how.process.grid(how.steps)
     predict = teacher_predictor(model, params, condition, grid, how.process, how.guidance)
     return solve(how.solver, predict, grid, noise)
+
+
+class TeacherSteps(NamedTuple):
+    """`sample_teacher` cut up at its steps, for those who show how far it is and may stop it; to be jitted.
+
+    Attributes:
+        prepare: (params, condition) → what `step` takes of them: the work that is the same at all steps.
+        step: (params, prepared, x, x0 of the step before, number of the step) → (next x, x0-prediction at x); x and x0
+            are (batch, height, width, channel), and in step 0 any x0 will do.
+    """
+
+    prepare: Callable[[Params, Condition], PyTree]
+    step: Callable[[Params, PyTree, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def teacher_steps(model: Backbone, how: Solve) -> TeacherSteps:
+    """The parts of `sample_teacher`, which come to the same when they are called one after another."""
+    grid, advance = how.process.grid(how.steps), find_solver(how.solver)
+
+    def prepare(params, condition):
+        return prepare_condition(model, params, condition, how.guidance)
+
+    def step(params, prepared, x, last_x0, number):
+        predict = _prepared_predictor(model, params, prepared, grid, how.process, how.guidance)
+        c = jax.tree.map(lambda leaf: leaf[number], coefficients_of(grid, x.dtype))
+        return advance(predict, x, c, last_x0)
+
+    return TeacherSteps(prepare, step)
 
 
 def network_calls(how: Solve) -> int:

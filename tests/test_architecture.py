@@ -22,7 +22,7 @@ FLOORS = (
     ("methods", "text_encoders", "workdir"),
     ("captions", "drawing", "trajectories"),
     ("completion", "paired", "plan", "pipeline"),
-    ("runner",),
+    ("demo", "runner"),
     ("entries",),
     ("stages",),
     ("command_line",),

@@ -2,7 +2,7 @@
 
 from ard_jax.diffusion.guidance import Guidance, guided_output, prepare_condition, prepared_output
 from ard_jax.diffusion.processes import FlowMatching, Grid, LinearVP, Prediction, Process, few_step_process, per_row
-from ard_jax.diffusion.solvers import SOLVERS, Solution, calls, find_solver, solve
+from ard_jax.diffusion.solvers import SOLVERS, Solution, calls, coefficients_of, find_solver, solve
 
 __all__ = [
     "SOLVERS",
@@ -14,6 +14,7 @@ __all__ = [
     "Process",
     "Solution",
     "calls",
+    "coefficients_of",
     "few_step_process",
     "find_solver",
     "guided_output",

@@ -103,6 +103,16 @@ def find_solver(name: str) -> Step:
     return SOLVERS[name]
 
 
+def coefficients_of(grid: Grid, dtype: jax.typing.DTypeLike) -> Coefficients:
+    """Those of every step, leaves (steps,)."""
+    alpha, sigma = jnp.asarray(grid.alpha, dtype), jnp.asarray(grid.sigma, dtype)
+    nodes = jnp.arange(grid.steps)
+    before = jnp.maximum(nodes - 1, 0)
+    return Coefficients(
+        nodes, alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], alpha[before], sigma[before], nodes == grid.steps - 1
+    )
+
+
 def solve(solver: str, predict: Predict, grid: Grid, noise: jax.Array) -> Solution:
     """Integrates from noise (batch, height, width, channel) over the grid.
 
@@ -110,12 +120,6 @@ def solve(solver: str, predict: Predict, grid: Grid, noise: jax.Array) -> Soluti
         UserError: unknown solver.
     """
     step = find_solver(solver)
-    alpha, sigma = jnp.asarray(grid.alpha, noise.dtype), jnp.asarray(grid.sigma, noise.dtype)
-    nodes = jnp.arange(grid.steps)
-    before = jnp.maximum(nodes - 1, 0)
-    coefficients = Coefficients(
-        nodes, alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], alpha[before], sigma[before], nodes == grid.steps - 1
-    )
 
     def walk(
         carry: tuple[jax.Array, jax.Array], c: Coefficients
@@ -123,5 +127,5 @@ def solve(solver: str, predict: Predict, grid: Grid, noise: jax.Array) -> Soluti
         x, x0 = step(predict, carry[0], c, carry[1])
         return (x, x0), (x0, x)
 
-    _, (x0, xt) = jax.lax.scan(walk, (noise, jnp.zeros_like(noise)), coefficients)
+    _, (x0, xt) = jax.lax.scan(walk, (noise, jnp.zeros_like(noise)), coefficients_of(grid, noise.dtype))
     return Solution(jnp.moveaxis(x0, 0, 1), jnp.moveaxis(xt, 0, 1))

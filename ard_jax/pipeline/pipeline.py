@@ -175,7 +175,7 @@ class ARDPipeline:
         form = self._form(output_type, return_trajectory)
         words = dict(prompt=prompt, prompt_embeds=prompt_embeds, prompt_attention_mask=prompt_attention_mask)
         words |= dict(negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds)
-        labels, condition = self._told(class_labels, words, is_guided=how is not None and how.guidance.scale != 1)
+        labels, condition = self.told(class_labels, words, is_guided=how is not None and how.guidance.scale != 1)
         repeats = num_images_per_label if num_images_per_prompt is None else num_images_per_prompt
         repeats = require_int(repeats, f"num_images_per_{'prompt' if self.prompts else 'label'}", 1)
         labels, condition = jax.tree.map(lambda leaf: np.repeat(leaf, repeats, axis=0), (labels, condition))
@@ -220,7 +220,7 @@ class ARDPipeline:
             raise UserError("a student of 1 step cannot edit images: open one of at least 2 steps.")
         source_step = require_int(source_step, "source_step", 1, steps - 1)
         form = self._form(output_type, return_trajectory)
-        labels, condition = self._told(class_labels, {"prompt": prompt}, is_guided=False)
+        labels, condition = self.told(class_labels, {"prompt": prompt}, is_guided=False)
         size, _, channels = self._pictures("edit images")
         pixels = read_image(image, size, channels)[None]
         program = self._compiled(self.edit_function, source_step=source_step, **form)
@@ -242,7 +242,7 @@ class ARDPipeline:
             (batch, height, width, channel), or (images, trajectories (batch, step, height, width, channel)).
             `vae_params` is None for pixels.
         """
-        model, is_student, present = self.model, self.is_student, self._presenter(latent, trajectory)
+        model, is_student, present = self.model, self.is_student, self.presenter(latent, trajectory)
         how = how or make_solve(self.config)
 
         def generate(params, vae_params, noise, labels):
@@ -259,7 +259,7 @@ class ARDPipeline:
 
         The image is (1, height, width, channel) in [-1, 1].
         """
-        model, vae, present = cast(ARDStudent, self.model), self.vae, self._presenter(latent, trajectory)
+        model, vae, present = cast(ARDStudent, self.model), self.vae, self.presenter(latent, trajectory)
         alpha, sigma = self._source_coefficients(source_step)
 
         def edit(params, vae_params, noise, labels, image):
@@ -279,7 +279,7 @@ class ARDPipeline:
         node = steps - student.points[source_step - 1]  # respaced indices count down from the noise
         return float(grid.alpha[node]), float(grid.sigma[node])
 
-    def _presenter(self, latent: bool, trajectory: bool) -> Callable[[PyTree, jax.Array, jax.Array], PyTree]:
+    def presenter(self, latent: bool, trajectory: bool) -> Callable[[PyTree, jax.Array, jax.Array], PyTree]:
         """(vae_params, points (batch, step, …), sample (batch, …)) → what a program hands back."""
         vae, is_student = self.vae, self.is_student
 
@@ -371,7 +371,7 @@ class ARDPipeline:
 
     # ------------------------------------------------------------------------------------------- what is asked
 
-    def _told(self, asked: Any, words: Mapping[str, Any], is_guided: bool) -> tuple[np.ndarray, Condition]:
+    def told(self, asked: Any, words: Mapping[str, Any], is_guided: bool) -> tuple[np.ndarray, Condition]:
         """What images are called, and what the network is told of them, of a call's arguments."""
         if self.prompts is not None:
             return self.prompts.resolve(asked, words, is_guided, self.is_student)
