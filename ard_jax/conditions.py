@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ard_jax.keys import wrap_key
-from ard_jax.types import Batch, Batches, PyTree
+from ard_jax.types import Batch, PyTree
 
 
 class Conditions(Protocol):
@@ -24,6 +24,10 @@ class Conditions(Protocol):
     @property
     def for_training(self) -> int:
         """How many of them, the first ones, may be trained on: the others are held out."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether `rows` reads nothing, so that no thread need call it ahead."""
 
     def rows(self, numbers: np.ndarray) -> PyTree:
         """What a network is told: numbers (batch,) → a pytree of NumPy arrays (batch, …), see `models.backbone`."""
@@ -51,6 +55,11 @@ class Labels:
     def for_training(self) -> int:
         """All."""
         return self.count
+
+    @property
+    def in_memory(self) -> bool:
+        """Always."""
+        return True
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """int32 (batch,)."""
@@ -97,34 +106,15 @@ def _host_device() -> jax.Device | None:
         return None
 
 
-class WithConditions:
-    """A stream of batches with the arrays of their conditions, "condition", beside their numbers, "label".
+def with_conditions(
+    batch: Batch, conditions: Conditions, numbers: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Batch:
+    """A batch with the arrays of its conditions, "condition", beside their numbers, "label".
 
     Args:
-        batches: an iterator of dicts with "label" (batch,), or of dicts of such, with Grain's `get_state`, `set_state`.
+        batch: with "position" (batch,), and "label" (batch,) if there are no `numbers`.
         conditions: what the numbers stand for.
         numbers: positions in the stream (batch,) → numbers, where the records have none.
     """
-
-    def __init__(
-        self, batches: Batches, conditions: Conditions, numbers: Callable[[np.ndarray], np.ndarray] | None = None
-    ):
-        self._batches, self._conditions, self._numbers = batches, conditions, numbers
-
-    def __iter__(self) -> "WithConditions":
-        return self
-
-    def __next__(self) -> Batch:
-        return self._add(next(self._batches))
-
-    def _add(self, batch: Batch) -> Batch:
-        if "position" not in batch:
-            return {name: self._add(part) for name, part in batch.items()}
-        label = self._numbers(batch["position"]) if self._numbers else batch["label"]
-        return {**batch, "label": label, "condition": self._conditions.rows(label)}
-
-    def get_state(self) -> PyTree:
-        return self._batches.get_state()
-
-    def set_state(self, state: PyTree) -> None:
-        self._batches.set_state(state)
+    label = numbers(batch["position"]) if numbers else batch["label"]
+    return {**batch, "label": label, "condition": conditions.rows(label)}

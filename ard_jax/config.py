@@ -325,7 +325,8 @@ SETTINGS: dict[str, Any] = {
         "keep_checkpoints": Setting(2, NOTHING, at_least(1)),
         "tensorboard": Setting(True, NOTHING),
         "join_timeout": Setting(300.0, NOTHING, above(0)),  # seconds that a host waits for the others at the start
-        "workers": Setting(2, NOTHING, at_least(1)),  # threads that read data
+        # threads that read data; many wait for a bucket at once, and cost little where a disk is fast
+        "workers": Setting(64, NOTHING, at_least(1)),
         "in_memory": Setting(2**30, NOTHING, at_least(0)),  # bytes of data that may be held decoded in memory
     },
 }

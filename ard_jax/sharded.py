@@ -22,12 +22,14 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypedDict
 
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from ard_jax.errors import UserError
@@ -36,6 +38,7 @@ from ard_jax.progress import progress_bar
 
 log = logging.getLogger("ard_jax")
 
+THREADS = 64  # that look at shards side by side
 VERSION, SPLIT = "1.0.0", "train"
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
@@ -228,6 +231,46 @@ def problem_of(directory: pathlib.Path, shard: Shard, checksum: bool = False) ->
     if checksum and file_sha256(path) != shard["sha256"]:
         return "does not have the checksum that it was written with"
     return ""
+
+
+def first_problem(
+    directory: pathlib.Path, shards: Sequence[Shard], checksums: bool = False
+) -> tuple[Shard, str] | None:
+    """The first shard that is not as it was written, and what `problem_of` says; a bucket is asked side by side."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        problems = pool.map(lambda shard: problem_of(directory, shard, checksums), shards)
+        return next(((shard, problem) for shard, problem in zip(shards, problems, strict=True) if problem), None)
+
+
+class _Shards:
+    """Records of several files: TFDS opens a file when it is first read from and holds a lock of the dataset's
+    meanwhile, so that a bucket's hundreds of shards would be opened one after another.
+    """
+
+    def __init__(self, instructions: Sequence[Any]):
+        self._files = [ArrayRecordDataSource([instruction]) for instruction in instructions]
+        self._ends = np.cumsum([len(file) for file in self._files])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        return self._files[file][index - int(self._ends[file]) + len(self._files[file])]
+
+
+def open_records(builder: tfds.core.DatasetBuilder, split: str = SPLIT, decoders: Any = None) -> Any:
+    """TFDS's random-access source of a dataset's records, each file of which is opened on its own.
+
+    Raises:
+        What `builder.as_data_source` raises.
+    """
+    records = builder.as_data_source(split, decoders=decoders)
+    if builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:  # of the others, Parquet is in memory
+        records.data_source = _Shards(builder.info.splits[split].file_instructions)
+    return records
 
 
 def number_of_shards(count: int, shard_size: int) -> int:

@@ -26,6 +26,8 @@ from ard_jax.data import (
     stream,
     to_uint8,
 )
+from ard_jax.data.memory import Readers
+from ard_jax.data.stream import AHEAD
 from ard_jax.errors import UserError
 
 
@@ -449,17 +451,66 @@ def test_stream_of_fewer_records_than_a_batch():
     assert batch["image"].shape == (8, 2, 2, 1)
 
 
-def test_stream_reads_ahead_in_threads_but_not_far():
+@pytest.mark.parametrize(("memory", "batches"), [(2**30, AHEAD // 4), (40 * 28, 10), (0, 2)])
+def test_stream_reads_ahead_in_threads_but_not_far(memory, batches):
     source = Counting(1000)
-    iterator = stream(source, batch_size=4, seed=0, num_threads=3)
+    iterator = stream(source, batch_size=4, seed=0, num_threads=3, memory=memory)
+    probed = len(source.reads)  # how large a record is: 28 bytes
     read(iterator, 2)
-    ahead = 4 * (2 + 2)  # two batches handed out, two more on their way
+    ahead = probed + 4 * (2 + batches)  # two batches handed out, the others on their way
     deadline = time.monotonic() + 10
     while len(source.reads) < ahead and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)  # long enough for a reader that would not stop there
     assert len(source.reads) == ahead
     assert threading.get_ident() not in source.threads
+
+
+class Bucket(Counting):
+    """Records of which none comes before `expected` are on their way at once."""
+
+    def __init__(self, length, expected):
+        super().__init__(length)
+        self.open, self.lock, self.under_way, self.expected = threading.Event(), threading.Lock(), 0, expected
+
+    def __getitem__(self, index):
+        with self.lock:
+            self.under_way += index != FIRST  # whose size is looked at
+            if self.under_way == self.expected:
+                self.open.set()
+        assert index == FIRST or self.open.wait(60), f"only {self.under_way} reads at once"
+        return super().__getitem__(index)
+
+
+FIRST = int(next(stream(in_memory(Counting(5000)), batch_size=1, seed=3))["image"][0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("where", ["records", "conditions"])
+def test_a_slow_bucket_is_asked_for_many_records_at_once(where):
+    """16 records a step, by 64 readers: those of four batches are on their way before the first has come."""
+    bucket, readers = Bucket(5000, expected=64), Readers(64)
+    if where == "records":
+        batches = stream(bucket, batch_size=64, seed=3, process_index=1, process_count=4, num_threads=64)
+    else:
+        source = in_memory(Counting(5000))
+
+        def complete(batch):
+            rows = readers.read(bucket, batch["image"][:, 0, 0, 0])
+            return batch | {"condition": np.stack([row["image"] for row in rows])}
+
+        batches = stream(
+            source, batch_size=64, seed=3, process_index=1, process_count=4, num_threads=64, complete=complete
+        )
+    quick = stream(in_memory(Counting(5000)), batch_size=64, seed=3, process_index=1, process_count=4)
+    state = batches.get_state()
+    for _ in range(3):
+        batch, expected = next(batches), next(quick)
+        np.testing.assert_array_equal(batch.pop("condition", batch["image"]), expected["image"])
+        assert_same(batch, expected)
+    batches.set_state(state)
+    quick.set_state(state)
+    np.testing.assert_array_equal(next(batches)["image"], next(quick)["image"])
+    assert threading.get_ident() not in bucket.threads
 
 
 def test_stream_passes_on_what_a_record_raises(folder):

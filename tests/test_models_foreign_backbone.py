@@ -50,6 +50,8 @@ class Captions:
     def __len__(self):
         return len(self.tokens)
 
+    in_memory = True
+
     @property
     def for_training(self):
         return len(self)

@@ -133,6 +133,15 @@ def test_collectives_as_tpu_s_compiler_writes_them():
     assert found["all-reduce"] == hlo.Traffic(22, 22 * 16, 22 * 16 * 2 * 7 / 8)
     assert found["all-gather"] == hlo.Traffic(22, 22 * 256, 22 * 256 * 15 / 16)
     assert hlo.traffic_in_all(found.values()) == 22 * 28 + 22 * 240
+    # the order of a mesh's devices does not change how many of them gather
+    ordered = TPU_TEXT.replace("[1,16]<=[16]", "mesh['p'=4,'q'=4], device_ids=([4,4]T(1,0)) {'q'}")
+    assert hlo.collectives(hlo.parse(ordered))["all-gather"] == hlo.Traffic(22, 22 * 64, 22 * 64 * 3 / 4)
+    # a reduce-scatter is written as a slice of an all-reduce
+    scattered = TPU_TEXT.replace(
+        "(s32[]{:T(128)}, /*index=1*/bf16[8]{0:T(128)}) tuple(%turn, %sum)", "bf16[2]{0} dynamic-slice(%sum, %turn)"
+    )
+    found = hlo.collectives(hlo.parse(scattered))
+    assert found["reduce-scatter"] == hlo.Traffic(22, 22 * 16, 22 * 16 * 7 / 8) and "all-reduce" not in found
 
 
 def test_bytes_of_a_compiled_program():

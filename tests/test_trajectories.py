@@ -9,16 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python import array_record_data_source
 from networks import draw_noise_and_labels
 from pipeline_fixtures import ROOT, copy, done, files, sentence, smoke
 
 from ard_jax.build import make_solve
 from ard_jax.conditions import Labels
+from ard_jax.data.memory import Readers
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, write_json
 from ard_jax.parallel import make_mesh
@@ -112,6 +115,26 @@ def test_anybody_can_open_it(tmp_path, pipeline):
     assert ours[2] == records(dtype="bfloat16")[1]["x0"].astype("float32").sum()
     assert job[:2] == [24, dict(noise=["float16", [8, 8, 1]], x0=["float16", [4, 8, 8, 1]],
                                 xt=["float16", [4, 8, 8, 1]], label=["int64", []], index=["int64", []])]  # fmt: skip
+
+
+def test_shards_are_opened_side_by_side(tmp_path, monkeypatch):
+    """On a bucket each takes a while; TFDS's own source would open one after another."""
+    some = records(count=7)
+    for shard, part in enumerate((some[:4], some[4:])):
+        features = write(tmp_path, part, shard=shard, shards=2)
+    store.finish(tmp_path, features, store.describe(tmp_path, 2), {"shards": store.describe(tmp_path, 2)})
+    source = store.Store(tmp_path, store.read_manifest(tmp_path))
+    both, opened = threading.Barrier(2), array_record_data_source.array_record_module.ArrayRecordReader
+
+    def open_slowly(*arguments, **options):
+        both.wait(30)  # until the other is being opened as well
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(array_record_data_source.array_record_module, "ArrayRecordReader", open_slowly)
+    read_back = Readers(2).read(source, np.arange(7))
+    assert [int(record["index"]) for record in read_back] == [10 * index for index in range(7)]
+    with pytest.raises(IndexError):
+        source[7]
 
 
 def test_the_same_records_give_the_same_file(tmp_path):

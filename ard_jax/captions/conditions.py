@@ -19,7 +19,7 @@ def load_conditions(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     """
     if config.data.num_classes:
         return Labels(config.data.num_classes)
-    captions = open_captions(captions_folder(config, workdir))
+    captions = open_captions(captions_folder(config, workdir), config.run.workers)
     width = make_teacher(config).condition_shapes.tokens.shape[-1]
     if captions.width != width:
         raise UserError(

@@ -14,9 +14,10 @@ from typing import Any, Required, TypedDict
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ard_jax.data.memory import THREADS, Readers
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import file_sha256, read_json, read_npz
-from ard_jax.sharded import SPLIT, Layout, Shard, data_folder, problem_of, tensor
+from ard_jax.sharded import Layout, Shard, data_folder, first_problem, open_records, tensor
 from ard_jax.text_encoders import BUCKET
 from ard_jax.types import Caption
 
@@ -84,6 +85,7 @@ class Captions:
     held_out: int
     _records: Any
     _null: np.ndarray
+    _readers: Readers
 
     def __len__(self) -> int:
         return len(self._records)
@@ -93,9 +95,14 @@ class Captions:
         """How many captions, the first ones, may be trained on."""
         return len(self) - self.held_out
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the store is small enough to be decoded once, when a row is first asked for."""
+        return len(self) * self.length * self.width * self._null.dtype.itemsize <= IN_MEMORY
+
     def rows(self, numbers: np.ndarray) -> Caption:
         """Vectors (batch, token, width) in the store's type, their mask, and the empty caption's."""
-        if len(self) * self.length * self.width * self._null.dtype.itemsize <= IN_MEMORY:
+        if self.in_memory:
             tokens, mask = (np.take(array, numbers, axis=0).view(dtype) for array, dtype in self._all)
         else:
             tokens, mask = self._padded(numbers)
@@ -108,7 +115,7 @@ class Captions:
 
     def _padded(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Vectors (batch, token, width), 0 where a caption has no more of them, and where it has them."""
-        records = self._read([int(number) for number in numbers])
+        records = self._read(numbers)
         tokens = np.zeros((len(records), self.length, self.width), self._null.dtype)
         mask = np.zeros((len(records), self.length), bool)
         for row, record in enumerate(records):
@@ -118,33 +125,31 @@ class Captions:
 
     def words(self, number: int) -> str:
         """The caption's text."""
-        return self._read([int(number)])[0]["text"].decode()
+        return self._read(np.array([number]))[0]["text"].decode()
 
-    def _read(self, numbers: list[int]) -> list[dict[str, Any]]:
+    def _read(self, numbers: np.ndarray) -> list[dict[str, Any]]:
         try:
-            return [self._records[number] for number in numbers]
+            return self._readers.read(self._records, numbers)
         except RuntimeError as error:  # ArrayRecord's own checksums
             raise UserError(
                 f"the captions in {self.directory} cannot be read ({first_line(error)}): run 'captions' again."
             ) from error
 
 
-def open_captions(directory: pathlib.Path) -> Captions:
-    """Opens a store.
+def open_captions(directory: pathlib.Path, threads: int = THREADS) -> Captions:
+    """Opens a store, whose captions so many threads read.
 
     Raises:
         UserError: there is none, it is not whole, or was altered.
     """
     manifest = read_manifest(directory)
     again = "run the stage 'captions' again, which makes only what is missing"
-    for shard in manifest["shards"]:
-        if problem_of(directory, shard):
-            path = data_folder(directory) / shard["file"]
-            raise UserError(f"shard {path} is missing or not whole: {again}.")
+    if found := first_problem(directory, manifest["shards"]):
+        raise UserError(f"shard {data_folder(directory) / found[0]['file']} is missing or not whole: {again}.")
     if not (directory / NULL).exists() or file_sha256(directory / NULL) != manifest["null_sha256"]:
         raise UserError(f"the empty caption, {directory / NULL}, is missing or was altered: {again}.")
     try:
-        records = tfds.builder_from_directory(os.fspath(data_folder(directory))).as_data_source(SPLIT)
+        records = open_records(tfds.builder_from_directory(os.fspath(data_folder(directory))))
     except Exception as error:  # what TFDS and protobuf raise of a file that is cut
         raise UserError(f"TFDS cannot read the captions in {directory} ({first_line(error)}): {again}.") from error
     dtype = records.dataset_info.features["vectors"].np_dtype
@@ -157,6 +162,7 @@ def open_captions(directory: pathlib.Path) -> Captions:
         held_out=manifest.get("held_out", 0),
         _records=records,
         _null=read_npz(directory / NULL)["vectors"].astype(dtype),
+        _readers=Readers(threads),
     )
 
 

@@ -1,16 +1,17 @@
-"""A source whose records lie in memory, and how any source gets there."""
+"""A source whose records lie in memory, how any source gets there, and threads that read records side by side."""
 
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from ard_jax.errors import UserError
 from ard_jax.progress import progress_bar
 
-THREADS = min(16, 2 * (os.cpu_count() or 1))  # readers wait for storage half of the time
+# Readers wait for storage: a bucket takes some 30 ms a record, of which a step may want dozens. On a fast disk many
+# threads read about as fast as two.
+THREADS = 64
 
 
 Record = Mapping[str, np.ndarray | np.generic]
@@ -23,6 +24,13 @@ class Source(Protocol):
         """How many there are."""
 
     def __getitem__(self, index: int, /) -> Record:
+        """Record number `index`."""
+
+
+class Indexed(Protocol):
+    """What has records by number, of any shapes."""
+
+    def __getitem__(self, index: int, /) -> Any:
         """Record number `index`."""
 
 
@@ -49,6 +57,25 @@ class InMemory:
         return {name: array[indices] for name, array in self.arrays.items()}
 
 
+class Readers:
+    """Threads that read records side by side, for any number of callers at once.
+
+    Args:
+      count: of the threads.
+    """
+
+    def __init__(self, count: int = THREADS):
+        self._pool, self._count = ThreadPoolExecutor(count), count
+
+    def read(self, source: Indexed, indices: np.ndarray) -> list[Any]:
+        """The records `indices` (batch,) in their order; the first exception is raised here."""
+
+        def read(part: np.ndarray) -> list[Any]:
+            return [source[int(index)] for index in part]
+
+        return [record for part in self._pool.map(read, np.array_split(indices, min(self._count, len(indices)) or 1)) for record in part]
+
+
 def in_memory(source: Source, limit_bytes: int = 2**30) -> Source:
     """The source with every record decoded into memory, or the source itself where that takes over `limit_bytes`."""
     if isinstance(source, InMemory) or not len(source):
@@ -66,7 +93,7 @@ def in_memory(source: Source, limit_bytes: int = 2**30) -> Source:
     return InMemory(arrays)
 
 
-def in_threads(function: Callable[[int], None], count: int, chunk: int = 64) -> None:
+def in_threads(function: Callable[[int], None], count: int, chunk: int = 16) -> None:
     """Calls function(0) … function(count - 1) from several threads; the first exception is raised here."""
 
     def run(start: int) -> None:

@@ -271,8 +271,10 @@ def _tfds_builder(data: ConfigDict) -> tuple["tfds.core.DatasetBuilder", str]:
 def _tfds_records(
     builder: "tfds.core.DatasetBuilder", data: ConfigDict, where: str, decoders: Any
 ) -> Sequence[dict[str, Any]]:
+    from ard_jax.sharded import open_records  # which imports TFDS
+
     try:
-        return builder.as_data_source(data.split, decoders=decoders)
+        return open_records(builder, data.split, decoders)
     except NotImplementedError as error:
         raise UserError(
             f"Reading in random order needs array_record, but {where} is stored as "

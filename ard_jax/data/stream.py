@@ -3,15 +3,20 @@
 import dataclasses
 import functools
 import sys
+import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import grain
+import jax
 import numpy as np
 
-from ard_jax.data.memory import THREADS, InMemory, Record, Source
+from ard_jax.data.memory import THREADS, InMemory, Readers, Source
 from ard_jax.errors import UserError
 from ard_jax.types import Batch, Batches, PyTree
+
+# Records that are read before they are wanted, if that is more than two batches: where a step takes 60 ms and 16
+# records, what a bucket takes a second for is still there in time.
+AHEAD = 256
 
 
 def stream(
@@ -21,7 +26,9 @@ def stream(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-    num_threads: int = THREADS,
+    num_threads: int | None = None,
+    memory: int = 2**30,
+    complete: Callable[[Batch], Batch] | None = None,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches: what is read is a function of (source, batch_size, seed, batches read so far) alone.
 
@@ -33,7 +40,10 @@ def stream(
       batch_size: records of a global batch, over all processes.
       seed: of the order, at least 0.
       process_index, process_count: this host and how many there are.
-      num_threads: threads that read records while the last batch is worked on; an `InMemory` source needs none.
+      num_threads: threads that read records, `AHEAD` of them ahead, while the last batch is worked on; 0 for none,
+        which is the default for an `InMemory` source.
+      memory: bytes that batches read ahead may take; two are in any case.
+      complete: batch → batch, which adds what is not in the records, in the threads that read ahead.
 
     Returns:
       A Grain iterator of dicts name → array (batch_size / process_count, …): the records' own entries, and
@@ -53,13 +63,17 @@ def stream(
         raise UserError(f"The data seed is {seed}, but it must be 0 or more.")
     if not len(source):
         raise UserError("The data source holds no records, but training needs at least one: check the data section.")
-    if isinstance(source, InMemory):
-        take = source.take
-        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # as Grain advises: threads only cost here
-    else:
-        take = functools.partial(_take, source, ThreadPoolExecutor(num_threads), num_threads)
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # batches; each is read by the pool
-    batches = _Batches(take, len(source), seed, batch_size, process_index, process_count)
+    if num_threads is None:
+        num_threads = 0 if isinstance(source, InMemory) else THREADS  # as Grain advises: threads only cost there
+    take = source.take if isinstance(source, InMemory) else functools.partial(_take, source, Readers(num_threads or 1))
+    batches = _Batches(take, complete, len(source), seed, batch_size, process_index, process_count)
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    if num_threads:
+        rows = batch_size // process_count
+        one = sum(leaf.nbytes for leaf in jax.tree.leaves(batches.rows(np.zeros(1, np.int64))))
+        ahead = max(2, min(AHEAD, memory // one) // rows)
+        # a thread of Grain's waits for the readers of its batch: as many batches as keep all readers busy, and one more
+        options = grain.ReadOptions(num_threads=min(ahead, 2 + num_threads // rows), prefetch_buffer_size=ahead)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
 
@@ -96,6 +110,7 @@ class _Batches:
     """
 
     take: Callable[[np.ndarray], dict[str, np.ndarray]]
+    complete: Callable[[Batch], Batch] | None
     length: int
     seed: int
     batch_size: int
@@ -105,20 +120,20 @@ class _Batches:
     def __len__(self) -> int:
         return sys.maxsize // self.batch_size  # the last position still fits 64 bits
 
-    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, number: int) -> Batch:
         rows = self.batch_size // self.process_count
         first = number * self.batch_size + self.process_index * rows
-        positions = np.arange(first, first + rows, dtype=np.int64)
-        return self.take(_shuffled(positions, self.length, self.seed)) | {"position": positions}
+        return self.rows(np.arange(first, first + rows, dtype=np.int64))
+
+    def rows(self, positions: np.ndarray) -> Batch:
+        """What stands at some positions (batch,) of the endless row."""
+        batch = self.take(_shuffled(positions, self.length, self.seed)) | {"position": positions}
+        return self.complete(batch) if self.complete else batch
 
 
-def _take(source: Source, pool: ThreadPoolExecutor, parts: int, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """`InMemory.take` for any source: the records are read by `pool` in `parts` runs."""
-
-    def read(part: np.ndarray) -> list[Record]:
-        return [source[int(index)] for index in part]
-
-    records = [record for part in pool.map(read, np.array_split(indices, parts)) for record in part]
+def _take(source: Source, readers: Readers, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """`InMemory.take` for any source."""
+    records = readers.read(source, indices)
     return {name: np.stack([record[name] for record in records]) for name in records[0]}
 
 
@@ -128,8 +143,13 @@ def _shuffled(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
     indices = np.empty_like(offsets)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        indices[here] = _order(length, seed, int(epoch))[offsets[here]]
+        with _ORDERING:
+            order = _order(length, seed, int(epoch))
+        indices[here] = order[offsets[here]]
     return indices
+
+
+_ORDERING = threading.Lock()  # millions of records are permuted once, by the first thread that wants it
 
 
 @functools.lru_cache(maxsize=4)  # a batch touches one epoch, or two where they meet; two streams may be joined

@@ -211,7 +211,7 @@ def collectives(program: Program) -> dict[str, Traffic]:
     found: dict[str, Traffic] = {}
     chains: set[str] = set()
     for computation, instruction, times, _ in _instructions(program):
-        kind = instruction.opcode.removesuffix("-start")
+        kind = _kind(computation, instruction)
         if kind not in COLLECTIVES or (group := _group_size(program, instruction)) == 1:
             continue
         # TPU's compiler spreads a collective over the fusions beside which it goes on, and names it in each of them
@@ -227,6 +227,16 @@ def collectives(program: Program) -> dict[str, Traffic]:
     return found
 
 
+def _kind(computation: Computation, instruction: Instruction) -> str:
+    """The collective that an instruction is, or its opcode.
+
+    TPU's compiler writes a reduce-scatter as a computation all-reduce-scatter, which slices an all-reduce.
+    """
+    root, kind = computation.root, instruction.opcode.removesuffix("-start")
+    scattered = root.opcode == "dynamic-slice" and root.operands[0] == instruction.name
+    return "reduce-scatter" if kind == "all-reduce" and scattered else kind
+
+
 def _sent_share(kind: str, group: int) -> float:
     """What each of a group of chips in a ring must send, over the bytes of the collective."""
     if kind == "collective-permute":
@@ -238,7 +248,7 @@ def _group_size(program: Program, instruction: Instruction) -> int:
     """How many devices take part in a collective together.
 
     Groups are written as lists {{0,1},{2,3}}, as an array of groups [2,2]<=[4], or as axes of a mesh,
-    mesh['a'=4,'b'=2] {'a'}, of which one may be a part, 'a':(1)2.
+    mesh['a'=4,'b'=2] {'a'}, of which one may be a part, 'a':(1)2, and between which the order of devices may stand.
     """
     if instruction.opcode.startswith("collective-permute"):
         return program.partitions
@@ -247,7 +257,7 @@ def _group_size(program: Program, instruction: Instruction) -> int:
         return len(listed.group(1).split(","))
     if array := re.match(r"\[\d+,(\d+)\]<=", groups):
         return int(array.group(1))
-    if mesh := re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}", groups):
+    if mesh := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}", groups):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
         return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2]))
     return program.partitions

@@ -1,5 +1,6 @@
 """What the stages that train have in common: they stream a source into the loop and hash what comes out."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,8 +10,8 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.conditions import Conditions, WithConditions
-from ard_jax.data import Joined, Source, in_memory, stream
+from ard_jax.conditions import Conditions, with_conditions
+from ard_jax.data import InMemory, Joined, Source, in_memory, stream
 from ard_jax.files import tree_sha256
 from ard_jax.objectives import Method
 from ard_jax.training.loop import train
@@ -62,7 +63,7 @@ def fit(
     trained = train(
         task.method,
         params,
-        WithConditions(_open_stream(task.source, config, settings.batch_size), task.conditions, task.numbers),
+        _open_stream(task, config, settings.batch_size),
         settings=settings,
         run=config.run,
         seed=config.seed,
@@ -81,26 +82,30 @@ def fit(
     }
 
 
-def _open_stream(source: Source | Mapping[str, Source], config: ml_collections.ConfigDict, batch_size: int) -> Batches:
-    """This process's rows of the batches of a `Task.source`, with one position to resume from.
+def _open_stream(task: Task, config: ml_collections.ConfigDict, batch_size: int) -> Batches:
+    """This process's rows of the batches of a `Task`, with one position to resume from.
 
     Of several sources, each has an order of its own, even if they have as many records.
     """
-    if isinstance(source, Mapping):
-        parts = enumerate(source.items())
-        share = config.run.in_memory // len(source)
-        return Joined({name: _open_one(part, config, batch_size, share, place) for place, (name, part) in parts})
-    return _open_one(source, config, batch_size, config.run.in_memory)
+    if not isinstance(task.source, Mapping):
+        return _open_one(task.source, task, config, batch_size, config.run.in_memory)
+    parts = enumerate(task.source.items())
+    share = config.run.in_memory // len(task.source)
+    return Joined({name: _open_one(part, task, config, batch_size, share, place) for place, (name, part) in parts})
 
 
 def _open_one(
-    source: Source, config: ml_collections.ConfigDict, batch_size: int, memory: int, place: int = 0
+    source: Source, task: Task, config: ml_collections.ConfigDict, batch_size: int, memory: int, place: int = 0
 ) -> Batches:
+    source = in_memory(source, memory)
+    nothing_to_read = isinstance(source, InMemory) and task.conditions.in_memory
     return stream(
-        in_memory(source, memory),
+        source,
         batch_size=batch_size,
         seed=config.seed + place,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        num_threads=config.run.workers,
+        num_threads=0 if nothing_to_read else config.run.workers,
+        memory=memory,
+        complete=functools.partial(with_conditions, conditions=task.conditions, numbers=task.numbers),
     )

@@ -13,7 +13,7 @@ from ard_jax.config import flatten, keys_that_change, plain
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import read_json
 from ard_jax.sharded import DTYPES as DTYPES
-from ard_jax.sharded import SPLIT, Layout, Shard, data_folder, problem_of, tensor
+from ard_jax.sharded import Layout, Shard, data_folder, first_problem, open_records, tensor
 from ard_jax.sharded import describe as describe
 from ard_jax.workdir import store_folder
 
@@ -67,9 +67,9 @@ def check_shards(directory: pathlib.Path, manifest: Manifest, checksums: bool) -
     Raises:
         UserError: a shard is missing, truncated or altered; the sentence names it and says how to remake it alone.
     """
-    for shard in manifest["shards"]:
-        if problem := problem_of(directory, shard, checksums):
-            raise _broken_shard(data_folder(directory) / shard["file"], problem)
+    if found := first_problem(directory, manifest["shards"], checksums):
+        shard, problem = found
+        raise _broken_shard(data_folder(directory) / shard["file"], problem)
 
 
 def _broken_shard(path: pathlib.Path, problem: str) -> UserError:
@@ -85,7 +85,7 @@ class Store:
     def __init__(self, directory: pathlib.Path, manifest: Manifest):
         folder = data_folder(directory)
         try:
-            self.records = tfds.builder_from_directory(os.fspath(folder)).as_data_source(SPLIT)
+            self.records = open_records(tfds.builder_from_directory(os.fspath(folder)))
         except Exception as error:  # what TFDS and protobuf raise of a file that is cut
             raise UserError(
                 f"TFDS cannot read the dataset_info.json and features.json in {folder} ({first_line(error)}): run the "
