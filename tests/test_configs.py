@@ -101,6 +101,19 @@ def test_the_digits_methods_can_all_be_trained(quick, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_same_methods_and_noisy_points_can_be_trained_on_openmoji(quick, tmp_path):
+    config = get_config("compare_openmoji")
+    validate(config)
+    entries = entries_of(quick_config(config) if quick else config, training_flops, tmp_path)
+    own = {name for name, entry in entries.items() if entry.method == "noisy"}
+    digits = entries_of(get_config("compare_digits"), training_flops, tmp_path)
+    assert own == {"noisy_2", "noisy_4"} and set(entries) - own == set(digits)
+    budget = entries["ard_4"].config.distill.steps
+    assert budget == (24 if quick else 500)
+    assert entries["ard_2"].config.distill.steps == pytest.approx(2 * budget, rel=0.05)
+
+
 def test_imagenet_trains_at_full_size_in_shapes():
     """The whole step of the paper's recipe is traced, without its memory: 683 million parameters, batch 64."""
     config = get_config("imagenet256")
