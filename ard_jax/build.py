@@ -1,15 +1,17 @@
-"""Networks, processes and samplers from a config."""
+"""Networks, processes, samplers and the mesh from a config."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh
 
 from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, Process
 from ard_jax.errors import UserError, settings_of
 from ard_jax.models import ARDStudent, Backbone, DiT, Network, PixArt, pixart, size_fields
+from ard_jax.parallel import make_mesh
 from ard_jax.sampling import Rollout, Solve, student_rollout
 
 
@@ -89,6 +91,11 @@ def make_teacher(config: ml_collections.ConfigDict) -> Backbone:
         raise UserError(f"data.num_classes is {classes}, but a {name} is told {told}: set it to {remedy}.")
     with settings_of("model"):
         return family.make(config)
+
+
+def make_run_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run over the given devices, by default all of every process: `config.mesh` for its network."""
+    return make_mesh(config.mesh, devices, make_teacher(config).hidden_size)
 
 
 def make_student(config: ml_collections.ConfigDict) -> Network:

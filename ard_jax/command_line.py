@@ -55,6 +55,7 @@ FLAGS: Mapping[str, Flags] = {  # where they are others
         "--topology": dict(required=True, metavar="NAME"),
         "--json": dict(metavar="FILE", type=pathlib.Path),
         "--finetune": dict(action="store_true"),
+        "--search": dict(action="store_true"),
     },
     "teacher": {**WORKDIR, "--check": dict(action="store_true")},
     "encode": {**WORKDIR, "--check": dict(action="store_true")},

@@ -317,7 +317,9 @@ SETTINGS: dict[str, Any] = {
     },
     "mesh": {  # how many devices lie along each axis; one may be -1, for what the others leave
         "data": Setting(-1, NOTHING),  # share the batch
-        "fsdp": Setting(1, NOTHING),  # share the batch and keep a part of the parameters and the optimiser's state each
+        # share the batch and keep a part of the parameters and the optimiser's state each; of more devices than divide
+        # the network's width, or if it is -1, than leave each a part of 128, the others join `data`
+        "fsdp": Setting(1, NOTHING),
         "tensor": Setting(1, NOTHING),  # share each layer's heads and MLP; within a host
     },
     "run": {  # how a run shows itself; may change between restarts

@@ -6,6 +6,7 @@ layer's being gathered when it is its turn, and over `tensor`, whose devices sha
 """
 
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,9 +23,14 @@ from ard_jax.types import PyTree
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+log = logging.getLogger("ard_jax")
 DATA_ONLY = {"data": -1, "fsdp": 1, "tensor": 1}
 RULES = (("batch", BATCH), ("embed", "fsdp"), ("heads", "tensor"), ("mlp", "tensor"))
 
+
+# What a TPU computes and sends at once; narrower parts are padded. By libtpu's programs XL/2's step sends 8 GB a chip
+# with parts of 18, and 4 with parts of 144.
+LANES = 128
 
 # A layer's parameters are gathered whole before it is their turn. libtpu would rather multiply by one chip's part at a
 # time, which are thin here (72 of XL/2's width on 16 chips), and add to the result in memory each time: by its own
@@ -44,12 +50,16 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def make_mesh(settings: Mapping[str, int] = DATA_ONLY, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    settings: Mapping[str, int] = DATA_ONLY, devices: Sequence[jax.Device] | None = None, width: int | None = None
+) -> Mesh:
     """The mesh of `config.mesh` over the given devices, by default all of every process.
 
     Args:
         settings: sizes of "data", "fsdp" and "tensor"; one of them may be -1, which is what the others leave.
         devices: to lay out.
+        width: of the network whose parameters fsdp splits. It then gets the largest share of its devices that divides
+            the width, or if it is -1, that leaves each a part of `LANES` at least; data gets the rest, and it is said.
 
     Raises:
         UserError: the sizes do not fit the number of devices, or the tensor axis would cross hosts.
@@ -65,6 +75,14 @@ def make_mesh(settings: Mapping[str, int] = DATA_ONLY, devices: Sequence[jax.Dev
             f"where one of them may be -1 for what the others leave."
         )
     sizes |= {axis: count // fixed for axis in rest}
+    if width is not None:
+        share = fsdp_share(width, sizes["fsdp"], least=LANES if rest == ["fsdp"] else 1)
+        if share != sizes["fsdp"]:
+            _say_once(
+                f"mesh.fsdp: the network's width {width} is split over {share} of the {sizes['fsdp']} devices, and "
+                f"mesh.data takes the rest."
+            )
+            sizes |= {"data": sizes["data"] * sizes["fsdp"] // share, "fsdp": share}
     shape = tuple(sizes[axis] for axis in AXES)
     # a TPU's neighbours along an axis are then neighbours by wire
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -78,6 +96,18 @@ def make_mesh(settings: Mapping[str, int] = DATA_ONLY, devices: Sequence[jax.Dev
             f"host reads the rows of its own devices, and those of a tensor axis share theirs."
         )
     return Mesh(grid, AXES)
+
+
+def fsdp_share(width: int, devices: int, least: int = 1) -> int:
+    """The largest divisor of `devices` that splits a width into equal parts of `least` or more; 1 if none does."""
+    parts = (part for part in range(1, devices + 1) if devices % part == 0 == width % part)
+    return max(part for part in parts if part == 1 or width // part >= least)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    if is_first():
+        log.info(line)
 
 
 def _crosses_hosts(grid: np.ndarray) -> bool:
@@ -142,6 +172,25 @@ def sharding_of(tree: PyTree, mesh: Mesh) -> PyTree:
         return NamedSharding(mesh, divisible_spec(spec, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def whole_matrices(tree: PyTree, mesh: Mesh, large: int = 2**20) -> dict[str, int]:
+    """Large matrices that every device keeps whole where others are split: bytes by name, largest first.
+
+    Args:
+        tree, mesh: as `sharding_of` takes them.
+        large: bytes from which on a matrix counts.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return {}  # as was asked for
+    shardings = jax.tree.leaves(sharding_of(tree, mesh))
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size * leaf.dtype.itemsize
+        for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), shardings, strict=True)
+        if len(leaf.shape) > 1 and sharding.is_fully_replicated
+    }
+    ordered = sorted(found.items(), key=lambda item: -item[1])
+    return {name: size for name, size in ordered if size >= large}
 
 
 def with_shardings(shapes: PyTree, mesh: Mesh) -> PyTree:

@@ -5,7 +5,7 @@
 Teacher: the published DiT-XL/2 (675 M parameters, 118.6 GMAC a call). The paper's numbers, which have not been
 reproduced here: 2.56 M trajectories of 25 DDIM steps with guidance 1.5 (5931 GMAC each), then 300 k distillation steps,
 nearly converged at 100 k, in two days on eight A100s; FID 4.32 for S = 4, N = 6 against the teacher's 2.89.
-The store takes 105 GB at S = 4 in float16. On sixteen TPU v5e chips the training step takes 4.4 of a chip's 16.9 GB
+The store takes 105 GB at S = 4 in float16. On sixteen TPU v5e chips the training step takes 5.4 of a chip's 16.9 GB
 (python -m ard_jax plan --config configs/imagenet256.py --topology v5e:4x4).
 """
 
@@ -24,7 +24,7 @@ def get_config(argument: str = ""):
     config = default_config()
     with config.unlocked():
         config.model.name = "DiT-XL/2"
-        # fits chips of 16 GB; nearly nothing is computed twice, and the optimiser's state is split over all chips
+        # fits chips of 16 GB; nearly nothing is computed twice, and the optimiser's state is split over eight chips
         config.model.remat = "dots"
         config.mesh.update(data=1, fsdp=-1)
         config.data.update(source="tfds", image_size=32, channels=4, num_classes=1000, space="latent")

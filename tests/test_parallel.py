@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from pipeline_fixtures import in_process
 
+from ard_jax import parallel
 from ard_jax.errors import UserError
-from ard_jax.parallel import AXES, make_mesh, sharding_of
+from ard_jax.parallel import AXES, make_mesh, sharding_of, whole_matrices
 
 TURNS = """
 import json
@@ -146,6 +147,45 @@ def test_meshes_that_do_not_fit(sizes, said):
     devices = [Device(number, number // 4) for number in range(8)]
     with pytest.raises(UserError, match=re.escape(said)):
         make_mesh(dict(zip(AXES, sizes, strict=True)), devices)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "said"),
+    [
+        ((1, -1, 1), (32, 8, 1), True),  # parts of 144; of 18 they would be padded
+        ((1, -1, 4), (8, 8, 4), True),
+        ((1, 256, 1), (2, 128, 1), True),  # the largest share of 256 that divides 1152
+        ((4, 64, 1), (4, 64, 1), False),
+        ((-1, 1, 1), (256, 1, 1), False),
+    ],
+)
+def test_a_width_is_split_though_fsdp_does_not_divide_it(sizes, shape, said, caplog):
+    """XL/2 on v5e:16x16."""
+    devices, settings = [Device(number, number // 4) for number in range(256)], dict(zip(AXES, sizes, strict=True))
+    parallel._say_once.cache_clear()
+    with caplog.at_level("INFO", "ard_jax"):
+        meshes = [make_mesh(settings, devices, 1152) for _ in range(2)]
+    assert [tuple(mesh.shape.values()) for mesh in meshes] == [shape] * 2
+    lines = [line for line in caplog.messages if f"width 1152 is split over {shape[1]} of the" in line]
+    assert len(lines) == said  # once
+
+
+def test_a_width_that_nothing_divides_leaves_the_parameters_whole():
+    devices = [Device(number, 0) for number in range(7)]
+    assert tuple(make_mesh({"data": -1, "fsdp": 7, "tensor": 1}, devices, 27).shape.values()) == (7, 1, 1)
+
+
+def test_what_lies_whole_is_named():
+    params = {
+        "qkv": {"kernel": np.zeros((1152, 8), np.float32), "bias": np.zeros(8)},
+        "mlp_in": {"kernel": np.zeros((27, 20_000), np.float32)},
+        "label_embed": np.zeros((1000, 300), np.float32),
+        "linear": {"kernel": np.zeros((27, 8), np.float32)},
+    }
+    devices = [Device(number, 0) for number in range(4)]
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 1}, devices)
+    assert whole_matrices(params, mesh) == {"mlp_in/kernel": 27 * 20_000 * 4, "label_embed": 1_200_000}
+    assert whole_matrices(params, make_mesh({"data": 4, "fsdp": 1, "tensor": 1}, devices)) == {}
 
 
 def test_a_tensor_axis_stays_within_a_host_whatever_the_order_of_devices():

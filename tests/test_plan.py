@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from ard_jax.errors import UserError
 from ard_jax.methods import finetuned_config, make_finetune_method
 from ard_jax.models import count_parameters, jaxprs
 from ard_jax.models.flops import student_macs, teacher_macs
-from ard_jax.plan import hlo, ladder, recipe
+from ard_jax.plan import hlo, recipe
 from ard_jax.plan.cost import Cost, Memory, measure, needed_bytes
 from ard_jax.plan.programs import caption_step, finetune_step, for_platform, sampler, training_step, trajectory_step
+from ard_jax.plan.search import MAKERS, candidate_of, candidates, least, try_settings
 from ard_jax.plan.topology import SHAPES, Slice, find_slice
 from configs import imagenet256, pixart_sigma_1024, smoke, smoke_captions
 
@@ -263,8 +265,7 @@ def test_errors_about_memory(message, needed):
     assert needed_bytes(message) == needed
 
 
-@pytest.mark.slow
-def test_the_cheapest_that_fits():
+def test_the_first_that_fits_is_taken():
     """A compiler that gives up on everything but full remat in halves is asked little, and its answer is taken."""
     config, asked = small(remat="none"), []
 
@@ -272,12 +273,56 @@ def test_the_cheapest_that_fits():
         asked.append(work)
         return cost(40 * GIB / (8 if len(asked) > 2 else 1), work)
 
-    rung, best = ladder.cheapest(config, here(), cost(40 * GIB), compiled)
-    assert best.fits and len(asked) == 3
+    tried = try_settings(config, here(), "distill", cost(40 * GIB), False, compiled)
+    candidate, best = least(tried)
+    assert best.fits and len(asked) == 3 == len(tried) - 1 and tried[-1] == (candidate, best)
     # microbatches of the policy that failed are tried as soon as they may fit: 40 GiB need four of them
-    assert (rung.remat, rung.accumulate) != ("none", 1) and "--config.model.remat=" in rung.flags
-    assert rung.apply(config).model.remat == rung.remat and config.model.remat == "none"
-    assert ladder.cheapest(config, here(), cost(4000 * GIB), lambda work, chip: cost(4000 * GIB, work)) is None
+    assert (candidate.remat, candidate.accumulate) != ("none", 1)
+    assert f"--config.model.remat={candidate.remat} " in candidate.flags("distill")
+    assert candidate.apply(config, "distill").model.remat == candidate.remat and config.model.remat == "none"
+    hopeless = try_settings(config, here(), "distill", cost(4000 * GIB), False, lambda work, _: cost(4000 * GIB, work))
+    assert least(hopeless) is None
+
+
+@needs_libtpu
+@pytest.mark.parametrize("stage", ["distill", "finetune"])
+def test_the_least_bound_is_found(stage, monkeypatch):
+    """Among all settings for sixteen chips, by a few questions to a compiler."""
+    where, config, asked = find_slice("v5e:4x4"), small(remat="none", hidden_size=64, num_heads=4), []
+    config[stage].batch_size = 64
+    every = list(candidates(config, where, stage))
+    assert len(set(every)) == len(every) > 30
+    assert all(math.prod(candidate[1:4]) == 16 and 64 % candidate.fsdp == 0 for candidate in every)
+    assert {candidate.tensor for candidate in every} == {1, 2, 4}  # within a host
+    assert {candidate.accumulate for candidate in every} == ({1} if stage == "finetune" else {1, 2, 4, 8, 16})
+
+    # bytes of temporaries, and bytes moved, by remat: `none` does not fit before four microbatches, `dots` before two
+    needed = {"none": 60 * GIB, "dots": 30 * GIB, "full": 15 * GIB}
+    moved = {"none": 4e9, "dots": 2e9, "full": 3e9}
+    policy = {}
+
+    def maker(config, where):
+        work = made(config, where)
+        policy[id(work.function)] = config.model.remat, config[stage].accumulate
+        return work
+
+    def compiled(work, chip):
+        remat, accumulate = policy[id(work.function)]
+        memory = Memory(0.0, needed[remat] / accumulate, 0.0, 0.0)
+        asked.append((remat, accumulate))
+        return Cost(work, chip, memory, memory.total, 1e6, moved[remat], {}, 0.0)
+
+    made = MAKERS[stage]
+    monkeypatch.setitem(MAKERS, stage, maker)
+    first = compiled(maker(config, where), where.chip)
+    tried = try_settings(config, where, stage, first, True, compiled)
+    assert tried[0] == (candidate_of(config, where, stage), first)
+    best, found = least(tried)
+    if stage == "distill":
+        assert asked[:4] == [("none", 1), ("dots", 1), ("full", 1), ("dots", 2)] and len(asked) <= 6
+        assert (best.remat, best.accumulate) == ("dots", 2) and found.bound == pytest.approx(2e9 / 819e9)
+    else:  # in which microbatches may not be
+        assert asked == [("none", 1), ("dots", 1), ("full", 1)] and best.remat == "full"
 
 
 def test_the_recipe_s_storage():
@@ -345,7 +390,8 @@ def test_flags_of_plan():
     assert "mesh data=-1, fsdp=3, tensor=1 does not fit 1 devices" in refused("--topology=cpu", "--config.mesh.fsdp=3")
     shown = run("plan", "--help").out
     assert shown.startswith(
-        "python -m ard_jax plan --config FILE[:key=value,…] --topology NAME [--json FILE] [--finetune] [--config"
+        "python -m ard_jax plan --config FILE[:key=value,…] --topology NAME [--json FILE] [--finetune] [--search] "
+        "[--config"
     )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_rollout, make_solve, make_student, make_teacher
+from ard_jax.build import example_shape, make_rollout, make_run_mesh, make_solve, make_student, make_teacher
 from ard_jax.config import WORDLLAMA
 from ard_jax.convert.families.folders import PART, read_description
 from ard_jax.convert.t5 import t5_model
@@ -112,7 +112,7 @@ def _step_of(
     where: Slice,
 ) -> Work:
     """A training stage's step; its first argument is the state."""
-    mesh, optimizer = make_mesh(config.mesh, where.devices), optimizer_of(method, settings)
+    mesh, optimizer = make_run_mesh(config, where.devices), optimizer_of(method, settings)
     start = functools.partial(start_state, optimizer=optimizer, seed=config.seed, begin=method.begin)
     params = network_shapes(make_student(config))
     state = jax.eval_shape(lambda params, frozen: start(params, frozen=frozen), params, frozen)
@@ -122,7 +122,7 @@ def _step_of(
 
 def sampler(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """The student's sampler as the stage `sample` runs it, without decoding."""
-    mesh, student = make_mesh(config.mesh, where.devices), make_student(config)
+    mesh, student = make_run_mesh(config, where.devices), make_student(config)
     rows = config.sample.batch_size * batch_shards(mesh)
     arguments = with_shardings(network_shapes(make_student(config)), mesh), _drawn_rows(config, rows, mesh)
     draw = make_drawing(student_sampler(make_rollout(config, student)), config, mesh)

@@ -12,14 +12,14 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.build import make_student
+from ard_jax.build import make_run_mesh, make_student
 from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
 from ard_jax.conditions import draw_numbers
 from ard_jax.data import InMemory, Source
 from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, make_method
 from ard_jax.models import init_from_teacher
-from ard_jax.parallel import check_batch, is_first, make_mesh
+from ard_jax.parallel import check_batch, is_first
 from ard_jax.progress import Stopwatch
 from ard_jax.sampling import trajectory_key
 from ard_jax.training.fit import Task, fit
@@ -40,7 +40,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         UserError: there is no teacher, the store does not fit the config, or the batch or the workdir do not fit.
     """
-    watch, mesh = Stopwatch(), make_mesh(config.mesh)
+    watch, mesh = Stopwatch(), make_run_mesh(config)
     settings, student, conditions = config.distill, make_student(config), load_conditions(config, workdir)
     check_text_encoder(config, workdir, conditions)
     directory = workdir / "distill" / config.student.name

@@ -11,11 +11,12 @@ import pathlib
 import ml_collections
 import numpy as np
 
+from ard_jax.build import make_run_mesh
 from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
 from ard_jax.data import Source, identify, image_source
 from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, finetuned_config, make_finetune_method
-from ard_jax.parallel import check_batch, is_first, make_mesh
+from ard_jax.parallel import check_batch, is_first
 from ard_jax.progress import Stopwatch
 from ard_jax.training.fit import Task, fit
 from ard_jax.trajectories.store import open_store, store_hash
@@ -43,7 +44,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         UserError: there is no teacher, student or store, they or the real data do not fit each other, or the batch or
             the workdir do not fit.
     """
-    watch, mesh, settings = Stopwatch(), make_mesh(config.mesh), config.finetune
+    watch, mesh, settings = Stopwatch(), make_run_mesh(config), config.finetune
     check_batch(settings, mesh, "finetune")
     teacher, teacher_params, teacher_hash, _ = load_teacher(config, workdir, mesh)
     start = workdir / "distill" / (settings.start or config.student.name)

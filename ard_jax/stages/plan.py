@@ -7,11 +7,13 @@ disk.
 Compiles the distillation step, the student's sampler and the trajectory step of the config ahead of time, for devices
 that need not be there, and the text encoder where networks are told captions; the teacher's training is estimated.
 Times are bounds: what the FLOPs, the bytes of memory and the bytes between chips take at the chips' peak rates,
-whichever is longest. A training step that does not fit is tried with other settings of model.remat, mesh.fsdp and
-distill.accumulate. XL/2 takes about two minutes a program on two cores.
+whichever is longest. A training step that does not fit is tried with other settings of model.remat, the mesh and
+accumulate, until one fits. XL/2 takes about two minutes a program on two cores.
 
 --json FILE          writes the figures as one line of JSON, too
 --finetune           plans the adversarial fine-tune as well
+--search             looks for the settings with the least bound, for each training step, and prints their flags; up to
+                     ten more programs a step
 """
 
 import json
@@ -22,13 +24,16 @@ import ml_collections
 
 from ard_jax.files import write_text
 from ard_jax.parallel import check_batch
-from ard_jax.plan import ladder, recipe
+from ard_jax.plan import recipe
 from ard_jax.plan.cost import Cost, measure
-from ard_jax.plan.programs import caption_step, finetune_step, for_platform, sampler, training_step, trajectory_step
+from ard_jax.plan.programs import caption_step, for_platform, sampler, trajectory_step
+from ard_jax.plan.search import MAKERS, Candidate, candidate_of, least, try_settings
 from ard_jax.plan.topology import Slice, find_slice
 
 
-def run(config: ml_collections.ConfigDict, topology: str, json_file: pathlib.Path | None, finetune: bool) -> None:
+def run(
+    config: ml_collections.ConfigDict, topology: str, json_file: pathlib.Path | None, finetune: bool, search: bool
+) -> None:
     """Prints the plan.
 
     Raises:
@@ -37,24 +42,28 @@ def run(config: ml_collections.ConfigDict, topology: str, json_file: pathlib.Pat
     """
     where = find_slice(topology)
     config = for_platform(config, where.platform)
-    makers = {"distill": training_step} | ({"finetune": finetune_step} if finetune else {})
-    works = {stage: make(config, where) for stage, make in makers.items()}
+    works = {stage: MAKERS[stage](config, where) for stage in ("distill", *(["finetune"] if finetune else []))}
     for stage, work in works.items():
         check_batch(config[stage], work.mesh, stage)
     print("\n".join(_heading(config, where)), flush=True)
-    first = measure(works["distill"], where.chip)
-    print("\n".join(_program_lines(first)), flush=True)
-    advice = None
-    if not first.fits:
-        advice = ladder.cheapest(config, where, first)
-        print("\n".join(_advice_lines(advice)), flush=True)
-        if advice is None:
-            return
-        config, first = advice[0].apply(config), advice[1]
-    steps, others = {"distill": first}, []
-    if finetune:
-        steps["finetune"] = measure(finetune_step(config, where), where.chip)
-        print("\n".join(_program_lines(steps["finetune"])), flush=True)
+    advice: dict[str, Candidate] = {}
+    steps: dict[str, Cost] = {}
+    fits_as_given = True
+    for stage, work in works.items():
+        steps[stage] = measure(work, where.chip)
+        print("\n".join(_program_lines(steps[stage])), flush=True)
+        fits_as_given &= steps[stage].fits
+        if search or not steps[stage].fits:
+            tried = try_settings(config, where, stage, steps[stage], thorough=search)
+            print("\n".join(_search_lines(stage, tried)), flush=True)
+            best = least(tried)
+            if best is None:
+                return
+            if best != tried[0]:
+                advice[stage], steps[stage] = best
+    if "distill" in advice:
+        config = advice["distill"].apply(config, "distill")
+    others = []
     for program in (sampler, trajectory_step):
         others.append(measure(program(config, where), where.chip))
         print("\n".join(_program_lines(others[-1])), flush=True)
@@ -64,17 +73,19 @@ def run(config: ml_collections.ConfigDict, topology: str, json_file: pathlib.Pat
         print("\n".join(_program_lines(cost)), flush=True)
     print("\n".join(_recipe_lines(config, where, steps, others)), flush=True)
     if json_file:
-        line = json.dumps(_figures(config, topology, advice, steps, [*others, *captions])) + "\n"
-        write_text(json_file, line)
+        head = {"topology": topology, "fits_as_given": fits_as_given}
+        head |= {"advice": {stage: candidate._asdict() for stage, candidate in advice.items()}}
+        write_text(json_file, json.dumps(head | _figures(config, steps, [*others, *captions])) + "\n")
 
 
 def _heading(config: ml_collections.ConfigDict, where: Slice) -> list[str]:
-    chip, settings = where.chip, ladder.rung_of(config, where)
+    chip, settings = where.chip, candidate_of(config, where, "distill")
     return [
         f"{where.name}: {len(where.devices)} devices; each {chip.flops / 1e12:.4g} TFLOP/s, "
         f"{_gb(chip.hbm_bytes)} at {_gb(chip.hbm_bandwidth)}/s, links {_gb(chip.ici_bandwidth)}/s",
         f"student of {recipe.parameters(config) / 1e6:.1f} M parameters, {config.model.dtype}, batch "
-        f"{config.distill.batch_size}; remat {settings.remat}, fsdp {settings.fsdp}, accumulate {settings.accumulate}",
+        f"{config.distill.batch_size}; remat {settings.remat}, data {settings.data}, fsdp {settings.fsdp}, "
+        f"tensor {settings.tensor}, accumulate {settings.accumulate}",
     ]
 
 
@@ -112,10 +123,23 @@ def _program_lines(cost: Cost) -> list[str]:
     ]
 
 
-def _advice_lines(advice: tuple[ladder.Rung, Cost] | None) -> list[str]:
-    if advice is None:
+def _search_lines(stage: str, tried: list[tuple[Candidate, Cost]]) -> list[str]:
+    """What was compiled for a stage, and what to take."""
+    best = least(tried)
+    if best is None:
         return ["", "Nothing that was tried fits: take more chips, larger ones, or a smaller batch."]
-    return ["", f"What fits: {advice[0].flags}", *_program_lines(advice[1])]
+    lines = ["", f"{stage}: {len(tried)} settings compiled"]
+    for candidate, cost in tried:
+        said = _milliseconds(cost.bound) if cost.fits else "does not fit"
+        lines.append(
+            f"  remat {candidate.remat:<5} data {candidate.data:<4} fsdp {candidate.fsdp:<4} tensor "
+            f"{candidate.tensor:<2} accumulate {candidate.accumulate:<3} {said}"
+        )
+    if best == tried[0]:
+        return [*lines, "The settings as given are the best of them."]
+    given = tried[0][1]
+    compared = f"; as given, {best[1].bound / given.bound:.0%} of that speed" if given.fits else ""
+    return [*lines, f"What to take: {best[0].flags(stage)}{compared}", *_program_lines(best[1])]
 
 
 def _recipe_lines(
@@ -142,13 +166,7 @@ def _recipe_lines(
     return lines
 
 
-def _figures(
-    config: ml_collections.ConfigDict,
-    topology: str,
-    advice: tuple[ladder.Rung, Cost] | None,
-    steps: dict[str, Cost],
-    others: list[Cost],
-) -> dict[str, Any]:
+def _figures(config: ml_collections.ConfigDict, steps: dict[str, Cost], others: list[Cost]) -> dict[str, Any]:
     """The report as plain values: bytes, FLOPs, seconds and hours."""
     programs = {
         cost.work.name: {
@@ -170,9 +188,6 @@ def _figures(
         for cost in (*steps.values(), *others)
     }
     return {
-        "topology": topology,
-        "fits_as_given": advice is None,
-        "advice": advice[0]._asdict() if advice else None,
         "programs": programs,
         "chip_hours": recipe.chip_hours(config, steps, *others[:2]),
         "storage": _storage(config, steps),

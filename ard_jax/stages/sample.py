@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_rollout, make_solve
+from ard_jax.build import example_shape, make_rollout, make_run_mesh, make_solve
 from ard_jax.captions.conditions import check_text_encoder, load_conditions
 from ard_jax.completion import SAMPLED
 from ard_jax.conditions import Conditions, draw_numbers
@@ -32,7 +32,7 @@ from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, file_sha256, join_npz, read_npz, to_host, write_json, write_npz
 from ard_jax.models import count_parameters
 from ard_jax.models.flops import teacher_macs
-from ard_jax.parallel import batch_shards, is_first, make_mesh, put_batch
+from ard_jax.parallel import batch_shards, is_first, put_batch
 from ard_jax.progress import Stopwatch, progress_bar
 from ard_jax.report import image_grid
 from ard_jax.sampling import network_calls, sample_teacher, sampling_key
@@ -62,7 +62,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         UserError: a model has not been trained, or there are samples of it with other settings.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_run_mesh(config)
     vae = find_vae(config, workdir)
     if config.data.space == "latent" and vae is None:
         there = vae_folder(config, workdir)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_process, make_teacher
+from ard_jax.build import example_shape, make_process, make_run_mesh, make_teacher
 from ard_jax.captions.conditions import inputs_of, load_conditions
 from ard_jax.data import check_records, identify, image_source
 from ard_jax.keys import make_key
@@ -21,7 +21,7 @@ from ard_jax.models.backbone import condition_like
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import Method
 from ard_jax.objectives.denoising import denoising
-from ard_jax.parallel import check_batch, make_mesh, sharding_of
+from ard_jax.parallel import check_batch, sharding_of
 from ard_jax.progress import Stopwatch
 from ard_jax.training.fit import Task, fit
 from ard_jax.types import Params
@@ -34,7 +34,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = 
     Raises:
         UserError: the data, the batch or the workdir do not fit.
     """
-    watch, directory, mesh = Stopwatch(), workdir / "teacher", make_mesh(config.mesh)
+    watch, directory, mesh = Stopwatch(), workdir / "teacher", make_run_mesh(config)
     settings, data = config.teacher, config.data
     check_batch(settings, mesh, "teacher")
     source = image_source(data)

@@ -1,5 +1,6 @@
 """Training state, optimiser and the jitted step."""
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,8 +13,18 @@ from jax.sharding import Mesh
 from ard_jax.errors import UserError
 from ard_jax.keys import make_key, wrap_key
 from ard_jax.objectives import STUDENT, Begin, Joint, Method, Metrics, Objective
-from ard_jax.parallel import batch_sharding, on_mesh, replicated_sharding, sharding_of, split_in_turns
+from ard_jax.parallel import (
+    batch_sharding,
+    is_first,
+    on_mesh,
+    replicated_sharding,
+    sharding_of,
+    split_in_turns,
+    whole_matrices,
+)
 from ard_jax.types import Batch, Params, PyTree
+
+log = logging.getLogger("ard_jax")
 
 # Optimisers by their names in optax, and whether they take weight decay.
 OPTIMIZERS = {
@@ -178,7 +189,10 @@ def init_state(
     def start(params, frozen):
         return start_state(params, optimizer, seed, begin, frozen)
 
-    lies = sharding_of(jax.eval_shape(start, params, frozen), mesh)
+    shapes = jax.eval_shape(start, params, frozen)
+    lies = sharding_of(shapes, mesh)
+    if (whole := whole_matrices(shapes.params, mesh)) and is_first():
+        log.info("%.1f MB of parameters lie whole on every device: %s.", sum(whole.values()) / 1e6, ", ".join(whole))
     return jax.jit(start, out_shardings=lies)(params, frozen)
 
 
