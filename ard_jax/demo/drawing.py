@@ -3,11 +3,12 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ard_jax.data import MODES, as_shown, center_crop
+from ard_jax.data import MODES, as_shown, center_crop, to_uint8
 from ard_jax.demo.models import Models
 from ard_jax.demo.runner import Drawn
 from ard_jax.errors import UserError
@@ -122,12 +123,13 @@ def edit(
         raise UserError("no student is chosen that can edit pictures: choose one of two steps or more.")
     model = models.find(name)
     step = require_int(_whole(step), "the source step", 1, model.steps - 1)
-    drawing = Drawing(words_of(models, told), source=open_picture(models, pathlib.Path(picture)))
+    source = open_picture(models, pathlib.Path(picture))
+    drawing = Drawing(words_of(models, told), source=source)
     yield dataclasses.replace(drawing, doing=f"{model.title}: editing", part=0.0)
     pipe = models.open(name).pipe
-    made = pipe.edit(drawing.source, step, [told] * count, seed, "np", return_trajectory=True)
-    levels = [np.rint(255 * np.asarray(part)).astype(np.uint8) for part in (made.images, made.trajectory)]
-    row = Row(model.title, f"{model.steps} calls, the picture after call {step}", Drawn(*levels, 0.0), step)
+    made = pipe.edit(source, step, [told] * count, seed, "np", return_trajectory=True)
+    images, trajectory = (to_uint8(2 * np.asarray(part) - 1) for part in (made.images, made.trajectory))
+    row = Row(model.title, f"{model.steps} calls, the picture after call {step}", Drawn(images, trajectory), step)
     yield dataclasses.replace(drawing, rows=(row,), part=1.0)
 
 
@@ -185,7 +187,7 @@ def _checked(models: Models, told: object, seed: object, count: object) -> tuple
     )
 
 
-def _whole(value: object) -> object:
+def _whole(value: object) -> Any:
     """A number of the page, which has floats and None, as a whole one if it is one."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

@@ -21,7 +21,7 @@ from ard_jax.errors import UserError, first_line
 log = logging.getLogger("ard_jax")
 
 EXAMPLES = {"openmoji": ("red heart", "cat face", "fire", "flag of France", "woman astronaut dark skin tone")}
-LARGEST_UPLOAD = 20_000_000  # bytes
+LARGEST_UPLOAD = 20 * 2**20  # bytes
 QUEUE = 16  # people who may wait
 TRIES = 20  # ports
 HISTORY = {"both": "with and without", "with": "with history", "without": "without"}
@@ -122,8 +122,11 @@ def _draw_tab(models: Models) -> gr.State:
 def _edit_tab(models: Models, drawn: gr.State) -> None:
     """A picture in, and what a student makes of it."""
     editors = models.editors
-    picture = gr.Image(label="Picture", sources=["upload", "clipboard"], format="png", elem_id="picture", height=240)
-    # the file as it was put in: gradio would open it, and what is wrong with it is for `open_picture` to say
+    picture = gr.Image(
+        label="Picture", sources=["upload", "clipboard"], format="png", height=240, elem_id="picture",
+        type="filepath", image_mode=None,
+    )  # fmt: skip
+    # the file as it was put in: gradio would look into it, and what is wrong with it is for `open_picture` to say
     picture.preprocess = lambda payload: payload.path if payload else None
     take = gr.Button("Take the picture that was drawn", elem_id="take")
     told = _told_field(models, "edit")
@@ -149,7 +152,7 @@ def _edit_tab(models: Models, drawn: gr.State) -> None:
 
     def taken(drawing: Drawing | None) -> tuple[Any, str]:
         if drawing is None:
-            return gr.skip(), html.message("Nothing is drawn yet: draw a picture first.", is_error=True)
+            return gr.skip(), html.message("No picture has been drawn yet: draw one first.", is_error=True)
         return drawing.rows[0].drawn.images[0].squeeze(), html.message("The first picture that was drawn is taken.")
 
     student.input(fit, student, step, queue=False, api_visibility="private")
