@@ -31,8 +31,8 @@ def _check_interval(interval: tuple[float, ...], key: str) -> None:
 
 # Keys that results.json, pictures.npz and edits.npz have beside the models' names.
 RESERVED = (
-    "teacher", "config", "degradation_ratio", "degradation_ratios", "features", "paired", "real_images", "samples",
-    "seconds", "label", "noise", "source", "teacher_xt",
+    "teacher", "config", "degradation_ratio", "degradation_ratios", "features", "halves", "judge", "measured_with",
+    "paired", "real_images", "samples", "seconds", "label", "noise", "source", "teacher_xt",
 )  # fmt: skip
 
 

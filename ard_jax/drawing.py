@@ -79,6 +79,19 @@ def open_images(config: ml_collections.ConfigDict, model: AutoencoderKL) -> Sour
         raise UserError(re.sub(r"\bdata\.(?=(source|name|dir|split|image_size)\b)", "encode.", str(error))) from None
 
 
+def open_real_images(config: ml_collections.ConfigDict, vae: tuple[AutoencoderKL, Params] | None) -> Source:
+    """The images that a run's samples are held against: those that `encode` names for models of latents, else `data`'s.
+
+    Args:
+        config: the run's.
+        vae: of `find_vae`.
+
+    Raises:
+        UserError: what `image_source` raises.
+    """
+    return image_source(config.data) if vae is None else open_images(config, vae[0])
+
+
 def rollout_macs(config: ml_collections.ConfigDict, student: Network) -> int:
     """Multiply-accumulates of one image of the student that a config describes."""
     shape, steps = example_shape(config), len(config.student.points)

@@ -1,0 +1,6 @@
+"""Samples of a model held against real images: `open_yardstick`, then its `measure` for each set of samples."""
+
+from ard_jax.measuring.samples import Samples, Yardstick, read_samples
+from ard_jax.measuring.yardstick import open_yardstick
+
+__all__ = ["Samples", "Yardstick", "open_yardstick", "read_samples"]
