@@ -24,6 +24,8 @@ class Measured:
         fd, precision, recall: of its samples to the real images, in the features of `Results.features`.
         fd_interval: where 95 % of draws of its samples have their fd, by bootstrap.
         fd_halves: fd of two halves of its samples, which is what is noise.
+        fid: the same as fd where the features are Inception's and the definitions ADM's.
+        sfid, sfid_halves, inception_score: in these features alone.
         recall_at_1, recall_at_5: share of its samples whose caption is the first of all, or among the first five, by
             the judge: "trained", and of captions that are held out of training "held_out".
         kind: "teacher" or "student".
@@ -47,6 +49,10 @@ class Measured:
     fd: float | None = None
     fd_interval: tuple[float, float] | None = None
     fd_halves: float | None = None
+    fid: float | None = None
+    sfid: float | None = None
+    sfid_halves: float | None = None
+    inception_score: float | None = None
     precision: float | None = None
     recall: float | None = None
     recall_at_1: Mapping[str, float] | None = None
@@ -86,6 +92,7 @@ class Results:
     Attributes:
         features: in words, what Fréchet distance, precision and recall are measured in.
         real_images, samples, paired: how many real images, samples of each model and paired trajectories there are.
+        labels: how the conditions of samples were drawn: "uniform"ly, "balanced", or "chosen" by number.
         models: by name.
         degradation_ratio: of the students with x0 points, that of step distillation over that of ARD.
         degradation_ratios: the same by target.
@@ -100,6 +107,7 @@ class Results:
     features: str | None = None
     real_images: int | None = None
     samples: int | None = None
+    labels: str | None = None
     paired: int | None = None
     models: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
     degradation_ratio: float | None = None

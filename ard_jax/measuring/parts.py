@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ard_jax.evaluation.npz import array_names
 from ard_jax.files import read_json, read_npz, write_json, write_npz
 from ard_jax.parallel import is_first
 from ard_jax.progress import progress_bar
@@ -24,12 +25,12 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, size: int, wanted: Callable[[int], bool]) -> Iterable[np.ndarray]:
-        """Batches of so many rows, of those whose first row is wanted."""
+    def batches(self, size: int, wanted: Callable[[int], bool], /) -> Iterable[Any]:
+        """Batches of so many rows, those whose first row is wanted."""
 
 
 def make_parts(
-    look: Callable[[Iterator[np.ndarray]], Mapping[str, np.ndarray]],
+    look: Callable[[Iterator[Any]], Mapping[str, np.ndarray]],
     images: Rows,
     folder: pathlib.Path,
     of: Mapping[str, Any],
@@ -49,19 +50,20 @@ def make_parts(
     Returns:
         The parts' files, npz, in the order of the images. They are the same however many processes made them.
     """
-    of = {**of, "images": len(images), "size": (size := -(-size // batch_size) * batch_size)}
+    of = {**of, "count": len(images), "size": (size := -(-size // batch_size) * batch_size)}
     path = folder / "of.json"
     if is_first() and not (path.exists() and read_json(path) == of):
         shutil.rmtree(folder, ignore_errors=True)
         write_json(path, of)
     _meet(f"{folder} can be filled")
     parts = [folder / f"{start:09d}.npz" for start in range(0, len(images), size)]
-    mine = {number for number in range(jax.process_index(), len(parts), jax.process_count())}
-    missing = sorted(number for number in mine if not parts[number].exists())
+    mine = range(jax.process_index(), len(parts), jax.process_count())
+    missing = [number for number in mine if not parts[number].exists()]
+    wanted = set(missing)
     if there := len(mine) - len(missing):
         log.info("%s: %d of %d parts are there already.", folder, there, len(mine))
     per_part = size // batch_size
-    batches = iter(images.batches(batch_size, lambda start: start // size in missing))
+    batches = iter(images.batches(batch_size, lambda start: start // size in wanted))
     with progress_bar(len(missing), "part") as bar:
         for number in missing:
             left = -(-min(size, len(images) - number * size) // batch_size)
@@ -71,9 +73,17 @@ def make_parts(
     return parts
 
 
-def read_parts(parts: Iterable[pathlib.Path]) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays of one part after the other."""
-    return map(read_npz, parts)
+def read_parts(parts: Iterable[pathlib.Path], without: str = "") -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of one part after the other, but for one of a name."""
+    for part in parts:
+        yield read_npz(part, [name for name in array_names(part) if name != without])
+
+
+def forget_parts(folder: pathlib.Path) -> None:
+    """Removes a folder of parts once all processes have read them."""
+    _meet(f"{folder} has been read")
+    if is_first():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _meet(where: str) -> None:

@@ -2,13 +2,18 @@
 
     python -m ard_jax evaluate --samples FILE.npz --reference FILE.npz --weights FILE
 measures anybody's images instead, as ADM does: FID, sFID, Inception score, precision, recall (add --help for more).
+    python -m ard_jax evaluate --config FILE --workdir DIR --make-reference OUT.npz
+makes what they are held against of the real images of a config (add --help for more).
 
 Reads `sample/` and the real images (of `data`, or of `encode` for models of latents) and writes, in `evaluate/`,
 `results.json`, `pictures.npz`, `edits.npz` and of captioned images `gallery.npz`: Fréchet distance, precision and
 recall in the features of a small network that is trained on the same data (so they compare models here, and with
 nothing else; few images have no Fréchet distance): a classifier, or of captioned images a judge, which also says how
-often the right caption is among those that fit an image best, of captions that were trained on and of those held out;
-each student's error to the teacher from the same noise, step by step; and of ARD students
+often the right caption is among those that fit an image best, of captions that were trained on and of those held out.
+With `evaluate.features=inception`, which needs `evaluate.weights` and `evaluate.reference`, they are what ADM's
+evaluator gives for the samples, and nothing is trained. Beside each Fréchet distance stand those of two halves of the
+same samples and of two halves of the real images, and its interval by bootstrap. It also measures each student's error
+to the teacher from the same noise, step by step; and of ARD students
 - the exposure bias, the error of each step with the teacher's history against its own;
 - `given_psnr`, of the final image to the teacher's when the first 0, 1, …, S−1 points are the teacher's;
 - `attention_mass` (layer, query block, key block), how a block shares its attention out, on the student's own points;
@@ -18,27 +23,30 @@ each student's error to the teacher from the same noise, step by step; and of AR
 """
 
 import dataclasses
+import json
 import logging
 import pathlib
-import shutil
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import ml_collections
 import numpy as np
 
 from ard_jax.captions.conditions import load_conditions
+from ard_jax.checks import listed_labels
 from ard_jax.conditions import Conditions
 from ard_jax.config import plain
 from ard_jax.data import identify
 from ard_jax.drawing import make_decoder, open_real_images
 from ard_jax.errors import UserError
-from ard_jax.files import file_sha256, write_json, write_npz
-from ard_jax.measuring import Samples, open_yardstick, read_samples
+from ard_jax.files import file_sha256, read_npz, write_json, write_npz
+from ard_jax.measuring import Samples, forget_parts, open_yardstick, read_samples
 from ard_jax.paired import Paired, can_edit
 from ard_jax.parallel import is_first, local_mesh
 from ard_jax.progress import Stopwatch
 from ard_jax.results import Measured, Results, add_degradation, degradation_ratios
 from ard_jax.workdir import (
+    Loaded,
     check_identity,
     find_vae,
     load_student,
@@ -81,7 +89,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     same = all(teacher.config.data[key] == config.data[key] for key in ("source", "name", "split"))
     if vae is None and same:  # others may be compared with, but not by chance
         check_identity(teacher_folder(config, workdir), identify(config.data, real_images))
-    chosen, conditions = set(config.sample.labels), load_conditions(config, workdir)
+    chosen, conditions = set(listed_labels(config.sample)), load_conditions(config, workdir)
     if chosen and len(chosen) < len(conditions):
         log.warning(
             "samples are of %d of %d %s, and the real images of all: what is far from them may just be missing.",
@@ -89,10 +97,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
             len(conditions),
             "classes" if config.data.num_classes else "captions",
         )
+    parts = directory / "parts"  # which a stage that was killed goes on with
+    yardstick = open_yardstick(config, real_images, vae, conditions, parts / "reference")
     occupy(directory)
     paired = Paired(config, teacher, students, conditions, make_decoder(vae, config, mesh), mesh)
-    parts = directory / "parts"
-    yardstick = open_yardstick(config, real_images, vae, conditions, parts)
     kept = ("ema_sha256", "steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
     measured = {
         name: Measured(
@@ -105,17 +113,19 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     pictures = paired.teacher_pictures(config.evaluate.pictures)
     edits = paired.edit_sources(config.evaluate.pictures)
     for name, student in students.items():
-        errors, images = paired.compare(student, config.evaluate.pictures)
+        of = {"config": plain(config), "teacher": teacher.sha256, "student": student.sha256}
+        errors, shown = _beside_teacher(paired, student, parts / "paired" / f"{name}.npz", of)
         measured[name] = dataclasses.replace(measured[name], **errors)
-        pictures[name] = images
-        if can_edit(student):
-            edits[name] = paired.edits(student, config.evaluate.pictures)
+        pictures[name] = shown["pictures"]
+        if "edits" in shown:
+            edits[name] = shown["edits"]
     measured = add_degradation(measured)
     ratios = degradation_ratios(measured)
     results = Results(
         features=yardstick.about,
         real_images=yardstick.real_images,
         samples=config.sample.count - config.sample.held_out,
+        labels="chosen" if chosen else config.sample.labels or "uniform",
         paired=paired.count,
         models=measured,
         degradation_ratio=ratios.get("x0"),
@@ -125,6 +135,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         judge=yardstick.judged,
         config=plain(config),
     )
+    forget_parts(parts)
     if not is_first():  # every host has computed the same
         return
     write_json(directory / "results.json", results.to_json())
@@ -135,8 +146,26 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         pictures = _gallery(yardstick.examples, samples, conditions, config.evaluate.pictures)
         write_npz(directory / "gallery.npz", **pictures)
         files.append("gallery.npz")
-    shutil.rmtree(parts)
     write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())
+
+
+def _beside_teacher(
+    paired: Paired, student: Loaded, path: pathlib.Path, of: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A student's errors to its teacher, and its "pictures" and perhaps "edits".
+
+    They are found once and kept in a file, which holds what they are `of`: a stage that was killed goes on from there.
+    """
+    count, known = paired.config.evaluate.pictures, json.dumps(of, sort_keys=True)
+    if path.exists():
+        found = read_npz(path)
+        if str(found.pop("of")) == known:
+            return json.loads(str(found.pop("errors"))), found
+    errors, pictures = paired.compare(student, count)
+    shown = {"pictures": pictures} | ({"edits": paired.edits(student, count)} if can_edit(student) else {})
+    if is_first():
+        write_npz(path, of=np.array(known), errors=np.array(json.dumps(errors)), **shown)
+    return errors, shown
 
 
 def _gallery(
