@@ -6,7 +6,7 @@ from operator import getitem
 import ml_collections
 
 from ard_jax.build import compute_dtype, make_rollout, make_solve, make_student, make_teacher
-from ard_jax.config import ROWS
+from ard_jax.config import LABELS, ROWS
 from ard_jax.errors import UserError, settings_of
 from ard_jax.models.attention import choose_backend, target_platform
 from ard_jax.objectives import find_method
@@ -31,8 +31,8 @@ def _check_interval(interval: tuple[float, ...], key: str) -> None:
 
 # Keys that results.json, pictures.npz and edits.npz have beside the models' names.
 RESERVED = (
-    "teacher", "config", "degradation_ratio", "degradation_ratios", "features", "paired", "real_images", "samples",
-    "seconds", "label", "noise", "source", "teacher_xt",
+    "teacher", "config", "degradation_ratio", "degradation_ratios", "features", "halves", "judge", "labels",
+    "measured_with", "paired", "real_images", "samples", "seconds", "label", "noise", "source", "teacher_xt",
 )  # fmt: skip
 
 
@@ -53,6 +53,14 @@ def check_values(config: ml_collections.ConfigDict) -> None:
         if not allowed.holds(value):
             shown = repr(value) if isinstance(value, str) else value
             raise UserError(f"{key} is {shown}: {allowed.remedy}.")
+
+
+def listed_labels(settings: ml_collections.ConfigDict) -> tuple[int, ...]:
+    """The numbers that `sample.labels` lists; () where it says in a word how they are drawn."""
+    labels = settings.labels
+    if labels in LABELS:
+        return ()
+    return (labels,) if isinstance(labels, int) else tuple(labels)
 
 
 def _check_mesh(config: ml_collections.ConfigDict) -> None:
@@ -152,7 +160,7 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
     if not config.sample.models or not all(is_folder_name(name) for name in config.sample.models):
         raise UserError(f"sample.models is {tuple(config.sample.models)}: name the teacher, or students, or both.")
     classes = range(config.data.num_classes)
-    outside = [label for label in config.sample.labels if label not in classes]
+    outside = [label for label in listed_labels(config.sample) if label not in classes]
     if outside and classes:  # how many captions there are, their store says
         raise UserError(
             f"sample.labels has {outside[0]!r}, but there are {config.data.num_classes} classes: "

@@ -59,6 +59,7 @@ FLAGS: Mapping[str, Flags] = {  # where they are others
     },
     "teacher": {**WORKDIR, "--check": dict(action="store_true")},
     "encode": {**WORKDIR, "--check": dict(action="store_true")},
+    "make_reference": {**WORKDIR, "--make-reference": dict(required=True, metavar="OUT.npz", type=pathlib.Path)},
     "compare": {**WORKDIR, "--quick": dict(action="store_true")},
 }
 
@@ -81,7 +82,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
             prog = f"python -m ard_jax {words}"
             print(make_parser(module.FLAGS, prog=prog, description=about).format_help())
             return 0
-        print(f"python -m ard_jax {stage} --config FILE[:key=value,…] {usage(_flags_of(stage))} [--config.key=value …]")
+        print(f"python -m ard_jax {words} --config FILE[:key=value,…] {usage(_flags_of(stage))} [--config.key=value …]")
         if _has_workdir(stage):
             print(f"    on each of several hosts: [{usage(hosts.FLAGS, brackets=False)}]")
         print()
@@ -159,7 +160,7 @@ def _check_devices() -> None:
 def _as_meant(value: Any) -> Any:
     """A flag's value, or the config, with its paths as the user meant them; UserError for one that is none here."""
     if isinstance(value, ml_collections.ConfigDict):
-        for key in (key for key in ROWS if key.endswith((".dir", ".path", ".encoder"))):
+        for key in (key for key in ROWS if key.endswith((".dir", ".path", ".encoder", ".weights", ".reference"))):
             section, name = key.split(".")
             given = value[section][name]
             if given and given != WORDLLAMA and not given.startswith("hf:"):
@@ -171,7 +172,9 @@ def _as_meant(value: Any) -> Any:
 def _variant(stage: str, arguments: Sequence[str]) -> str:
     """The module of a stage: `evaluate --samples` is about files, and another than `evaluate` of a workdir."""
     given = {argument.partition("=")[0] for argument in arguments}
-    return "evaluate_files" if stage == "evaluate" and given & {"--samples", "--reference", "--weights"} else stage
+    if stage == "evaluate" and given & {"--samples", "--reference", "--weights"}:
+        return "evaluate_files"
+    return "make_reference" if stage == "evaluate" and "--make-reference" in given else stage
 
 
 def _flags_of(stage: str) -> Flags:

@@ -48,12 +48,14 @@ class Setting:
         allowed: its values; None where the module that reads it, or `checks`, says which.
         later: whether it may be another when a run that is begun goes on: "never"; "unfinished", until its end; or
             "larger".
+        any_type: whether its values may have other types than the default; `allowed` then says which.
     """
 
     default: Any
     changes: frozenset[str]
     allowed: Allowed | None = None
     later: str = "never"
+    any_type: bool = False
 
     def __post_init__(self):
         if not self.changes or not self.changes <= set(CHANGES):
@@ -80,6 +82,13 @@ def one_of(*names: str, **meanings: str) -> Allowed:
     return Allowed(lambda value: value in (*names, *meanings), f"choose {', '.join(first)} or {last}")
 
 
+def _are_labels(value: Any) -> bool:
+    numbers = value if isinstance(value, (tuple, list)) else (value,)
+    return value in LABELS or all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+
+
+SOME_LABELS = Allowed(_are_labels, "give uniform, balanced, or numbers such as (0, 1)")
+LABELS = ("uniform", "balanced")  # of all conditions, each drawn on its own; or all in turn, each as often
 WORDLLAMA = "wordllama"  # the text encoder that a package of that name ships
 
 # Values of several settings.
@@ -293,7 +302,9 @@ SETTINGS: dict[str, Any] = {
         "count": Setting(50_000, SAMPLES, at_least(1)),
         "batch_size": Setting(64, REQUEST, at_least(1)),  # a device
         "seed": Setting(1, SAMPLES, SEEDS),
-        "labels": Setting((), SAMPLES),  # classes to draw, in turn; () for labels drawn uniformly
+        # "uniform" or (): drawn uniformly, as papers have them; "balanced": each equally often, which scores a little
+        # better; or numbers, in turn
+        "labels": Setting((), SAMPLES, SOME_LABELS, any_type=True),
         # of `count`, the last so many are of captions that are held out of training, in turn
         "held_out": Setting(0, SAMPLES, at_least(0)),
         "grid": Setting(64, REQUEST, at_least(1)),  # pictures in the PNG
@@ -303,7 +314,15 @@ SETTINGS: dict[str, Any] = {
         "pictures": Setting(16, RESULTS, at_least(1)),
         "feature_steps": Setting(600, RESULTS, at_least(1)),  # training steps of the small classifier
         "judge_steps": Setting(1000, RESULTS, at_least(1)),  # of the judge of captions, where there are such
-        "neighbours": Setting(3, RESULTS, at_least(1)),
+        "neighbours": Setting(3, RESULTS, at_least(1)),  # of precision and recall
+        # what distances are measured in: a small network that is trained here on the same images; or FID's Inception
+        "features": Setting("classifier", RESULTS, one_of("classifier", inception="of `weights`, against `reference`")),
+        # Inception's alone, as ADM has them: its file; ADM's reference file or one of evaluate --make-reference; images
+        # of a split of the Inception score; and the type of the distances of precision and recall
+        "weights": Setting("", RESULTS),
+        "reference": Setting("", RESULTS),
+        "split": Setting(5000, RESULTS, at_least(1)),
+        "distances": Setting("float16", RESULTS, one_of("float16", "float32")),
     },
     "report": {"title": Setting("ard_jax", NOTHING)},
     "compare": {
@@ -378,7 +397,11 @@ OF_STUDENTS = tuple(
 
 
 def _defaults(tree: dict[str, Any]) -> dict[str, Any]:
-    return {key: _defaults(row) if isinstance(row, dict) else row.default for key, row in tree.items()}
+    return {key: _defaults(row) if isinstance(row, dict) else _default(row) for key, row in tree.items()}
+
+
+def _default(row: Setting) -> Any:
+    return ml_collections.FieldReference(row.default, field_type=object) if row.any_type else row.default
 
 
 def default_config() -> ml_collections.ConfigDict:

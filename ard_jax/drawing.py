@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
@@ -63,20 +64,46 @@ def make_drawing(
     return drawn
 
 
-def open_images(config: ml_collections.ConfigDict, model: AutoencoderKL) -> Source:
-    """The images that `encode` names, as `image_source` gives them.
+@jax.jit
+def to_levels(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`data.to_uint8` on the device, so a quarter is fetched: uint8 images, and how many pixels of each are NaN."""
+    levels = (images.astype(jnp.float32) + 1) * 127.5
+    bad = jnp.isnan(levels).sum(axis=(1, 2, 3))
+    return jnp.clip(jnp.rint(levels), 0, 255).astype(jnp.uint8), bad
+
+
+def open_images(config: ml_collections.ConfigDict, channels: int) -> Source:
+    """The images that `encode` names, as `image_source` gives them with so many channels.
 
     Raises:
         UserError: what `image_source` raises, in terms of `encode`.
     """
-    images = config.encode.copy_and_resolve_references()
-    with images.unlocked():
-        images.update(channels=model.in_channels, num_classes=config.data.num_classes, space="pixel")
-        images.caption_key = config.data.caption_key
     try:
-        return image_source(images)
+        return image_source(images_of_encode(config, channels))
     except UserError as error:
         raise UserError(re.sub(r"\bdata\.(?=(source|name|dir|split|image_size)\b)", "encode.", str(error))) from None
+
+
+def images_of_encode(config: ml_collections.ConfigDict, channels: int) -> ml_collections.ConfigDict:
+    """What `encode` says of images, as a `data` section says it."""
+    images = config.encode.copy_and_resolve_references()
+    with images.unlocked():
+        images.update(channels=channels, num_classes=config.data.num_classes, space="pixel")
+        images.caption_key = config.data.caption_key
+    return images
+
+
+def open_real_images(config: ml_collections.ConfigDict, vae: tuple[AutoencoderKL, Params] | None) -> Source:
+    """The images that a run's samples are held against: those that `encode` names for models of latents, else `data`'s.
+
+    Args:
+        config: the run's.
+        vae: of `find_vae`.
+
+    Raises:
+        UserError: what `image_source` raises.
+    """
+    return image_source(config.data) if vae is None else open_images(config, vae[0].in_channels)
 
 
 def rollout_macs(config: ml_collections.ConfigDict, student: Network) -> int:

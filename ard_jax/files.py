@@ -11,6 +11,7 @@ import platform
 import re
 import secrets
 import tempfile
+import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -238,13 +239,19 @@ def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
     atomic_write(path, lambda temporary: np.savez(temporary, **arrays))  # type: ignore[arg-type]
 
 
-def join_npz(path: pathlib.Path, parts: Sequence[pathlib.Path], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def join_npz(
+    path: pathlib.Path,
+    parts: Sequence[pathlib.Path],
+    shapes: Mapping[str, tuple[int, ...]],
+    others: Mapping[str, np.ndarray] = types.MappingProxyType({}),
+) -> None:
     """Writes one npz file of what lies in several, row after row: byte for byte what `write_npz` would write.
 
     Args:
         path: of the file.
-        parts: npz files; memory holds one of them at a time.
+        parts: npz files; memory holds an array of one of them at a time.
         shapes: of the whole arrays by name, in their order.
+        others: whole arrays that come after these.
     """
 
     def write(temporary: pathlib.Path) -> None:
@@ -252,24 +259,27 @@ def join_npz(path: pathlib.Path, parts: Sequence[pathlib.Path], shapes: Mapping[
             for name, shape in shapes.items():
                 with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
                     for number, part in enumerate(parts):
-                        rows = np.ascontiguousarray(read_npz(part)[name])
+                        rows = np.ascontiguousarray(read_npz(part, (name,))[name])
                         if not number:
                             header = np.lib.format.header_data_from_array_1_0(rows) | {"shape": shape}
                             np.lib.format.write_array_header_1_0(entry, header)
                         entry.write(rows.data)
+            for name, array in others.items():
+                with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, array, allow_pickle=False)
 
     atomic_write(path, write)
 
 
-def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz file by name.
+def read_npz(path: pathlib.Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an npz file by name, all or those of some names that are there.
 
     Raises:
         UserError: it is not there, is cut short or altered, or holds objects, which would have to be unpickled.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+            return {name: file[name] for name in file if names is None or name in names}
     except (FileNotFoundError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} cannot be read ({first_line(error)}), since it was altered or lost: move its "

@@ -22,6 +22,10 @@ class Measured:
         steps: S of a student, the solver's of the teacher.
         network_calls, parameters, gmac_per_image, seconds_per_image: what an image costs.
         fd, precision, recall: of its samples to the real images, in the features of `Results.features`.
+        fd_interval: where 95 % of draws of its samples have their fd, by bootstrap.
+        fd_halves: fd of two halves of its samples, which is what is noise.
+        fid: the same as fd where the features are Inception's and the definitions ADM's.
+        sfid, sfid_halves, inception_score: in these features alone.
         recall_at_1, recall_at_5: share of its samples whose caption is the first of all, or among the first five, by
             the judge: "trained", and of captions that are held out of training "held_out".
         kind: "teacher" or "student".
@@ -43,6 +47,12 @@ class Measured:
     gmac_per_image: float | None = None
     seconds_per_image: float | None = None
     fd: float | None = None
+    fd_interval: tuple[float, float] | None = None
+    fd_halves: float | None = None
+    fid: float | None = None
+    sfid: float | None = None
+    sfid_halves: float | None = None
+    inception_score: float | None = None
     precision: float | None = None
     recall: float | None = None
     recall_at_1: Mapping[str, float] | None = None
@@ -82,9 +92,12 @@ class Results:
     Attributes:
         features: in words, what Fréchet distance, precision and recall are measured in.
         real_images, samples, paired: how many real images, samples of each model and paired trajectories there are.
+        labels: how the conditions of samples were drawn: "uniform"ly, "balanced", or "chosen" by number.
         models: by name.
         degradation_ratio: of the students with x0 points, that of step distillation over that of ARD.
         degradation_ratios: the same by target.
+        measured_with: what numbers in these features depend on: "features", the network's "sha256", and more.
+        halves: Fréchet distances of two halves of the real images, by the field of `Measured` that they stand beside.
         judge: of captioned images, the judge's own `recall_at_1` and `recall_at_5` on "real" images, and on "augmented"
             ones, which says how far it can be trusted.
         config: plain, as it was resolved.
@@ -94,10 +107,13 @@ class Results:
     features: str | None = None
     real_images: int | None = None
     samples: int | None = None
+    labels: str | None = None
     paired: int | None = None
     models: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
     degradation_ratio: float | None = None
     degradation_ratios: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    measured_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    halves: Mapping[str, float] = dataclasses.field(default_factory=dict)
     judge: Mapping[str, Any] | None = None
     config: Mapping[str, Any] | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from ard_jax.completion import is_complete
-from ard_jax.config import flatten
+from ard_jax.config import ROWS, flatten
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, read_npz, write_json
 
@@ -187,7 +187,8 @@ def with_settings(config: ml_collections.ConfigDict, changes: Mapping[str, Any])
         *path, last = key.split(".")
         section = functools.reduce(getitem, path, copy)
         try:
-            section[last] = value
+            with copy.ignore_type() if ROWS[key].any_type else contextlib.nullcontext():
+                section[last] = value
         except TypeError:
             raise UserError(f"{key} is {value!r}, which is no {type(known[key]).__name__}: give one.") from None
     return copy

@@ -317,6 +317,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
         of = like.get(key, value)
         number, sequence = isinstance(of, (int, float)), isinstance(of, (tuple, list))
         fits = isinstance(value, (int, float) if number else (tuple, list) if sequence else type(of))
+        fits = fits or key in ROWS and ROWS[key].any_type
         if not fits or any(other.startswith(f"{key}.") for other in like):
             raise UserError(f"{path} is damaged ({key} is {value!r}): {AGAIN}.")
     return recorded

@@ -21,7 +21,7 @@ FLOORS = (
     ("checks", "convert"),
     ("methods", "text_encoders", "workdir"),
     ("captions", "drawing", "trajectories"),
-    ("completion", "paired", "plan", "pipeline"),
+    ("completion", "measuring", "paired", "plan", "pipeline"),
     ("demo", "runner"),
     ("entries",),
     ("stages",),

@@ -38,7 +38,7 @@ POSITIVE = {
     "distill": ("steps", "batch_size", "accumulate", "checkpoint_every"),
     "finetune": ("steps", "batch_size", "accumulate", "checkpoint_every", "spectral_rounds"),
     "sample": ("count", "batch_size", "grid"),
-    "evaluate": ("paired", "pictures", "feature_steps", "judge_steps", "neighbours"),
+    "evaluate": ("paired", "pictures", "feature_steps", "judge_steps", "neighbours", "split"),
     "run": ("log_every", "keep_checkpoints", "join_timeout", "workers"),
 }
 OPTIMIZERS = (
@@ -78,6 +78,9 @@ CHOICES = {
     "trajectories.dtype": ("float16", "bfloat16", "float32"),
     "encode.dtype": ("float16", "bfloat16", "float32"),
     "student.target": ("x0", "xt"),
+    "evaluate.features": ("classifier", "inception"),
+    "evaluate.distances": ("float16", "float32"),
+    "sample.labels": ("uniform", "balanced", (), (0, 3), [1], 2),
 }
 
 
@@ -222,5 +225,10 @@ def test_ranges(key):
 @pytest.mark.parametrize("key", CHOICES)
 def test_choices(key):
     assert not any(refusal(key, value) for value in CHOICES[key])
-    asked = {"student.target": "x0 (predicted x0) or xt (noisy points)"}.get(key, "float16, bfloat16 or float32")
-    assert refusal(key, "x") == f"{key} is 'x': choose {asked}."
+    asked = {
+        "student.target": "choose x0 (predicted x0) or xt (noisy points)",
+        "evaluate.features": "choose classifier or inception (of `weights`, against `reference`)",
+        "evaluate.distances": "choose float16 or float32",
+        "sample.labels": "give uniform, balanced, or numbers such as (0, 1)",
+    }.get(key, "choose float16, bfloat16 or float32")
+    assert refusal(key, "x") == f"{key} is 'x': {asked}."

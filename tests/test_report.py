@@ -338,6 +338,37 @@ def test_table_cells(results):
     assert page.row("total") == ["total", "", "2 min 0 s"]
 
 
+def test_noise_stands_in_the_table_beside_the_models(results):
+    results["models"]["teacher"] |= {"fd_interval": [17.1, 18.2], "fd_halves": 1.25}
+    results["halves"] = {"fd": 0.5}
+    page, none = Page(build_report("Digits", results, {}, {})), words.ABSENT
+    assert page.row("Model")[1:3] == ["FD\u00a0↓", "95 % interval"]
+    assert page.row("Teacher")[1:3] == ["17.60", "17.10–18.20"] and page.row("ARD")[2] == none
+    assert page.row("Two halves of the real images") == ["Two halves of the real images", "0.50", *[none] * 9]
+    assert page.row("Two halves of the teacher’s samples")[:3] == ["Two halves of the teacher’s samples", "1.25", none]
+    assert "are apart by chance alone" in page.text["measurements"] and "by bootstrap" in page.text["measurements"]
+    assert "Paper: ARD, 4 steps" not in [row[0] for row in page.rows]
+
+
+IMAGENET = {"data": {"num_classes": 1000, "image_size": 32, "space": "latent"}}
+
+
+@pytest.mark.parametrize("published, config", [(True, IMAGENET), (False, IMAGENET), (True, {"data": {}})])
+def test_the_paper_s_rows_stand_beside_what_was_measured_alike(results, published, config):
+    fid = {"fid": 17.604, "sfid": 6.5, "inception_score": 226.04}
+    results["models"]["teacher"] |= fid
+    results |= {"config": config, "measured_with": {"published_weights": published}}
+    page = Page(build_report("ImageNet", results, {}, {}))
+    assert page.row("Model")[1:5] == ["FID\u00a0↓", "sFID\u00a0↓", "IS\u00a0↑", "Degradation\u00a0↓"]
+    assert page.row("Teacher")[1:4] == ["17.60", "6.50", "226.0"]
+    alike = published and config is IMAGENET
+    assert alike == ("Paper: ARD, 4 steps" in [row[0] for row in page.rows])
+    assert alike == ("in the features that they are of" in page.text["top"])
+    if alike:
+        none = words.ABSENT
+        assert page.row("Paper: ARD, 4 steps")[1:7] == ["4.32", none, "209.0", none, "0.770", "0.574"]
+
+
 def test_headline_says_the_ratio_and_whose_the_other_one_is(results):
     lead, detail = headline(results)
     assert lead == "Distilled to 4 steps, step distillation falls 7.9 times as far behind its teacher as ARD does."

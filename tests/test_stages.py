@@ -11,8 +11,10 @@ from PIL import Image
 from pipeline_fixtures import STAGES, copy, done, files, sentence, smoke
 
 from ard_jax.build import make_solve, make_student, make_teacher
+from ard_jax.conditions import Labels
 from ard_jax.data import image_source, labels_and_images, stream, to_uint8
 from ard_jax.diffusion.solvers import Solution
+from ard_jax.drawing import to_levels
 from ard_jax.errors import UserError
 from ard_jax.evaluation import feature_statistics, frechet_distance, precision_recall, train_feature_net
 from ard_jax.files import file_sha256, join_npz, read_json, read_npz, tree_sha256, write_npz
@@ -181,6 +183,29 @@ def test_labels_are_drawn_in_turn_where_they_are_given(pipeline, tmp_path):
         assert file["labels"].tolist() == [3, 1, 4, 3, 1, 4, 3]
         assert file["arr_0"].shape == (7, 8, 8, 1)
     assert Image.open(workdir / "sample" / "teacher" / "grid.png").size == (3 * 64 + 2 * 2, 3 * 64 + 2 * 2)
+
+
+def test_labels_are_drawn_uniformly_or_each_as_often():
+    index, classes = np.arange(1000), Labels(10)
+
+    def drawn(labels):
+        config = smoke_config.get_config()
+        config.sample.labels = labels
+        return sample.choose_numbers(config.sample, index, classes).tolist()
+
+    assert drawn("balanced") == drawn(tuple(range(10))) == 100 * list(range(10))
+    assert drawn("uniform") == drawn(()) != drawn("balanced")
+    assert drawn(3) == [3] * 1000
+
+
+def test_levels_on_the_device_are_those_on_the_host():
+    images = np.random.default_rng(0).uniform(-1.2, 1.2, (3, 8, 8, 3)).astype(np.float32)
+    images[1, 0, :3, 0] = np.arange(3) * 2 / 255 - 1 + 1 / 255  # half-way between two levels
+    levels, bad = jax.device_get(to_levels(images))
+    np.testing.assert_array_equal(levels, to_uint8(images))
+    assert levels.dtype == np.uint8 and bad.tolist() == [0, 0, 0]
+    images[2, 0, :2, 1] = np.nan
+    assert jax.device_get(to_levels(images))[1].tolist() == [0, 0, 2]
 
 
 TEACHER_ALONE = "sample.models=('teacher',)"

@@ -26,6 +26,7 @@ from ard_jax.models import parameter_shapes
 from ard_jax.objectives import Given
 from ard_jax.report import build_comparison, markdown, words
 from ard_jax.runner import with_settings
+from ard_jax.stages.compare import _over_seeds
 from configs import smoke
 
 STEP = {"title": "Step distillation", "steps": (2,), "settings": {"student": {"mask": "diagonal"}}}
@@ -191,6 +192,12 @@ def test_the_command_refuses_before_anything_is_made(tmp_path):
         file = write_config(tmp_path, METHODS, changes)
         assert expected in sentence(compare(file, tmp_path / "run", "--quick"), "compare")
     assert not (tmp_path / "run").exists()
+
+
+def test_labels_may_be_changed_into_a_word():
+    assert with_settings(smoke.get_config(), {"sample.labels": "balanced"}).sample.labels == "balanced"
+    with pytest.raises(UserError, match="sample.count is 'x', which is no int"):
+        with_settings(smoke.get_config(), {"sample.count": "x"})
 
 
 def test_a_changed_config_is_a_copy():
@@ -501,6 +508,25 @@ def test_a_page_of_too_few_images_for_a_distance(comparison, pictures):
             measured["fd"] = None
     page = Page(build_comparison("Digits", comparison, pictures))
     assert page.row("ARD")[2] == "–" and "PSNR to the teacher" in page.text["steps"]
+
+
+def test_intervals_and_halves_stand_in_the_table(comparison):
+    for row_ in comparison["rows"]:
+        row_["mean"]["fd_interval"], row_["mean"]["fd_halves"] = [7.0, 9.5], 0.75
+        row_["least"]["fd_interval"] = row_["greatest"]["fd_interval"] = [7.0, 9.5]
+    comparison["halves"] = {"fd": 0.25}
+    lines = markdown(comparison).splitlines()
+    assert lines[0].startswith("| Method | Steps | FD ↓ | 95 % interval | Precision ↑ |")
+    assert lines[4].startswith("| ARD | 4 | 8.58 (8.36–8.80) | 7.00–9.50 | 0.900 |")
+    assert lines[6].startswith("| Two halves of the real images | – | 0.25 | – |")
+    assert lines[7].startswith("| Two halves of the teacher’s samples | – | 0.75 | – |")
+    assert "by bootstrap" in lines[-3] + lines[-5] + lines[-7]
+
+
+def test_measurements_over_seeds_keep_an_interval_s_ends_apart():
+    found = [{"fd": 1.0, "fd_interval": (0.5, 2.0), "psnr": None}, {"fd": 2.0, "fd_interval": (1.5, 3.0), "psnr": 1.0}]
+    assert _over_seeds(found, np.mean) == {"fd": 1.5, "fd_interval": [1.0, 2.5], "psnr": None}
+    assert _over_seeds(found, np.min)["fd_interval"] == [0.5, 2.0]
 
 
 def test_the_title_of_the_page_is_escaped(comparison, pictures):

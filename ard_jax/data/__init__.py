@@ -8,7 +8,15 @@ A *source*, `Source`, is random-access as Grain's are: `len(source)` records, `s
 from ard_jax.data.captioned import read_lines, read_text
 from ard_jax.data.memory import InMemory, Source, check_records, in_memory
 from ard_jax.data.pixels import MODES, as_shown, center_crop, to_uint8
-from ard_jax.data.sources import Identity, captions_of, identify, image_source, labels_and_images, tfds_texts
+from ard_jax.data.sources import (
+    Identity,
+    PixelRows,
+    captions_of,
+    identify,
+    image_source,
+    labels_and_images,
+    tfds_texts,
+)
 from ard_jax.data.stream import Joined, stream
 
 __all__ = [
@@ -16,6 +24,7 @@ __all__ = [
     "Identity",
     "InMemory",
     "Joined",
+    "PixelRows",
     "Source",
     "as_shown",
     "captions_of",

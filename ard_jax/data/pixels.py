@@ -60,10 +60,12 @@ def to_uint8(images: npt.ArrayLike) -> np.ndarray:
     Raises:
       UserError: a pixel is NaN, which no grey level stands for.
     """
-    levels = (np.asarray(images, np.float32) + 1) * 127.5
-    if np.isnan(levels).any():
+    levels = np.array(images, np.float32)  # of many images: nothing else as large is made
+    levels += 1
+    levels *= 127.5
+    if levels.size and np.isnan(levels.max()):
         raise UserError(
             f"{np.isnan(levels).sum()} of {levels.size} pixels are NaN, but pictures need numbers: "
             "the model that made them has diverged, use an earlier checkpoint."
         )
-    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(levels, out=levels), 0, 255, out=levels).astype(np.uint8)

@@ -302,19 +302,61 @@ def _check_latents(feature: "tfds.features.Tensor", data: ConfigDict, where: str
         )
 
 
-def labels_and_images(source: Source, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+class PixelRows:
+    """Images of a pixel source as rows of an array that is not there: they are read where NumPy would take them.
+
+    Args:
+      source: the source.
+      numbers: of the records that are rows, in their order.
+
+    Attributes:
+      shape: (record, H, W, C).
+      dtype: uint8.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, source: Source, numbers: np.ndarray):
+        self._source, self._numbers = source, numbers
+        self.shape = (len(numbers), *source[0]["image"].shape)
+        self.ndim = len(self.shape)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """uint8 (row, H, W, C) of a slice, of numbers of rows, or of a mask of them."""
+        return self.read(rows)[0]
+
+    def read(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same, with the records' labels int32 (row,)."""
+        numbers = self._numbers[rows]
+        images, labels = np.empty((len(numbers), *self.shape[1:]), np.uint8), np.empty(len(numbers), np.int32)
+
+        def read(row: int) -> None:
+            record = self._source[int(numbers[row])]
+            images[row], labels[row] = to_uint8(record["image"]), record["label"]
+
+        in_threads(read, len(numbers))
+        return images, labels
+
+    def labels(self, at_once: int = 1024) -> np.ndarray:
+        """Labels of all rows, int32 (row,)."""
+        parts = [self.read(slice(start, start + at_once))[1] for start in range(0, len(self), at_once)]
+        return np.concatenate(parts)
+
+
+def labels_and_images(
+    source: Source, limit: int | None = None, limit_bytes: float = np.inf
+) -> tuple[np.ndarray | PixelRows, np.ndarray]:
     """All images of a pixel source, or `limit` of them spread evenly over it (folders are sorted by class).
 
     Returns:
-      images uint8 (record, H, W, C) and labels int32 (record,), in the order of the source.
+      images uint8 (record, H, W, C), in memory or where they take more than `limit_bytes` as `PixelRows`; and labels
+      int32 (record,), in the order of the source.
     """
     count = len(source) if limit is None else min(limit, len(source))
-    images = np.empty((count, *source[0]["image"].shape), np.uint8)
-    labels = np.empty(count, np.int32)
-
-    def read(row: int) -> None:
-        record = source[row * len(source) // count]
-        images[row], labels[row] = to_uint8(record["image"]), record["label"]
-
-    in_threads(read, count)
-    return images, labels
+    rows = PixelRows(source, np.arange(count) * len(source) // count)
+    if np.prod(rows.shape) > limit_bytes:
+        return rows, rows.labels()
+    return rows.read(slice(None))

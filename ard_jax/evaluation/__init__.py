@@ -14,7 +14,13 @@ from ard_jax.evaluation.clip_scores import (
     pick_score,
 )
 from ard_jax.evaluation.features import FeatureExtractor, FeatureNet, train_feature_net
-from ard_jax.evaluation.frechet import FeatureStatistics, feature_statistics, frechet_distance
+from ard_jax.evaluation.frechet import (
+    FeatureStatistics,
+    distance_interval,
+    distance_of_halves,
+    feature_statistics,
+    frechet_distance,
+)
 from ard_jax.evaluation.inception import InceptionFeatures
 from ard_jax.evaluation.judge import Judge, disturb, train_judge
 from ard_jax.evaluation.paired import ExposureBias, exposure_bias, mean_squared_error_per_step, psnr
@@ -32,6 +38,8 @@ __all__ = [
     "clip_score",
     "clip_similarity",
     "compbench_non_spatial",
+    "distance_interval",
+    "distance_of_halves",
     "disturb",
     "exposure_bias",
     "feature_statistics",

@@ -5,19 +5,21 @@ letter shows in the digits; frechet.py and precision_recall.py are the same idea
 """
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Self
 
 import numpy as np
 import scipy.linalg
 import scipy.special
 
 from ard_jax.errors import UserError
-from ard_jax.evaluation._checks import check_features
+from ard_jax.evaluation._checks import require_features
 
 SPLIT_SIZE = 5_000
 NEIGHBOURS = 3
 # Distances between so many and so many samples are computed at once; where one of them overflows, all are in float32.
 BLOCK = 10_000
+STRIP = 500  # rows of a block that are computed at once
 DIAGONAL = 1e-6
 
 
@@ -39,7 +41,7 @@ def gaussian(features: np.ndarray) -> Gaussian:
     Raises:
         UserError: features that are not (N, F), not finite, or of fewer than 2 samples.
     """
-    _check_count(len(check_features(features)))
+    _check_count(len(require_features(features)))
     return Gaussian(np.mean(features, axis=0), np.atleast_2d(np.cov(features, rowvar=False)))
 
 
@@ -56,6 +58,23 @@ class RunningGaussian:
         self._sum: np.ndarray = np.zeros(0)
         self._outer: np.ndarray = np.zeros((0, 0))
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it by name, for a file."""
+        return {"count": np.array(self.count), "shift": self._shift, "sum": self._sum, "outer": self._outer}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        """What `arrays` made, again."""
+        made = cls()
+        made.count = int(arrays["count"])
+        made._shift, made._sum, made._outer = (arrays[name] for name in ("shift", "sum", "outer"))
+        return made
+
+    @property
+    def width(self) -> int:
+        """F, once there are features."""
+        return len(self._sum)
+
     def add(self, features: np.ndarray) -> None:
         """Takes (N, F) more."""
         features = np.asarray(features, np.float64)
@@ -66,6 +85,20 @@ class RunningGaussian:
         self.count += len(shifted)
         self._sum += shifted.sum(axis=0)
         self._outer += shifted.T @ shifted
+
+    def merge(self, other: "RunningGaussian") -> None:
+        """Takes in what another has seen."""
+        if not other.count:
+            return
+        if not self.count:
+            self.count, self._shift = other.count, other._shift
+            self._sum, self._outer = other._sum.copy(), other._outer.copy()
+            return
+        moved = other._shift - self._shift  # of the other's sums, which become sums about this one's shift
+        cross = np.outer(moved, other._sum)
+        self._outer += other._outer + cross + cross.T + other.count * np.outer(moved, moved)
+        self._sum += other._sum + other.count * moved
+        self.count += other.count
 
     def gaussian(self) -> Gaussian:
         """The statistics of all so far, in float64.
@@ -79,6 +112,51 @@ class RunningGaussian:
         if not np.isfinite(covariance).all():
             raise UserError("The features are not finite, but every value must be: look at the weights they come from.")
         return Gaussian(mean + self._shift, covariance)
+
+
+class Halves:
+    """Running statistics of two halves of some features, and of all together."""
+
+    def __init__(self) -> None:
+        self._halves = RunningGaussian(), RunningGaussian()
+
+    def add(self, features: np.ndarray, half: np.ndarray) -> None:
+        """Takes (N, F) more, of which those of a mask (N,) belong to the first half."""
+        for running, rows in zip(self._halves, (half, ~half), strict=True):
+            if rows.any():
+                running.add(features[rows])
+
+    def merge(self, other: "Halves") -> None:
+        """Takes in what another has seen."""
+        for own, more in zip(self._halves, other._halves, strict=True):
+            own.merge(more)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it by name, for a file."""
+        named = zip(("one", "other"), self._halves, strict=True)
+        return {f"{half}_{name}": array for half, running in named for name, array in running.arrays().items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        """What `arrays` made, again."""
+        made = cls()
+        parts = [{name.removeprefix(f"{half}_"): arrays[name] for name in arrays} for half in ("one", "other")]
+        made._halves = RunningGaussian.from_arrays(parts[0]), RunningGaussian.from_arrays(parts[1])
+        return made
+
+    def whole(self) -> Gaussian:
+        """Of all together."""
+        both = RunningGaussian()
+        for running in self._halves:
+            both.merge(running)
+        return both.gaussian()
+
+    def distance(self) -> float | None:
+        """Fréchet distance of one half to the other; None where they are too few for it, fewer than features."""
+        one, other = self._halves
+        if min(one.count, other.count) <= one.width:
+            return None
+        return frechet_distance(one.gaussian(), other.gaussian())
 
 
 def _check_count(count: int) -> None:
@@ -129,7 +207,7 @@ def inception_score(logits: np.ndarray, split_size: int = SPLIT_SIZE) -> float:
     Raises:
         UserError: logits that are not (N, class), not finite, or of fewer than a split.
     """
-    check_features(logits, "logits")
+    require_features(logits, "logits")
     check_splits(len(logits), split_size)
     scores = []
     for start in range(0, len(logits), split_size):
@@ -172,8 +250,8 @@ def precision_recall(
     Raises:
         UserError: features that are not (N, F), not finite, of different F, or k outside 1 … min(N, M) - 1.
     """
-    check_features(reference, "reference features")
-    check_features(samples, "sample features")
+    require_features(reference, "reference features")
+    require_features(samples, "sample features")
     if reference.shape[1] != samples.shape[1]:
         raise UserError(
             f"The reference has {reference.shape[1]} features and the samples {samples.shape[1]}, but both must come "
@@ -235,21 +313,30 @@ def squared_distances(u: np.ndarray, v: np.ndarray, half: bool) -> np.ndarray:
         half: in float16, unless one of the distances is not finite in it: then all are computed in float32.
 
     Returns:
-        (N, M) float32.
+        (N, M) in the type that they were computed in.
     """
     if half:
         with np.errstate(over="ignore", invalid="ignore"):
-            distances = _expanded(u.astype(np.float16), v.astype(np.float16))
-        if np.isfinite(distances).all():
-            return distances.astype(np.float32)
-    return _expanded(u.astype(np.float32), v.astype(np.float32))
+            distances = _expanded(u, v, np.dtype(np.float16))
+        if all(np.isfinite(distances[start : start + STRIP]).all() for start in range(0, len(u), STRIP)):
+            return distances
+    return _expanded(u, v, np.dtype(np.float32))
 
 
-def _expanded(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The squared distances in the type of u and v; sums are float32 until they are whole, as accelerators have it."""
-    of_u, of_v = (np.square(x).sum(axis=1, dtype=np.float32).astype(x.dtype) for x in (u, v))
-    distances = (u.astype(np.float32) @ v.astype(np.float32).T).astype(u.dtype)
-    np.multiply(distances, u.dtype.type(-2), out=distances)
-    np.add(of_u[:, None], distances, out=distances)
-    np.add(distances, of_v, out=distances)
-    return np.maximum(distances, u.dtype.type(0), out=distances)
+def _expanded(u: np.ndarray, v: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The squared distances in a type; sums are float32 until they are whole, as accelerators have it.
+
+    They are computed a few rows at a time: beside them, memory holds little.
+    """
+    v = v.astype(dtype)
+    of_v = np.square(v).sum(axis=1, dtype=np.float32).astype(dtype)
+    v, distances = v.astype(np.float32), np.empty((len(u), len(v)), dtype)
+    for start in range(0, len(u), STRIP):
+        rows, strip = u[start : start + STRIP].astype(dtype), distances[start : start + STRIP]
+        of_rows = np.square(rows).sum(axis=1, dtype=np.float32).astype(dtype)
+        strip[:] = rows.astype(np.float32) @ v.T
+        np.multiply(strip, dtype.type(-2), out=strip)
+        np.add(of_rows[:, None], strip, out=strip)
+        np.add(strip, of_v, out=strip)
+        np.maximum(strip, dtype.type(0), out=strip)
+    return distances

@@ -1,19 +1,23 @@
 """ADM's metrics of anybody's samples: an npz of images against an npz of references, and nothing of ours."""
 
+import json
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ard_jax.errors import UserError
 from ard_jax.evaluation import adm
+from ard_jax.evaluation.frechet import half_mask
 from ard_jax.evaluation.inception import (
+    NUM_CLASSES,
     NUM_FEATURES,
     NUM_SPATIAL,
     PUBLISHED_NAME,
+    Features,
     InceptionFeatures,
     batch_size_for,
     check_image_layout,
@@ -26,29 +30,50 @@ log = logging.getLogger("ard_jax")
 
 IMAGES = "arr_0"
 POOL, SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
+ABOUT = "about"  # of a reference that was made here, JSON
 USUAL_COUNT = 50_000
+AT_ONCE = 1024  # images whose features are added to statistics together
 
 
 class Reference(NamedTuple):
     """What a reference file holds; None is what it lacks.
 
     Attributes:
+        path: of the file.
         images: (N, height, width, 3) uint8, of precision and recall.
         pool, spatial: statistics of the whole training set's features.
+        about: what a reference of ours says of itself, see `measuring.reference`.
     """
 
+    path: pathlib.Path
     images: NpzArray | None
     pool: adm.Gaussian | None
     spatial: adm.Gaussian | None
+    about: dict[str, Any] | None
+
+    def statistics(self, known: "Seen | None") -> tuple[adm.Gaussian | None, adm.Gaussian | None]:
+        """Of both layers; of the file's own images, as the network sees them, where it has none at all."""
+        if self.pool is not None or self.spatial is not None or known is None:
+            return self.pool, self.spatial
+        log.warning("%s has no statistics: FID and sFID are to its %d images.", self.path, len(known.pool))
+        return known.of_pool, known.of_spatial
 
 
 class Seen(NamedTuple):
-    """What the network said of a file's images: features kept (N, 2048) and (N, 1008), statistics of both layers."""
+    """What the network said of images.
+
+    Attributes:
+        pool, logits: features that are kept, (N, 2048) and (N, 1008) float32.
+        of_pool, of_spatial: statistics of both layers.
+        halves_of_pool, halves_of_spatial: the same of two halves of the images, which are parted at random.
+    """
 
     pool: np.ndarray
     logits: np.ndarray
-    of_pool: adm.RunningGaussian
-    of_spatial: adm.RunningGaussian
+    of_pool: adm.Gaussian
+    of_spatial: adm.Gaussian
+    halves_of_pool: adm.Halves
+    halves_of_spatial: adm.Halves
 
 
 def adm_metrics(
@@ -84,37 +109,49 @@ def adm_metrics(
             few images for the splits or the neighbours.
     """
     samples = _open_images(local_path(samples_npz), "The samples")
-    reference = _open_reference(local_path(reference_npz), samples)
-    adm.check_splits(len(samples), split_size)
-    if reference.images is not None:
-        adm.check_neighbours(len(reference.images), len(samples), k)
+    reference = open_reference(local_path(reference_npz), samples.shape[1:], f"The samples in {samples.path}")
+    check_counts(len(samples), reference, split_size, k)
     network = InceptionFeatures.from_file(weights) if isinstance(weights, str | os.PathLike) else weights
+    warn_of_other_numbers(network, len(samples))
+    seen = _look_at(network, samples)
+    known = None if reference.images is None else _look_at(network, reference.images)
+    return metrics_of(seen, known, reference, half=half, split_size=split_size, k=k)
+
+
+def check_counts(count: int, reference: Reference, split_size: int, k: int) -> None:
+    """Raises UserError if so many samples are too few for a split, or they or the reference's images for neighbours."""
+    adm.check_splits(count, split_size)
+    if reference.images is not None:
+        adm.check_neighbours(len(reference.images), count, k)
+
+
+def warn_of_other_numbers(network: InceptionFeatures, count: int) -> None:
+    """Says what keeps numbers of so many samples from being compared with published ones."""
     if not network.is_published:
         log.warning(
             "Inception's weights are not those of %s, so these numbers compare with no published ones.", PUBLISHED_NAME
         )
-    if len(samples) != USUAL_COUNT:
-        log.warning(
-            "FID depends on how many samples there are: published ones are of 50,000, this of %d.", len(samples)
-        )
-    seen = _look_at(network, samples)
-    known = None if reference.images is None else _look_at(network, reference.images)
-    pool, spatial = reference.pool, reference.spatial
-    if pool is None and spatial is None and known is not None:
-        log.warning("%s has no statistics: FID and sFID are to its %d images.", reference_npz, len(known.pool))
-        pool, spatial = known.of_pool.gaussian(), known.of_spatial.gaussian()
+    if count != USUAL_COUNT:
+        log.warning("FID depends on how many samples there are: published ones are of 50,000, this of %d.", count)
+
+
+def metrics_of(
+    seen: Seen, known: Seen | None, reference: Reference, *, half: bool, split_size: int, k: int
+) -> dict[str, float | None]:
+    """What `adm_metrics` returns, of samples and of the reference's images, where it has some, as they are seen."""
+    pool, spatial = reference.statistics(known)
     recall = precision = None
     if known is not None:
         precision, recall = adm.precision_recall(known.pool, seen.pool, k, half=half)
     found = {
-        "fid": None if pool is None else adm.frechet_distance(seen.of_pool.gaussian(), pool),
-        "sfid": None if spatial is None else adm.frechet_distance(seen.of_spatial.gaussian(), spatial),
+        "fid": None if pool is None else adm.frechet_distance(seen.of_pool, pool),
+        "sfid": None if spatial is None else adm.frechet_distance(seen.of_spatial, spatial),
         "inception_score": adm.inception_score(seen.logits, split_size),
         "precision": precision,
         "recall": recall,
     }
     if missing := [name for name, value in found.items() if value is None]:
-        log.warning("%s has nothing for %s: left out.", reference_npz, ", ".join(missing))
+        log.warning("%s has nothing for %s: left out.", reference.path, ", ".join(missing))
     return found
 
 
@@ -124,20 +161,23 @@ def _open_images(path: pathlib.Path, what: str) -> NpzArray:
     return images
 
 
-def _open_reference(path: pathlib.Path, samples: NpzArray) -> Reference:
-    """What a file holds, if it fits the samples.
+def open_reference(path: pathlib.Path, shape: tuple[int, ...], what: str) -> Reference:
+    """What a file holds, if it fits samples of a shape (height, width, channel), which sentences call `what`.
 
     Raises:
         UserError: it does not fit, is damaged, or holds neither images nor statistics.
     """
     names = array_names(path)
     images = _open_images(path, "The reference images") if IMAGES in names else None
-    if images is not None and images.shape[1:] != samples.shape[1:]:
-        sizes = [f"{height}x{width}" for height, width in (samples.shape[1:3], images.shape[1:3])]
-        raise UserError(
-            f"The samples in {samples.path} are {sizes[0]} and the reference images in {path} {sizes[1]}, but both "
-            f"must be of one size: give the reference of {sizes[0]}, or samples of {sizes[1]}."
-        )
+    about = json.loads(str(read_array(path, ABOUT))) if ABOUT in names else None
+    sizes = [of["image_shape"] for of in (about,) if of] + [images.shape[1:] for images in (images,) if images]
+    for size in sizes:
+        if tuple(size[:2]) != tuple(shape[:2]):
+            own, theirs = (f"{height}x{width}" for height, width in (shape[:2], size[:2]))
+            raise UserError(
+                f"{what} are {own} and the reference images in {path} {theirs}, but both must be of one size: give the "
+                f"reference of {own}, or samples of {theirs}."
+            )
     pool = _read_statistics(path, names, POOL, NUM_FEATURES)
     spatial = _read_statistics(path, names, SPATIAL, NUM_SPATIAL)
     if images is None and pool is None:
@@ -145,7 +185,7 @@ def _open_reference(path: pathlib.Path, samples: NpzArray) -> Reference:
             f"{path} has neither images ({IMAGES}) nor statistics (mu, sigma) to compare with: give ADM's reference, "
             f"such as VIRTUAL_imagenet256_labeled.npz."
         )
-    return Reference(images, pool, spatial)
+    return Reference(path, images, pool, spatial, about)
 
 
 def _read_statistics(
@@ -175,15 +215,35 @@ def _read_statistics(
 
 def _look_at(network: InceptionFeatures, images: NpzArray) -> Seen:
     """Features of a file's images, which are read as they are needed."""
-    of_pool, of_spatial = adm.RunningGaussian(), adm.RunningGaussian()
-    pool: list[np.ndarray] = []
-    logits: list[np.ndarray] = []
     size = batch_size_for(len(images))
     with progress_bar(len(images), "image") as bar:
-        for features in network.stream(images.batches(size), size):
-            pool.append(features.pool)
-            logits.append(features.logits)
-            of_pool.add(features.pool)
-            of_spatial.add(features.spatial)
-            bar.update(len(features.pool))
-    return Seen(np.concatenate(pool), np.concatenate(logits), of_pool, of_spatial)
+        return see(network.stream(images.batches(size), size), len(images), bar.update)
+
+
+def see(features: Iterable[Features], count: int, tell: Callable[[int], object] = lambda number: None) -> Seen:
+    """Gathers the features of `count` images, which come some at a time; `tell` hears of how many.
+
+    Memory holds what is kept of them once, and a few hundred images' spatial features.
+    """
+    pool, logits = (np.empty((count, width), np.float32) for width in (NUM_FEATURES, NUM_CLASSES))
+    halves_of_pool, halves_of_spatial = adm.Halves(), adm.Halves()
+    half, first = half_mask(count), 0
+    waiting: list[np.ndarray] = []
+
+    def take() -> None:  # of many at once: each time costs a pass over a matrix of 33 MB
+        rows = slice(first - sum(len(some) for some in waiting), first)
+        halves_of_pool.add(pool[rows], half[rows])
+        halves_of_spatial.add(np.concatenate(waiting), half[rows])
+        waiting.clear()
+
+    for some in features:
+        rows = slice(first, first := first + len(some.pool))
+        pool[rows], logits[rows] = some.pool, some.logits
+        waiting.append(some.spatial)
+        if sum(len(some) for some in waiting) >= AT_ONCE:
+            take()
+        tell(len(some.pool))
+    if waiting:
+        take()
+    whole = halves_of_pool.whole(), halves_of_spatial.whole()
+    return Seen(pool, logits, *whole, halves_of_pool, halves_of_spatial)

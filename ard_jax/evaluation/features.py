@@ -7,6 +7,7 @@ and a seed alone.
 
 import dataclasses
 import functools
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import optax
 from flax import linen as nn
 
 from ard_jax.errors import UserError
+from ard_jax.files import tree_sha256
 from ard_jax.keys import make_key
 from ard_jax.types import Params
 
@@ -25,8 +27,25 @@ HELD_OUT_EVERY = 10
 # Accuracy is reported from at most so many images, lest a large data set cost more to score than to learn.
 MAX_SCORED_IMAGES = 10_000
 FINAL_GRID = 4
+AT_ONCE = (
+    512  # images that features are taken of, fewer of large ones: of 256x256 the first layers' take 0.1 GB a batch
+)
+AT_ONCE_BYTES = 2**23
 # Above this side the first convolution is strided too: at full resolution it would cost more than all the others.
 MAX_UNSTRIDED_SIDE = 32
+
+
+class ImageRows(Protocol):
+    """Images as rows: an array, a memory map, or what is read where rows are taken; a batch of rows is an array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def ndim(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any, /) -> Any: ...
 
 
 class FeatureNet(nn.Module):
@@ -76,18 +95,29 @@ class FeatureExtractor:
 
     net: FeatureNet
     params: Params
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     train_accuracy: float
     held_out_accuracy: float
 
     num_features = NUM_FEATURES
 
-    def __call__(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
+    @property
+    def batch_size(self) -> int:
+        """Images on the device at once."""
+        return batch_size_of(self.image_shape)
+
+    @property
+    def sha256(self) -> str:
+        """Of the parameters."""
+        return tree_sha256(self.params)
+
+    def __call__(self, images: ImageRows, batch_size: int | None = None) -> np.ndarray:
         """Unnormalised activations of the penultimate layer.
 
         Args:
             images: (N, height, width, channel) uint8, of the shape that the network was trained on.
-            batch_size: images on the device at once; the last batch is padded to it, so one size compiles once.
+            batch_size: images on the device at once, if not as many as the property says; the last batch is padded to
+                it, so one size compiles once.
 
         Returns:
             (N, 64) float64.
@@ -101,13 +131,15 @@ class FeatureExtractor:
                 f"The images have shape (height, width, channel) = {images.shape[1:]}, but the feature network was "
                 f"trained on {self.image_shape}: hand over images of that shape or train a network on these."
             )
+        batch_size = self.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}, but it must be at least 1: choose for instance 512.")
-        return _in_batches(self.net, self.params, images, batch_size)[0].astype(np.float64)
+        rows = np.arange(len(images))
+        return _in_batches(self.net, self.params, images, rows, batch_size)[0].astype(np.float64)
 
 
 def train_feature_net(
-    images: np.ndarray, labels: np.ndarray, num_classes: int, *, seed: int = 0, steps: int = 800
+    images: ImageRows, labels: np.ndarray, num_classes: int, *, seed: int = 0, steps: int = 800
 ) -> FeatureExtractor:
     """Trains the classifier whose features the Fréchet distance, precision and recall are measured in.
 
@@ -119,7 +151,7 @@ def train_feature_net(
     the image. A tenth of the images, chosen by the seed, is kept from training for the held-out accuracy.
 
     Args:
-        images: (N, height, width, channel) uint8, height and width at least 4; a memory map will do.
+        images: (N, height, width, channel) uint8, height and width at least 4.
         labels: (N,) integers in [0, num_classes).
         num_classes: number of classes; of a single one the images must be square, and are told apart by their turns.
         seed: of the initial weights, the held-out tenth, the order of the batches and their shifts.
@@ -131,7 +163,7 @@ def train_feature_net(
     images, labels = check_images(images), _check_labels(labels, len(images), num_classes)
     if num_classes == 1:  # of a single class, the network learns to tell by how many quarters an image is turned
         labels, num_classes = np.random.default_rng((seed, 1)).integers(0, 4, len(images), np.int32), 4
-        images = np.stack([np.rot90(image, turns) for image, turns in zip(images, labels, strict=True)])
+        images = _Turned(images, labels)
     if steps < 1:
         raise UserError(f"The feature network was to train for {steps} steps, but needs at least 1: set steps=800.")
     rng = np.random.default_rng(seed)
@@ -166,6 +198,38 @@ def train_feature_net(
     )
 
 
+def batch_size_of(image_shape: tuple[int, ...]) -> int:
+    """How many images of a shape features are taken of at once: a power of two, at least one training batch."""
+    fitting = AT_ONCE_BYTES // int(np.prod(image_shape))
+    return min(AT_ONCE, max(BATCH_SIZE, 1 << max(fitting, 1).bit_length() - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turned:
+    """Rows of square images, each turned by its number of quarters."""
+
+    images: ImageRows
+    turns: np.ndarray
+
+    @property
+    def shape(self):
+        return self.images.shape
+
+    @property
+    def dtype(self):
+        return self.images.dtype
+
+    @property
+    def ndim(self):
+        return self.images.ndim
+
+    def __len__(self):
+        return len(self.turns)
+
+    def __getitem__(self, rows):
+        return np.stack([np.rot90(*one) for one in zip(self.images[rows], self.turns[rows], strict=True)])
+
+
 def _batches(rows, steps, rng):
     """Yields `steps` batches of rows, epoch after epoch, each epoch in a new order; small sets give small batches."""
     batch_size = min(BATCH_SIZE, len(rows))
@@ -192,29 +256,29 @@ def _forward(net, params, images):
     return net.apply({"params": params}, images)
 
 
-def _in_batches(net, params, images, batch_size):
-    """Features (N, 64) and predicted classes (N,) as NumPy arrays."""
-    features = np.empty((len(images), NUM_FEATURES), np.float32)
-    classes = np.empty(len(images), np.int64)
-    for start in range(0, len(images), batch_size):
-        batch = np.asarray(images[start : start + batch_size])
-        rows = slice(start, start + len(batch))
+def _in_batches(net, params, images, rows, batch_size):
+    """Features (row, 64) and predicted classes (row,) of some rows of images, as NumPy arrays."""
+    features = np.empty((len(rows), NUM_FEATURES), np.float32)
+    classes = np.empty(len(rows), np.int64)
+    for start in range(0, len(rows), batch_size):
+        batch = np.asarray(images[rows[start : start + batch_size]])
+        made = slice(start, start + len(batch))
         padding = [(0, batch_size - len(batch))] + [(0, 0)] * 3
         batch_features, logits = jax.device_get(_forward(net, params, np.pad(batch, padding)))
-        features[rows] = batch_features[: len(batch)]
-        classes[rows] = logits[: len(batch)].argmax(-1)
+        features[made] = batch_features[: len(batch)]
+        classes[made] = logits[: len(batch)].argmax(-1)
     return features, classes
 
 
 def _accuracy(net, params, images, labels, rows):
     # Evenly spaced, because data sets often come sorted by class.
     rows = rows[:: -(-len(rows) // MAX_SCORED_IMAGES)]
-    _, classes = _in_batches(net, params, images[rows], batch_size=512)
+    _, classes = _in_batches(net, params, images, rows, batch_size_of(images.shape[1:]))
     return float((classes == labels[rows]).mean())
 
 
-def check_images(images):
-    if not isinstance(images, np.ndarray):
+def check_images(images: ImageRows) -> ImageRows:
+    if not hasattr(images, "dtype"):  # what only looks like an array is read a batch at a time
         images = np.asarray(images)
     if images.dtype != np.uint8:
         raise UserError(

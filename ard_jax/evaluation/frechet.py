@@ -1,12 +1,17 @@
 """Fréchet distance between two sets of features (Heusel et al. 2017, arXiv 1706.08500)."""
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 import scipy.linalg
 
 from ard_jax.errors import UserError
 from ard_jax.evaluation._checks import check_features
+
+DRAWS = 1000
+SHARE = 0.95
+AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +68,78 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     difference = a.mean - b.mean
     distance = difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
     return max(float(distance), 0.0)  # of equal statistics rounding may leave -1e-14
+
+
+def distance_of_halves(features: np.ndarray) -> float | None:
+    """Fréchet distance of two halves of features (N, F), which are parted at random; None if they are too few for it.
+
+    Its sets are half as large as those of a distance that it stands beside, so its own bias is about twice as large.
+    """
+    if len(features) // 2 <= features.shape[1]:
+        return None
+    half = half_mask(len(features))
+    return frechet_distance(feature_statistics(features[half]), feature_statistics(features[~half]))
+
+
+def half_mask(count: int) -> np.ndarray:
+    """Half of `count` samples at random, the same each time: bool (count,)."""
+    return np.random.default_rng(0).permutation(count) < count // 2
+
+
+class _Statistics(Protocol):
+    """A Gaussian of features: `FeatureStatistics` and `adm.Gaussian` are some."""
+
+    @property
+    def mean(self) -> np.ndarray: ...
+    @property
+    def covariance(self) -> np.ndarray: ...
+
+
+def distance_interval(
+    distance: float,
+    real: _Statistics,
+    own: _Statistics,
+    features: np.ndarray,
+    draws: int = DRAWS,
+    share: float = SHARE,
+) -> tuple[float, float]:
+    """Where the distance of as many other samples of the same model would lie: a bootstrap interval.
+
+    Samples are drawn again with replacement, and the distance is followed to first order in what each of them
+    contributes (`influence`). Computing it anew from each draw would count its bias twice, since a draw has fewer
+    different samples: such intervals lie above the distance that they are of. The real images are held fixed.
+
+    Args:
+        distance: of the samples to the real images.
+        real: statistics of the real images' features.
+        own: statistics of the samples' features.
+        features: (N, F) of samples.
+        draws: how often samples are drawn.
+        share: of the draws that lie within.
+    """
+    parts, rng = influence(real, own, features), np.random.default_rng(0)
+    means = [parts[rng.integers(0, len(parts), len(parts))].mean() for _ in range(draws)]
+    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
+    return max(distance + float(low), 0.0), distance + float(high)
+
+
+def influence(real: _Statistics, own: _Statistics, features: np.ndarray) -> np.ndarray:
+    """First-order effect of each sample on the Fréchet distance (N,): its derivative towards that sample.
+
+    d tr (C_a C)^½ = ½ tr(T dC) with T = R_a (R_a C R_a)^-½ R_a and R_a = C_a^½, so a sample x gives
+    2 y·(m - m_a) + yᵀ (1 - T) y less its mean, where y = x - m. In directions that no sample has a part in, T is 0.
+    """
+    mean = np.asarray(own.mean, np.float64)
+    root = _square_root(np.asarray(real.covariance, np.float64))
+    values, vectors = scipy.linalg.eigh(root @ own.covariance @ root)
+    there = values > len(values) * np.finfo(np.float64).eps * max(values.max(), 0)
+    scaled = root @ vectors[:, there] / np.sqrt(np.sqrt(values[there]))
+    shape = np.eye(len(mean)) - scaled @ scaled.T
+    found = np.empty(len(features))
+    for start in range(0, len(features), AT_ONCE):
+        y = features[start : start + AT_ONCE] - mean
+        found[start : start + len(y)] = 2 * y @ (mean - real.mean) + (y @ shape * y).sum(axis=1)
+    return found - found.mean()
 
 
 def _square_root(covariance):

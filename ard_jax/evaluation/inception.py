@@ -5,12 +5,13 @@ import functools
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ard_jax.errors import UserError, first_line
 from ard_jax.evaluation.inception_net import NUM_CLASSES, NUM_FEATURES, NUM_SPATIAL, InceptionNet
@@ -24,6 +25,7 @@ log = logging.getLogger("ard_jax")
 # torch-fidelity's name of the file; pytorch-fid has the same as pt_inception-2015-12-05-6726825d.pth
 PUBLISHED_NAME = "weights-inception-2015-12-05-6726825d.pth"
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+CHANNELS = 3  # of the images that it wants
 BATCH_SIZE = 64
 BATCH_NORM_EPSILON = 1e-3
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
@@ -52,10 +54,12 @@ class InceptionFeatures:
     Attributes:
         params: of an `InceptionNet`.
         sha256: of the file that they come from.
+        batches: how the devices share a batch; None for one device.
     """
 
     params: Params
     sha256: str
+    batches: Sharding | None = None
 
     @property
     def is_published(self) -> bool:
@@ -85,6 +89,12 @@ class InceptionFeatures:
             _write_cached(cached, params)
         return cls(jax.device_put(params), sha256)
 
+    def over(self, devices: Sequence[jax.Device]) -> "InceptionFeatures":
+        """The same on several devices, of which each takes its share of a batch: give `stream` a multiple of them."""
+        mesh = Mesh(np.asarray(devices), ("batch",))
+        whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
+        return dataclasses.replace(self, params=jax.device_put(self.params, whole), batches=split)
+
     def __call__(self, images: np.ndarray, batch_size: int = BATCH_SIZE) -> Features:
         """Features of images.
 
@@ -107,7 +117,8 @@ class InceptionFeatures:
         """Features of one batch after the other: (batch, height, width, 3) uint8 of one size, at most `batch_size`."""
         for images in batches:
             padding = [(0, batch_size - len(images))] + [(0, 0)] * 3
-            outputs = jax.device_get(_forward(self.params, np.pad(images, padding)))
+            batch = np.pad(images, padding)
+            outputs = jax.device_get(_forward(self.params, jax.device_put(batch, self.batches)))
             yield Features(*(output[: len(images)] for output in outputs))
 
 

@@ -18,7 +18,8 @@ import optax
 from flax import linen as nn
 
 from ard_jax.errors import UserError
-from ard_jax.evaluation.features import BATCH_SIZE, FINAL_GRID, NUM_FEATURES, check_images
+from ard_jax.evaluation.features import BATCH_SIZE, FINAL_GRID, NUM_FEATURES, ImageRows, batch_size_of, check_images
+from ard_jax.files import tree_sha256
 from ard_jax.keys import make_key
 from ard_jax.types import Params
 
@@ -75,13 +76,13 @@ class Judge:
     """
 
     captions: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     _params: Params
     _embedded: np.ndarray  # (caption, 64) of length 1
 
     num_features = NUM_FEATURES
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
+    def __call__(self, images: ImageRows) -> np.ndarray:
         """Image features, not normalised: (N, height, width, channel) uint8 → (N, 64) float64.
 
         Raises:
@@ -94,13 +95,24 @@ class Judge:
                 f"{self.image_shape}: hand over images of that shape."
             )
         found = np.empty((len(images), NUM_FEATURES), np.float64)
-        for start in range(0, len(images), 2 * JUDGE_BATCH):
-            batch = images[start : start + 2 * JUDGE_BATCH]
-            padding = [(0, 2 * JUDGE_BATCH - len(batch))] + [(0, 0)] * 3  # one size compiles once
-            found[start : start + len(batch)] = _look(self._params, np.pad(batch, padding))[: len(batch)]
+        size = self.batch_size
+        for start in range(0, len(images), size):
+            batch = _seen(images[start : start + size])
+            padding = [(0, size - len(batch))] + [(0, 0)] * 3  # one size compiles once
+            found[start : start + len(batch)] = np.asarray(_apply(self._params, np.pad(batch, padding)))[: len(batch)]
         return found
 
-    def recall(self, images: np.ndarray, captions: Sequence[str], ks: Sequence[int] = (1, 5)) -> dict[int, float]:
+    @property
+    def batch_size(self) -> int:
+        """Images on the device at once."""
+        return batch_size_of(self.image_shape)
+
+    @property
+    def sha256(self) -> str:
+        """Of the parameters that look at images."""
+        return tree_sha256(self._params)
+
+    def recall(self, images: ImageRows, captions: Sequence[str], ks: Sequence[int] = (1, 5)) -> dict[int, float]:
         """Share of the images whose own caption is among the k that fit them best, by k.
 
         Args:
@@ -108,10 +120,16 @@ class Judge:
             captions: of each of them, out of `self.captions`.
             ks: each at least 1.
         """
+        return self.recall_of_features(self(images), captions, ks)
+
+    def recall_of_features(
+        self, features: np.ndarray, captions: Sequence[str], ks: Sequence[int] = (1, 5)
+    ) -> dict[int, float]:
+        """`recall` of images whose features (N, 64) are known."""
         place = {caption: number for number, caption in enumerate(self.captions)}
         own = np.array([place[caption] for caption in captions])
         better = np.empty(len(own), np.int64)
-        features = _normalised(self(images))
+        features = _normalised(features)
         for start in range(0, len(own), JUDGE_BATCH):
             rows = slice(start, start + JUDGE_BATCH)
             likeness = features[rows] @ self._embedded.T
@@ -120,7 +138,7 @@ class Judge:
         return {k: float((better < k).mean()) for k in ks}
 
 
-def train_judge(images: np.ndarray, captions: Sequence[str], *, seed: int = 0, steps: int = 1000) -> Judge:
+def train_judge(images: ImageRows, captions: Sequence[str], *, seed: int = 0, steps: int = 1000) -> Judge:
     """Trains the judge on real images and their captions, by InfoNCE both ways (CLIP, arXiv 2103.00020, section 2.3).
 
     An image is held against all captions, or against its batch's and `RIVALS` others where there are more of them: the
@@ -236,10 +254,6 @@ def _seen(images: np.ndarray) -> np.ndarray:
     count, height, width, channels = images.shape
     cut = images[:, : height - height % factor, : width - width % factor].astype(np.float32)
     return cut.reshape(count, height // factor, factor, width // factor, factor, channels).mean(axis=(2, 4))
-
-
-def _look(params: Params, images: np.ndarray) -> np.ndarray:
-    return np.asarray(_apply(params, _seen(images)))
 
 
 @jax.jit

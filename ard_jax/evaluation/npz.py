@@ -4,7 +4,7 @@ import os
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
 import numpy as np
@@ -14,6 +14,7 @@ from ard_jax.files import local_path
 
 # What np.load and zipfile raise for files that are cut, altered, or of another kind.
 DAMAGES = (EOFError, ValueError, OSError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+FOREIGN = "fetch it again, or save it anew with np.savez"  # what to do about a damaged file of anybody's
 
 
 class NpzArray:
@@ -25,14 +26,18 @@ class NpzArray:
         shape, dtype: from its header.
     """
 
-    def __init__(self, path: str | os.PathLike, name: str = "arr_0"):
+    def __init__(self, path: str | os.PathLike, name: str = "arr_0", remedy: str = FOREIGN):
         """Reads the header.
+
+        Args:
+            path, name: of the file and of the array in it.
+            remedy: what to do about a damaged file.
 
         Raises:
             UserError: the file is not there or damaged, has no array of that name, or its values would be unpickled.
         """
-        self.path, self.name = local_path(path), name
-        names = array_names(self.path)
+        self.path, self.name, self.remedy = local_path(path), name, remedy
+        names = array_names(self.path, remedy)
         if name not in names:
             raise UserError(
                 f"{self.path} has no array {name!r} (it has {', '.join(map(repr, names[:5])) or 'none'}): give an npz "
@@ -42,7 +47,7 @@ class NpzArray:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
                 self.shape, fortran, self.dtype = _read_header(file)
         except DAMAGES as error:
-            raise _damaged(self.path, error) from None
+            raise _damaged(self.path, error, remedy) from None
         if self.dtype.hasobject or fortran:
             kind = (
                 "objects, which would have to be unpickled"
@@ -56,8 +61,12 @@ class NpzArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
+    def batches(self, size: int, wanted: Callable[[int], bool] = lambda start: True) -> Iterator[np.ndarray]:
         """Rows in the file's order, `size` at a time, the last ones fewer; with those the zip's checksum is looked at.
+
+        Args:
+            size: rows of a batch.
+            wanted: whether to yield the batch that begins with a row; others are passed over.
 
         Raises:
             UserError: the file is cut or altered; what came before was read.
@@ -68,15 +77,24 @@ class NpzArray:
                 _read_header(file)
                 for start in range(0, len(self), size):
                     count = min(size, len(self) - start)
+                    if not wanted(start):
+                        file.seek(count * row, os.SEEK_CUR)
+                        continue
                     content = file.read(count * row)
                     if len(content) != count * row:
                         raise EOFError(f"it ends after {start} of {len(self)} rows")
                     yield np.frombuffer(content, self.dtype).reshape(count, *self.shape[1:])
         except DAMAGES as error:
-            raise _damaged(self.path, error) from None
+            raise _damaged(self.path, error, self.remedy) from None
+
+    def rows(self, numbers: Iterable[int]) -> np.ndarray:
+        """Some rows in the order of the file, (row, …); others are passed over."""
+        chosen = set(map(int, numbers))
+        found = [*self.batches(1, chosen.__contains__)]
+        return np.concatenate(found) if found else np.empty((0, *self.shape[1:]), self.dtype)
 
 
-def array_names(path: pathlib.Path) -> list[str]:
+def array_names(path: pathlib.Path, remedy: str = FOREIGN) -> list[str]:
     """Names of the arrays of an npz file.
 
     Raises:
@@ -88,10 +106,10 @@ def array_names(path: pathlib.Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
     except DAMAGES as error:
-        raise _damaged(path, error) from None
+        raise _damaged(path, error, remedy) from None
 
 
-def read_array(path: pathlib.Path, name: str) -> np.ndarray:
+def read_array(path: pathlib.Path, name: str, remedy: str = FOREIGN) -> np.ndarray:
     """One whole array of an npz file.
 
     Raises:
@@ -101,7 +119,7 @@ def read_array(path: pathlib.Path, name: str) -> np.ndarray:
         with np.load(path, allow_pickle=False) as file:
             return file[name]
     except DAMAGES as error:
-        raise _damaged(path, error) from None
+        raise _damaged(path, error, remedy) from None
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -114,7 +132,5 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     raise ValueError(f"a header of version {version}")
 
 
-def _damaged(path: pathlib.Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path} cannot be read as npz ({first_line(error)}): fetch it again, or save it anew with np.savez."
-    )
+def _damaged(path: pathlib.Path, error: Exception, remedy: str) -> UserError:
+    return UserError(f"{path} cannot be read as npz ({first_line(error)}): {remedy}.")

@@ -1,18 +1,12 @@
 """What a report shows of captions: pictures under them, and how often a judge finds the right one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from ard_jax.report import figures, pieces, words
 from ard_jax.report.pieces import FinalImages, Row
 from ard_jax.results import Measured, Results
-
-
-def columns(models: Mapping[str, Measured], keys: Sequence[str]) -> tuple[str, ...]:
-    """Those of a table's columns that it has: of captions only where a judge was asked."""
-    is_judged = any(model.recall_at_5 for model in models.values())
-    return tuple(key for key in keys if is_judged or not key.startswith("recall_at_"))
 
 
 def judged(results: Results) -> list[list[str]]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
-from ard_jax.report import pieces, words
+from ard_jax.report import measures, pieces, words
 from ard_jax.report.figures import Series
 from ard_jax.report.pieces import Chart, FinalImages
 from ard_jax.report.render import render
@@ -19,9 +20,9 @@ COST = (
 )
 
 
-MEASURED: tuple[str, ...] = ("fd", "precision", "recall", "psnr", "network_calls", "gmac_per_image")
+MEASURED: tuple[str, ...] = ("fd", "fid", "fd_interval", "sfid", "inception_score", "precision", "recall", "psnr")
+MEASURED += ("network_calls", "gmac_per_image")
 MEASURED += ("training_examples", "training_flops", "training_seconds")
-HEAD = ("Method", "Steps", *words.headings(MEASURED))
 
 
 def build_comparison(title: str, comparison: Mapping, pictures: Mapping[str, np.ndarray]) -> str:
@@ -41,7 +42,8 @@ def build_comparison(title: str, comparison: Mapping, pictures: Mapping[str, np.
         lead=_lead(comparison),
         tiles=_tiles(comparison),
         notes=_notes(comparison),
-        head=HEAD,
+        head=_head(comparison),
+        beside_paper=_is_of_paper(comparison),
         rows=_cells(comparison, "\n{}"),
         cost=COST,
         charts=_over_steps(comparison),
@@ -55,7 +57,7 @@ def build_comparison(title: str, comparison: Mapping, pictures: Mapping[str, np.
 
 def markdown(comparison: Mapping) -> str:
     """The table as Markdown, a row a line, then what is in it."""
-    table = pieces.markdown_table(HEAD, _cells(comparison, " ({})"))
+    table = pieces.markdown_table(_head(comparison), _cells(comparison, " ({})"))
     return "\n\n".join([table, *_notes(comparison), COST]) + "\n"
 
 
@@ -74,15 +76,40 @@ def _rank(value: float | None) -> float:
     return value if words.finite(value) else np.inf
 
 
+def _columns(comparison: Mapping) -> tuple[str, ...]:
+    return measures.columns([row["mean"] for row in comparison["rows"]], MEASURED)
+
+
+def _head(comparison: Mapping) -> tuple[str, ...]:
+    return ("Method", "Steps", *words.headings(_columns(comparison)))
+
+
+def _is_of_paper(comparison: Mapping) -> bool:
+    return measures.is_of_paper(comparison.get("measured_with", [{}])[0], comparison["config"])
+
+
 def _cells(comparison: Mapping, spread: str) -> Iterable[Sequence[str]]:
-    """The table's rows; `spread` says how least and greatest follow the mean where there are several seeds."""
+    """The table's rows; `spread` says how least and greatest follow the mean where there are several seeds.
+
+    After the models come what is noise and, where it was measured alike, what the paper reports.
+    """
+    columns = _columns(comparison)
     for row in _ranked(comparison):
-        measured = (words.cells(row[kind], MEASURED) for kind in ("mean", "least", "greatest"))
+        measured = (words.cells(row[kind], columns) for kind in ("mean", "least", "greatest"))
         cells = [
-            mean if least == greatest else mean + spread.format(f"{least}–{greatest}")
-            for mean, least, greatest in zip(*measured, strict=True)
+            mean if least == greatest or key == "fd_interval" else mean + spread.format(f"{least}–{greatest}")
+            for key, mean, least, greatest in zip(columns, *measured, strict=True)
         ]
         yield [row["title"], str(row["steps"]), *cells]
+    for title, found in _halves(comparison):
+        yield [title, words.ABSENT, *words.cells(found, columns)]
+    for title, steps, found in measures.PAPER if _is_of_paper(comparison) else ():
+        yield [title, str(steps), *words.cells(found, columns)]
+
+
+def _halves(comparison: Mapping) -> list[tuple[str, dict[str, Any]]]:
+    teacher: Mapping = next((row["mean"] for row in comparison["rows"] if row["kind"] == "teacher"), {})
+    return measures.halves(comparison.get("halves", {}), teacher)
 
 
 def _notes(comparison: Mapping) -> list[str]:
@@ -90,15 +117,19 @@ def _notes(comparison: Mapping) -> list[str]:
     samples, real = (number(comparison[key], ",.0f") for key in ("samples", "real_images"))
     fd = (
         f"FD is the Fréchet distance between {samples} samples of each model and {real} real images, in "
-        f"{str(comparison['features'][0]).rstrip('.')}. It ranks the models of this page and nothing else."
+        f"{str(comparison['features'][0]).rstrip('.')}."
     )
+    if "fid" not in _columns(comparison):
+        fd += " It ranks the models of this page and nothing else."
     seeds = comparison["seeds"]
     said = f"One seed, {seeds[0]}, so that differences of a few per cent may be chance."
     if len(seeds) > 1:
         said = (
             f"Means over the seeds {', '.join(map(str, seeds))}, each with its own teacher; least–greatest with them."
         )
-    notes = [fd, said, *_worsened(comparison)]
+    intervals = [measures.INTERVAL] if "fd_interval" in _columns(comparison) else []
+    halves = [measures.HALVES] if _halves(comparison) else []
+    notes = [fd, said, *intervals, *halves, *_worsened(comparison)]
     if comparison["quick"]:
         changes = ", ".join(f"{key} {value}" for key, value in comparison["quick"].items())
         notes.insert(0, f"A quick run, which trains and measures too little to rank methods by: {changes}.")

@@ -6,14 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from ard_jax.report import captions, figures, pieces, steps, words
+from ard_jax.report import captions, figures, measures, pieces, steps, words
 from ard_jax.report.figures import Series, thin
 from ard_jax.report.pieces import Chart, FinalImages, PictureGrid
 from ard_jax.report.render import render
 from ard_jax.report.words import number, significant
 from ard_jax.results import Measured, Results
 
-MEASURED: tuple[str, ...] = ("fd", "degradation", "precision", "recall", "psnr", "recall_at_1", "recall_at_5")
+MEASURED: tuple[str, ...] = (
+    "fd",
+    "fid",
+    "fd_interval",
+    "sfid",
+    "inception_score",
+    "degradation",
+    "precision",
+    "recall",
+)
+MEASURED += ("psnr", "recall_at_1", "recall_at_5")
 MEASURED += ("network_calls", "gmac_per_image", "seconds_per_image", "parameters")
 
 
@@ -47,7 +57,7 @@ def build_report(
     """
     models, curves = results.models, curves or {}
     lead, detail = words.headline(results)
-    columns = captions.columns(models, MEASURED)
+    columns = measures.columns([model.to_json() for model in models.values()], MEASURED)
     return render(
         "report.html.j2",
         title=title,
@@ -58,7 +68,9 @@ def build_report(
         tiles=_tiles(results, models),
         pictures=_pictures(models, pictures or {}),
         head=["Model", *words.headings(columns)],
-        measurements=_measurements(models, columns),
+        measurements=_measurements(results, columns),
+        notes=_notes(results),
+        beside_paper=measures.is_of_paper(results.measured_with, results.config),
         judged=captions.judged(results),
         gallery=captions.gallery(models, gallery or {}),
         points=_points(results, models),
@@ -215,14 +227,27 @@ def _pictures(
     return shown
 
 
-def _measurements(models: Mapping[str, Measured], columns: Sequence[str]) -> list[list[str]]:
-    """Cells of the table's rows, the teacher's first."""
+def _measurements(results: Results, columns: Sequence[str]) -> list[list[str]]:
+    """Cells of the table's rows: the teacher's first, after the students' what is noise and what the paper reports."""
+    models = results.models
     titles, rows = words.titles(models), []
     teachers = {name: model for name, model in models.items() if model.is_teacher}
     for name, model in (teachers | _students(models, "x0") | _students(models, "xt")).items():
         degradation = None if model.is_teacher else words.degradation(models, name)
         rows.append([titles[name], *words.cells(model.to_json() | {"degradation": degradation}, columns)])
-    return rows
+    beside = measures.halves(results.halves, words.teacher_of(models).to_json())
+    if measures.is_of_paper(results.measured_with, results.config):
+        beside += [(f"{title}, {steps} steps", found) for title, steps, found in measures.PAPER]
+    return rows + [[title, *words.cells(found, columns)] for title, found in beside if rows]
+
+
+def _notes(results: Results) -> list[str]:
+    """What is to be said of the table's rows and columns."""
+    models = results.models.values()
+    notes = [measures.INTERVAL] if any(model.fd_interval for model in models) else []
+    if measures.halves(results.halves, words.teacher_of(results.models).to_json()):
+        notes.append(measures.HALVES)
+    return notes
 
 
 def _points(results: Results, models: Mapping[str, Measured]) -> dict[str, list[str]]:

@@ -67,9 +67,18 @@ def duration(seconds: Any) -> str:
     return f"{minutes // 60:,} h {minutes % 60} min"
 
 
+def span(ends: Any) -> str:
+    """Two ends of an interval; a dash where there is none."""
+    return ABSENT if ends is None else "–".join(map(number, ends))
+
+
 # Key of a model's measurements → the heading of their column, and how one is written.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "fd": ("FD ↓", number),
+    "fid": ("FID ↓", number),
+    "fd_interval": ("95 % interval", span),
+    "sfid": ("sFID ↓", number),
+    "inception_score": ("IS ↑", partial(number, spec=",.1f")),
     "degradation": ("Degradation ↓", number),
     "precision": ("Precision ↑", partial(number, spec=".3f")),
     "recall": ("Recall ↑", partial(number, spec=".3f")),

@@ -11,7 +11,7 @@ import functools
 import importlib
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,18 @@ from ard_jax.workdir import require_done, teacher_folder, write_done
 
 log = logging.getLogger("ard_jax")
 
-MEASURED = ("fd", "precision", "recall", "psnr", "network_calls", "gmac_per_image", "seconds_per_image")
+MEASURED: tuple[str, ...] = (
+    "fd",
+    "fid",
+    "fd_interval",
+    "fd_halves",
+    "sfid",
+    "sfid_halves",
+    "inception_score",
+    "precision",
+    "recall",
+)
+MEASURED += ("precision", "recall", "psnr", "network_calls", "gmac_per_image", "seconds_per_image")
 TRAINED = ("examples", "flops", "seconds")  # of done.json, "training_" before them in compare.json
 
 
@@ -110,6 +121,9 @@ def _compare_models(
         "quick": flatten(plain(config)["compare"]["quick"]) if quick else {},
         "seeds": list(homes),
         "features": [result.features for result in results.values()],
+        "measured_with": [result.measured_with for result in results.values()],
+        "halves": _over_seeds([result.halves for result in results.values()], np.mean),
+        "labels": first.labels,
         "samples": first.samples,
         "real_images": first.real_images,
         "budget": training_flops(config),
@@ -156,15 +170,16 @@ def _training_cost(entries: Mapping[str, Entry], home: Place, name: str) -> dict
 
 def _summarise_seeds(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Measurements by seed, and over the seeds; None where a seed has none."""
-    keys = next(iter(by_seed.values()))
-    columns = {key: [values[key] for values in by_seed.values()] for key in keys}
-
-    def over(function):
-        return {key: None if None in values else function(values) for key, values in columns.items()}
-
+    found = list(by_seed.values())
     return {
         "by_seed": {str(seed): dict(values) for seed, values in by_seed.items()},
-        "mean": over(lambda values: float(np.mean(values))),
-        "least": over(min),
-        "greatest": over(max),
+        "mean": _over_seeds(found, np.mean),
+        "least": _over_seeds(found, np.min),
+        "greatest": _over_seeds(found, np.max),
     }
+
+
+def _over_seeds(found: Sequence[Mapping[str, Any]], function: Callable[..., Any]) -> dict[str, Any]:
+    """What a function of NumPy makes of each measurement, an interval's ends apart; None where a seed has none."""
+    columns = {key: [values.get(key) for values in found] for key in found[0]}
+    return {key: None if None in values else function(values, axis=0).tolist() for key, values in columns.items()}

@@ -54,7 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = 
     watch, directory, settings = Stopwatch(), workdir / "latents", config.encode
     model, params = load_vae(config, workdir)
     _check(config, model, vae_folder(config, workdir))
-    source = open_images(config, model)
+    source = open_images(config, model.in_channels)
     if check:
         return check_records(source)
     identity = identify(config.encode, source)

@@ -23,11 +23,11 @@ from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_rollout, make_run_mesh, make_solve
 from ard_jax.captions.conditions import check_text_encoder, load_conditions
+from ard_jax.checks import listed_labels
 from ard_jax.completion import SAMPLED
 from ard_jax.conditions import Conditions, draw_numbers
 from ard_jax.config import plain
-from ard_jax.data import to_uint8
-from ard_jax.drawing import Decoder, Sampler, make_decoder, make_drawing, rollout_macs, student_sampler
+from ard_jax.drawing import Decoder, Sampler, make_decoder, make_drawing, rollout_macs, student_sampler, to_levels
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, file_sha256, join_npz, read_npz, to_host, write_json, write_npz
 from ard_jax.models import count_parameters
@@ -36,7 +36,7 @@ from ard_jax.parallel import batch_shards, is_first, put_batch
 from ard_jax.progress import Stopwatch, progress_bar
 from ard_jax.report import image_grid
 from ard_jax.sampling import network_calls, sample_teacher, sampling_key
-from ard_jax.types import Params
+from ard_jax.types import Params, PyTree
 from ard_jax.workdir import (
     config_differences,
     find_vae,
@@ -88,12 +88,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 def _check_labels(settings: ml_collections.ConfigDict, conditions: Conditions) -> None:
     """Raises UserError for a number that no condition has, and for images of held-out captions that cannot be."""
-    outside = [label for label in settings.labels if not 0 <= label < len(conditions)]
+    labels = listed_labels(settings)
+    outside = [label for label in labels if not 0 <= label < len(conditions)]
     if outside:
         raise UserError(f"sample.labels has {outside[0]!r}, but there are {len(conditions)}: count from 0.")
     if settings.held_out and conditions.for_training == len(conditions):
         raise UserError(f"sample.held_out is {settings.held_out}, but nothing is held out of training: set it to 0.")
-    if settings.held_out and (settings.labels or settings.held_out > settings.count):
+    if settings.held_out and (labels or settings.held_out > settings.count):
         raise UserError(
             f"sample.held_out is {settings.held_out}, but it must be at most sample.count, which is {settings.count}, "
             f"and sample.labels must be (): set one of them otherwise."
@@ -102,9 +103,12 @@ def _check_labels(settings: ml_collections.ConfigDict, conditions: Conditions) -
 
 def choose_numbers(settings: ml_collections.ConfigDict, index: np.ndarray, conditions: Conditions) -> np.ndarray:
     """The numbers of the conditions of images `index`: int32 (batch,)."""
-    if settings.labels:
-        return np.asarray(settings.labels, np.int32)[index % len(settings.labels)]
-    numbers = draw_numbers(sampling_key(settings.seed), index, conditions.for_training)
+    if labels := listed_labels(settings):
+        return np.asarray(labels, np.int32)[index % len(labels)]
+    if settings.labels == "balanced":
+        numbers = (index % conditions.for_training).astype(np.int32)
+    else:
+        numbers = draw_numbers(sampling_key(settings.seed), index, conditions.for_training)
     beyond = index - (settings.count - settings.held_out)
     if not settings.held_out:
         return numbers
@@ -200,7 +204,8 @@ def _draw(
 
     def sample(batch):
         images, *rest = drawn(params, batch)
-        return (decoder(images) if decoder else images), *rest
+        images = decoder(images) if decoder else images
+        return images if is_latent else to_levels(images), *rest
 
     def batch_of(first):
         """This process's rows; indices beyond the count fill the last batch up."""
@@ -210,23 +215,21 @@ def _draw(
 
     batch_size = settings.batch_size * batch_shards(mesh)
     is_latent = config.data.space == "latent" and decoder is None
-    start = sum(len(read_npz(part)["labels"]) for part in _parts(folder)) if is_first() else 0
+    start = sum(len(read_npz(part, ("labels",))["labels"]) for part in _parts(folder)) if is_first() else 0
     if jax.process_count() > 1:
         start = int(multihost_utils.broadcast_one_to_all(np.int64(start)))
     if start >= settings.count:
         return
     if start:
         log.info("going on from image %d of %d.", start, settings.count)
-    sample(batch_of(start))[0].block_until_ready()  # compiles, so that the rate below is the rate
+    jax.block_until_ready(sample(batch_of(start)))  # compiles, so that the rate below is the rate
     rows = -(-PART // batch_size) * batch_size
     with progress_bar(settings.count, "image", initial=start) as bar:
         for begin in range(start, settings.count, rows):
             images, labels, started = [], [], time.perf_counter()
             for first in range(begin, min(begin + rows, settings.count), batch_size):
                 image, label = _in_order(*jax.tree.map(to_host, sample(batch_of(first))))
-                if is_latent and not np.isfinite(image).all():
-                    raise UserError("latents are NaN or infinite, so the model diverged: use an earlier checkpoint.")
-                images.append(image.astype(np.float32) if is_latent else to_uint8(image))
+                images.append(_checked_latents(image) if is_latent else _checked_levels(*image))
                 labels.append(label)
                 bar.update(min(batch_size, settings.count - first))
             seconds = (time.perf_counter() - started) / (len(images) * batch_size)
@@ -241,10 +244,27 @@ def _parts(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(folder.glob("[0-9]*.npz"))
 
 
-def _in_order(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _in_order(images: PyTree, label: np.ndarray, index: np.ndarray) -> tuple[PyTree, np.ndarray]:
     """Rows in the order of their indices: which host has which rows of a batch is up to the mesh."""
     order = np.argsort(index)
-    return image[order], label[order]
+    return jax.tree.map(lambda rows: rows[order], images), label[order]
+
+
+def _checked_latents(latents: np.ndarray) -> np.ndarray:
+    """Latents as float32; UserError if one is not finite."""
+    if not np.isfinite(latents).all():
+        raise UserError("latents are NaN or infinite, so the model diverged: use an earlier checkpoint.")
+    return latents.astype(np.float32)
+
+
+def _checked_levels(levels: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    """Images of `to_levels`; UserError if a pixel of them is NaN."""
+    if bad.any():
+        raise UserError(
+            f"{bad.sum()} of {levels.size} pixels are NaN, but pictures need numbers: the model that made them has "
+            f"diverged, use an earlier checkpoint."
+        )
+    return levels
 
 
 def _join(directory: pathlib.Path, settings: ml_collections.ConfigDict) -> tuple[list[str], float]:
@@ -254,7 +274,7 @@ def _join(directory: pathlib.Path, settings: ml_collections.ConfigDict) -> tuple
     name = "arr_0" if "arr_0" in first else "latents"
     shapes = {name: (settings.count, *first[name].shape[1:]), "labels": (settings.count,)}
     join_npz(directory / "samples.npz", parts, shapes)
-    seconds = float(np.mean([read_npz(part)["seconds"] for part in parts]))
+    seconds = float(np.mean([read_npz(part, ("seconds",))["seconds"] for part in parts]))
     if name == "latents":
         return ["samples.npz"], seconds
     shown, images = [], 0

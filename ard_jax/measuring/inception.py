@@ -1,0 +1,190 @@
+"""Samples held against a reference in the features of FID's Inception, by ADM's definitions."""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from ard_jax.errors import UserError
+from ard_jax.evaluation import InceptionFeatures, distance_interval
+from ard_jax.evaluation.adm_files import (
+    Reference,
+    Seen,
+    check_counts,
+    metrics_of,
+    open_reference,
+    see,
+    warn_of_other_numbers,
+)
+from ard_jax.evaluation.inception import BATCH_SIZE, CHANNELS, Features
+from ard_jax.evaluation.npz import NpzArray
+from ard_jax.files import file_sha256, local_path
+from ard_jax.measuring.parts import make_parts, read_parts
+from ard_jax.measuring.samples import Samples
+
+log = logging.getLogger("ard_jax")
+
+NETWORK = "FID's Inception of 2015-12-05"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inception:
+    """A `Yardstick`: the network and a reference file.
+
+    Attributes:
+        network: on all devices of this process.
+        reference: what samples are held against.
+        reference_sha256: of its file.
+        half, split_size, neighbours: of `adm_metrics`.
+        folder: for what is found of the reference's images on the way.
+    """
+
+    network: InceptionFeatures
+    reference: Reference
+    reference_sha256: str
+    half: bool
+    split_size: int
+    neighbours: int
+    folder: pathlib.Path
+
+    judged = None  # it knows no captions
+
+    @property
+    def examples(self) -> Mapping[str, np.ndarray]:
+        return {}
+
+    @property
+    def about(self) -> str:
+        weights = "the published ones" if self.network.is_published else "other than the published ones"
+        return (
+            f"features of {NETWORK} (weights {self.network.sha256[:8]}, {weights}), by ADM's definitions, against "
+            f"{self.reference.path.name} ({self.reference_sha256[:8]})"
+        )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "features": "inception-2015-12-05",
+            "sha256": self.network.sha256,
+            "published_weights": self.network.is_published,
+            "reference": self.reference.path.name,
+            "reference_sha256": self.reference_sha256,
+            "distances": "float16" if self.half else "float32",
+            "split": self.split_size,
+            "neighbours": self.neighbours,
+        } | ({"reference_about": self.reference.about} if self.reference.about else {})
+
+    @property
+    def real_images(self) -> int | None:
+        if self.reference.about:
+            return self.reference.about["images"]
+        return None if self.reference.images is None else len(self.reference.images)
+
+    @functools.cached_property
+    def known(self) -> Seen | None:
+        """The reference's images as the network sees them; None where it has none."""
+        images = self.reference.images
+        return None if images is None else self._see(images, self.reference_sha256, self.folder)
+
+    @functools.cached_property
+    def halves(self) -> dict[str, float]:
+        """As a reference of ours says; else of the file's own images, which are few."""
+        if self.reference.about:
+            return self.reference.about["halves"]
+        return {} if self.known is None else halves_of(self.known)
+
+    def measure(self, samples: Samples, folder: pathlib.Path) -> dict[str, Any]:
+        """FID (`fd` and `fid`), sFID, Inception score, precision and recall. See `Yardstick`."""
+        seen, known = self._see(samples.images, samples.sha256, folder), self.known
+        found: dict[str, Any] = {
+            **metrics_of(seen, known, self.reference, half=self.half, split_size=self.split_size, k=self.neighbours)
+        }
+        halves = {f"{name}_halves": distance for name, distance in halves_of(seen).items()}
+        pool, _ = self.reference.statistics(known)
+        if pool is None:
+            return found | halves
+        interval = distance_interval(found["fid"], pool, seen.of_pool, seen.pool)
+        return found | halves | {"fd": found["fid"], "fd_interval": interval}
+
+    def _see(self, images: NpzArray, sha256: str, folder: pathlib.Path) -> Seen:
+        """Images of a file of that hash, in parts."""
+        of = {"sha256": self.network.sha256, "images": sha256}
+        batch = batch_size()
+        parts = make_parts(functools.partial(look, self.network), images, folder, of, batch)
+        found = (Features(**part) for part in read_parts(parts))
+        return see(found, len(images))
+
+
+def halves_of(seen: Seen) -> dict[str, float]:
+    """Fréchet distances of two halves of images, FID's and sFID's, as far as half of them are enough."""
+    found = {"fd": seen.halves_of_pool.distance(), "sfid": seen.halves_of_spatial.distance()}
+    return {name: distance for name, distance in found.items() if distance is not None}
+
+
+def batch_size() -> int:
+    """Images of a batch, which all devices of this process share."""
+    return BATCH_SIZE * jax.local_device_count()
+
+
+def look(network: InceptionFeatures, batches: Iterator[np.ndarray]) -> dict[str, np.ndarray]:
+    """Features of batches of images by name; grey ones are looked at as colours."""
+    found = [*network.stream(map(in_colour, batches), batch_size())]
+    return {name: np.concatenate([getattr(part, name) for part in found]) for name in Features._fields}
+
+
+def in_colour(images: np.ndarray) -> np.ndarray:
+    """(N, height, width, 1 or 3) → (N, height, width, 3)."""
+    return np.broadcast_to(images, (*images.shape[:3], CHANNELS))
+
+
+def load_network(config: ml_collections.ConfigDict) -> InceptionFeatures:
+    """The network whose weights `evaluate.weights` names, on all devices of this process.
+
+    Raises:
+        UserError: what `InceptionFeatures.from_file` raises, or there is no name.
+    """
+    return InceptionFeatures.from_file(_named(config, "weights")).over(jax.local_devices())
+
+
+def open_inception(config: ml_collections.ConfigDict, shape: tuple[int, ...], folder: pathlib.Path) -> Inception:
+    """What `evaluate.weights` and `evaluate.reference` name, checked before anything is computed.
+
+    Args:
+        config: the run's.
+        shape: of its images (height, width, channel).
+        folder: see `Inception`.
+
+    Raises:
+        UserError: one of them is missing, damaged or of another kind; the reference is of another size or was made with
+            other weights; or there are too few samples for a split or for neighbours.
+    """
+    settings = config.evaluate
+    path, _ = local_path(_named(config, "reference")), _named(config, "weights")
+    reference = open_reference(path, shape, "The images of this run")
+    check_counts(config.sample.count, reference, settings.split, settings.neighbours)
+    network = load_network(config)
+    if reference.about and reference.about["weights_sha256"] != network.sha256:
+        raise UserError(
+            f"evaluate.reference {path} was made with weights {reference.about['weights_sha256'][:8]}, but "
+            f"evaluate.weights are {network.sha256[:8]}: give those, or make it again with evaluate --make-reference."
+        )
+    warn_of_other_numbers(network, config.sample.count)
+    half = settings.distances == "float16"
+    return Inception(network, reference, file_sha256(path), half, settings.split, settings.neighbours, folder)
+
+
+def _named(config: ml_collections.ConfigDict, name: str) -> str:
+    """A file that a setting names; UserError if it names none."""
+    files = {
+        "weights": "weights-inception-2015-12-05-6726825d.pth of torch-fidelity",
+        "reference": "ADM's, such as VIRTUAL_imagenet256_labeled.npz, or one that evaluate --make-reference made",
+    }
+    if not config.evaluate[name]:
+        raise UserError(f"evaluate.{name} names no file, which Inception's features need: give {files[name]}.")
+    return config.evaluate[name]

@@ -1,0 +1,93 @@
+"""What is measured: the images that a model has drawn, read as they are needed."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import ml_collections
+import numpy as np
+
+from ard_jax.errors import UserError
+from ard_jax.evaluation.npz import NpzArray, array_names, read_array
+
+IMAGES, LABELS = "arr_0", "labels"
+
+
+class Samples(NamedTuple):
+    """Of a model.
+
+    Attributes:
+        images: uint8 (count, height, width, channel), which stay in their file.
+        labels: number of each one's condition (count,).
+        sha256: of the file, by which it is known again.
+    """
+
+    images: NpzArray
+    labels: np.ndarray
+    sha256: str
+
+
+class Yardstick(Protocol):
+    """Real images, and what they and samples are looked at with.
+
+    Attributes:
+        about: the features in words, with their version.
+        facts: the same for programs: what numbers in these features depend on.
+        real_images: how many there are; None where only their statistics are known.
+        halves: Fréchet distances of two halves of the real images, by the field of `Measured` that they stand beside.
+        judged: how well it knows the captions of real images, as `Results.judge` has it; None if it knows none.
+        examples: a real image of each caption, where there are such.
+    """
+
+    @property
+    def about(self) -> str: ...
+    @property
+    def facts(self) -> dict[str, Any]: ...
+    @property
+    def real_images(self) -> int | None: ...
+    @property
+    def halves(self) -> Mapping[str, float]: ...
+    @property
+    def judged(self) -> Mapping[str, Any] | None: ...
+    @property
+    def examples(self) -> Mapping[str, np.ndarray]: ...
+
+    def measure(self, samples: Samples, folder: pathlib.Path) -> dict[str, Any]:
+        """Measures one set of samples of one model.
+
+        Args:
+            samples: of it.
+            folder: of its own, for what is found on the way: a measurement that was killed goes on from there. All
+                processes see the same folder, and all have to ask.
+
+        Returns:
+            Fields of `results.Measured`.
+        """
+
+
+def read_samples(
+    directory: pathlib.Path, facts: dict[str, Any], sha256: str, config: ml_collections.ConfigDict
+) -> Samples:
+    """A model's samples.
+
+    Args:
+        directory: where they lie.
+        facts: what `done.json` says of them.
+        sha256: of the model's weights as they are now.
+        config: `sample.count` counts.
+
+    Raises:
+        UserError: they were drawn from other weights, or there are more or fewer than the config says.
+    """
+    if facts["ema_sha256"] != sha256:
+        raise UserError(f"the samples in {directory} are of older weights: run 'sample' again.")
+    path, remedy = directory / "samples.npz", "move its folder away and run the stage 'sample' again"
+    if IMAGES not in array_names(path, remedy):
+        raise UserError(f"{directory} holds latents, drawn without a VAE: run 'sample' again, now with one.")
+    images = NpzArray(path, IMAGES, remedy)
+    if len(images) != config.sample.count:  # a Fréchet distance depends on how many images it is taken from
+        raise UserError(
+            f"{directory} holds {len(images)} images, but sample.count is {config.sample.count}: "
+            f"run 'sample' again with this config."
+        )
+    return Samples(images, read_array(path, LABELS, remedy), facts["sha256"]["samples.npz"])

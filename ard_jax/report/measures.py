@@ -1,0 +1,54 @@
+"""What stands in tables of measurements beside a run's models: columns that were measured, noise, and the paper."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+# Columns that are left out where nothing was measured in them.
+OPTIONAL = ("fd_interval", "fid", "sfid", "inception_score", "recall_at_1", "recall_at_5")
+INTERVAL = (
+    "An interval is where 95 % of draws of as many samples of the same model have their distance, by bootstrap, with "
+    "the real images held fixed."
+)
+HALVES = (
+    "Two halves of the same images, parted at random, are apart by chance alone, and as sets of half the size a little "
+    "more than whole ones would be: differences between models that are smaller than that are noise."
+)
+# The paper's table of ImageNet 256×256 (arXiv 2504.11295), in the same features: title, steps, what was measured.
+REPORTED = ("fid", "inception_score", "precision", "recall")
+PAPER: tuple[tuple[str, int, dict[str, float]], ...] = tuple(
+    (f"Paper: {title}", steps, dict(zip(REPORTED, found, strict=True)))
+    for title, steps, *found in (
+        ("teacher", 25, 2.89, 230.22, 0.797, 0.572),
+        ("step distillation", 4, 10.25, 181.58, 0.704, 0.474),
+        ("ARD", 4, 4.32, 209.03, 0.770, 0.574),
+        ("ARD with a discriminator", 4, 1.84, 235.84, 0.797, 0.615),
+    )
+)
+
+
+def columns(measured: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> tuple[str, ...]:
+    """Those of a table's columns that it has, of what was measured of each model; FID stands in the place of FD."""
+    there = {key for model in measured for key, value in model.items() if value is not None}
+    left_out = {key for key in OPTIONAL if key not in there} | ({"fd"} if "fid" in there else set())
+    return tuple(key for key in keys if key not in left_out)
+
+
+def halves(real: Mapping[str, float], teacher: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Rows of what is noise: title, distances.
+
+    Args:
+        real: `Results.halves`.
+        teacher: what was measured of the teacher.
+    """
+    own = {name: teacher.get(f"{name}_halves") for name in ("fd", "sfid")}
+    rows = {"Two halves of the real images": real, "Two halves of the teacher’s samples": own}
+    return [(title, {**found, "fid": found["fd"]}) for title, found in rows.items() if found.get("fd") is not None]
+
+
+def is_of_paper(measured_with: Mapping[str, Any], config: Mapping[str, Any] | None) -> bool:
+    """Whether a run measured ImageNet 256×256 as the paper did, so that its numbers may stand beside the run's."""
+    data = (config or {}).get("data")
+    if not measured_with.get("published_weights") or not isinstance(data, Mapping):
+        return False
+    side = {"latent": 32, "pixel": 256}.get(data.get("space", ""))
+    return data.get("num_classes") == 1000 and data.get("image_size") == side
