@@ -10,6 +10,7 @@ Stages, in the order of a run:
     finetune       go on with one, so that a discriminator takes its images for real ones
     sample         draw images from the teacher and the students
     evaluate       measure them
+    watch          measure the checkpoints of a training as they appear, beside it (--once: those that are there)
     report         put it all on one page
     compare        train, measure and show many methods side by side, all stages in one command (--quick)
     export         write a model in a form that others can use
@@ -24,8 +25,8 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 STAGES = (
-    "convert", "captions", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "report",
-    "compare", "export", "plan",
+    "convert", "captions", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "watch",
+    "report", "compare", "export", "plan",
 )  # fmt: skip
 
 

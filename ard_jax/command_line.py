@@ -59,6 +59,7 @@ FLAGS: Mapping[str, Flags] = {  # where they are others
     "teacher": {**WORKDIR, "--check": dict(action="store_true")},
     "encode": {**WORKDIR, "--check": dict(action="store_true")},
     "compare": {**WORKDIR, "--quick": dict(action="store_true")},
+    "watch": {**WORKDIR, "--once": dict(action="store_true")},
 }
 
 

@@ -322,7 +322,11 @@ SETTINGS: dict[str, Any] = {
     },
     "run": {  # how a run shows itself; may change between restarts
         "log_every": Setting(100, NOTHING, at_least(1)),
-        "keep_checkpoints": Setting(2, NOTHING, at_least(1)),
+        "keep_checkpoints": Setting(2, NOTHING, at_least(0)),  # the newest of each training; 0 for all
+        "keep_every": Setting(0, NOTHING, at_least(0)),  # and those whose step is a multiple of this; 0 for none
+        # and, while `watch` looks on, the best by this metric; "frechet" is fid where that is measured, else fd
+        "keep_best": Setting("frechet", NOTHING),
+        "poll": Setting(30.0, NOTHING, above(0)),  # seconds after which `watch` looks for checkpoints again
         "tensorboard": Setting(True, NOTHING),
         "join_timeout": Setting(300.0, NOTHING, above(0)),  # seconds that a host waits for the others at the start
         "workers": Setting(2, NOTHING, at_least(1)),  # threads that read data
