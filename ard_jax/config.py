@@ -297,6 +297,10 @@ SETTINGS: dict[str, Any] = {
         # of `count`, the last so many are of captions that are held out of training, in turn
         "held_out": Setting(0, SAMPLES, at_least(0)),
         "grid": Setting(64, REQUEST, at_least(1)),  # pictures in the PNG
+        # a benchmark's list of prompts (a file, or a folder of such) to draw in place of the run's own captions
+        "prompts": Setting("", NOTHING),
+        "layout": Setting("folder", REQUEST),  # of their images: or "compbench", "geneval", "dpg", "coco"
+        "per_prompt": Setting(0, REQUEST, at_least(0)),  # images of each; 0 for as many as the layout's benchmark has
     },
     "evaluate": {
         "paired": Setting(512, RESULTS, at_least(1)),  # trajectories for the errors that are paired with the teacher
@@ -304,6 +308,9 @@ SETTINGS: dict[str, Any] = {
         "feature_steps": Setting(600, RESULTS, at_least(1)),  # training steps of the small classifier
         "judge_steps": Setting(1000, RESULTS, at_least(1)),  # of the judge of captions, where there are such
         "neighbours": Setting(3, RESULTS, at_least(1)),
+        "clip": Setting("", RESULTS),  # folder of a CLIP that judges the images of sample.prompts
+        # each by its own definition: or "clip_score", "pick_score", "hps_v2", "compbench_non_spatial"
+        "clip_scores": Setting(("clip_similarity",), RESULTS),
     },
     "report": {"title": Setting("ard_jax", NOTHING)},
     "compare": {

@@ -9,6 +9,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -55,10 +56,8 @@ def take_snapshot(
     own = target / "distill" / folder.name if is_student else target / "teacher"
     if is_first():
         _link_model(folder, step, own)
-        for name in BESIDE:
-            if (workdir / name).exists() and not (target / name).exists():
-                (target / name).symlink_to((workdir / name).absolute(), target_is_directory=True)
-    _wait_for_all("a snapshot has its files")
+        link_folders(workdir, target, BESIDE)
+    wait_for_all("a snapshot has its files")
     if step not in steps_in(own / "checkpoints"):
         there = ", ".join(map(str, steps_in(folder / "checkpoints"))) or "none"
         raise UserError(f"{folder} has no checkpoint {step}: it has {there}, and run.keep_checkpoints=0 keeps all.")
@@ -72,7 +71,14 @@ def take_snapshot(
     hashes = {part: tree_sha256(params, require_finite) for part, params in weights.items()}
     if is_first():
         write_json(own / "done.json", {"sha256": hashes, "seconds": 0.0, "step": step})
-    _wait_for_all("a snapshot is whole")
+    wait_for_all("a snapshot is whole")
+
+
+def link_folders(workdir: pathlib.Path, target: pathlib.Path, names: Sequence[str]) -> None:
+    """Symbolic links in `target` to those folders of a run that are there, and not in `target` yet."""
+    for name in names:
+        if (workdir / name).exists() and not (target / name).exists():
+            (target / name).symlink_to((workdir / name).absolute(), target_is_directory=True)
 
 
 def _link_model(folder: pathlib.Path, step: int, own: pathlib.Path) -> None:
@@ -103,6 +109,7 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _wait_for_all(what: str) -> None:
+def wait_for_all(what: str) -> None:
+    """Until all hosts are here, of which one has written what is said."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

@@ -23,7 +23,7 @@ FLOORS = (
     ("captions", "drawing", "snapshots", "trajectories"),
     ("completion", "paired", "plan", "pipeline"),
     ("runner",),
-    ("entries",),
+    ("entries", "prompted"),
     ("stages",),
     ("command_line",),
     ("sweep",),

@@ -50,6 +50,7 @@ RANGES = {
     "captions.length": (2, math.inf),
     "sample.held_out": (0, math.inf),
     "run.keep_checkpoints": (0, math.inf),
+    "sample.per_prompt": (0, math.inf),
     "run.keep_every": (0, math.inf),
     "seed": (0, 2**31 - 1),
     "sample.seed": (0, 2**31 - 1),
@@ -127,7 +128,7 @@ def test_free_on_restart():
         "run.", "mesh.", "data.dir", "encode.dir", "teacher.dir", "trajectories.dir", "report.",
         "captions.dir", "captions.path", "captions.encoder", "teacher.accumulate",
         "distill.accumulate", "model.remat", "model.attention", "teacher.checkpoint_every", "distill.checkpoint_every",
-        "finetune.checkpoint_every", "trajectories.batch_size",
+        "finetune.checkpoint_every", "trajectories.batch_size", "sample.prompts",
     }  # fmt: skip
 
 

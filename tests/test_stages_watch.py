@@ -74,6 +74,7 @@ def test_what_is_measured_is_not_measured_again(watched, tmp_path, monkeypatch):
     assert (workdir / "evaluate" / "curve.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_while_it_measures_it_goes_on(watched, tmp_path, monkeypatch):
     """Killed when the first checkpoint has been sampled: its samples are taken, and the lines are the same."""
     workdir = copy(watched, tmp_path, "teacher", "distill")
@@ -129,7 +130,7 @@ def test_a_checkpoint_is_exported(watched, tmp_path, checkpoint, step):
     [
         (
             ["--checkpoint", "17"],
-            "distill/ard has no checkpoint 17: it has 15, 20, and run.keep_checkpoints=0 keeps all",
+            "ard has no checkpoint 17: it has 15, 20, and run.keep_checkpoints=0 keeps all",
         ),
         (["--checkpoint", "last"], "--checkpoint is 'last': give a step, or best."),
         (["--checkpoint", "best", "--metric", "beauty"], "--metric is 'beauty': choose one of frechet, fid"),

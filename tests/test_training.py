@@ -249,7 +249,7 @@ def test_the_checkpoints_that_are_kept_have_hashes(uninterrupted):
     ],
 )
 def test_the_checkpoints_that_are_kept(uninterrupted, tmp_path, keep, every, wanted, kept):
-    """The newest, those of every n-th step, and those that somebody who looks on asks for; none changes the training."""
+    """The newest, those of every n-th step, and those that somebody asks for; none changes what is trained."""
     checkpoints.write_wanted(tmp_path, wanted)
     state = fit(tmp_path, keep=keep, every=every, checkpoint_every=2).state
     assert saved_steps(tmp_path) == kept == checkpoints.sealed_steps(tmp_path / "checkpoints")
