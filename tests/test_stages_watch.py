@@ -245,10 +245,12 @@ def line(model, step, **measured):
 
 LINES = [
     line("ard", 5, fd=3.0, mask="causal"),
-    line("ard", 10, fd=2.0, fid=30.0, mask="causal"),
+    line("ard", 10, fd=2.0, mask="causal"),
     line("ard", 15, mask="causal"),  # of too few images
-    line("teacher", 50, fd=1.5, fid=20.0),
-    line("teacher", 100, fd=1.0, fid=10.0),
+    line("ard", 20, fd=30.0, fid=30.0, mask="causal"),
+    line("teacher", 50, fd=1.5),
+    line("teacher", 100, fd=1.0),
+    line("teacher", 150, fd=10.0, fid=10.0),
 ]
 
 
@@ -260,7 +262,7 @@ def test_the_figure_has_a_line_a_model_and_the_last_teacher_beside_its_students(
     ard, teacher = drawn[3].legend
     assert (ard.label, list(ard.x), list(ard.y), ard.dashed) == ("ARD", [5, 10], [3.0, 2.0], False)
     assert (teacher.label, list(teacher.x), list(teacher.y), teacher.dashed) == ("Teacher", [5, 10], [1.0, 1.0], True)
-    assert [list(line.x) for line in drawn[1].legend] == [[10], [10, 10]]
+    assert [(list(line.x), list(line.y)) for line in drawn[1].legend] == [([20], [30.0]), ([20, 20], [10.0, 10.0])]
 
 
 def test_the_page_of_a_curve_and_the_report_show_it():
@@ -283,4 +285,4 @@ def test_tensorboard_has_each_checkpoint_once(tmp_path):
         events = EventAccumulator(str(tmp_path / "tensorboard" / name)).Reload()
         tensors = events.Tensors("fd")
         shown[name] = [(event.step, float(make_ndarray(event.tensor_proto))) for event in tensors]
-    assert shown == {"ard": [(5, 3.0), (10, 2.0)], "teacher": [(50, 1.5), (100, 1.0)]}
+    assert shown == {"ard": [(5, 3.0), (10, 2.0), (20, 30.0)], "teacher": [(50, 1.5), (100, 1.0), (150, 10.0)]}

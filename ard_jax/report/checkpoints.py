@@ -8,7 +8,7 @@ from ard_jax.report.figures import Series
 from ard_jax.report.pieces import Chart
 from ard_jax.results import Measured
 
-# Keys of the curve's lines that are drawn.
+# Keys of the curve's lines that are drawn; a FID is also an "fd", and drawn once.
 DRAWN = {"fid": "FID", "fd": "Fréchet distance"}
 GROUPS = {True: "Teacher", False: "Students"}
 
@@ -28,10 +28,8 @@ def charts(lines: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> li
     models, drawn = models_of(lines), []
     titles = words.titles(models)
     for key, measure in DRAWN.items():
-        points = {
-            name: [(line["step"], line[key]) for line in lines if line["model"] == name and words.finite(line.get(key))]
-            for name in models
-        }
+        shown = [line for line in lines if words.finite(line.get(key)) and (key == "fid" or "fid" not in line)]
+        points = {name: [(line["step"], line[key]) for line in shown if line["model"] == name] for name in models}
         for is_teacher, group in GROUPS.items():
             own = {name: found for name, found in points.items() if found and models[name].is_teacher == is_teacher}
             series = [

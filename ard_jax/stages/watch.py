@@ -34,7 +34,7 @@ from ard_jax.parallel import is_first, make_mesh
 from ard_jax.report import build_curve
 from ard_jax.results import read_results
 from ard_jax.runner import TEACHER, Job, Place, run_missing, with_settings
-from ard_jax.snapshots import model_folder, take_snapshot
+from ard_jax.snapshots import model_folder, take_snapshot, wait_for_all
 from ard_jax.training.checkpoints import checkpoint_sha256, sealed_steps, steps_in, write_wanted
 from ard_jax.training.metrics import TensorBoard, check_tensorboard
 from ard_jax.workdir import leave_all, occupy, read_config, read_done
@@ -185,6 +185,7 @@ def _run_stage(job: Job) -> None:
     more = [job.models] if job.stage == "evaluate" else []
     with contextlib.redirect_stdout(io.StringIO()):
         importlib.import_module(f"ard_jax.stages.{job.stage}").run(job.place.config, job.place.path, *more)
+    wait_for_all("a stage has written what it made")  # which the next one reads
 
 
 class TensorBoards:
