@@ -10,6 +10,7 @@ Stages, in the order of a run:
     finetune       go on with one, so that a discriminator takes its images for real ones
     sample         draw images from the teacher and the students
     evaluate       measure them
+    watch          measure the checkpoints of a training as they appear, beside it (--once: those that are there)
     report         put it all on one page
     compare        train, measure and show many methods side by side, all stages in one command (--quick)
     export         write a model in a form that others can use
@@ -27,10 +28,10 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 STAGES = (
-    "convert", "captions", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "report",
-    "compare", "export", "demo", "plan",
+    "convert", "captions", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "watch",
+    "report", "compare", "export", "demo", "plan",
 )  # fmt: skip
-IN_TURN = tuple(stage for stage in STAGES if stage not in ("convert", "compare", "export", "plan"))
+IN_TURN = tuple(stage for stage in STAGES if stage not in ("convert", "watch", "compare", "export", "demo", "plan"))
 
 
 def main(arguments: list[str]) -> int:

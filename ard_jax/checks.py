@@ -7,6 +7,7 @@ import ml_collections
 
 from ard_jax.build import compute_dtype, make_rollout, make_solve, make_student, make_teacher
 from ard_jax.config import LABELS, ROWS
+from ard_jax.curve import check_metric
 from ard_jax.errors import UserError, settings_of
 from ard_jax.models.attention import choose_backend, target_platform
 from ard_jax.objectives import find_method
@@ -119,6 +120,7 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
     check_values(config)
     _check_mesh(config)
     _check_compare(config)
+    check_metric(config.run.keep_best, "run.keep_best")
     for stage in ("teacher", "distill", "finetune"):
         with settings_of(f"{stage}.optimizer"):
             make_optimizer(config[stage].optimizer, config[stage].steps)

@@ -61,6 +61,7 @@ FLAGS: Mapping[str, Flags] = {  # where they are others
     "encode": {**WORKDIR, "--check": dict(action="store_true")},
     "make_reference": {**WORKDIR, "--make-reference": dict(required=True, metavar="OUT.npz", type=pathlib.Path)},
     "compare": {**WORKDIR, "--quick": dict(action="store_true")},
+    "watch": {**WORKDIR, "--once": dict(action="store_true")},
 }
 
 

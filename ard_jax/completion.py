@@ -122,3 +122,12 @@ def _is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, model
 def _same_settings(recorded: Mapping[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> bool:
     """Whether two configs have the same values under keys that begin so."""
     return not any(key.startswith(keys) for key in config_differences(recorded, plain(config)))
+
+
+def other_settings(recorded: Mapping[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> list[str]:
+    """In words, where a recorded config has other values under keys that begin so; folders may have moved."""
+    return [
+        f"{key} {there!r} there, {here!r} here"
+        for key, (there, here) in config_differences(recorded, plain(config)).items()
+        if key.startswith(keys) and not key.endswith(".dir")
+    ]

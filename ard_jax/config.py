@@ -308,6 +308,10 @@ SETTINGS: dict[str, Any] = {
         # of `count`, the last so many are of captions that are held out of training, in turn
         "held_out": Setting(0, SAMPLES, at_least(0)),
         "grid": Setting(64, REQUEST, at_least(1)),  # pictures in the PNG
+        # a benchmark's list of prompts (a file, or a folder of such) to draw in place of the run's own captions
+        "prompts": Setting("", NOTHING),
+        "layout": Setting("folder", REQUEST),  # of their images: or "compbench", "geneval", "dpg", "coco"
+        "per_prompt": Setting(0, REQUEST, at_least(0)),  # images of each; 0 for as many as the layout's benchmark has
     },
     "evaluate": {
         "paired": Setting(512, RESULTS, at_least(1)),  # trajectories for the errors that are paired with the teacher
@@ -323,6 +327,9 @@ SETTINGS: dict[str, Any] = {
         "reference": Setting("", RESULTS),
         "split": Setting(5000, RESULTS, at_least(1)),
         "distances": Setting("float16", RESULTS, one_of("float16", "float32")),
+        "clip": Setting("", RESULTS),  # folder of a CLIP that judges the images of sample.prompts
+        # each by its own definition: or "clip_score", "pick_score", "hps_v2", "compbench_non_spatial"
+        "clip_scores": Setting(("clip_similarity",), RESULTS),
     },
     "report": {"title": Setting("ard_jax", NOTHING)},
     "compare": {
@@ -343,7 +350,11 @@ SETTINGS: dict[str, Any] = {
     },
     "run": {  # how a run shows itself; may change between restarts
         "log_every": Setting(100, NOTHING, at_least(1)),
-        "keep_checkpoints": Setting(2, NOTHING, at_least(1)),
+        "keep_checkpoints": Setting(2, NOTHING, at_least(0)),  # the newest of each training; 0 for all
+        "keep_every": Setting(0, NOTHING, at_least(0)),  # and those whose step is a multiple of this; 0 for none
+        # and, while `watch` looks on, the best by this metric; "frechet" is fid where that is measured, else fd
+        "keep_best": Setting("frechet", NOTHING),
+        "poll": Setting(30.0, NOTHING, above(0)),  # seconds after which `watch` looks for checkpoints again
         "tensorboard": Setting(True, NOTHING),
         "join_timeout": Setting(300.0, NOTHING, above(0)),  # seconds that a host waits for the others at the start
         # threads that read data; many wait for a bucket at once, and cost little where a disk is fast

@@ -39,7 +39,7 @@ POSITIVE = {
     "finetune": ("steps", "batch_size", "accumulate", "checkpoint_every", "spectral_rounds"),
     "sample": ("count", "batch_size", "grid"),
     "evaluate": ("paired", "pictures", "feature_steps", "judge_steps", "neighbours", "split"),
-    "run": ("log_every", "keep_checkpoints", "join_timeout", "workers"),
+    "run": ("log_every", "join_timeout", "workers", "poll"),
 }
 OPTIMIZERS = (
     "teacher.optimizer", "distill.optimizer", "distill.distribution_matching.optimizer", "finetune.optimizer",
@@ -49,6 +49,9 @@ RANGES = {
     "data.num_classes": (0, math.inf),
     "captions.length": (2, math.inf),
     "sample.held_out": (0, math.inf),
+    "run.keep_checkpoints": (0, math.inf),
+    "sample.per_prompt": (0, math.inf),
+    "run.keep_every": (0, math.inf),
     "seed": (0, 2**31 - 1),
     "sample.seed": (0, 2**31 - 1),
     "model.label_init_std": (0, math.inf),
@@ -128,7 +131,7 @@ def test_free_on_restart():
         "run.", "mesh.", "data.dir", "encode.dir", "teacher.dir", "trajectories.dir", "report.",
         "captions.dir", "captions.path", "captions.encoder", "teacher.accumulate",
         "distill.accumulate", "model.remat", "model.attention", "teacher.checkpoint_every", "distill.checkpoint_every",
-        "finetune.checkpoint_every", "trajectories.batch_size",
+        "finetune.checkpoint_every", "trajectories.batch_size", "sample.prompts",
     }  # fmt: skip
 
 

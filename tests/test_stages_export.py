@@ -510,6 +510,6 @@ def test_words_that_cannot_be_used(pipeline, arguments, said):
 def test_models_that_are_not_there_or_not_finished(workdir, latents, tmp_path):
     assert "has no model 'ard': it has none, so train or convert one there first." in refused(tmp_path / "nowhere")
     (workdir / "distill" / "ard" / "done.json").unlink()
-    assert "so its training is not finished: run the stage 'distill' to its end." in refused(workdir)
+    assert "not finished: run the stage 'distill' to its end, or name a --checkpoint." in refused(workdir)
     said = refused(latents, "ard", "pipeline", "--weights", "params")
     assert "was converted and has just one set of weights, the ones called ema" in said

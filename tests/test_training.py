@@ -65,9 +65,11 @@ def settings(**changes):
     return ml_collections.ConfigDict(values | changes)
 
 
-def fit(directory, source=None, tensorboard=False, log_every=2, method=None, **changes):
+def fit(directory, source=None, tensorboard=False, log_every=2, method=None, keep=2, every=0, **changes):
     """Trains the small model; returns what `train` does."""
-    run = ml_collections.ConfigDict({"log_every": log_every, "keep_checkpoints": 2, "tensorboard": tensorboard})
+    run = ml_collections.ConfigDict(
+        {"log_every": log_every, "keep_checkpoints": keep, "keep_every": every, "tensorboard": tensorboard}
+    )
     return train(
         method or Method(objective, 24.0),
         {"w": jnp.zeros(3), "b": jnp.zeros(())},
@@ -235,6 +237,55 @@ def test_the_checkpoints_that_are_kept_have_hashes(uninterrupted):
     directory, _ = uninterrupted
     noted = {path.stem for path in (directory / "checksums").iterdir()}
     assert noted == {path.name for path in (directory / "checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "wanted", "kept"),
+    [
+        (2, 0, [], [10, 12]),
+        (0, 0, [], [2, 4, 6, 8, 10, 12]),
+        (1, 4, [], [4, 8, 12]),
+        (1, 0, [4, 10], [4, 10, 12]),
+    ],
+)
+def test_the_checkpoints_that_are_kept(uninterrupted, tmp_path, keep, every, wanted, kept):
+    """The newest, those of every n-th step, and those that somebody asks for; none changes what is trained."""
+    checkpoints.write_wanted(tmp_path, wanted)
+    state = fit(tmp_path, keep=keep, every=every, checkpoint_every=2).state
+    assert saved_steps(tmp_path) == kept == checkpoints.sealed_steps(tmp_path / "checkpoints")
+    assert tree_sha256(state.params) == tree_sha256(uninterrupted[1].params)
+
+
+def test_a_damaged_wish_stops_no_training(tmp_path):
+    (tmp_path / "wanted.json").write_text('{"steps": [3')
+    fit(tmp_path)
+    assert saved_steps(tmp_path) == [9, 12]
+
+
+def test_a_checkpoint_has_its_hashes_before_the_next_one(tmp_path, at_step):
+    """Whoever looks on need not wait for as long as it takes to train to the next."""
+    sealed = []
+
+    def look():
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "checkpoints" / "3").exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.2)  # Orbax notes it a little later
+
+    at_step(5, look)
+    at_step(6, lambda: (time.sleep(0.2), sealed.extend(checkpoints.sealed_steps(tmp_path / "checkpoints"))))
+    fit(tmp_path)
+    assert sealed == [3]
+
+
+def test_another_checkpoint_of_the_same_step_has_another_hash(uninterrupted, tmp_path):
+    fit(tmp_path, optimizer=dict(OPTIMIZER) | {"learning_rate": 0.01, "ema": 0.9})
+    ours, theirs = (
+        checkpoints.checkpoint_sha256(folder / "checkpoints", 12) for folder in (tmp_path, uninterrupted[0])
+    )
+    assert ours != theirs
+    shutil.rmtree(tmp_path / "checksums")
+    assert checkpoints.checkpoint_sha256(tmp_path / "checkpoints", 12) == ours  # of a converted model, which has none
 
 
 def test_after_a_divergence_the_rate_may_be_lowered(tmp_path):

@@ -73,7 +73,11 @@ class Readers:
         def read(part: np.ndarray) -> list[Any]:
             return [source[int(index)] for index in part]
 
-        return [record for part in self._pool.map(read, np.array_split(indices, min(self._count, len(indices)) or 1)) for record in part]
+        return [
+            record
+            for part in self._pool.map(read, np.array_split(indices, min(self._count, len(indices)) or 1))
+            for record in part
+        ]
 
 
 def in_memory(source: Source, limit_bytes: int = 2**30) -> Source:

@@ -12,6 +12,7 @@ from ard_jax.models import count_parameters, network_shapes
 from ard_jax.models.flops import teacher_macs
 from ard_jax.plan.cost import Cost
 from ard_jax.plan.programs import Work
+from ard_jax.training.checkpoints import kept_steps
 from ard_jax.training.state import make_optimizer, start_state
 from ard_jax.types import PyTree
 
@@ -37,12 +38,21 @@ def storage(config: ml_collections.ConfigDict, steps: Mapping[str, Work]) -> dic
         config: the run's.
         steps: of the stages that train a student, by name.
     """
-    kept, settings = config.run.keep_checkpoints, config.teacher
+    settings = config.teacher
     optimizer = make_optimizer(settings.optimizer, settings.steps)
     shapes = network_shapes(make_teacher(config))
     teacher = jax.eval_shape(lambda params: start_state(params, optimizer, 0), shapes)
     trained = {"teacher": teacher} | {stage: work.arguments[0] for stage, work in steps.items()}
-    return {"trajectories": store_bytes(config)} | {name: kept * state_bytes(state) for name, state in trained.items()}
+    kept = {name: kept_checkpoints(config, name) for name in trained}
+    sizes = {name: kept[name] * state_bytes(state) for name, state in trained.items()}
+    return {"trajectories": store_bytes(config)} | sizes
+
+
+def kept_checkpoints(config: ml_collections.ConfigDict, stage: str) -> int:
+    """How many checkpoints a stage that trains leaves, but for those that `watch` asks for."""
+    settings, run = config[stage], config.run
+    saved = sorted({*range(settings.checkpoint_every, settings.steps, settings.checkpoint_every), settings.steps})
+    return len(kept_steps(saved, run.keep_checkpoints, run.keep_every))
 
 
 def parameters(config: ml_collections.ConfigDict) -> int:

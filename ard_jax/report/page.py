@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ard_jax.report import captions, figures, measures, pieces, steps, words
+from ard_jax.report import captions, checkpoints, figures, measures, pieces, steps, words
 from ard_jax.report.figures import Series, thin
 from ard_jax.report.pieces import Chart, FinalImages, PictureGrid
 from ard_jax.report.render import render
@@ -34,6 +34,7 @@ def build_report(
     curves: Mapping | None,
     edits: Mapping[str, np.ndarray] | None = None,
     gallery: Mapping[str, np.ndarray] | None = None,
+    curve: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The whole report as one self-contained HTML page.
 
@@ -51,6 +52,7 @@ def build_report(
         name (n, S, H, W, C): without the source, then with it in place of the prediction of step 1, …, S−1.
       gallery: samples of captions: `label` (n,) their words, `held_out` (n,) whether they were held out of training;
         and uint8 (n, H, W, C) under each model's name, and under `real` the data's own picture of each caption.
+      curve: lines of what `watch` measured of checkpoints, as `ard_jax.curve` has them.
 
     Raises:
       UserError: if a picture is not uint8 or not of the stated shape.
@@ -83,7 +85,18 @@ def build_report(
         edits=_edits(models, edits or {}),
         losses=_losses(models, curves),
         rates=_rates(models, curves),
+        checkpoints=checkpoints.charts(curve, _colours({**checkpoints.models_of(curve), **models})),
         times=_times(results.seconds),
+    )
+
+
+def build_curve(title: str, curve: Sequence[Mapping[str, Any]]) -> str:
+    """A page of its own of the distances of checkpoints, for while they come; `curve` as in `build_report`."""
+    return render(
+        "curve.html.j2",
+        title=title,
+        features=list(dict.fromkeys(line["features"].rstrip(".") for line in curve if line.get("features"))),
+        checkpoints=checkpoints.charts(curve, _colours(checkpoints.models_of(curve))),
     )
 
 

@@ -20,6 +20,9 @@ to the teacher from the same noise, step by step; and of ARD students
 - in `edits.npz`, the teacher's images `source` turned into the class `label`, under the student's name (image, S,
   height, width, channel): without the source, then with it in place of the prediction of step 1, …, S−1
   (docs/METHOD.md section 4).
+
+With `sample.prompts`, measures how well the images of that list fit their prompts, by the CLIP in `evaluate.clip`, and
+writes `prompts/NAME/evaluate/adherence.json`.
 """
 
 import dataclasses
@@ -44,6 +47,7 @@ from ard_jax.measuring import Samples, forget_parts, open_yardstick, read_sample
 from ard_jax.paired import Paired, can_edit
 from ard_jax.parallel import is_first, local_mesh
 from ard_jax.progress import Stopwatch
+from ard_jax.prompted import judge, open_list
 from ard_jax.results import Measured, Results, add_degradation, degradation_ratios
 from ard_jax.workdir import (
     Loaded,
@@ -71,6 +75,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     Raises:
         UserError: nothing has been sampled, the samples are latents, or there are too few images for neighbours.
     """
+    if config.sample.prompts:
+        return judge(open_list(config, workdir), config.evaluate)
     watch, directory, mesh = Stopwatch(), workdir / "evaluate", local_mesh(config.mesh)
     vae = find_vae(config, workdir)
     if config.data.space == "latent" and vae is None:

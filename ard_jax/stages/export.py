@@ -5,14 +5,19 @@
 --format safetensors   one file with the published DiT names, which `convert` reads back
 --format stablehlo     the whole sampler, noise and labels in, images out, for a machine that has just jax and numpy
 
+Takes the last checkpoint of a finished training; --checkpoint takes another that is there, of one that goes on too: a
+step, or the best by --metric of those that `watch` measured.
+
 Writes WORKDIR/export/MODEL/FORMAT/ with a model card, and done.json last. Run again, it replaces what it wrote.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import pathlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -40,13 +45,16 @@ from ard_jax.convert.stablehlo import (
     write_text_encoder,
 )
 from ard_jax.convert.vae import vae_to_diffusers
+from ard_jax.curve import FRECHET, METRICS, check_metric, require_best
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, read_npz, whole_folder, write_json
 from ard_jax.models import count_parameters
+from ard_jax.parallel import make_mesh
 from ard_jax.pipeline import ARDPipeline
 from ard_jax.pipeline.files import WEIGHTS, open_workdir, with_dtype
 from ard_jax.pipeline.prompts import copy_encoder, describe_encoder
 from ard_jax.results import Results, read_results
+from ard_jax.snapshots import take_snapshot
 from ard_jax.types import Caption
 from ard_jax.weights.tensors import write_tensors
 from ard_jax.workdir import load_weights, read_done, recorded_config, require_done, teacher_folder, vae_folder
@@ -60,11 +68,16 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: there is no such model or it is unfinished, it cannot have this form, or the output is not ours.
     """
+    output = args.output or args.workdir / "export" / args.model / args.format
+    _check_output(output)
+    with _chosen(args) as chosen:
+        _export(chosen, output)
+
+
+def _export(args: argparse.Namespace, output: pathlib.Path) -> None:
     folder = _model_folder(args.workdir, args.model)
     done, config = require_done(folder, args.model), recorded_config(folder)
-    output = args.output or args.workdir / "export" / args.model / args.format
     _check_flags(args, done["sha256"])
-    _check_output(output)
     source = _teacher_source(folder, args)
     license = choose_license(source or {}, args.license)
     is_student = args.model != "teacher"
@@ -107,11 +120,39 @@ def run(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------- what is exported
 
 
-def _model_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
-    """The folder of a finished model.
+@contextlib.contextmanager
+def _chosen(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """The flags, with a workdir in which the checkpoint that they name is the model's last.
 
     Raises:
-        UserError: there is none of this name, or its training is not finished.
+        UserError: there is no such model or checkpoint, or none is known to be the best.
+    """
+    check_metric(args.metric, "--metric")
+    if args.checkpoint is None:
+        yield args
+        return
+    folder, step = _model_folder(args.workdir, args.model, finished=False), _step(args)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=args.workdir) as view:
+        mesh = make_mesh(devices=jax.local_devices())
+        take_snapshot(folder, args.workdir, step, pathlib.Path(view), mesh, *{"ema", args.weights})
+        log.info("%s at step %d.", args.model, step)
+        yield argparse.Namespace(**{**vars(args), "workdir": pathlib.Path(view)})
+
+
+def _step(args: argparse.Namespace) -> int:
+    """That --checkpoint names."""
+    if args.checkpoint == "best":
+        return int(require_best(args.workdir, args.model, args.metric)["step"])
+    if not args.checkpoint.isdecimal():
+        raise UserError(f"--checkpoint is {args.checkpoint!r}: give a step, or best.")
+    return int(args.checkpoint)
+
+
+def _model_folder(workdir: pathlib.Path, name: str, finished: bool = True) -> pathlib.Path:
+    """The folder of a model.
+
+    Raises:
+        UserError: there is none of this name, or its training is not finished and has to be.
     """
     folders = {"teacher": workdir / "teacher"} | {
         path.name: path for path in sorted((workdir / "distill").glob("*")) if path.is_dir()
@@ -120,10 +161,11 @@ def _model_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
     if name not in there:
         hint = f"it has {', '.join(there)}" if there else "it has none, so train or convert one there first"
         raise UserError(f"{workdir} has no model {name!r}: {hint}.")
-    if read_done(folders[name]) is None:
+    if finished and read_done(folders[name]) is None:
         stage = "teacher" if name == "teacher" else "distill"
         raise UserError(
-            f"{folders[name]} has no done.json, so its training is not finished: run the stage '{stage}' to its end."
+            f"{folders[name]} has no done.json, so its training is not finished: run the stage '{stage}' to its "
+            f"end, or name a --checkpoint."
         )
     return folders[name]
 
@@ -299,6 +341,8 @@ FLAGS = {
     "--weights": dict(
         choices=("ema", "params"), default="ema", help="the running average (default), or the last step's"
     ),
+    "--checkpoint": dict(metavar="best|STEP", help="one that is there, not the last of a finished training"),
+    "--metric": dict(default=FRECHET, metavar="NAME", help=f"that best goes by: {', '.join(METRICS)}"),
     "--output": dict(type=pathlib.Path, help="folder to write (default: WORKDIR/export/MODEL/FORMAT)"),
     "--license": dict(default="", metavar="ID", help="licence of your own teacher's weights, such as apache-2.0"),
     "--dtype": dict(choices=("float32", "bfloat16"), help="of the weights, and of stablehlo's sums (default: float32)"),

@@ -160,9 +160,9 @@ def _recipe_lines(
             f"  {stage:<16} {spent:>10.4g} chip-hours {spent / len(where.devices):>10.4g} hours   {amounts[stage]}"
         )
     lines.append("on disk")
-    kept = f"{config.run.keep_checkpoints} checkpoints"
     for folder, size in _storage(config, steps).items():
-        lines.append(f"  {folder:<16} {_gb(size):>13}   {'the store' if folder == 'trajectories' else kept}")
+        what = "the store" if folder == "trajectories" else f"{recipe.kept_checkpoints(config, folder)} checkpoints"
+        lines.append(f"  {folder:<16} {_gb(size):>13}   {what}")
     return lines
 
 

@@ -1,7 +1,7 @@
 """Puts a run on one self-contained HTML page: pictures from the same noise, tables, curves.
 
-Reads `evaluate/` and the metrics of every training, and writes `report/index.html`, `report/results.json` and
-`report/teaser.png`.
+Reads `evaluate/`, with the curve that `watch` left there, and the metrics of every training, and writes
+`report/index.html`, `report/results.json` and `report/teaser.png`.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_collections
 
+from ard_jax.curve import read_curve
 from ard_jax.files import atomic_write, file_sha256, read_json_lines, read_npz, write_json
 from ard_jax.parallel import is_first
 from ard_jax.progress import Stopwatch
@@ -33,7 +34,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     paths = [workdir / "evaluate" / f"{name}.npz" for name in ("pictures", "edits", "gallery")]
     pictures, edits, gallery = (read_npz(path) if path.exists() else {} for path in paths)  # not every run has all
     curves = _read_curves(config, workdir, results.models)
-    html = build_report(config.report.title, results, pictures, curves, edits, gallery)
+    html = build_report(config.report.title, results, pictures, curves, edits, gallery, read_curve(workdir))
     atomic_write(directory / "index.html", lambda temporary: temporary.write_text(html, encoding="utf-8"))
     atomic_write(directory / "teaser.png", lambda temporary: temporary.write_bytes(teaser(pictures, results, gallery)))
     write_json(directory / "results.json", summary(results))

@@ -7,8 +7,12 @@ for every model.
 
 Images are written as they are drawn, in parts of some hundreds, and joined at the end: started again, the stage leaves
 alone what is finished and goes on from the last part. What was sampled with other settings is not replaced.
+
+With `sample.prompts`, a benchmark's list of prompts is drawn in `prompts/NAME/`, a workdir of its own, and its images
+are laid out there as `sample.layout` says, so that the benchmark's own tool scores them (docs/EVALUATION.md).
 """
 
+import importlib
 import logging
 import pathlib
 import shutil
@@ -34,6 +38,7 @@ from ard_jax.models import count_parameters
 from ard_jax.models.flops import teacher_macs
 from ard_jax.parallel import batch_shards, is_first, put_batch
 from ard_jax.progress import Stopwatch, progress_bar
+from ard_jax.prompted import Listed, lay_out, open_list
 from ard_jax.report import image_grid
 from ard_jax.sampling import network_calls, sample_teacher, sampling_key
 from ard_jax.types import Params, PyTree
@@ -62,6 +67,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         UserError: a model has not been trained, or there are samples of it with other settings.
     """
+    if config.sample.prompts:
+        return _draw_list(open_list(config, workdir))
     mesh = make_run_mesh(config)
     vae = find_vae(config, workdir)
     if config.data.space == "latent" and vae is None:
@@ -84,6 +91,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         made = {"sha256": hashes, "seconds": round(watch(), 2), "seconds_per_image": seconds_per_image, **facts}
         merge_done(workdir / "sample", {name: made})
         shutil.rmtree(directory / "parts")
+
+
+def _draw_list(listed: Listed) -> None:
+    """Encodes a list of prompts, draws it in its own workdir, and lays the images out."""
+    importlib.import_module("ard_jax.stages.captions").run(listed.config, listed.workdir)
+    run(listed.config, listed.workdir)
+    if is_first():
+        lay_out(listed)
 
 
 def _check_labels(settings: ml_collections.ConfigDict, conditions: Conditions) -> None:

@@ -1,10 +1,13 @@
 """Orbax checkpoints of a training state and its place in the data."""
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -13,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import file_sha256, read_json, write_json
+from ard_jax.hosts import gather_json
 from ard_jax.parallel import is_first
 from ard_jax.training.state import TrainState
 from ard_jax.types import PyTree
@@ -23,10 +27,64 @@ log = logging.getLogger("ard_jax")
 PARTS = ("params", "ema", "optimizer", "position")
 
 
-def make_manager(directory: pathlib.Path, keep: int) -> ocp.CheckpointManager:
-    """Keeps the newest `keep` checkpoints in `directory`; saving runs beside the training."""
+class Wanted(TypedDict):
+    """What a wanted.json says, beside the folder of checkpoints: steps that whoever measures them needs."""
+
+    steps: list[int]
+
+
+class _Preserved:
+    """Which checkpoints stay: Orbax asks after each that is saved.
+
+    Attributes:
+        directory: of the checkpoints.
+        keep: how many of the newest; 0 for all.
+        every: those whose step is a multiple of this; 0 for none.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int, every: int):
+        self.directory, self.keep, self.every = directory, keep, every
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        steps = [int(checkpoint.step) for checkpoint in checkpoints]
+        kept = set(kept_steps(steps, self.keep, self.every)) | self._wanted()
+        return [step in kept for step in steps]
+
+    def _wanted(self) -> set[int]:
+        """The same on all hosts: the file may change between two looks at it."""
+        steps = read_wanted(self.directory.parent) if is_first() else []
+        return set(gather_json(steps)[0] if jax.process_count() > 1 else steps)
+
+
+def kept_steps(steps: Sequence[int], keep: int, every: int) -> list[int]:
+    """Those of rising steps whose checkpoints stay: the newest `keep` (0 for all), and the multiples of `every`."""
+    newest = set(steps[-keep:])
+    return [step for step in steps if step in newest or every and step % every == 0]
+
+
+def read_wanted(directory: pathlib.Path) -> list[int]:
+    """Steps of a run's folder that somebody needs, who looks on (`write_wanted`); none if the file is damaged."""
+    path = directory / "wanted.json"
+    with contextlib.suppress(UserError, FileNotFoundError):  # it is another process's, and no reason to stop a training
+        return read_json(path, Wanted)["steps"]
+    return []
+
+
+def write_wanted(directory: pathlib.Path, steps: Sequence[int]) -> None:
+    """Asks the training in a run's folder not to delete the checkpoints of these steps."""
+    if sorted(steps) != read_wanted(directory):
+        write_json(directory / "wanted.json", {"steps": sorted(steps)})
+
+
+def make_manager(directory: pathlib.Path, keep: int, every: int = 0) -> ocp.CheckpointManager:
+    """Keeps the newest `keep` checkpoints in `directory` (0 for all), those of each `every`-th step, and the wanted.
+
+    Saving runs beside the training.
+    """
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        preservation_policy=_Preserved(directory, keep, every),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
     )
     return ocp.CheckpointManager(directory.absolute(), options=options, item_names=PARTS)
 
@@ -61,7 +119,7 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainStat
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         try:
-            _check_sealed(pathlib.Path(manager.directory), step)
+            check_sealed(pathlib.Path(manager.directory), step)
             state, position = restore_step(manager, step, like)
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own
             log.warning("checkpoint %d cannot be read (%s): going back to the one before.", step, first_line(error))
@@ -77,22 +135,45 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainStat
     return None
 
 
-def seal(directory: pathlib.Path, but: int | None = None) -> None:
+def steps_in(directory: pathlib.Path) -> list[int]:
+    """Steps of the checkpoints in a folder, rising; none if there is no folder."""
+    there = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(path.name) for path in there if path.name.isdecimal())
+
+
+def sealed_steps(directory: pathlib.Path) -> list[int]:
+    """Those of `steps_in` that are known to be whole."""
+    return [step for step in steps_in(directory) if _checksums(directory, step).exists()]
+
+
+def checkpoint_sha256(directory: pathlib.Path, step: int) -> str:
+    """Which checkpoint that of a step is: the same step of a run that was begun anew is another.
+
+    Raises:
+        UserError: the hashes of its files are damaged.
+        FileNotFoundError: it has just been deleted.
+    """
+    path = _checksums(directory, step)
+    hashes = read_json(path, dict[str, str]) if path.exists() else _file_hashes(directory / str(step))
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def seal(directory: pathlib.Path, last: int | None = None) -> None:
     """Notes the hashes of the checkpoints' files, which `restore` compares: Orbax does not see a flipped bit.
 
     Args:
         directory: of the checkpoints; the hashes go to checksums/ beside it, a file a checkpoint.
-        but: a step whose checkpoint is still being written.
+        last: the newest step whose checkpoint is whole; None for the newest of all.
     """
-    steps = {path.name for path in directory.iterdir() if path.name.isdecimal()}
+    steps = steps_in(directory)
     for path in (directory.parent / "checksums").glob("*.json"):
-        if path.stem not in steps:
+        if path.stem not in map(str, steps):
             path.unlink(missing_ok=True)
-    for step in steps - {str(but)}:
+    for step in steps if last is None else [step for step in steps if step <= last]:
         path = _checksums(directory, step)
         if not path.exists():
             with contextlib.suppress(FileNotFoundError):  # it has just been deleted to make room
-                write_json(path, _file_hashes(directory / step))
+                write_json(path, _file_hashes(directory / str(step)))
 
 
 def _checksums(directory: pathlib.Path, step: int | str) -> pathlib.Path:
@@ -103,7 +184,7 @@ def _file_hashes(folder: pathlib.Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def _check_sealed(directory: pathlib.Path, step: int) -> None:
+def check_sealed(directory: pathlib.Path, step: int) -> None:
     """Raises ValueError, on all hosts, if files of a checkpoint are not as they were written."""
     altered: list[str] = []
     path = _checksums(directory, step)

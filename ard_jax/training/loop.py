@@ -75,7 +75,7 @@ def train(
         method.objective, optimizer, settings.optimizer.ema, mesh, state, frozen, settings.accumulate
     )
     with (
-        checkpoints.make_manager(directory / "checkpoints", run.keep_checkpoints) as manager,
+        checkpoints.make_manager(directory / "checkpoints", run.keep_checkpoints, run.keep_every) as manager,
         concurrent.futures.ThreadPoolExecutor(1) as sealer,
     ):
         seconds = 0.0
@@ -94,7 +94,15 @@ def train(
             spent = seconds + time.monotonic() - started
             checkpoints.save(manager, state, {"data": batches.get_state(), "seconds": spent})
             if is_first():  # beside the training, those that are whole; this one still goes to the disk
-                sealer.submit(checkpoints.seal, directory / "checkpoints", int(state.step))
+                sealer.submit(checkpoints.seal, directory / "checkpoints", int(state.step) - 1)
+
+        def seal_saved(step: int) -> bool:
+            """Whether the checkpoint of a step is on the disk now, for whoever waits for it."""
+            if manager.is_saving_in_progress():
+                return False
+            if is_first():
+                sealer.submit(checkpoints.seal, directory / "checkpoints", step)
+            return True
 
         def finish() -> None:
             manager.wait_until_finished()
@@ -105,6 +113,7 @@ def train(
         meter = Meter(settings.batch_size, method.flops, metric_log)
         try:
             with Preemption() as preemption:
+                unsealed = 0
                 for step in range(int(state.step) + 1, settings.steps + 1):
                     try:
                         with meter.waiting():
@@ -125,6 +134,9 @@ def train(
                         meter.report()  # raises before anything that is not finite is saved
                     if saving:
                         save(state)
+                        unsealed = step
+                    elif unsealed and seal_saved(unsealed):
+                        unsealed = 0
                     if asked and not last:
                         finish()
                         by_hand = preemption.noted == signal.SIGINT

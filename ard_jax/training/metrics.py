@@ -25,11 +25,7 @@ class MetricLog:
     """
 
     def __init__(self, directory: pathlib.Path, step: int, total: int, tensorboard: bool):
-        if tensorboard and importlib.util.find_spec("tensorflow") is None:
-            raise UserError(
-                "run.tensorboard needs TensorFlow, which is not installed: install tensorflow-cpu, or set "
-                "run.tensorboard=False and read metrics.jsonl."
-            )
+        check_tensorboard(tensorboard)
         self.path = directory / "metrics.jsonl"
         lines = read_json_lines(self.path)
         kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
@@ -58,6 +54,15 @@ class MetricLog:
         self.file.close()
         if self.writer:
             self.writer.close()
+
+
+def check_tensorboard(asked: bool) -> None:
+    """Raises UserError if TensorBoard's files are asked for and cannot be written."""
+    if asked and importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            "run.tensorboard needs TensorFlow, which is not installed: install tensorflow-cpu, or set "
+            "run.tensorboard=False and read metrics.jsonl."
+        )
 
 
 class TensorBoard:

@@ -1,0 +1,115 @@
+"""One checkpoint of a training as a finished model, in a workdir of its own, for the stages that take such.
+
+That workdir holds the model's folder with this checkpoint alone, as if the training had ended there, and the other
+folders of the run by symbolic links. Files of the checkpoint are hard links: they cost nothing, and stay when the
+training deletes its own.
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from ard_jax.build import make_student, make_teacher
+from ard_jax.convert.families.pixart import NULL_CAPTION_FILE
+from ard_jax.errors import UserError, first_line
+from ard_jax.files import require_finite, tree_sha256, whole_folder, write_json
+from ard_jax.models import network_shapes
+from ard_jax.parallel import is_first, with_shardings
+from ard_jax.training.checkpoints import check_sealed, load_parameters, steps_in
+from ard_jax.workdir import recorded_config, teacher_folder
+
+# Folders of a run that a model is sampled, measured and exported with.
+BESIDE = ("teacher", "captions", "vae")
+# What lies beside a model's checkpoints and says what it is.
+TOLD = ("config.json", "data.json", "labels.json", "source.json", NULL_CAPTION_FILE)
+
+
+def model_folder(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> pathlib.Path:
+    """Where a model is trained: "teacher", or a student's name."""
+    return teacher_folder(config, workdir) if name == "teacher" else workdir / "distill" / name
+
+
+def take_snapshot(
+    folder: pathlib.Path, workdir: pathlib.Path, step: int, target: pathlib.Path, mesh: Mesh, *parts: str
+) -> None:
+    """Makes the workdir `target`, or completes it where one of the same checkpoint was begun.
+
+    Args:
+        folder: of the model, as `model_folder` gives it.
+        workdir: of the run.
+        step: of the checkpoint.
+        target: the folder that becomes the snapshot's workdir.
+        mesh: that the weights are laid out on to be hashed.
+        parts: of the weights that the snapshot is asked for; "ema" if none is given.
+
+    Raises:
+        UserError: there is no such checkpoint, its files are not as they were written, or its weights are not finite.
+    """
+    is_student = folder.absolute().parent.name == "distill"
+    own = target / "distill" / folder.name if is_student else target / "teacher"
+    if is_first():
+        _link_model(folder, step, own)
+        link_folders(workdir, target, BESIDE)
+    wait_for_all("a snapshot has its files")
+    if step not in steps_in(own / "checkpoints"):
+        there = ", ".join(map(str, steps_in(folder / "checkpoints"))) or "none"
+        raise UserError(f"{folder} has no checkpoint {step}: it has {there}, and run.keep_checkpoints=0 keeps all.")
+    try:
+        check_sealed(own / "checkpoints", step)
+    except ValueError as error:
+        raise UserError(f"checkpoint {step} of {folder} is damaged ({first_line(error)}): choose another.") from None
+    config = recorded_config(own)
+    like = with_shardings(network_shapes(make_student(config) if is_student else make_teacher(config)), mesh)
+    weights = {part: load_parameters(own / "checkpoints", part, like) for part in parts or ("ema",)}
+    hashes = {part: tree_sha256(params, require_finite) for part, params in weights.items()}
+    if is_first():
+        write_json(own / "done.json", {"sha256": hashes, "seconds": 0.0, "step": step})
+    wait_for_all("a snapshot is whole")
+
+
+def link_folders(workdir: pathlib.Path, target: pathlib.Path, names: Sequence[str]) -> None:
+    """Symbolic links in `target` to those folders of a run that are there, and not in `target` yet."""
+    for name in names:
+        if (workdir / name).exists() and not (target / name).exists():
+            (target / name).symlink_to((workdir / name).absolute(), target_is_directory=True)
+
+
+def _link_model(folder: pathlib.Path, step: int, own: pathlib.Path) -> None:
+    """Makes a model's folder with one checkpoint; without it, where that is gone."""
+    checkpoint, hashes = folder / "checkpoints" / str(step), folder / "checksums" / f"{step}.json"
+    if own.exists():
+        return
+    with whole_folder(own) as new, contextlib.suppress(FileNotFoundError, shutil.Error):
+        for path in (folder / name for name in TOLD):
+            if path.exists():
+                shutil.copy2(path, new)
+        (new / "checkpoints").mkdir()
+        partial = new / "checkpoints" / "partial"
+        shutil.copytree(checkpoint, partial, copy_function=_link)
+        if hashes.exists():
+            (new / "checksums").mkdir()
+            shutil.copy2(hashes, new / "checksums")
+        partial.rename(new / "checkpoints" / str(step))
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def wait_for_all(what: str) -> None:
+    """Until all hosts are here, of which one has written what is said."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
