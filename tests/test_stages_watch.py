@@ -12,6 +12,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from ard_jax import ARDPipeline
 from ard_jax.curve import read_curve
 from ard_jax.files import read_json, write_json
+from ard_jax.parallel import make_mesh
 from ard_jax.report import build_curve, build_report, checkpoints
 from ard_jax.results import Results
 from ard_jax.stages import watch
@@ -117,7 +118,7 @@ def test_a_checkpoint_is_exported(watched, tmp_path, checkpoint, step):
     model = make_student(recorded_config(folder))
     for other in set(steps_in(folder / "checkpoints")) - {step}:
         shutil.rmtree(folder / "checkpoints" / str(other))
-    shapes = load_student(watched / "distill" / "ard", watch.make_mesh()).params
+    shapes = load_student(watched / "distill" / "ard", make_mesh()).params
     expected = load_parameters(folder / "checkpoints", "ema", shapes)
     given = ARDPipeline.from_pretrained(workdir / "export" / "ard" / "pipeline")
     assert given.model.steps == model.steps
