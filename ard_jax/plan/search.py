@@ -53,7 +53,7 @@ class Candidate(NamedTuple):
 
 def candidate_of(config: ml_collections.ConfigDict, where: Slice, stage: str) -> Candidate:
     """The settings as a config has them."""
-    sizes = make_run_mesh(config, where.devices).shape
+    sizes = make_run_mesh(config, stage, where.devices).shape
     return Candidate(config.model.remat, sizes["data"], sizes["fsdp"], sizes["tensor"], config[stage].accumulate)
 
 
