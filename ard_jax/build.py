@@ -10,9 +10,21 @@ from jax.sharding import Mesh
 
 from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, Process
 from ard_jax.errors import UserError, settings_of
-from ard_jax.models import ARDStudent, Backbone, DiT, Network, PixArt, pixart, size_fields
-from ard_jax.parallel import make_mesh
+from ard_jax.models import (
+    ARDStudent,
+    Backbone,
+    DiT,
+    Network,
+    PixArt,
+    count_parameters,
+    network_shapes,
+    pixart,
+    size_fields,
+)
+from ard_jax.parallel import make_mesh, state_share, tensor_share
 from ard_jax.sampling import Rollout, Solve, student_rollout
+
+STATE_BYTES = 16  # of a parameter in training: itself, its average and Adam's two, in float32
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -93,9 +105,34 @@ def make_teacher(config: ml_collections.ConfigDict) -> Backbone:
         return family.make(config)
 
 
-def make_run_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run over the given devices, by default all of every process: `config.mesh` for its network."""
-    return make_mesh(config.mesh, devices, make_teacher(config).hidden_size)
+def make_run_mesh(
+    config: ml_collections.ConfigDict, stage: str = "", devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh of a run: `config.mesh` for its network, and for the batch of a stage.
+
+    Where `mesh.tensor` is -1, it is what `parallel.tensor_share` says of the batch, and where that is more than 1, an
+    `mesh.fsdp` of -1 is what `parallel.state_share` says: what is gathered then matters more than what is held.
+
+    Args:
+        config: of the run.
+        stage: that trains, whose batch_size counts; "" for one without a batch of its own.
+        devices: to lay out, by default all of every process.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    network, settings = make_teacher(config), config.mesh.to_dict()
+    if settings["tensor"] == -1:
+        settings["tensor"] = 1
+        if stage:
+            batch, blocks = config[stage].batch_size, 1 if stage == "teacher" else len(config.student.points)
+            tokens = blocks * (config.data.image_size // network.patch_size) ** 2
+            settings["tensor"] = tensor_share(devices, getattr(network, "num_heads", 1), batch, tokens)
+        if settings["tensor"] > 1 and settings["fsdp"] == -1:
+            state = STATE_BYTES * count_parameters(network_shapes(network)) // settings["tensor"]
+            settings |= {
+                "data": -1,
+                "fsdp": state_share(len(devices) // settings["tensor"], network.hidden_size, state),
+            }
+    return make_mesh(settings, devices, network.hidden_size)
 
 
 def make_student(config: ml_collections.ConfigDict) -> Network:

@@ -346,7 +346,8 @@ SETTINGS: dict[str, Any] = {
         # share the batch and keep a part of the parameters and the optimiser's state each; of more devices than divide
         # the network's width, or if it is -1, than leave each a part of 128, the others join `data`
         "fsdp": Setting(1, NOTHING),
-        "tensor": Setting(1, NOTHING),  # share each layer's heads and MLP; within a host
+        # share each layer's heads and MLP, within a host; -1 for 1, or more where the batch is small for the devices
+        "tensor": Setting(1, NOTHING),
     },
     "run": {  # how a run shows itself; may change between restarts
         "log_every": Setting(100, NOTHING, at_least(1)),

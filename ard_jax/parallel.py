@@ -32,6 +32,12 @@ RULES = (("batch", BATCH), ("embed", "fsdp"), ("heads", "tensor"), ("mlp", "tens
 # with parts of 18, and 4 with parts of 144.
 LANES = 128
 
+# A chip computes with a layer's weights for as long as it takes to send them (v5e: 197 TFLOP/s, 200 GB/s).
+TOKENS = 1024
+
+# Bytes of the training's state that a chip of 16 GB has room for where little of it should be sent.
+STATE_PART = 4e9
+
 # A layer's parameters are gathered whole before it is their turn. libtpu would rather multiply by one chip's part at a
 # time, which are thin here (72 of XL/2's width on 16 chips), and add to the result in memory each time: by its own
 # programs that moves 6 times the bytes in sampling.
@@ -96,6 +102,31 @@ def make_mesh(
             f"host reads the rows of its own devices, and those of a tensor axis share theirs."
         )
     return Mesh(grid, AXES)
+
+
+def tensor_share(devices: Sequence[jax.Device], heads: int, batch_size: int, tokens: int) -> int:
+    """How many devices should share each layer of a training: one, unless the batch is small for the devices.
+
+    With fewer than `TOKENS` tokens a device, gathering the weights takes longer than computing with them, and of two
+    devices that share a layer, each gathers half. And a batch of fewer rows than devices needs to be shared.
+
+    Args:
+        devices: of the mesh.
+        heads: of the network.
+        batch_size: of the training.
+        tokens: of a row of the batch.
+    """
+    count, host = len(devices), len(devices) // len({device.process_index for device in devices})
+    if batch_size % count == 0 and batch_size * tokens // count > TOKENS:
+        return 1
+    shares = (share for share in range(2, host + 1) if host % share == heads % share == batch_size * share % count == 0)
+    return next(shares, 1)
+
+
+def state_share(devices: int, width: int, state_bytes: int) -> int:
+    """The fewest of some devices that split a training's state into parts of `STATE_PART`, evenly; or the most."""
+    parts = [part for part in range(1, devices + 1) if devices % part == 0 == width % part]
+    return next((part for part in parts if state_bytes // part <= STATE_PART), parts[-1])
 
 
 def fsdp_share(width: int, devices: int, least: int = 1) -> int:

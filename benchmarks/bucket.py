@@ -1,15 +1,16 @@
-"""How long a step waits for records on a mounted bucket: python -m benchmarks.bucket [--only ITEM …] [--seconds 60]
+"""How long a step waits for records on a mounted bucket: python -m benchmarks.bucket [--only ITEM …] [--seconds 30]
 
 Plays one of four hosts in a training with batch 64: 16 records a host and step of 60 ms, of a store of 625 shards. Each
 read of a file takes 30 ms, one in a hundred ten times as long, and opening a shard takes three reads; the bucket is
-played by ArrayRecord's reader, which sleeps. Prints a row of Markdown for each item and number of reading threads:
+played by ArrayRecord's reader, which sleeps. Prints a row of Markdown for each item, number of reading threads and
+time of a read, where 0 tells how much of the wait is the machine's:
 
 trajectories  41 kB a record
 latents       8 kB a record, of a TFDS dataset
 captions      trajectories, and their captions of 120 vectors of width 4096, which are 1 MB each, from a store as well
 
-The wait is the share of the time, after the first batch, that the loop has no batch to go on with: over the first ten
-seconds, and over all. Stores are written to --dir first, which takes about 1 GB for all items.
+The wait is the share of the time, after the first step, which compiles for ten seconds, that the loop has no batch to
+go on with: over the next ten seconds, and over all. Stores are written to --dir first, about 1 GB for all items.
 """
 
 import itertools
@@ -38,7 +39,7 @@ from ard_jax.types import Batch
 from benchmarks.measure import table
 from benchmarks.speed import random_store
 
-READ_SECONDS, STEP_SECONDS = 0.03, 0.06
+STEP_SECONDS, COMPILE_SECONDS = 0.06, 10.0
 BATCH, HOSTS = 64, 4
 SHARDS = 625  # the paper's store has as many, of 4096 records; here they are short
 CAPTION = (120, 4096)  # tokens, width
@@ -49,12 +50,14 @@ class Bucket:
 
     opened, numbers = array_record_data_source.array_record_module.ArrayRecordReader, itertools.count(1)
 
+    seconds = 0.0  # that a read takes
+
     def __init__(self, *arguments: Any, **options: Any):
-        time.sleep(3 * READ_SECONDS)
+        time.sleep(3 * Bucket.seconds)
         self.reader = Bucket.opened(*arguments, **options)
 
     def read(self, positions: Any) -> Any:
-        time.sleep(READ_SECONDS * (1 if next(Bucket.numbers) % 100 else 10))
+        time.sleep(Bucket.seconds * (1 if next(Bucket.numbers) % 100 else 10))
         return self.reader.read(positions)
 
     def __getattr__(self, name: str) -> Any:
@@ -133,6 +136,8 @@ def measure(source: Source, conditions: Conditions, threads: int, seconds: float
     started = time.perf_counter()
     batches = stream(source, batch_size=BATCH, seed=0, process_count=HOSTS, num_threads=threads, complete=complete)
     next(batches)
+    first = time.perf_counter() - started
+    time.sleep(COMPILE_SECONDS)
     begun = time.perf_counter()
     ends, waits = [], []
     while not ends or ends[-1] < seconds:
@@ -142,13 +147,14 @@ def measure(source: Source, conditions: Conditions, threads: int, seconds: float
         time.sleep(STEP_SECONDS)
         ends.append(time.perf_counter() - begun)
     early = np.searchsorted(ends, 10) + 1
-    return begun - started, sum(waits[:early]) / ends[:early][-1], sum(waits) / ends[-1]
+    return first, sum(waits[:early]) / ends[:early][-1], sum(waits) / ends[-1]
 
 
 FLAGS = {
     "--only": dict(nargs="+", choices=ITEMS, default=[*ITEMS], metavar="ITEM", help=", ".join(ITEMS)),
     "--threads": dict(nargs="+", type=int, default=[2, THREADS], help="reading threads: run.workers"),
-    "--seconds": dict(type=float, default=60.0, help="of each row"),
+    "--milliseconds": dict(nargs="+", type=float, default=[30.0, 0.0], help="that a read takes"),
+    "--seconds": dict(type=float, default=30.0, help="of each row"),
     "--dir": dict(default="runs/bucket", help="where the stores are written; removed in the end"),
 }
 
@@ -165,14 +171,20 @@ def main(arguments: list[str]) -> int:
         for item in args.only:
             ITEMS[item](folder / item, True)
         array_record_data_source.array_record_module.ArrayRecordReader = Bucket
-        for item, threads in itertools.product(args.only, args.threads):
+        for item, threads, milliseconds in itertools.product(args.only, args.threads, args.milliseconds):
+            Bucket.seconds = milliseconds / 1e3
             source, conditions = ITEMS[item](folder / item, False)  # opened anew
             first, early, share = measure(source, conditions, threads, args.seconds)
-            rows.append((item, threads, f"{first:.2f}", f"{early:.2%}", f"{share:.2%}"))
+            rows.append((item, threads, milliseconds, f"{first:.2f}", f"{early:.2%}", f"{share:.2%}"))
     finally:
         array_record_data_source.array_record_module.ArrayRecordReader = Bucket.opened
         shutil.rmtree(folder, ignore_errors=True)
-    print(table(("store", "threads", "first batch, s", "wait in the first 10 s", f"in {args.seconds:g} s"), rows))
+    print(
+        table(
+            ("store", "threads", "a read, ms", "first batch, s", "wait in the first 10 s", f"in {args.seconds:g} s"),
+            rows,
+        )
+    )
     return 0
 
 

@@ -326,7 +326,7 @@ def test_settings_that_are_wrong_are_named(override, workdir):
 @pytest.mark.parametrize(("stage", "key"), [("teacher", "teacher.batch_size 16"), ("distill", "distill.batch_size 8")])
 def test_batches_that_the_devices_cannot_share(stage, key, workdir, monkeypatch):
     monkeypatch.setattr(
-        f"ard_jax.stages.{stage}.make_run_mesh", lambda _: types.SimpleNamespace(shape={"data": 1, "fsdp": 3})
+        f"ard_jax.stages.{stage}.make_run_mesh", lambda *_: types.SimpleNamespace(shape={"data": 1, "fsdp": 3})
     )
     said = sentence(smoke(stage, workdir), stage)
     assert f"{key} cannot be split evenly over 3 parts (mesh.data × mesh.fsdp): choose a multiple of 3." in said

@@ -9,8 +9,10 @@ import pytest
 from pipeline_fixtures import in_process
 
 from ard_jax import parallel
+from ard_jax.build import make_run_mesh
 from ard_jax.errors import UserError
 from ard_jax.parallel import AXES, make_mesh, sharding_of, whole_matrices
+from configs import imagenet256
 
 TURNS = """
 import json
@@ -173,6 +175,31 @@ def test_a_width_is_split_though_fsdp_does_not_divide_it(sizes, shape, said, cap
 def test_a_width_that_nothing_divides_leaves_the_parameters_whole():
     devices = [Device(number, 0) for number in range(7)]
     assert tuple(make_mesh({"data": -1, "fsdp": 7, "tensor": 1}, devices, 27).shape.values()) == (7, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("devices", "stage", "batch", "shape"),
+    [
+        (4, "distill", 64, (1, 4, 1)),
+        (16, "distill", 64, (2, 8, 1)),  # compute is the bound
+        (64, "distill", 64, (16, 2, 2)),  # a row a chip: weights are sent for longer than they are used
+        (256, "distill", 256, (64, 2, 2)),
+        (256, "distill", 64, (64, 1, 4)),  # fewer rows than chips
+        (64, "distill", 256, (8, 8, 1)),
+        (64, "teacher", 256, (16, 2, 2)),  # whose rows are a quarter of a student's
+        (16, "finetune", 48, (2, 8, 1)),
+        (16, "", 0, (2, 8, 1)),
+        (1, "distill", 1, (1, 1, 1)),
+    ],
+)
+def test_the_recipe_s_mesh_fits_its_batch(devices, stage, batch, shape):
+    config = imagenet256.get_config()
+    if stage:
+        config[stage].batch_size = batch
+    mesh = make_run_mesh(config, stage, [Device(number, number // 4) for number in range(devices)])
+    assert tuple(mesh.shape.values()) == shape
+    config.mesh.tensor = 1
+    assert make_run_mesh(config, stage, list(mesh.devices.flat)).shape["tensor"] == 1
 
 
 def test_what_lies_whole_is_named():

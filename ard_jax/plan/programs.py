@@ -70,7 +70,7 @@ def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     start_steps = 2 * len(config.student.points) if settings.start else None
     method = make_method(config, make_student(config), teacher, columns, start_steps)
     frozen = {"": None, "teacher": network_shapes(teacher), "start": params}[method.reads]
-    return _step_of("training step", method, config, settings, frozen, record, where)
+    return _step_of("distill", method, config, frozen, record, where)
 
 
 def finetune_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
@@ -85,7 +85,7 @@ def finetune_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     labels = {name: trajectory[name] for name in ("label", "position", "condition")}
     real = {"image": _rows_of(settings.batch_size, example_shape(config), "float32"), **labels}
     batch = {"trajectory": trajectory, "real": real}
-    return _step_of("fine-tune step", method, config, settings, network_shapes(teacher), batch, where)
+    return _step_of("finetune", method, config, network_shapes(teacher), batch, where)
 
 
 def _stored_record(config: ml_collections.ConfigDict, rows: int) -> tuple[Batch, tuple[int, ...]]:
@@ -103,16 +103,16 @@ def _stored_record(config: ml_collections.ConfigDict, rows: int) -> tuple[Batch,
 
 
 def _step_of(
-    name: str,
+    stage: str,
     method: Method,
     config: ml_collections.ConfigDict,
-    settings: ml_collections.ConfigDict,
     frozen: PyTree,
     batch: Batch,
     where: Slice,
 ) -> Work:
     """A training stage's step; its first argument is the state."""
-    mesh, optimizer = make_run_mesh(config, where.devices), optimizer_of(method, settings)
+    settings, name = config[stage], {"distill": "training step", "finetune": "fine-tune step"}[stage]
+    mesh, optimizer = make_run_mesh(config, stage, where.devices), optimizer_of(method, settings)
     start = functools.partial(start_state, optimizer=optimizer, seed=config.seed, begin=method.begin)
     params = network_shapes(make_student(config))
     state = jax.eval_shape(lambda params, frozen: start(params, frozen=frozen), params, frozen)
@@ -122,7 +122,7 @@ def _step_of(
 
 def sampler(config: ml_collections.ConfigDict, where: Slice) -> Work:
     """The student's sampler as the stage `sample` runs it, without decoding."""
-    mesh, student = make_run_mesh(config, where.devices), make_student(config)
+    mesh, student = make_run_mesh(config, devices=where.devices), make_student(config)
     rows = config.sample.batch_size * batch_shards(mesh)
     arguments = with_shardings(network_shapes(make_student(config)), mesh), _drawn_rows(config, rows, mesh)
     draw = make_drawing(student_sampler(make_rollout(config, student)), config, mesh)

@@ -53,7 +53,7 @@ class Candidate(NamedTuple):
 
 def candidate_of(config: ml_collections.ConfigDict, where: Slice, stage: str) -> Candidate:
     """The settings as a config has them."""
-    sizes = make_run_mesh(config, where.devices).shape
+    sizes = make_run_mesh(config, stage, where.devices).shape
     return Candidate(config.model.remat, sizes["data"], sizes["fsdp"], sizes["tensor"], config[stage].accumulate)
 
 
@@ -116,8 +116,10 @@ class Estimates:
         return max(self.flops[candidate.remat] / chip.flops, moved / chip.hbm_bandwidth, sent / chip.ici_bandwidth)
 
     def may_fit(self, candidate: Candidate) -> bool:
-        """False if what is known of its remat policy says that it does not fit."""
-        temporaries = self.temporaries.get(candidate.remat, 0.0) / candidate.accumulate
+        """False if it is known not to fit: with its remat policy, or with one that keeps less."""
+        policies = [*REMAT_POLICIES]
+        less = policies[policies.index(candidate.remat) :]
+        temporaries = max(self.temporaries.get(remat, 0.0) for remat in less) / candidate.accumulate
         return self._state_held(candidate) + temporaries <= self.where.chip.hbm_bytes
 
     def learn(self, candidate: Candidate, cost: Cost) -> None:

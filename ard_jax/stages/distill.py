@@ -40,7 +40,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
         UserError: there is no teacher, the store does not fit the config, or the batch or the workdir do not fit.
     """
-    watch, mesh = Stopwatch(), make_run_mesh(config)
+    watch, mesh = Stopwatch(), make_run_mesh(config, "distill")
     settings, student, conditions = config.distill, make_student(config), load_conditions(config, workdir)
     check_text_encoder(config, workdir, conditions)
     directory = workdir / "distill" / config.student.name

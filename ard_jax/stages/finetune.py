@@ -44,7 +44,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         UserError: there is no teacher, student or store, they or the real data do not fit each other, or the batch or
             the workdir do not fit.
     """
-    watch, mesh, settings = Stopwatch(), make_run_mesh(config), config.finetune
+    watch, mesh, settings = Stopwatch(), make_run_mesh(config, "finetune"), config.finetune
     check_batch(settings, mesh, "finetune")
     teacher, teacher_params, teacher_hash, _ = load_teacher(config, workdir, mesh)
     start = workdir / "distill" / (settings.start or config.student.name)

@@ -34,7 +34,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = 
     Raises:
         UserError: the data, the batch or the workdir do not fit.
     """
-    watch, directory, mesh = Stopwatch(), workdir / "teacher", make_run_mesh(config)
+    watch, directory, mesh = Stopwatch(), workdir / "teacher", make_run_mesh(config, "teacher")
     settings, data = config.teacher, config.data
     check_batch(settings, mesh, "teacher")
     source = image_source(data)
