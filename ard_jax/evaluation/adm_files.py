@@ -51,12 +51,9 @@ class Reference(NamedTuple):
     spatial: adm.Gaussian | None
     about: dict[str, Any] | None
 
-    def statistics(self, known: "Seen | None") -> tuple[adm.Gaussian | None, adm.Gaussian | None]:
-        """Of both layers; of the file's own images, as the network sees them, where it has none at all."""
-        if self.pool is not None or self.spatial is not None or known is None:
-            return self.pool, self.spatial
-        log.warning("%s has no statistics: FID and sFID are to its %d images.", self.path, len(known.pool))
-        return known.of_pool, known.of_spatial
+    @property
+    def has_statistics(self) -> bool:
+        return self.pool is not None or self.spatial is not None
 
 
 class Seen(NamedTuple):
@@ -74,6 +71,31 @@ class Seen(NamedTuple):
     of_spatial: adm.Gaussian
     halves_of_pool: adm.Halves
     halves_of_spatial: adm.Halves
+
+
+class Known(NamedTuple):
+    """What is kept of a reference's images: no more than is needed, since it stays while samples are looked at.
+
+    Attributes:
+        pool: features (N, 2048).
+        statistics: of both layers, where the file has none.
+    """
+
+    pool: np.ndarray
+    statistics: tuple[adm.Gaussian, adm.Gaussian] | None
+
+
+def know(seen: Seen, reference: Reference) -> Known:
+    """What is kept of a reference's images."""
+    if reference.has_statistics:
+        return Known(seen.pool, None)
+    log.warning("%s has no statistics: FID and sFID are to its %d images.", reference.path, len(seen.pool))
+    return Known(seen.pool, (seen.of_pool, seen.of_spatial))
+
+
+def statistics_of(reference: Reference, known: Known | None) -> tuple[adm.Gaussian | None, adm.Gaussian | None]:
+    """Of both layers: those of the file; those of its images where it has none at all."""
+    return known.statistics if known and known.statistics else (reference.pool, reference.spatial)
 
 
 def adm_metrics(
@@ -114,7 +136,7 @@ def adm_metrics(
     network = InceptionFeatures.from_file(weights) if isinstance(weights, str | os.PathLike) else weights
     warn_of_other_numbers(network, len(samples))
     seen = _look_at(network, samples)
-    known = None if reference.images is None else _look_at(network, reference.images)
+    known = None if reference.images is None else know(_look_at(network, reference.images), reference)
     return metrics_of(seen, known, reference, half=half, split_size=split_size, k=k)
 
 
@@ -136,10 +158,10 @@ def warn_of_other_numbers(network: InceptionFeatures, count: int) -> None:
 
 
 def metrics_of(
-    seen: Seen, known: Seen | None, reference: Reference, *, half: bool, split_size: int, k: int
+    seen: Seen, known: Known | None, reference: Reference, *, half: bool, split_size: int, k: int
 ) -> dict[str, float | None]:
     """What `adm_metrics` returns, of samples and of the reference's images, where it has some, as they are seen."""
-    pool, spatial = reference.statistics(known)
+    pool, spatial = statistics_of(reference, known)
     recall = precision = None
     if known is not None:
         precision, recall = adm.precision_recall(known.pool, seen.pool, k, half=half)
