@@ -108,10 +108,8 @@ class Inception:
     def measure(self, samples: Samples, folder: pathlib.Path) -> dict[str, Any]:
         """FID (`fd` and `fid`), sFID, Inception score, precision and recall. See `Yardstick`."""
         known, _ = self._known
-        seen = self._see(samples.images, samples.sha256, folder)
-        found: dict[str, Any] = {
-            **metrics_of(seen, known, self.reference, half=self.half, split_size=self.split_size, k=self.neighbours)
-        }
+        seen = self._see(samples.images, samples.sha256, folder, self.split_size)
+        found: dict[str, Any] = {**metrics_of(seen, known, self.reference, half=self.half, k=self.neighbours)}
         halves = {f"{name}_halves": distance for name, distance in halves_of(seen).items()}
         pool, _ = statistics_of(self.reference, known)
         if pool is None:
@@ -119,13 +117,13 @@ class Inception:
         interval = distance_interval(found["fid"], pool, seen.of_pool, seen.pool)
         return found | halves | {"fd": found["fid"], "fd_interval": interval}
 
-    def _see(self, images: NpzArray, sha256: str, folder: pathlib.Path) -> Seen:
+    def _see(self, images: NpzArray, sha256: str, folder: pathlib.Path, split_size: int | None = None) -> Seen:
         """Images of a file of that hash, in parts."""
         of = {"sha256": self.network.sha256, "images": sha256}
         batch = batch_size()
         parts = make_parts(functools.partial(look, self.network), images, folder, of, batch)
         found = (Features(**part) for part in read_parts(parts))
-        return see(found, len(images))
+        return see(found, len(images), split_size)
 
 
 def halves_of(seen: Seen) -> dict[str, float]:
