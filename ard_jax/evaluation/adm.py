@@ -263,8 +263,11 @@ def precision_recall(
     for rows in _blocks(len(reference)):
         for columns in _blocks(len(samples)):
             distances = squared_distances(reference[rows], samples[columns], half)
-            precise[columns] |= (distances <= reference_radii[rows, None]).any(axis=0)
-            recalled[rows] |= (distances <= sample_radii[columns]).any(axis=1)
+            for strip in _strips(distances):
+                here = slice(rows.start + strip.start, rows.start + strip.stop)
+                precise[columns] |= (distances[strip] <= reference_radii[here, None]).any(axis=0)
+                recalled[here] |= (distances[strip] <= sample_radii[columns]).any(axis=1)
+            del distances  # or there would be two blocks at once
     return float(precise.mean()), float(recalled.mean())
 
 
@@ -282,6 +285,11 @@ def _blocks(count: int) -> list[slice]:
     return [slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
 
 
+def _strips(block: np.ndarray) -> list[slice]:
+    """Rows of a block that are looked at together, so that what comes of them takes little memory."""
+    return [slice(start, min(start + STRIP, len(block))) for start in range(0, len(block), STRIP)]
+
+
 def _radii(features: np.ndarray, k: int, half: bool) -> np.ndarray:
     """Squared distance (N,) from each sample to its k-th nearest other one.
 
@@ -293,7 +301,9 @@ def _radii(features: np.ndarray, k: int, half: bool) -> np.ndarray:
         nearest = np.empty((rows.stop - rows.start, 0), np.float32)
         for columns in _blocks(len(features)):
             distances = squared_distances(features[rows], features[columns], half)
-            nearest = np.concatenate([nearest, _smallest(distances, k + 1)], axis=1)
+            some = np.concatenate([_smallest(distances[strip], k + 1) for strip in _strips(distances)])
+            nearest = np.concatenate([nearest, some], axis=1)
+            del distances, some  # or there would be two blocks at once
         radii[rows] = _smallest(nearest, k + 1).max(axis=1)
     return radii
 
@@ -318,8 +328,9 @@ def squared_distances(u: np.ndarray, v: np.ndarray, half: bool) -> np.ndarray:
     if half:
         with np.errstate(over="ignore", invalid="ignore"):
             distances = _expanded(u, v, np.dtype(np.float16))
-        if all(np.isfinite(distances[start : start + STRIP]).all() for start in range(0, len(u), STRIP)):
+        if all(np.isfinite(distances[strip]).all() for strip in _strips(distances)):
             return distances
+        del distances
     return _expanded(u, v, np.dtype(np.float32))
 
 
@@ -328,11 +339,11 @@ def _expanded(u: np.ndarray, v: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
     They are computed a few rows at a time: beside them, memory holds little.
     """
-    v = v.astype(dtype)
+    v = v.astype(dtype, copy=False)
     of_v = np.square(v).sum(axis=1, dtype=np.float32).astype(dtype)
-    v, distances = v.astype(np.float32), np.empty((len(u), len(v)), dtype)
-    for start in range(0, len(u), STRIP):
-        rows, strip = u[start : start + STRIP].astype(dtype), distances[start : start + STRIP]
+    v, distances = v.astype(np.float32, copy=False), np.empty((len(u), len(v)), dtype)
+    for place in _strips(distances):
+        rows, strip = u[place].astype(dtype), distances[place]
         of_rows = np.square(rows).sum(axis=1, dtype=np.float32).astype(dtype)
         strip[:] = rows.astype(np.float32) @ v.T
         np.multiply(strip, dtype.type(-2), out=strip)

@@ -51,29 +51,52 @@ class Reference(NamedTuple):
     spatial: adm.Gaussian | None
     about: dict[str, Any] | None
 
-    def statistics(self, known: "Seen | None") -> tuple[adm.Gaussian | None, adm.Gaussian | None]:
-        """Of both layers; of the file's own images, as the network sees them, where it has none at all."""
-        if self.pool is not None or self.spatial is not None or known is None:
-            return self.pool, self.spatial
-        log.warning("%s has no statistics: FID and sFID are to its %d images.", self.path, len(known.pool))
-        return known.of_pool, known.of_spatial
+    @property
+    def has_statistics(self) -> bool:
+        return self.pool is not None or self.spatial is not None
 
 
 class Seen(NamedTuple):
     """What the network said of images.
 
     Attributes:
-        pool, logits: features that are kept, (N, 2048) and (N, 1008) float32.
+        pool: features that are kept, (N, 2048) float32.
+        inception_score: of the images, None where it was not asked for.
         of_pool, of_spatial: statistics of both layers.
         halves_of_pool, halves_of_spatial: the same of two halves of the images, which are parted at random.
     """
 
     pool: np.ndarray
-    logits: np.ndarray
+    inception_score: float | None
     of_pool: adm.Gaussian
     of_spatial: adm.Gaussian
     halves_of_pool: adm.Halves
     halves_of_spatial: adm.Halves
+
+
+class Known(NamedTuple):
+    """What is kept of a reference's images: no more than is needed, since it stays while samples are looked at.
+
+    Attributes:
+        pool: features (N, 2048).
+        statistics: of both layers, where the file has none.
+    """
+
+    pool: np.ndarray
+    statistics: tuple[adm.Gaussian, adm.Gaussian] | None
+
+
+def know(seen: Seen, reference: Reference) -> Known:
+    """What is kept of a reference's images."""
+    if reference.has_statistics:
+        return Known(seen.pool, None)
+    log.warning("%s has no statistics: FID and sFID are to its %d images.", reference.path, len(seen.pool))
+    return Known(seen.pool, (seen.of_pool, seen.of_spatial))
+
+
+def statistics_of(reference: Reference, known: Known | None) -> tuple[adm.Gaussian | None, adm.Gaussian | None]:
+    """Of both layers: those of the file; those of its images where it has none at all."""
+    return known.statistics if known and known.statistics else (reference.pool, reference.spatial)
 
 
 def adm_metrics(
@@ -89,7 +112,7 @@ def adm_metrics(
 
     FID and sFID are to the statistics in the reference file, never to those of its images, which are few; a file
     with images and no statistics at all is measured by its images, as ADM does. Memory holds the pool features and
-    logits of all samples, 12 kB each, and never the images.
+    for a while the logits of all samples, 12 kB each, and never the images.
 
     Args:
         samples_npz: `arr_0`, (N, height, width, 3) uint8; published numbers are of 50,000.
@@ -113,9 +136,9 @@ def adm_metrics(
     check_counts(len(samples), reference, split_size, k)
     network = InceptionFeatures.from_file(weights) if isinstance(weights, str | os.PathLike) else weights
     warn_of_other_numbers(network, len(samples))
-    seen = _look_at(network, samples)
-    known = None if reference.images is None else _look_at(network, reference.images)
-    return metrics_of(seen, known, reference, half=half, split_size=split_size, k=k)
+    seen = _look_at(network, samples, split_size)
+    known = None if reference.images is None else know(_look_at(network, reference.images), reference)
+    return metrics_of(seen, known, reference, half=half, k=k)
 
 
 def check_counts(count: int, reference: Reference, split_size: int, k: int) -> None:
@@ -135,18 +158,16 @@ def warn_of_other_numbers(network: InceptionFeatures, count: int) -> None:
         log.warning("FID depends on how many samples there are: published ones are of 50,000, this of %d.", count)
 
 
-def metrics_of(
-    seen: Seen, known: Seen | None, reference: Reference, *, half: bool, split_size: int, k: int
-) -> dict[str, float | None]:
+def metrics_of(seen: Seen, known: Known | None, reference: Reference, *, half: bool, k: int) -> dict[str, float | None]:
     """What `adm_metrics` returns, of samples and of the reference's images, where it has some, as they are seen."""
-    pool, spatial = reference.statistics(known)
+    pool, spatial = statistics_of(reference, known)
     recall = precision = None
     if known is not None:
         precision, recall = adm.precision_recall(known.pool, seen.pool, k, half=half)
     found = {
         "fid": None if pool is None else adm.frechet_distance(seen.of_pool, pool),
         "sfid": None if spatial is None else adm.frechet_distance(seen.of_spatial, spatial),
-        "inception_score": adm.inception_score(seen.logits, split_size),
+        "inception_score": seen.inception_score,
         "precision": precision,
         "recall": recall,
     }
@@ -213,19 +234,29 @@ def _read_statistics(
     return adm.Gaussian(mean, covariance)
 
 
-def _look_at(network: InceptionFeatures, images: NpzArray) -> Seen:
+def _look_at(network: InceptionFeatures, images: NpzArray, split_size: int | None = None) -> Seen:
     """Features of a file's images, which are read as they are needed."""
     size = batch_size_for(len(images))
     with progress_bar(len(images), "image") as bar:
-        return see(network.stream(images.batches(size), size), len(images), bar.update)
+        return see(network.stream(images.batches(size), size), len(images), split_size, bar.update)
 
 
-def see(features: Iterable[Features], count: int, tell: Callable[[int], object] = lambda number: None) -> Seen:
-    """Gathers the features of `count` images, which come some at a time; `tell` hears of how many.
+def see(
+    features: Iterable[Features],
+    count: int,
+    split_size: int | None = None,
+    tell: Callable[[int], object] = lambda number: None,
+) -> Seen:
+    """Gathers the features of images, of which memory holds the pool's and, for a score, the logits.
 
-    Memory holds what is kept of them once, and a few hundred images' spatial features.
+    Args:
+        features: of some images at a time.
+        count: how many images there are.
+        split_size: of the Inception score, None for none.
+        tell: hears of how many images there were.
     """
-    pool, logits = (np.empty((count, width), np.float32) for width in (NUM_FEATURES, NUM_CLASSES))
+    scored = 0 if split_size is None else count
+    pool, logits = np.empty((count, NUM_FEATURES), np.float32), np.empty((scored, NUM_CLASSES), np.float32)
     halves_of_pool, halves_of_spatial = adm.Halves(), adm.Halves()
     half, first = half_mask(count), 0
     waiting: list[np.ndarray] = []
@@ -238,12 +269,15 @@ def see(features: Iterable[Features], count: int, tell: Callable[[int], object] 
 
     for some in features:
         rows = slice(first, first := first + len(some.pool))
-        pool[rows], logits[rows] = some.pool, some.logits
+        pool[rows] = some.pool
+        if scored:
+            logits[rows] = some.logits
         waiting.append(some.spatial)
         if sum(len(some) for some in waiting) >= AT_ONCE:
             take()
         tell(len(some.pool))
     if waiting:
         take()
+    score = None if split_size is None else adm.inception_score(logits, split_size)
     whole = halves_of_pool.whole(), halves_of_spatial.whole()
-    return Seen(pool, logits, *whole, halves_of_pool, halves_of_spatial)
+    return Seen(pool, score, *whole, halves_of_pool, halves_of_spatial)

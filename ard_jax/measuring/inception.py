@@ -14,12 +14,15 @@ import numpy as np
 from ard_jax.errors import UserError
 from ard_jax.evaluation import InceptionFeatures, distance_interval
 from ard_jax.evaluation.adm_files import (
+    Known,
     Reference,
     Seen,
     check_counts,
+    know,
     metrics_of,
     open_reference,
     see,
+    statistics_of,
     warn_of_other_numbers,
 )
 from ard_jax.evaluation.inception import BATCH_SIZE, CHANNELS, Features
@@ -87,38 +90,40 @@ class Inception:
         return None if self.reference.images is None else len(self.reference.images)
 
     @functools.cached_property
-    def known(self) -> Seen | None:
-        """The reference's images as the network sees them; None where it has none."""
-        images = self.reference.images
-        return None if images is None else self._see(images, self.reference_sha256, self.folder)
+    def _known(self) -> tuple[Known | None, dict[str, float]]:
+        """What is kept of the reference's images, if it has some, and the distances of two halves of real images.
 
-    @functools.cached_property
+        These are as a reference of ours says; else of the file's own images, which are few.
+        """
+        images, about = self.reference.images, self.reference.about
+        if images is None:
+            return None, about["halves"] if about else {}
+        seen = self._see(images, self.reference_sha256, self.folder)
+        return know(seen, self.reference), about["halves"] if about else halves_of(seen)
+
+    @property
     def halves(self) -> dict[str, float]:
-        """As a reference of ours says; else of the file's own images, which are few."""
-        if self.reference.about:
-            return self.reference.about["halves"]
-        return {} if self.known is None else halves_of(self.known)
+        return self._known[1]
 
     def measure(self, samples: Samples, folder: pathlib.Path) -> dict[str, Any]:
         """FID (`fd` and `fid`), sFID, Inception score, precision and recall. See `Yardstick`."""
-        seen, known = self._see(samples.images, samples.sha256, folder), self.known
-        found: dict[str, Any] = {
-            **metrics_of(seen, known, self.reference, half=self.half, split_size=self.split_size, k=self.neighbours)
-        }
+        known, _ = self._known
+        seen = self._see(samples.images, samples.sha256, folder, self.split_size)
+        found: dict[str, Any] = {**metrics_of(seen, known, self.reference, half=self.half, k=self.neighbours)}
         halves = {f"{name}_halves": distance for name, distance in halves_of(seen).items()}
-        pool, _ = self.reference.statistics(known)
+        pool, _ = statistics_of(self.reference, known)
         if pool is None:
             return found | halves
         interval = distance_interval(found["fid"], pool, seen.of_pool, seen.pool)
         return found | halves | {"fd": found["fid"], "fd_interval": interval}
 
-    def _see(self, images: NpzArray, sha256: str, folder: pathlib.Path) -> Seen:
+    def _see(self, images: NpzArray, sha256: str, folder: pathlib.Path, split_size: int | None = None) -> Seen:
         """Images of a file of that hash, in parts."""
         of = {"sha256": self.network.sha256, "images": sha256}
         batch = batch_size()
         parts = make_parts(functools.partial(look, self.network), images, folder, of, batch)
         found = (Features(**part) for part in read_parts(parts))
-        return see(found, len(images))
+        return see(found, len(images), split_size)
 
 
 def halves_of(seen: Seen) -> dict[str, float]:
