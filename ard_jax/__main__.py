@@ -14,6 +14,7 @@ Stages, in the order of a run:
     compare        train, measure and show many methods side by side, all stages in one command (--quick)
     export         write a model in a form that others can use
     demo           show models in a page, side by side, to play with (no --config)
+    doctor         say what this machine is, what would go wrong on it, and what to run next (no flags)
     plan           say what all of it will cost on a TPU slice, which it does not need (--topology, no --workdir)
 `python -m ard_jax STAGE --help` explains a stage; configs/ has the configs.
 """
@@ -26,7 +27,7 @@ from typing import Any, TextIO
 
 STAGES = (
     "convert", "captions", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "report",
-    "compare", "export", "demo", "plan",
+    "compare", "export", "demo", "doctor", "plan",
 )  # fmt: skip
 
 
