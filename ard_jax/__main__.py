@@ -15,6 +15,7 @@ Stages, in the order of a run:
     compare        train, measure and show many methods side by side, all stages in one command (--quick)
     export         write a model in a form that others can use
     demo           show models in a page, side by side, to play with (no --config)
+    doctor         say what this machine is, what would go wrong on it, and what to run next (no flags)
     plan           say what all of it will cost on a TPU slice, which it does not need (--topology, no --workdir)
 Several in one process, which starts and imports once:
     python -m ard_jax run STAGE[,STAGE…] ARGUMENTS [then STAGE[,STAGE…] ARGUMENTS] …
@@ -29,9 +30,10 @@ from typing import Any, TextIO
 
 STAGES = (
     "convert", "captions", "encode", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate", "watch",
-    "report", "compare", "export", "demo", "plan",
+    "report", "compare", "export", "demo", "doctor", "plan",
 )  # fmt: skip
-IN_TURN = tuple(stage for stage in STAGES if stage not in ("convert", "watch", "compare", "export", "demo", "plan"))
+ALONE = ("convert", "watch", "compare", "export", "demo", "doctor", "plan")  # which `run` does not run
+IN_TURN = tuple(stage for stage in STAGES if stage not in ALONE)
 
 
 def main(arguments: list[str]) -> int:

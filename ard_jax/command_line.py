@@ -30,8 +30,8 @@ from ard_jax.files import local_path
 from ard_jax.parallel import is_first, set_up_libtpu
 from ard_jax.workdir import leave_all
 
-# Stages about a model that exists, which find its config beside it, and one about files of anybody.
-WITHOUT_CONFIG = ("convert", "export", "evaluate_files", "demo")
+# Stages about models that exist, which find their configs beside them, about files of anybody, and about this machine.
+WITHOUT_CONFIG = ("convert", "export", "evaluate_files", "demo", "doctor")
 
 # Settings of JAX that change what a seed draws, and types: the same whatever the environment says.
 FIXED = {
@@ -119,7 +119,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
     except UserError as error:
         return _report_error(words, str(error))
     _set_up_jax(workdir)
-    if not is_first():
+    if stage not in WITHOUT_CONFIG and not is_first():  # those run on one host, and some without a device
         logging.getLogger("ard_jax").setLevel(logging.WARNING)
     try:
         with _stop_on_sigterm(stage):

@@ -10,7 +10,7 @@ FLOORS = (
     ("errors", "keys", "types", "version"),
     ("config", "progress", "chips", "conditions"),
     ("files",),
-    ("results", "sharded", "weights"),
+    ("doctor", "results", "sharded", "weights"),
     ("models", "data", "hosts", "evaluation", "report", "curve"),
     ("diffusion", "text"),
     ("parallel",),

@@ -293,13 +293,13 @@ class Hub(types.ModuleType):
         super().__init__("huggingface_hub")
         self.folder, self.net, self.cached, self.asked = folder, net, cached, []
 
-    def model_info(self, repository, timeout):
+    def model_info(self, repository, revision, timeout):
         if not self.net:
             raise ConnectionError("[Errno -2] Name or service not known")
         return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=file) for file in REPOSITORY])
 
-    def snapshot_download(self, repository, allow_patterns=None, local_files_only=False):
-        self.asked.append((repository, allow_patterns, local_files_only))
+    def snapshot_download(self, repository, revision, allow_patterns=None, local_files_only=False):
+        self.asked.append((repository, revision, allow_patterns, local_files_only))
         if local_files_only and not self.cached:
             raise FileNotFoundError("no snapshot")
         return str(self.folder)
@@ -308,7 +308,7 @@ class Hub(types.ModuleType):
 def test_a_repository(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub := Hub(tmp_path))
     assert fetch_source("hf:facebook/DiT-XL-2-256") == pathlib.Path(tmp_path)
-    assert hub.asked == [("facebook/DiT-XL-2-256", needed_files(REPOSITORY), False)]
+    assert hub.asked == [("facebook/DiT-XL-2-256", None, needed_files(REPOSITORY), False)]
 
 
 def test_no_net(tmp_path, monkeypatch):

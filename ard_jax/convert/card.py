@@ -9,6 +9,7 @@ from typing import Any
 import ml_collections
 
 from ard_jax.build import make_solve, make_teacher
+from ard_jax.convert.hub import is_repository
 from ard_jax.errors import UserError
 from ard_jax.results import Results, shares
 from ard_jax.sampling import network_calls
@@ -50,6 +51,8 @@ class Facts:
         license: of the weights, "" if unknown.
         results: of a workdir; without these weights, if they have not been measured.
         notes: sentences on what is different in this form.
+        repository: on the hub, ORG/NAME, where it will lie; "" for none.
+        base_model: the repository of what it was made from, ORG/NAME, "" if that lies in none.
     """
 
     name: str
@@ -65,6 +68,8 @@ class Facts:
     license: str
     results: Results
     notes: Sequence[str] = ()
+    repository: str = ""
+    base_model: str = ""
 
 
 def model_card(facts: Facts) -> str:
@@ -101,6 +106,18 @@ def choose_license(source: Mapping[str, Any], asked: str) -> str:
     return known or asked
 
 
+def choose_base_model(source: Mapping[str, Any], asked: str) -> str:
+    """The repository that weights come from, ORG/NAME: the one asked for, else that of their `source`, else "".
+
+    Raises:
+        UserError: what is asked for is none.
+    """
+    if asked and not is_repository(asked):
+        raise UserError(f"--base-model is {asked!r}, which names no repository: write ORG/NAME.")
+    known = str(source.get("source", ""))
+    return asked or (known.removeprefix("hf:") if known.startswith("hf:") else "")
+
+
 def _origin_name(source: Mapping[str, Any]) -> str:
     """Where a teacher comes from: a repository as it is, of a path just the last part, since cards are published."""
     name = str(source.get("source", ""))
@@ -121,6 +138,7 @@ def _front_matter(facts: Facts) -> str:
             ),
             f"library_name: {'diffusers' if facts.form == 'diffusers' else 'ard_jax'}",
             f"pipeline_tag: {'unconditional-image-generation' if facts.config.data.num_classes else 'text-to-image'}",
+            *([f"base_model: {facts.base_model}"] if facts.base_model else []),
             "tags:",
             *(f"- {tag}" for tag in tags),
             "---",
@@ -168,20 +186,21 @@ def _network(facts: Facts) -> str:
 
 
 def _usage(facts: Facts) -> str:
-    """Lines that work in the folder."""
+    """Lines that work in the folder, or anywhere once it is on the hub."""
     classes = facts.config.data.num_classes
+    place = f'"{facts.repository}")' if facts.repository else '".")  # this folder'
     if facts.form == "stablehlo":
         return STABLEHLO_USAGE if classes else STABLEHLO_OF_CAPTIONS
     if facts.form == "diffusers" and not classes:
         code = (
-            'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(".")  # this folder\n'
+            f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({place}\n"
             f'images = pipe("a red apple", guidance_scale={float(facts.config.diffusion.guidance_scale)}, '
             f"num_inference_steps={facts.config.diffusion.steps}).images"
         )
     elif facts.form == "diffusers":
         scale = facts.config.diffusion.guidance_scale if facts.config.data.num_classes == 1000 else 1.0
         code = (
-            'from diffusers import DiTPipeline\n\npipe = DiTPipeline.from_pretrained(".")  # this folder\n'
+            f"from diffusers import DiTPipeline\n\npipe = DiTPipeline.from_pretrained({place}\n"
             f"images = pipe(class_labels=[0, 1], guidance_scale={float(scale)}, "
             f"num_inference_steps={facts.config.diffusion.steps}).images"
         )
@@ -194,7 +213,7 @@ def _usage(facts: Facts) -> str:
     else:
         output = "" if facts.images else ', output_type="latent"'
         code = (
-            'from ard_jax import ARDPipeline\n\npipe = ARDPipeline.from_pretrained(".")  # this folder\n'
+            f"from ard_jax import ARDPipeline\n\npipe = ARDPipeline.from_pretrained({place}\n"
             f"images = pipe({CLASSES if classes else WORDS}=4, seed=0{output}).images"
         )
     return f"```python\n{code}\n```"

@@ -9,7 +9,6 @@ README.md                the model card
 
 import os
 import pathlib
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from ard_jax.build import make_student, make_teacher
 from ard_jax.config import plain
 from ard_jax.convert import to_torch, vae_to_diffusers
 from ard_jax.convert.families.folders import read_description
-from ard_jax.convert.hub import fetch_source
+from ard_jax.convert.hub import fetch_source, is_repository
 from ard_jax.convert.published import parameters
 from ard_jax.convert.sources import open_source
 from ard_jax.convert.vae import open_vae
@@ -51,9 +50,11 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 Opened = dict[str, Any]
 
 
-def open_pipeline(source: str | os.PathLike, dtype: jax.typing.DTypeLike | None = None) -> Opened:
+def open_pipeline(
+    source: str | os.PathLike, dtype: jax.typing.DTypeLike | None = None, revision: str | None = None
+) -> Opened:
     """What `ARDPipeline.from_pretrained` opens, see there."""
-    folder = _find_folder(source)
+    folder = _find_folder(source, revision)
     _check_dtype(dtype)
     return with_dtype(_choose_opener(folder)(folder), dtype)
 
@@ -89,24 +90,26 @@ def _check_dtype(dtype: jax.typing.DTypeLike | None) -> str | None:
     return name
 
 
-def _find_folder(source: str | os.PathLike) -> pathlib.Path:
+def _find_folder(source: str | os.PathLike, revision: str | None) -> pathlib.Path:
     """The folder that is meant, downloaded if it is the name of a hub repository.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is neither, or a folder has no revision.
     """
     name = os.fspath(source)
     if name.startswith("hf:"):
-        return fetch_source(name)
+        return fetch_source(name, revision)
     folder = local_path(name)
     if folder.is_dir():
+        if revision is not None:
+            raise UserError(f"revision is {revision!r}, but {name} is a folder here and has just one: leave it out.")
         return folder
     if folder.exists():
         raise UserError(f"{name} is a file, but a pipeline is a folder: name the folder.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not is_repository(name):
         raise UserError(f"there is no folder {name}: name a pipeline's folder, or a repository as hf:ORG/NAME.")
     try:
-        return fetch_source(f"hf:{name}")
+        return fetch_source(f"hf:{name}", revision)
     except UserError as error:
         raise UserError(f"there is no folder {name}, and {error}") from None
 

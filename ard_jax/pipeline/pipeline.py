@@ -85,7 +85,7 @@ class ARDPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder_or_repo: str | os.PathLike, dtype: jax.typing.DTypeLike | None = None
+        cls, folder_or_repo: str | os.PathLike, dtype: jax.typing.DTypeLike | None = None, revision: str | None = None
     ) -> "ARDPipeline":
         """Opens a pipeline.
 
@@ -96,11 +96,12 @@ class ARDPipeline:
             dtype: compute type, "float32" or "bfloat16"; None for the config's `model.dtype`, whose "auto" is bfloat16
                 on accelerators and float32 on CPU, with the VAE in float32. Parameters are float32, but for "bfloat16"
                 asked here, which keeps them so too, the VAE's included: half the memory.
+            revision: of a repository on the hub, a branch, tag or commit; None for the newest.
 
         Raises:
             UserError: it is no pipeline, something in it is missing or broken, or it cannot be downloaded.
         """
-        return cls(**open_pipeline(folder_or_repo, dtype))
+        return cls(**open_pipeline(folder_or_repo, dtype, revision))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes the pipeline as a folder that `from_pretrained` opens, whole or not at all.

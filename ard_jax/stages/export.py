@@ -9,6 +9,9 @@ Takes the last checkpoint of a finished training; --checkpoint takes another tha
 step, or the best by --metric of those that `watch` measured.
 
 Writes WORKDIR/export/MODEL/FORMAT/ with a model card, and done.json last. Run again, it replaces what it wrote.
+
+--push ORG/NAME        puts that folder on the Hugging Face hub too, in one commit, with the token of `hf auth login`; a
+                       repository that is not there is made, and its owners alone see it unless --public is given
 """
 
 import argparse
@@ -25,7 +28,7 @@ import jax.numpy as jnp
 
 from ard_jax.build import example_shape
 from ard_jax.config import plain
-from ard_jax.convert.card import Facts, choose_license, model_card
+from ard_jax.convert.card import Facts, choose_base_model, choose_license, model_card
 from ard_jax.convert.diffusers import dit_to_diffusers
 from ard_jax.convert.diffusers_pipeline import (
     check_diffusers,
@@ -34,6 +37,7 @@ from ard_jax.convert.diffusers_pipeline import (
     scheduler_config,
 )
 from ard_jax.convert.families.pixart import NULL_CAPTION_FILE
+from ard_jax.convert.hub import check_push, push_folder
 from ard_jax.convert.pixart import pixart_to_diffusers
 from ard_jax.convert.published import NULL_CAPTION, to_torch
 from ard_jax.convert.stablehlo import (
@@ -80,6 +84,9 @@ def _export(args: argparse.Namespace, output: pathlib.Path) -> None:
     _check_flags(args, done["sha256"])
     source = _teacher_source(folder, args)
     license = choose_license(source or {}, args.license)
+    base_model = choose_base_model(source or {}, args.base_model)
+    if args.push:
+        check_push(args.push)
     is_student = args.model != "teacher"
     if args.format == "diffusers":
         check_diffusers(config, is_student)
@@ -108,6 +115,8 @@ def _export(args: argparse.Namespace, output: pathlib.Path) -> None:
         license=license,
         results=_measured(args),
         notes=notes,
+        repository=args.push,
+        base_model=base_model,
     )
     pipe.card = model_card(facts)
     with whole_folder(output) as temporary:
@@ -115,6 +124,8 @@ def _export(args: argparse.Namespace, output: pathlib.Path) -> None:
         (temporary / "README.md").write_text(pipe.card, encoding="utf-8")
         _finish(temporary, args, facts.sha256)
     print(f"done: {output}: {_how_to_open(output, args)}", flush=True)
+    if args.push:
+        print(f"pushed: {push_folder(output, args.push, args.public)}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- what is exported
@@ -345,6 +356,9 @@ FLAGS = {
     "--metric": dict(default=FRECHET, metavar="NAME", help=f"that best goes by: {', '.join(METRICS)}"),
     "--output": dict(type=pathlib.Path, help="folder to write (default: WORKDIR/export/MODEL/FORMAT)"),
     "--license": dict(default="", metavar="ID", help="licence of your own teacher's weights, such as apache-2.0"),
+    "--push": dict(default="", metavar="ORG/NAME", help="a repository on the Hugging Face hub to put it in"),
+    "--public": dict(action="store_true", help="let everybody see a repository that --push makes"),
+    "--base-model": dict(default="", metavar="ORG/NAME", help="repository of the teacher, for the card"),
     "--dtype": dict(choices=("float32", "bfloat16"), help="of the weights, and of stablehlo's sums (default: float32)"),
     "--batch-sizes": dict(metavar="symbolic|1,8,…", help="stablehlo: any one (symbolic, the default), or just these"),
     "--platforms": dict(metavar=",".join(PLATFORMS), help="stablehlo: where it shall run (default: on all of these)"),
