@@ -120,7 +120,7 @@ def make_run_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     network, settings = make_teacher(config), config.mesh.to_dict()
-    if settings["tensor"] == -1:
+    if settings["tensor"] == -1 in (settings["data"], settings["fsdp"]):  # else it is what these two leave
         settings["tensor"] = 1
         if stage:
             batch, blocks = config[stage].batch_size, 1 if stage == "teacher" else len(config.student.points)

@@ -69,8 +69,8 @@ def _check_mesh(config: ml_collections.ConfigDict) -> None:
     for axis, size in config.mesh.items():
         if size < 1 and size != -1:
             raise UserError(f"mesh.{axis} is {size}: give a number of devices, or -1 for what the other axes leave.")
-    if list(config.mesh.values()).count(-1) > 1:
-        raise UserError("mesh has -1 more than once: only one axis can take what the others leave.")
+    if config.mesh.data == config.mesh.fsdp == -1:  # of tensor it says that the batch decides
+        raise UserError("mesh.data and mesh.fsdp are both -1: only one of them can take what the others leave.")
 
 
 def _check_finetune(config: ml_collections.ConfigDict) -> None:

@@ -200,6 +200,8 @@ def test_the_recipe_s_mesh_fits_its_batch(devices, stage, batch, shape):
     assert tuple(mesh.shape.values()) == shape
     config.mesh.tensor = 1
     assert make_run_mesh(config, stage, list(mesh.devices.flat)).shape["tensor"] == 1
+    config.mesh.update(data=devices, fsdp=1, tensor=-1)
+    assert tuple(make_run_mesh(config, stage, list(mesh.devices.flat)).shape.values()) == (devices, 1, 1)
 
 
 def test_what_lies_whole_is_named():

@@ -36,6 +36,16 @@ class Candidate(NamedTuple):
     tensor: int
     accumulate: int
 
+    @property
+    def split(self) -> int:
+        """Into how many parts the parameters are split."""
+        return self.fsdp * self.tensor
+
+    @property
+    def saving(self) -> int:
+        """How little the backward pass keeps."""
+        return [*REMAT_POLICIES].index(self.remat)
+
     def apply(self, config: ml_collections.ConfigDict, stage: str) -> ml_collections.ConfigDict:
         """The config with these settings for a stage."""
         config = config.copy_and_resolve_references()
@@ -99,7 +109,7 @@ class Estimates:
         self.width, self.batch = network.hidden_size, config[stage].batch_size
         self.flops: dict[str, float] = {}  # of a chip, by remat
         self.moved: dict[str, float] = {}  # bytes of a chip's memory beside the state, by remat
-        self.temporaries: dict[str, float] = {}  # bytes of a chip for the whole batch, by remat
+        self.temporaries: dict[Candidate, float] = {}  # bytes of a chip, in one microbatch
         self.sent = math.inf  # how many times what the formula says is sent; at first the step as given tells
 
     def work(self, candidate: Candidate) -> Work:
@@ -116,16 +126,20 @@ class Estimates:
         return max(self.flops[candidate.remat] / chip.flops, moved / chip.hbm_bandwidth, sent / chip.ici_bandwidth)
 
     def may_fit(self, candidate: Candidate) -> bool:
-        """False if it is known not to fit: with its remat policy, or with one that keeps less."""
-        policies = [*REMAT_POLICIES]
-        less = policies[policies.index(candidate.remat) :]
-        temporaries = max(self.temporaries.get(remat, 0.0) for remat in less) / candidate.accumulate
-        return self._state_held(candidate) + temporaries <= self.where.chip.hbm_bytes
+        """False if one that keeps no more, and splits the parameters as far, says that it does not fit."""
+        known = [
+            temporaries
+            for other, temporaries in self.temporaries.items()
+            if other.saving >= candidate.saving and other.split >= candidate.split
+        ]
+        needed = max(known, default=0.0) / candidate.accumulate + self._state_held(candidate)
+        return needed <= self.where.chip.hbm_bytes
 
     def learn(self, candidate: Candidate, cost: Cost) -> None:
         """Takes account of what a compiled candidate costs."""
-        temporaries = (cost.memory.temporaries if cost.memory else cost.needed) * candidate.accumulate
-        self.temporaries[candidate.remat] = min(temporaries, self.temporaries.get(candidate.remat, math.inf))
+        # the compiler's refusal may speak of all that is needed
+        temporaries = cost.memory.temporaries if cost.memory else cost.needed - self._state_held(candidate)
+        self.temporaries[candidate] = temporaries * candidate.accumulate
         if cost.memory:
             moved = max(0.0, cost.bytes - self._state_moved(candidate))
             self.moved[candidate.remat] = min(moved, self.moved.get(candidate.remat, math.inf))
@@ -134,7 +148,7 @@ class Estimates:
                 self.sent = min(self.sent, sent / formula)
 
     def _state_held(self, candidate: Candidate) -> float:
-        return self.state / (candidate.fsdp * candidate.tensor)
+        return self.state / candidate.split
 
     def _state_moved(self, candidate: Candidate) -> float:
         """The optimiser reads and writes all of the state."""
@@ -196,14 +210,9 @@ def try_settings(
 
 
 def _order(estimates: Estimates, candidate: Candidate) -> tuple[float, ...]:
-    """Of those that may be as fast, first the simplest."""
-    return (
-        round(estimates.seconds(candidate), 4),
-        candidate.accumulate,
-        candidate.tensor,
-        [*REMAT_POLICIES].index(candidate.remat),
-        candidate.fsdp,
-    )
+    """Of those that may be as fast, first those of which most is known if they do not fit."""
+    seconds = round(estimates.seconds(candidate), 4)
+    return seconds, candidate.accumulate, -candidate.split, candidate.tensor, candidate.saving
 
 
 def least(tried: list[tuple[Candidate, Cost]]) -> tuple[Candidate, Cost] | None:
