@@ -112,10 +112,17 @@ class Output:
         return getattr(self.stream, name)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command `ard-jax`, and `python -m ard_jax`: ends this process."""
+    if not sys.flags.safe_path and (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)  # as -m does: configs and objectives import what lies beside them
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     status = main(sys.argv[1:])
     sys.stdout.flush()
     if "ard_jax.command_line" in sys.modules and sys.modules["ard_jax.command_line"].stopped.is_set():
         os._exit(status)  # what still compiles or is being imported beside us does not survive an orderly end
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    command()
