@@ -6,10 +6,12 @@ training deletes its own.
 """
 
 import contextlib
+import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 
 import jax
 import ml_collections
@@ -18,12 +20,15 @@ from jax.sharding import Mesh
 
 from ard_jax.build import make_student, make_teacher
 from ard_jax.convert.families.pixart import NULL_CAPTION_FILE
+from ard_jax.curve import require_best
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import require_finite, tree_sha256, whole_folder, write_json
 from ard_jax.models import network_shapes
-from ard_jax.parallel import is_first, with_shardings
+from ard_jax.parallel import is_first, make_mesh, with_shardings
 from ard_jax.training.checkpoints import check_sealed, load_parameters, steps_in
 from ard_jax.workdir import recorded_config, teacher_folder
+
+log = logging.getLogger("ard_jax")
 
 # Folders of a run that a model is sampled, measured and exported with.
 BESIDE = ("teacher", "captions", "vae")
@@ -72,6 +77,33 @@ def take_snapshot(
     if is_first():
         write_json(own / "done.json", {"sha256": hashes, "seconds": 0.0, "step": step})
     wait_for_all("a snapshot is whole")
+
+
+@contextlib.contextmanager
+def at_checkpoint(
+    folder: pathlib.Path, workdir: pathlib.Path, checkpoint: str, metric: str, part: str
+) -> Iterator[pathlib.Path]:
+    """A workdir, for as long as it is wanted, in which a checkpoint is the model's last.
+
+    Args:
+        folder, workdir: as `take_snapshot` takes them.
+        checkpoint: its step, or "best" by `metric` of those that `watch` measured.
+        metric: a name in `curve.BETTER`.
+        part: of the weights that has to be there beside "ema".
+
+    Raises:
+        UserError: there is no such checkpoint, or none is known to be the best.
+    """
+    if checkpoint == "best":
+        step = int(require_best(workdir, folder.name, metric)["step"])
+    elif checkpoint.isdecimal():
+        step = int(checkpoint)
+    else:
+        raise UserError(f"--checkpoint is {checkpoint!r}: give a step, or best.")
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=workdir) as view:
+        take_snapshot(folder, workdir, step, pathlib.Path(view), make_mesh(devices=jax.local_devices()), "ema", part)
+        log.info("%s at step %d.", folder.name, step)
+        yield pathlib.Path(view)
 
 
 def link_folders(workdir: pathlib.Path, target: pathlib.Path, names: Sequence[str]) -> None:

@@ -19,7 +19,6 @@ import contextlib
 import json
 import logging
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,16 +48,15 @@ from ard_jax.convert.stablehlo import (
     write_text_encoder,
 )
 from ard_jax.convert.vae import vae_to_diffusers
-from ard_jax.curve import FRECHET, METRICS, check_metric, require_best
+from ard_jax.curve import FRECHET, METRICS, check_metric
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, read_npz, whole_folder, write_json
 from ard_jax.models import count_parameters
-from ard_jax.parallel import make_mesh
 from ard_jax.pipeline import ARDPipeline
 from ard_jax.pipeline.files import WEIGHTS, open_workdir, with_dtype
 from ard_jax.pipeline.prompts import copy_encoder, describe_encoder
 from ard_jax.results import Results, read_results
-from ard_jax.snapshots import take_snapshot
+from ard_jax.snapshots import at_checkpoint
 from ard_jax.types import Caption
 from ard_jax.weights.tensors import write_tensors
 from ard_jax.workdir import load_weights, read_done, recorded_config, require_done, teacher_folder, vae_folder
@@ -133,30 +131,14 @@ def _export(args: argparse.Namespace, output: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _chosen(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
-    """The flags, with a workdir in which the checkpoint that they name is the model's last.
-
-    Raises:
-        UserError: there is no such model or checkpoint, or none is known to be the best.
-    """
+    """The flags, with a workdir in which the checkpoint that they name is the model's last."""
     check_metric(args.metric, "--metric")
     if args.checkpoint is None:
         yield args
         return
-    folder, step = _model_folder(args.workdir, args.model, finished=False), _step(args)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=args.workdir) as view:
-        mesh = make_mesh(devices=jax.local_devices())
-        take_snapshot(folder, args.workdir, step, pathlib.Path(view), mesh, *{"ema", args.weights})
-        log.info("%s at step %d.", args.model, step)
-        yield argparse.Namespace(**{**vars(args), "workdir": pathlib.Path(view)})
-
-
-def _step(args: argparse.Namespace) -> int:
-    """That --checkpoint names."""
-    if args.checkpoint == "best":
-        return int(require_best(args.workdir, args.model, args.metric)["step"])
-    if not args.checkpoint.isdecimal():
-        raise UserError(f"--checkpoint is {args.checkpoint!r}: give a step, or best.")
-    return int(args.checkpoint)
+    folder = _model_folder(args.workdir, args.model, finished=False)
+    with at_checkpoint(folder, args.workdir, args.checkpoint, args.metric, args.weights) as view:
+        yield argparse.Namespace(**{**vars(args), "workdir": view})
 
 
 def _model_folder(workdir: pathlib.Path, name: str, finished: bool = True) -> pathlib.Path:
