@@ -16,7 +16,7 @@ from pipeline_fixtures import ROOT, SMOKE, copy, done, files, run, sentence, smo
 from ard_jax.config import default_config
 from ard_jax.data import InMemory, PixelRows, image_source, labels_and_images
 from ard_jax.errors import UserError
-from ard_jax.evaluation import FeatureExtractor, InceptionFeatures, adm, adm_files, distance_interval, frechet
+from ard_jax.evaluation import FeatureExtractor, InceptionFeatures, adm, adm_files, distance_interval, features, frechet
 from ard_jax.evaluation.features import AT_ONCE, batch_size_of, train_feature_net
 from ard_jax.evaluation.inception import Features
 from ard_jax.evaluation.npz import NpzArray
@@ -206,6 +206,17 @@ def test_images_that_memory_does_not_hold_train_the_same_network():
         assert one.sha256 == other.sha256 and one.held_out_accuracy == other.held_out_accuracy
 
 
+def test_large_images_are_trained_on_in_turns_to_the_same_network(monkeypatch):
+    images, labels = random_images(8, 40), np.arange(40, dtype=np.int32) % 4
+    whole = train_feature_net(images, labels, 4, steps=4)
+    monkeypatch.setattr(features, "AT_ONCE_BYTES", 1)
+    turns = train_feature_net(images, labels, 4, steps=4)
+    assert features._turns((36, 8, 8, 3)) == 4 and features._turns((35, 8, 8, 3)) == 1
+    for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(turns.params), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)
+    assert whole.sha256 != turns.sha256  # the other sums were taken
+
+
 def test_large_images_are_looked_at_a_few_at_a_time():
     assert batch_size_of((8, 8, 1)) == AT_ONCE and batch_size_of((256, 256, 3)) == 64
     assert 64 < batch_size_of((128, 128, 3)) < AT_ONCE
@@ -242,8 +253,8 @@ def test_a_killed_measurement_goes_on(tmp_path, network, monkeypatch):
     stream = network.stream
 
     def stop_later(batches, batch_size):
-        for features in stream(batches, batch_size):
-            yield features
+        for found in stream(batches, batch_size):
+            yield found
             if network.seen - before > 200:
                 raise KeyboardInterrupt
 

@@ -340,7 +340,7 @@ class PixelRows:
         in_threads(read, len(numbers))
         return images, labels
 
-    def labels(self, at_once: int = 1024) -> np.ndarray:
+    def labels(self, at_once: int = 256) -> np.ndarray:
         """Labels of all rows, int32 (row,)."""
         parts = [self.read(slice(start, start + at_once))[1] for start in range(0, len(self), at_once)]
         return np.concatenate(parts)

@@ -178,17 +178,33 @@ def train_feature_net(
     params = jax.jit(net.init)(make_key(seed), jnp.zeros((1, *images.shape[1:]), jnp.uint8))["params"]
     opt_state = optimizer.init(params)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, batch, targets):
+    def gradient(params, batch, targets):
         def loss(params):
             _, logits = net.apply({"params": params}, batch)
             return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
-        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+        return jax.grad(loss)(params)
+
+    def update(params, opt_state, gradients):
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, batch, targets):
+        return update(params, opt_state, gradient(params, batch, targets))
+
+    gradient_of_part, update_at_end = jax.jit(gradient), jax.jit(update)
     for rows in _batches(train_rows, steps, rng):
-        params, opt_state = step(params, opt_state, shift_at_random(images[rows], rng), labels[rows])
+        batch, targets = shift_at_random(images[rows], rng), labels[rows]
+        turns = _turns(batch.shape)
+        if turns == 1:
+            params, opt_state = step(params, opt_state, batch, targets)
+            continue
+        parts = zip(np.split(batch, turns), np.split(targets, turns), strict=True)
+        each = [jax.device_get(gradient_of_part(params, *part)) for part in parts]  # one after the other
+        params, opt_state = update_at_end(
+            params, opt_state, jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *each)
+        )
     return FeatureExtractor(
         net=net,
         params=params,
@@ -202,6 +218,11 @@ def batch_size_of(image_shape: tuple[int, ...]) -> int:
     """How many images of a shape features are taken of at once: a power of two, at least one training batch."""
     fitting = AT_ONCE_BYTES // int(np.prod(image_shape))
     return min(AT_ONCE, max(BATCH_SIZE, 1 << max(fitting, 1).bit_length() - 1))
+
+
+def _turns(shape: tuple[int, ...]) -> int:
+    """In how many turns a training batch is worked on: of large images, a quarter of it takes less memory at a time."""
+    return 4 if batch_size_of(shape[1:]) < AT_ONCE and shape[0] % 4 == 0 else 1
 
 
 @dataclasses.dataclass(frozen=True)
