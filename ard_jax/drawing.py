@@ -106,6 +106,14 @@ def open_real_images(config: ml_collections.ConfigDict, vae: tuple[AutoencoderKL
     return image_source(config.data) if vae is None else open_images(config, vae[0].in_channels)
 
 
+def image_shape(config: ml_collections.ConfigDict, vae: tuple[AutoencoderKL, Params] | None) -> tuple[int, int, int]:
+    """(height, width, channel) of the images that a run's models draw; `vae` as in `open_real_images`."""
+    height, width, channels = example_shape(config)
+    if vae is None:
+        return height, width, channels
+    return height * vae[0].downscale, width * vae[0].downscale, vae[0].out_channels
+
+
 def rollout_macs(config: ml_collections.ConfigDict, student: Network) -> int:
     """Multiply-accumulates of one image of the student that a config describes."""
     shape, steps = example_shape(config), len(config.student.points)

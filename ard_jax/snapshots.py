@@ -57,8 +57,7 @@ def take_snapshot(
     Raises:
         UserError: there is no such checkpoint, its files are not as they were written, or its weights are not finite.
     """
-    is_student = folder.absolute().parent.name == "distill"
-    own = target / "distill" / folder.name if is_student else target / "teacher"
+    is_student, own = _place_of(folder, target)
     if is_first():
         _link_model(folder, step, own)
         link_folders(workdir, target, BESIDE)
@@ -77,6 +76,20 @@ def take_snapshot(
     if is_first():
         write_json(own / "done.json", {"sha256": hashes, "seconds": 0.0, "step": step})
     wait_for_all("a snapshot is whole")
+
+
+def _place_of(folder: pathlib.Path, target: pathlib.Path) -> tuple[bool, pathlib.Path]:
+    """Whether a model's folder is a student's, and where it is in a snapshot."""
+    is_student = folder.absolute().parent.name == "distill"
+    return is_student, target / "distill" / folder.name if is_student else target / "teacher"
+
+
+def put_back(folder: pathlib.Path, step: int, target: pathlib.Path) -> None:
+    """Gives a model's folder the checkpoint of its snapshot again, where the training has deleted it meanwhile."""
+    place, (_, own) = folder / "checkpoints" / str(step), _place_of(folder, target)
+    if not place.exists():
+        with whole_folder(place) as new:
+            shutil.copytree(own / "checkpoints" / str(step), new, copy_function=_link, dirs_exist_ok=True)
 
 
 @contextlib.contextmanager

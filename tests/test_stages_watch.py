@@ -201,6 +201,19 @@ def test_the_best_by_the_metric_and_what_is_to_be_measured_are_asked_for(quick, 
     assert wanted == [[15, 20], [15, 20]] and read_wanted(folder) == [best]
 
 
+@pytest.mark.parametrize(("metric", "there"), [("fd", ["15"]), ("precision", ["15", "20"])])
+def test_the_best_is_there_even_if_it_is_deleted_while_it_is_measured(quick, training, monkeypatch, metric, there):
+    """Bit for bit; what is not the best when it has been measured stays deleted."""
+    folder, take = training / "distill" / "ard" / "checkpoints", watch.take_snapshot
+    seal(folder)
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    monkeypatch.setattr(watch, "take_snapshot", lambda *args: (take(*args), shutil.rmtree(folder / str(args[2]))))
+    assert look_on(training, ARD, f"run.keep_best={metric}").status == 0
+    assert sorted(path.name for path in folder.iterdir()) == there
+    expected = {name: found for name, found in before.items() if name.split("/")[0] in there}
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == expected
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_named(quick, training):
     folder = training / "distill" / "ard"
     seal(folder / "checkpoints")

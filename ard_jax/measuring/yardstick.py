@@ -6,6 +6,7 @@ import ml_collections
 
 from ard_jax.conditions import Conditions
 from ard_jax.data import Source
+from ard_jax.drawing import image_shape
 from ard_jax.measuring.classifier import train_classifier
 from ard_jax.measuring.inception import open_inception
 from ard_jax.measuring.samples import Yardstick
@@ -15,7 +16,7 @@ from ard_jax.types import Params
 
 def open_yardstick(
     config: ml_collections.ConfigDict,
-    source: Source,
+    source: Source | None,
     vae: tuple[AutoencoderKL, Params] | None,
     conditions: Conditions,
     folder: pathlib.Path,
@@ -24,7 +25,7 @@ def open_yardstick(
 
     Args:
         config: the run's.
-        source: of real images, see `drawing.open_real_images`.
+        source: of real images, see `drawing.open_real_images`; None if a reference file stands for them.
         vae: of models of latents, see `workdir.find_vae`.
         conditions: that samples are drawn of.
         folder: for what is found on the way, see `Yardstick.measure`.
@@ -32,6 +33,6 @@ def open_yardstick(
     Raises:
         UserError: what `train_classifier` and `open_inception` raise.
     """
-    if config.evaluate.features == "inception":
-        return open_inception(config, source[0]["image"].shape, folder)
+    if source is None:
+        return open_inception(config, image_shape(config, vae), folder)
     return train_classifier(config, source, vae, conditions)

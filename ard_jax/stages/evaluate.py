@@ -91,9 +91,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     hashes = {"teacher": teacher.sha256} | {name: student.sha256 for name, student in students.items()}
     folders = {name: workdir / "sample" / name for name in sampled}
     samples = {name: read_samples(folders[name], sampled[name], hashes[name], config) for name in sampled}
-    real_images = open_real_images(config, vae)
+    # a reference stands for the real images, which whoever has its file need not have
+    real_images = None if config.evaluate.features == "inception" else open_real_images(config, vae)
     same = all(teacher.config.data[key] == config.data[key] for key in ("source", "name", "split"))
-    if vae is None and same:  # others may be compared with, but not by chance
+    if real_images is not None and vae is None and same:  # others may be compared with, but not by chance
         check_identity(teacher_folder(config, workdir), identify(config.data, real_images))
     chosen, conditions = set(listed_labels(config.sample)), load_conditions(config, workdir)
     if chosen and len(chosen) < len(conditions):

@@ -35,8 +35,8 @@ from ard_jax.parallel import is_first
 from ard_jax.report import build_curve
 from ard_jax.results import read_results
 from ard_jax.runner import TEACHER, Job, Place, run_missing, with_settings
-from ard_jax.snapshots import model_folder, take_snapshot, wait_for_all
-from ard_jax.training.checkpoints import checkpoint_sha256, sealed_steps, steps_in, write_wanted
+from ard_jax.snapshots import model_folder, put_back, take_snapshot, wait_for_all
+from ard_jax.training.checkpoints import checkpoint_sha256, read_wanted, sealed_steps, steps_in, write_wanted
 from ard_jax.training.metrics import TensorBoard, check_tensorboard
 from ard_jax.workdir import leave_all, occupy, read_config, read_done
 
@@ -129,9 +129,8 @@ class Watcher:
         there = [Checkpoint(name, step, sha) for step in steps if (sha := self._hash(folder, step))]
         measured = {Checkpoint(line["model"], line["step"], line["checkpoint"]) for line in self.lines}
         todo = [checkpoint for checkpoint in there if checkpoint not in measured | self.passed_over]
-        best = best_line(self.lines, name, self.config.run.keep_best)
-        if (folder / "config.json").exists() and self.workdir in folder.parents:
-            write_wanted(folder, [checkpoint.step for checkpoint in todo] + ([best["step"]] if best else []))
+        if self._is_ours(folder):
+            write_wanted(folder, [checkpoint.step for checkpoint in todo] + self._best(name))
         return ended, todo
 
     def _hash(self, folder: pathlib.Path, step: int) -> str | None:
@@ -162,10 +161,28 @@ class Watcher:
             if is_first():
                 self.lines = add_line(self.workdir, line_of(read_results(view), name, step, sha256))
                 self._show(line for line in self.lines if (line["model"], line["step"]) == (name, step))
+                self._keep_best(checkpoint, view)
         leave_all()  # the snapshot, but not this run
         occupy(self.home)
         if is_first():
             shutil.rmtree(view, ignore_errors=True)
+
+    def _keep_best(self, checkpoint: Checkpoint, view: pathlib.Path) -> None:
+        """Sees that the best is there: the training may have chosen to delete it just before it was asked not to."""
+        name, step, _ = checkpoint
+        folder, best = model_folder(self.config, self.workdir, name), self._best(name)
+        if best == [step] and self._is_ours(folder):
+            write_wanted(folder, [*read_wanted(folder), step])
+            put_back(folder, step, view)
+
+    def _best(self, name: str) -> list[int]:
+        """The step of a model's best checkpoint, if any has been measured."""
+        best = best_line(self.lines, name, self.config.run.keep_best)
+        return [best["step"]] if best else []
+
+    def _is_ours(self, folder: pathlib.Path) -> bool:
+        """Whether a model's folder is one of this run's."""
+        return (folder / "config.json").exists() and self.workdir in folder.parents
 
     def _show(self, new: Iterable[Line]) -> None:
         """Writes the page, and to TensorBoard what is new."""

@@ -72,8 +72,9 @@ def read_wanted(directory: pathlib.Path) -> list[int]:
 
 def write_wanted(directory: pathlib.Path, steps: Sequence[int]) -> None:
     """Asks the training in a run's folder not to delete the checkpoints of these steps."""
-    if sorted(steps) != read_wanted(directory):
-        write_json(directory / "wanted.json", {"steps": sorted(steps)})
+    wanted = sorted(set(steps))
+    if wanted != read_wanted(directory):
+        write_json(directory / "wanted.json", {"steps": wanted})
 
 
 def make_manager(directory: pathlib.Path, keep: int, every: int = 0) -> ocp.CheckpointManager:
