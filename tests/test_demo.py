@@ -1,23 +1,28 @@
 """The demo without its page: what it shows of a workdir, what it draws and how it can be stopped, what it refuses."""
 
 import base64
+import dataclasses
 import importlib.util
 import io
 import re
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from pipeline_fixtures import copy, run, sentence
 
 from ard_jax import ARDPipeline
+from ard_jax.build import make_solve
 from ard_jax.demo import html
 from ard_jax.demo.drawing import MOST_CHARACTERS, MOST_PIXELS, draw, edit, open_picture, step_at
 from ard_jax.demo.models import Model, Models, find_models
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, write_json
 from ard_jax.progress import Stopwatch
+from ard_jax.sampling import sample_teacher, teacher_steps
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +120,22 @@ def test_every_model_draws_what_its_pipeline_draws_from_the_same_noise(models, d
             assert np.abs(shown - 255 * expected).max() < 0.51
     assert not (drawing.rows[0].drawn.images[0] == drawing.rows[0].drawn.images[1]).all()
     assert drawing.doing == "" and drawing.part == 1 and drawing.caption == "3"
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpm++2m"])
+def test_a_solve_cut_at_its_steps_is_the_solve(models, solver):
+    """Before anything is clipped to a picture, which hides much of a teacher that has hardly been trained."""
+    runner, labels = models.open("teacher"), jnp.asarray([3, 1])
+    model, params, noise = runner.pipe.model, runner.pipe.params, runner.noise(5, 2)
+    how = dataclasses.replace(make_solve(runner.pipe.config), solver=solver)
+    whole = jax.jit(lambda: sample_teacher(model, params, noise, labels, how))()
+    steps = teacher_steps(model, how)
+    prepared, step = steps.prepare(params, labels), jax.jit(steps.step)
+    x, x0 = jnp.asarray(noise), jnp.zeros_like(noise)
+    for number in range(how.steps):
+        x, x0 = step(params, prepared, x, x0, number)
+        np.testing.assert_allclose(x0, whole.x0[:, number], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(x, whole.xt[:, number], rtol=1e-4, atol=1e-4)
 
 
 def test_what_it_cost_is_said(drawing):

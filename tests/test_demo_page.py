@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -48,13 +49,25 @@ def models(workdir):
 
 
 @pytest.fixture(scope="module")
-def address(models):
+def served(models):
+    """The page as gradio has it, and its address."""
     from ard_jax.demo.page import make_page, serve
 
-    page = make_page(models)
-    address, _ = serve(page, "127.0.0.1", 7870)
-    yield address
-    page.close(verbose=False)
+    blocks = make_page(models)
+    address, _ = serve(blocks, "127.0.0.1", 7870)
+    yield blocks, address
+    blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def queue(served):
+    """Who waits and who is served: gradio's own, since no page shows when it has noticed that one is closed."""
+    return served[0]._queue
+
+
+@pytest.fixture(scope="module")
+def address(served):
+    return served[1]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +84,7 @@ def browser():
 def page(browser, address):
     page = browser.new_page()
     page.goto(address)
+    page.set_default_timeout(120_000)  # for machines that have other work
     page.wait_for_selector("#draw")
     yield page
     if not page.is_closed():
@@ -80,6 +94,15 @@ def page(browser, address):
 def said(page, tab: str) -> str:
     """What stands in the place of the bar once the work has ended."""
     return page.wait_for_selector(f"#{tab}-status :is(.ard-done, .ard-error):not(:has-text('Nothing is'))").inner_text()
+
+
+def until(condition) -> None:
+    """Waits for what other threads do."""
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise TimeoutError("it never came to that")
 
 
 def titles(page, tab: str = "draw") -> list[str]:
@@ -195,7 +218,7 @@ def test_more_bytes_than_may_be_put_in(page, tmp_path):
     page.get_by_text("exceed the maximum allowed size of 20.0 Mb").first.wait_for()
 
 
-def test_progress_is_shown_and_stop_stops(page, held):
+def test_progress_is_shown_and_stop_stops(page, held, queue):
     page.click("#draw")
     for step in (1, 2):
         held.may_go_on.release()
@@ -204,16 +227,16 @@ def test_progress_is_shown_and_stop_stops(page, held):
     page.click("#stop")
     assert said(page, "draw") == "Stopped."
     held.may_go_on.release(100)
-    page.click("#draw")  # waits for its turn, which comes when the first has been stopped
-    page.wait_for_selector("#draw-status:has-text('Done.')")
-    assert held.steps.count(4) == 1
+    until(lambda: not any(queue.active_jobs))
+    assert max(held.steps) < 4
 
 
-def test_a_closed_browser_stops_the_work(page, browser, address, held):
+def test_a_closed_browser_stops_the_work(page, browser, address, held, queue):
     page.click("#draw")
     assert held.began.wait(60)
     page.close()
-    held.may_go_on.release(2)  # whoever was held may notice that nobody is there
+    until(lambda: any(event.closed for event in list(queue.event_ids_to_events.values())))
+    held.may_go_on.release(100)
     other = browser.new_page()
     other.goto(address)
     other.get_by_label("Teacher", exact=True).uncheck()
@@ -254,7 +277,7 @@ def test_the_shipped_models_offline_on_a_phone(browser):
             assert port < int(opened[2]) <= port + 20
             _on_a_phone(browser, opened[1])
         finally:
-            server.send_signal(signal.SIGINT)
+            server.send_signal(signal.SIGTERM)
             rest = server.communicate()[0]
     assert server.returncode == 0 and rest == "demo: closed.\n"
 

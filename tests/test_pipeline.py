@@ -655,8 +655,8 @@ def test_a_repository_is_downloaded(student, tmp_path, monkeypatch):
     student.save_pretrained(tmp_path / "saved")
     asked = []
 
-    def fetch(source):
-        asked.append(source)
+    def fetch(source, revision):
+        asked.append((source, revision))
         if source == "hf:ORG/none":
             raise UserError("hf:ORG/none cannot be downloaded (no net): see that there is a net.")
         return tmp_path / "saved"
@@ -665,7 +665,8 @@ def test_a_repository_is_downloaded(student, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source in ("ORG/NAME", "hf:ORG/NAME"):
         assert same(ARDPipeline.from_pretrained(source).params, student.params)
-    assert asked == ["hf:ORG/NAME", "hf:ORG/NAME"]
+    ARDPipeline.from_pretrained("ORG/NAME", revision="v1")
+    assert asked == [("hf:ORG/NAME", None), ("hf:ORG/NAME", None), ("hf:ORG/NAME", "v1")]
     said = refused(ARDPipeline.from_pretrained, "ORG/none")
     assert (
         said == "there is no folder ORG/none, and hf:ORG/none cannot be downloaded (no net): see that there is a net."
