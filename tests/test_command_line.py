@@ -235,6 +235,7 @@ def test_config_arguments_that_are_wrong(file, argument, said, workdir):
 
 # One sentence of each family.
 WRONG = [
+    ("mesh.fsdp=-1", "mesh.data and mesh.fsdp are both -1: only one of them can take"),
     ("teacher.steps=0", "teacher.steps is 0: give a number of at least 1."),
     ("diffusion.beta_end=2.0", "diffusion.beta_end is 2.0: give a number from 0 to 1."),
     ("diffusion.guidance_scale=nan", "diffusion.guidance_scale is nan: give a number from 0 to 1000."),

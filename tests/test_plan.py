@@ -23,6 +23,7 @@ from ard_jax.plan.cost import Cost, Memory, measure, needed_bytes
 from ard_jax.plan.programs import caption_step, finetune_step, for_platform, sampler, training_step, trajectory_step
 from ard_jax.plan.search import MAKERS, candidate_of, candidates, least, try_settings
 from ard_jax.plan.topology import SHAPES, Slice, find_slice
+from ard_jax.stages import plan
 from configs import imagenet256, pixart_sigma_1024, smoke, smoke_captions
 
 IMAGENET = str(ROOT / "configs" / "imagenet256.py")
@@ -325,6 +326,22 @@ def test_the_least_bound_is_found(stage, remat, monkeypatch):
         assert asked == [("dots", 1), ("none", 1), ("full", 1), ("dots", 1)] and best.remat == "full"
     splits = [candidate.split for candidate, _ in tried]
     assert splits[0] == 1 and splits[1:] == [16] * (len(splits) - 1)  # what did not fit is split further
+
+
+def test_a_search_prints_its_flags(tmp_path, monkeypatch, capsys):
+    """Of a step whose given policy is slower than another, which the rest of the plan then has."""
+    config, file = small(remat="full"), tmp_path / "plan.json"
+    monkeypatch.setattr(plan, "find_slice", lambda _: here())
+    monkeypatch.setattr(plan, "measure", lambda work, chip: cost(1e9, work)._replace(bytes=2 * 819e9))
+    given, step = candidate_of(config, here(), "distill"), training_step(config, here())
+    faster = given._replace(remat="none")
+    tried = [(given, plan.measure(step, CHIPS["v5e"])), (faster, cost(1e9, step))]
+    monkeypatch.setattr(plan, "try_settings", lambda *_, thorough: tried if thorough else [])
+    plan.run(config, "cpu", file, False, True)
+    said, found = capsys.readouterr().out, json.loads(file.read_text())
+    assert f"What to take: {faster.flags('distill')}; as given, 50% of that speed" in said
+    assert found["fits_as_given"] and found["advice"] == {"distill": faster._asdict()}
+    assert found["programs"]["training step"]["bound"] == 1.0
 
 
 def test_the_recipe_s_storage():

@@ -194,13 +194,11 @@ def try_settings(
     estimates.learn(given, first)
     left = [candidate for candidate in candidates(config, where, stage) if candidate != given]
     for number in range(MOST_COMPILED):
-        left = [candidate for candidate in left if estimates.may_fit(candidate)]
         bound = best[1].bound if (best := least(tried)) else math.inf
-        if not left or (best and not thorough):
+        worth = [other for other in left if estimates.may_fit(other) and estimates.seconds(other) <= CLOSE * bound]
+        if not worth or (best and not thorough):
             break
-        candidate = min(left, key=lambda candidate: _order(estimates, candidate))
-        if estimates.seconds(candidate) > CLOSE * bound:
-            break
+        candidate = min(worth, key=lambda candidate: _order(estimates, candidate))
         left.remove(candidate)
         log.info("try %d: %s", number + 1, candidate.flags(stage))
         cost = compiled(estimates.work(candidate), first.chip)
@@ -211,7 +209,7 @@ def try_settings(
 
 def _order(estimates: Estimates, candidate: Candidate) -> tuple[float, ...]:
     """Of those that may be as fast, first those of which most is known if they do not fit."""
-    seconds = round(estimates.seconds(candidate), 4)
+    seconds = float(f"{estimates.seconds(candidate):.2g}")
     return seconds, candidate.accumulate, -candidate.split, candidate.tensor, candidate.saving
 
 
