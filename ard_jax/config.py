@@ -82,6 +82,12 @@ def one_of(*names: str, **meanings: str) -> Allowed:
     return Allowed(lambda value: value in (*names, *meanings), f"choose {', '.join(first)} or {last}")
 
 
+def some_of(*names: str) -> Allowed:
+    """A tuple of names, or none of them."""
+    remedy = f"give some of {names} as a tuple, or () for none"
+    return Allowed(lambda value: set(value) <= set(names), remedy)
+
+
 def _are_labels(value: Any) -> bool:
     numbers = value if isinstance(value, (tuple, list)) else (value,)
     return value in LABELS or all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
@@ -356,7 +362,8 @@ SETTINGS: dict[str, Any] = {
         # and, while `watch` looks on, the best by this metric; "frechet" is fid where that is measured, else fd
         "keep_best": Setting("frechet", NOTHING),
         "poll": Setting(30.0, NOTHING, above(0)),  # seconds after which `watch` looks for checkpoints again
-        "tensorboard": Setting(True, NOTHING),
+        # where metrics are shown beside metrics.jsonl: "tensorboard", "wandb" (extra wandb), "mlflow" (extra mlflow)
+        "loggers": Setting(("tensorboard",), NOTHING, some_of("tensorboard", "wandb", "mlflow")),
         "join_timeout": Setting(300.0, NOTHING, above(0)),  # seconds that a host waits for the others at the start
         # threads that read data; many wait for a bucket at once, and cost little where a disk is fast
         "workers": Setting(64, NOTHING, at_least(1)),

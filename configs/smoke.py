@@ -22,6 +22,6 @@ def get_config(argument: str = ""):
         config.finetune.update(steps=20, batch_size=8, checkpoint_every=5, warmup=5)
         config.sample.update(models=("teacher", given["student"]), count=72, batch_size=24, grid=16)
         config.evaluate.update(paired=8, pictures=4, feature_steps=20)
-        config.run.update(log_every=5, tensorboard=False)
+        config.run.update(log_every=5, loggers=())
         config.report.title = "Smoke test"
     return config

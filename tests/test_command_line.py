@@ -145,13 +145,13 @@ def test_flags_that_are_wrong(flag, said, workdir):
 
 def test_every_setting_can_be_overridden():
     """A value of each key's own type is taken, on the command line that a shell would give."""
-    keys = ["seed=3", "data.split=train[:9]", "model.mlp_ratio=2", "student.points=(3,0)", "run.tensorboard=True",
+    keys = ["seed=3", "data.split=train[:9]", "model.mlp_ratio=2", "student.points=(3,0)", "run.loggers=()",
             "sample.models=('teacher',)", "noconfig.trajectories.keep_noisy"]  # fmt: skip
     flags = [f"--{key}" if key.startswith("noconfig") else f"--config.{key}" for key in keys]
     config, workdir = command_line.parse_config(["--config", SMOKE, "--workdir", "here", *flags])
     assert (config.seed, config.data.split, config.model.mlp_ratio) == (3, "train[:9]", 2.0)
     assert tuple(config.student.points) == (3, 0) and tuple(config.sample.models) == ("teacher",)
-    assert config.run.tensorboard is True and config.trajectories.keep_noisy is False
+    assert config.run.loggers == () and config.trajectories.keep_noisy is False
     assert workdir == pathlib.Path("here")
 
 

@@ -84,6 +84,7 @@ CHOICES = {
     "evaluate.features": ("classifier", "inception"),
     "evaluate.distances": ("float16", "float32"),
     "sample.labels": ("uniform", "balanced", (), (0, 3), [1], 2),
+    "run.loggers": ((), ("wandb",), ("tensorboard", "wandb", "mlflow")),
 }
 
 
@@ -233,5 +234,7 @@ def test_choices(key):
         "evaluate.features": "choose classifier or inception (of `weights`, against `reference`)",
         "evaluate.distances": "choose float16 or float32",
         "sample.labels": "give uniform, balanced, or numbers such as (0, 1)",
+        "run.loggers": "give some of ('tensorboard', 'wandb', 'mlflow') as a tuple, or () for none",
     }.get(key, "choose float16, bfloat16 or float32")
-    assert refusal(key, "x") == f"{key} is 'x': {asked}."
+    wrong = ("x",) if isinstance(ROWS[key].default, tuple) else "x"
+    assert refusal(key, wrong) == f"{key} is {wrong!r}: {asked}."

@@ -226,7 +226,7 @@ def test_arguments_arrive_as_they_were_given(pod):
         '--config.data.dir=/a  b/$HOME/`id`/$(id);"x"\\ & | > * ? ~ !',
         "--config.report.title=two\nlines, é and 'quotes'",
         "--config.vae.dir=",
-        "--noconfig.run.tensorboard",
+        "--noconfig.trajectories.keep_noisy",
         "--config.data.name",
         "a b",
         "--config.trajectories.dir=gs://another-bucket/it's",

@@ -137,7 +137,7 @@ def config():
     config.student.points = (2, 1, 0)
     config.teacher.update(steps=3, batch_size=16)
     config.distill.update(steps=3, batch_size=16)
-    config.run.tensorboard = False
+    config.run.loggers = ()
     return config
 
 

@@ -51,5 +51,5 @@ def test_the_base_requirements_are_enough_to_import(entry):
 def test_every_import_is_required():
     everywhere = [list(ast.walk(ast.parse(path.read_text()))) for path in modules().values()]
     assert distributions(set().union(*map(imported, everywhere))) <= required(
-        "base", "train", "convert", "text", "emoji", "demo"
+        "base", "train", "convert", "text", "emoji", "demo", "wandb", "mlflow"
     )

@@ -385,7 +385,7 @@ def test_two_students_are_told_different_captions_apart(captioned):
 TINY = (
     "diffusion.solver=ddim", "diffusion.spacing=linspace", "diffusion.steps=4", "trajectories.points=(2,1,0)",
     "student.points=(2,1,0)", "student.history_layers=1", "student.target=xt", "distill.online=True",
-    "distill.steps=3", "distill.batch_size=4", "run.tensorboard=False", "sample.count=4", "sample.batch_size=4",
+    "distill.steps=3", "distill.batch_size=4", "run.loggers=()", "sample.count=4", "sample.batch_size=4",
 )  # fmt: skip
 
 
@@ -540,9 +540,9 @@ SMALL = (
     "model.caption_width=20", "model.interpolation=0.5", "data.image_size=8", "diffusion.steps=34",
 )  # fmt: skip
 FEWER = {
-    "distill": ("distill.steps=2", "distill.batch_size=4", "run.tensorboard=False"),
+    "distill": ("distill.steps=2", "distill.batch_size=4", "run.loggers=()"),
     "sample": ("sample.batch_size=32", "sample.models=('ard',)"),
-    "teacher": ("teacher.steps=2", "teacher.batch_size=4", "run.tensorboard=False"),
+    "teacher": ("teacher.steps=2", "teacher.batch_size=4", "run.loggers=()"),
     "encode": ("encode.image_size=16", "encode.batch_size=4"),
     "captions": ("captions.batch_size=2",),
     "plan": (),

@@ -65,10 +65,10 @@ def settings(**changes):
     return ml_collections.ConfigDict(values | changes)
 
 
-def fit(directory, source=None, tensorboard=False, log_every=2, method=None, keep=2, every=0, **changes):
+def fit(directory, source=None, loggers=(), log_every=2, method=None, keep=2, every=0, **changes):
     """Trains the small model; returns what `train` does."""
     run = ml_collections.ConfigDict(
-        {"log_every": log_every, "keep_checkpoints": keep, "keep_every": every, "tensorboard": tensorboard}
+        {"log_every": log_every, "keep_checkpoints": keep, "keep_every": every, "loggers": loggers}
     )
     return train(
         method or Method(objective, 24.0),
@@ -658,7 +658,7 @@ def test_other_networks_clip_their_own_gradients(joint_run, tmp_path):
 
 
 def test_tensorboard_shows_what_metrics_jsonl_holds(uninterrupted, tmp_path):
-    fit(tmp_path, tensorboard=True)
+    fit(tmp_path, loggers=("tensorboard",))
     events = EventAccumulator(str(tmp_path)).Reload()
     logged = lines(tmp_path)
     for name in ("loss", "error", "gradient_norm"):

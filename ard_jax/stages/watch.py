@@ -3,7 +3,7 @@
 Samples every checkpoint of the models of `sample.models` with the stage `sample` and measures it with the stage
 `evaluate`, each once, and writes in `evaluate/`: `curve.jsonl`, a line a checkpoint and model; `curve.html`, their
 Fréchet distances over the steps of the training, which `report` shows too; and TensorBoard's files, in `tensorboard/`,
-if `run.tensorboard` is set. Looks for new checkpoints every `run.poll` seconds and takes those that are whole, the
+if `run.loggers` has it. Looks for new checkpoints every `run.poll` seconds and takes those that are whole, the
 oldest first; ends when the trainings have ended and all their checkpoints are measured, or with --once when all that
 are there are. Killed and started again, it goes on where it was.
 
@@ -37,7 +37,7 @@ from ard_jax.results import read_results
 from ard_jax.runner import TEACHER, Job, Place, run_missing, with_settings
 from ard_jax.snapshots import model_folder, put_back, take_snapshot, wait_for_all
 from ard_jax.training.checkpoints import checkpoint_sha256, read_wanted, sealed_steps, steps_in, write_wanted
-from ard_jax.training.metrics import TensorBoard, check_tensorboard
+from ard_jax.training.loggers import Logger, check_loggers, tensorboard
 from ard_jax.workdir import leave_all, occupy, read_config, read_done
 
 log = logging.getLogger("ard_jax")
@@ -58,7 +58,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, once: bool) ->
         UserError: the curve was measured with other settings, or what `sample` and `evaluate` raise; with `once`, there
             is no checkpoint at all.
     """
-    check_tensorboard(config.run.tensorboard)
+    check_loggers([name for name in config.run.loggers if name == "tensorboard"])  # the one that a curve is given to
     home = workdir / "evaluate" / "watch"
     occupy(home)
     _claim_settings(home, config)
@@ -108,7 +108,7 @@ class Watcher:
         self.lines = read_curve(workdir)
         self.hashes: dict[tuple[pathlib.Path, int], str] = {}  # of checkpoints that have no hashes on the disk
         self.passed_over: set[Checkpoint] = set()
-        boards = config.run.tensorboard and is_first()
+        boards = "tensorboard" in config.run.loggers and is_first()
         self.boards = TensorBoards(workdir / "evaluate" / "tensorboard") if boards else None
         self._show(self.lines)
 
@@ -211,13 +211,13 @@ class TensorBoards:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
-        self.writers: dict[str, TensorBoard] = {}
+        self.writers: dict[str, Logger] = {}
         shutil.rmtree(folder, ignore_errors=True)
 
     def write(self, line: Line) -> None:
         name = line["model"]
         if name not in self.writers:
-            self.writers[name] = TensorBoard(self.folder / name)
+            self.writers[name] = tensorboard(self.folder / name)
         self.writers[name].write(line["step"], {key: line[key] for key in BETTER if line.get(key) is not None})
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from ard_jax.errors import Preempted, UserError
 from ard_jax.objectives import Method, Metrics
 from ard_jax.parallel import is_first, put_batch
 from ard_jax.training import checkpoints
+from ard_jax.training.loggers import check_loggers
 from ard_jax.training.metrics import MetricLog
 from ard_jax.training.state import TrainState, init_state, make_step, optimizer_of
 from ard_jax.types import Batches, Params, PyTree
@@ -65,9 +66,11 @@ def train(
         frozen: parameters that the objective reads and that are not trained.
 
     Raises:
+        UserError: a logger of `run.loggers` cannot be had.
         NotFinite: a metric is; the last good checkpoint stays.
         Preempted: SIGTERM, SIGHUP or Ctrl-C came; the state has been saved.
     """
+    check_loggers(run.loggers)
     started = time.monotonic()
     optimizer = optimizer_of(method, settings)
     state = init_state(params, optimizer, seed, mesh, method.begin, frozen)
@@ -109,7 +112,7 @@ def train(
             if is_first():
                 sealer.submit(checkpoints.seal, directory / "checkpoints").result()
 
-        metric_log = MetricLog(directory, int(state.step), settings.steps, run.tensorboard) if is_first() else None
+        metric_log = MetricLog(directory, int(state.step), settings.steps, run.loggers) if is_first() else None
         meter = Meter(settings.batch_size, method.flops, metric_log)
         try:
             with Preemption() as preemption:
