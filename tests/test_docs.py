@@ -1,20 +1,24 @@
 """The documentation: every setting is in its table, what troubleshooting quotes is in the code, links lead somewhere,
-and the site builds and asks nothing of the net."""
+the commands run, and the site builds and asks nothing of the net."""
 
 import ast
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
-from pipeline_fixtures import ROOT
+from PIL import Image
+from pipeline_fixtures import ROOT, done, run
 
 from ard_jax.config import ROWS
+from ard_jax.files import read_json
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+HOW_TO = (DOCS / "HOW_TO.md").read_text()
 
 
 def hook(name):
@@ -84,6 +88,30 @@ def test_links_lead_somewhere_on_disk_and_in_the_menu_of_the_site(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     assert not [link for link in links if not link.startswith("https:") and not (DOCS / link).exists()]
     assert f": {page.name}\n" in (ROOT / "mkdocs.yml").read_text()
+
+
+@pytest.mark.slow
+def test_the_commands_of_how_to_run_as_written(tmp_path, monkeypatch):
+    """In their order; only the folder of pictures is made for them."""
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "PICTURES" / name).mkdir(parents=True)
+        for shade in range(8):
+            Image.new("L", (9, 8), 20 * shade + number).save(tmp_path / "PICTURES" / name / f"{shade}.png")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", HOW_TO, re.DOTALL) for line in block.splitlines()]
+    for line in lines:
+        start, stage, *flags = line.partition("-m ard_jax ")[0], *shlex.split(line.partition("-m ard_jax ")[2])
+        outcome = run(stage, *flags)
+        assert start == "python " and outcome.status == 0, (line, outcome.err)
+    assert len(lines) == 5
+    assert done(tmp_path / "runs" / "longer" / "teacher")["step"] == 10
+    (config,) = re.findall(r"```python\n(.*?)```", HOW_TO, re.DOTALL)
+    (tmp_path / "pictures.py").write_text(config)
+    again = run("teacher", "--config", "pictures.py", "--workdir", "runs/pictures")
+    assert again.status == 0 and "resuming at step 20 of 20" in again.err, again.err
+    data = read_json(tmp_path / "runs" / "pictures" / "teacher" / "config.json")["data"]
+    assert (data["source"], data["num_classes"]) == ("folder", 2)
 
 
 @pytest.mark.slow
