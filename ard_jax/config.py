@@ -197,11 +197,10 @@ SETTINGS: dict[str, Any] = {
         # of the time's sinusoids: 0 as published, 1 in diffusers' DiT
         "frequency_shift": Setting(0.0, NETWORK, between(0, 127)),
         "mlp_norm_eps": Setting(1e-6, NETWORK, between(0, 1)),  # 1e-6 as published, 1e-5 in diffusers' DiT
-        # of a PixArt alone: channels of a caption's vectors; what positions are divided by; whether the network is told
-        # the images' size; and the mask of the empty caption, its "own" or that of the "caption" in whose place it is
-        "caption_width": Setting(4096, NETWORK, at_least(1)),
-        "interpolation": Setting(1.0, NETWORK, above(0)),
-        "size_conditioning": Setting(False, NETWORK),
+        "caption_width": Setting(4096, NETWORK, at_least(1)),  # of a PixArt alone: channels of a caption's vectors
+        "interpolation": Setting(1.0, NETWORK, above(0)),  # of a PixArt alone: what positions are divided by
+        "size_conditioning": Setting(False, NETWORK),  # of a PixArt alone: the network is told the images' size
+        # of a PixArt alone: the mask of the empty caption, its "own" or that of the "caption" in whose place it is
         "null_mask": Setting("own", NETWORK),
         "dtype": Setting("auto", TRAINED),  # compute type: bfloat16 on accelerators, float32 on CPU; or either by name
         "remat": Setting("none", NOTHING),  # or "dots", "full"
@@ -251,8 +250,8 @@ SETTINGS: dict[str, Any] = {
         "kind": Setting("history", STUDENTS | RESULTS),
         "points": Setting((15, 10, 5, 0), STUDENTS | RESULTS),  # S respaced indices out of the store's
         "target": Setting("x0", STUDENTS | RESULTS, one_of(x0="predicted x0", xt="noisy points")),  # at each point
-        "history_layers": Setting(6, STUDENTS | RESULTS),
-        "mask": Setting("causal", STUDENTS | RESULTS),
+        "history_layers": Setting(6, STUDENTS | RESULTS),  # N: the lowest layers, which see earlier blocks
+        "mask": Setting("causal", STUDENTS | RESULTS),  # which of them: or "diagonal", "window", "noise_and_own"
         "heads": Setting("separate", STUDENTS | RESULTS),  # or "shared"
         "block_times": Setting((), STUDENTS | RESULTS),  # network time of each block; () for T·(S−b)/S
     },
@@ -327,11 +326,10 @@ SETTINGS: dict[str, Any] = {
         "neighbours": Setting(3, RESULTS, at_least(1)),  # of precision and recall
         # what distances are measured in: a small network that is trained here on the same images; or FID's Inception
         "features": Setting("classifier", RESULTS, one_of("classifier", inception="of `weights`, against `reference`")),
-        # Inception's alone, as ADM has them: its file; ADM's reference file or one of evaluate --make-reference; images
-        # of a split of the Inception score; and the type of the distances of precision and recall
-        "weights": Setting("", RESULTS),
-        "reference": Setting("", RESULTS),
-        "split": Setting(5000, RESULTS, at_least(1)),
+        "weights": Setting("", RESULTS),  # of Inception: its file
+        "reference": Setting("", RESULTS),  # for Inception: ADM's file, or one of evaluate --make-reference
+        "split": Setting(5000, RESULTS, at_least(1)),  # images of a split of the Inception score
+        # of precision and recall in Inception's features, the type
         "distances": Setting("float16", RESULTS, one_of("float16", "float32")),
         "clip": Setting("", RESULTS),  # folder of a CLIP that judges the images of sample.prompts
         # each by its own definition: or "clip_score", "pick_score", "hps_v2", "compbench_non_spatial"
