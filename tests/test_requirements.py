@@ -10,6 +10,9 @@ from pipeline_fixtures import ROOT
 from test_architecture import arrows, modules
 
 
+ELSEWHERE = {"mlflow": "mlflow-skinny"}
+
+
 def required(*files: str) -> set[str]:
     """Distributions that files of requirements/ name."""
     lines = [line for file in files for line in (ROOT / "requirements" / f"{file}.txt").read_text().splitlines()]
@@ -35,7 +38,8 @@ def imported(body: list[ast.stmt]) -> set[str]:
 def distributions(names: set[str]) -> set[str]:
     known = importlib.metadata.packages_distributions()
     others = names - set(sys.stdlib_module_names) - {"ard_jax"}
-    return {normal(known.get(name, [name])[0]) for name in others}  # one that is not installed goes by its own name
+    # one that is not installed goes by its own name, or by the one that brings it
+    return {normal(known.get(name, [ELSEWHERE.get(name, name)])[0]) for name in others}
 
 
 @pytest.mark.parametrize("entry", ["pipeline", "stages.convert", "stages.export", "command_line"])
