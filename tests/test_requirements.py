@@ -9,7 +9,6 @@ import pytest
 from pipeline_fixtures import ROOT
 from test_architecture import arrows, modules
 
-
 ELSEWHERE = {"mlflow": "mlflow-skinny"}
 
 
