@@ -285,6 +285,21 @@ def test_the_first_that_fits_is_taken():
     assert least(hopeless) is None
 
 
+def test_a_kernel_s_metadata_may_stand_on_several_lines():
+    text = """HloModule jit_f, num_partitions=1
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %kernel = f32[4]{0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  "name": "splash"
+}}, backend_config={}
+  ROOT %sum = f32[4]{0} add(%kernel, %a)
+}
+"""
+    main = hlo.parse(text).computations["main"]
+    assert [*main] == ["a", "kernel", "sum"] and main.root.name == "sum"
+
+
 @needs_libtpu
 @pytest.mark.parametrize(("stage", "remat"), [("distill", "none"), ("finetune", "dots")])
 def test_the_least_bound_is_found(stage, remat, monkeypatch):

@@ -133,8 +133,8 @@ def test_planning_as_written(tmp_path, monkeypatch):
     laptop, pod = [words[1:] for words in commands("python -m ard_jax ") if words[0] == "plan"]
     outcome = run("plan", *laptop)
     assert outcome.status == 0 and "chip-hours" in outcome.out, outcome.err
-    config, topology, file, finetune = parse_config(pod, FLAGS["plan"])
-    assert config.model.name == "DiT-XL/2" and (topology, str(file), finetune) == ("v5e:4x4", "plan.json", False)
+    config, topology, file, *asked = parse_config(pod, FLAGS["plan"])
+    assert config.model.name == "DiT-XL/2" and (topology, str(file), asked) == ("v5e:4x4", "plan.json", [False, False])
     chip, shape = topology.split(":")
     assert shape in SHAPES[chip]
 

@@ -93,7 +93,7 @@ def parse(text: str) -> Program:
             name = _part(r"%([\w.\-]+)", line)
             entry = name if line.startswith("ENTRY ") else entry
             current = computations[name] = Computation()
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # others that begin so end the metadata of a kernel, which stand on several lines
             current = None
         elif current is not None and " = " in line:
             instruction = _parse_line(line)
