@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 
 import jax
@@ -262,18 +263,28 @@ def test_a_damaged_wish_stops_no_training(tmp_path):
     assert saved_steps(tmp_path) == [9, 12]
 
 
-def test_a_checkpoint_has_its_hashes_before_the_next_one(tmp_path, at_step):
+def test_a_checkpoint_has_its_hashes_before_the_next_one(tmp_path, at_step, monkeypatch):
     """Whoever looks on need not wait for as long as it takes to train to the next."""
-    sealed = []
+    managers, sealed, has_been_sealed = [], [], threading.Event()
+    make_manager, seal = checkpoints.make_manager, checkpoints.seal
+
+    def make(*arguments):
+        managers.append(make_manager(*arguments))
+        return managers[-1]
+
+    def note(directory, last=None):
+        seal(directory, last)
+        if last == 3:
+            has_been_sealed.set()
 
     def look():
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "checkpoints" / "3").exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(0.2)  # Orbax notes it a little later
+        has_been_sealed.wait(60)
+        sealed.extend(checkpoints.sealed_steps(tmp_path / "checkpoints"))
 
-    at_step(5, look)
-    at_step(6, lambda: (time.sleep(0.2), sealed.extend(checkpoints.sealed_steps(tmp_path / "checkpoints"))))
+    monkeypatch.setattr(checkpoints, "make_manager", make)
+    monkeypatch.setattr(checkpoints, "seal", note)
+    at_step(5, lambda: managers[0].wait_until_finished())
+    at_step(6, look)
     fit(tmp_path)
     assert sealed == [3]
 
