@@ -220,6 +220,17 @@ def check_same_settings(settings: dict[str, Any]) -> None:
         log.warning("the hosts' clocks differ by %.0f seconds: their logs do too.", max(times) - min(times))
 
 
+def wait_for_all(what: str) -> None:
+    """Until all processes are here, of which one may have written what is said."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def of_first(value: Any) -> Any:
+    """The first process's value, which is JSON, on all of them."""
+    return gather_json(value)[0] if jax.process_count() > 1 else value
+
+
 def gather_json(value: object) -> list[Any]:
     """Every process's value, in the order of the processes."""
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -24,10 +24,11 @@ from ard_jax.evaluation import clip_scores
 from ard_jax.evaluation.clip_images import images_for_clip
 from ard_jax.evaluation.npz import NpzArray, array_names
 from ard_jax.files import file_sha256, local_path, write_json, write_text
+from ard_jax.hosts import wait_for_all
 from ard_jax.parallel import is_first
 from ard_jax.progress import Stopwatch
 from ard_jax.runner import with_settings
-from ard_jax.snapshots import link_folders, wait_for_all
+from ard_jax.snapshots import link_folders
 from ard_jax.text import tokens_for_clip
 from ard_jax.workdir import captions_folder, merge_done, read_done, recorded_config, require_done, write_done
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import ml_collections
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ard_jax.build import make_student, make_teacher
@@ -23,6 +22,7 @@ from ard_jax.convert.families.pixart import NULL_CAPTION_FILE
 from ard_jax.curve import require_best
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import require_finite, tree_sha256, whole_folder, write_json
+from ard_jax.hosts import wait_for_all
 from ard_jax.models import network_shapes
 from ard_jax.parallel import is_first, make_mesh, with_shardings
 from ard_jax.training.checkpoints import check_sealed, load_parameters, steps_in
@@ -152,9 +152,3 @@ def _link(source: str, target: str) -> None:
         raise
     except OSError:
         shutil.copy2(source, target)
-
-
-def wait_for_all(what: str) -> None:
-    """Until all hosts are here, of which one has written what is said."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)

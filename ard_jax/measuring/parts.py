@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from ard_jax.evaluation.npz import array_names
 from ard_jax.files import read_json, read_npz, write_json, write_npz
+from ard_jax.hosts import wait_for_all
 from ard_jax.parallel import is_first
 from ard_jax.progress import progress_bar
 
@@ -55,7 +55,7 @@ def make_parts(
     if is_first() and not (path.exists() and read_json(path) == of):
         shutil.rmtree(folder, ignore_errors=True)
         write_json(path, of)
-    _meet(f"{folder} can be filled")
+    wait_for_all(f"{folder} can be filled")
     parts = [folder / f"{start:09d}.npz" for start in range(0, len(images), size)]
     mine = range(jax.process_index(), len(parts), jax.process_count())
     missing = [number for number in mine if not parts[number].exists()]
@@ -69,7 +69,7 @@ def make_parts(
             left = -(-min(size, len(images) - number * size) // batch_size)
             write_npz(parts[number], **look(next(batches) for _ in range(min(per_part, left))))
             bar.update()
-    _meet(f"{folder} is filled")
+    wait_for_all(f"{folder} is filled")
     return parts
 
 
@@ -81,12 +81,6 @@ def read_parts(parts: Iterable[pathlib.Path], without: str = "") -> Iterator[dic
 
 def forget_parts(folder: pathlib.Path) -> None:
     """Removes a folder of parts once all processes have read them."""
-    _meet(f"{folder} has been read")
+    wait_for_all(f"{folder} has been read")
     if is_first():
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _meet(where: str) -> None:
-    """Waits for the other processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)

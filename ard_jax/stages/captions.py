@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from jax.experimental import multihost_utils
 
 from ard_jax.build import compute_dtype
 from ard_jax.captions.store import LAYOUT, NULL, record_features
@@ -24,6 +23,7 @@ from ard_jax.config import plain
 from ard_jax.convert.families.pixart import NULL_CAPTION_FILE
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_npz, write_npz
+from ard_jax.hosts import wait_for_all
 from ard_jax.parallel import batch_shards, equal_batches, is_first, make_mesh, put_batch
 from ard_jax.progress import Stopwatch
 from ard_jax.sharded import DTYPES, Shard, describe, number_of_shards
@@ -76,8 +76,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         jax.process_index(),
         jax.process_count(),
     )
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("all shards are written")
+    wait_for_all("all shards are written")
     if not is_first():
         return
     described = describe(directory, number_of_shards(len(texts), settings.shard_size))

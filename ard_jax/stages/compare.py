@@ -40,8 +40,6 @@ MEASURED: tuple[str, ...] = (
     "sfid",
     "sfid_halves",
     "inception_score",
-    "precision",
-    "recall",
 )
 MEASURED += ("precision", "recall", "psnr", "network_calls", "gmac_per_image", "seconds_per_image")
 TRAINED = ("examples", "flops", "seconds")  # of done.json, "training_" before them in compare.json

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
-from jax.experimental import multihost_utils
 
 from ard_jax.build import example_shape
 from ard_jax.config import plain
@@ -28,6 +27,7 @@ from ard_jax.data import MODES, Source, check_records, identify
 from ard_jax.drawing import open_images
 from ard_jax.errors import UserError
 from ard_jax.files import tree_sha256
+from ard_jax.hosts import wait_for_all
 from ard_jax.keys import make_key
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_latents
@@ -64,8 +64,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = 
     keep_identity(directory, identity)
     count = len(source) * _views(config)
     _make_latents(model, params, source, config, directory, features)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("all shards are written")
+    wait_for_all("all shards are written")
     if not is_first():
         return
     described = describe(directory, number_of_shards(count, settings.shard_size))

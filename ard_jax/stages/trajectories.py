@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import ml_collections
-from jax.experimental import multihost_utils
 
 from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
 from ard_jax.config import plain
 from ard_jax.errors import UserError
 from ard_jax.files import read_json
+from ard_jax.hosts import wait_for_all
 from ard_jax.parallel import is_first, local_mesh
 from ard_jax.progress import Stopwatch
 from ard_jax.sharded import number_of_shards
@@ -56,8 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("all shards are written")
+    wait_for_all("all shards are written")
     if not is_first():
         return
     described = store.describe(directory, number_of_shards(config.trajectories.count, config.trajectories.shard_size))

@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import jax
 import ml_collections
 
 from ard_jax.build import make_run_mesh
@@ -30,12 +29,12 @@ from ard_jax.config import plain
 from ard_jax.curve import BETTER, Line, add_line, best_line, curve_path, line_of, read_curve
 from ard_jax.errors import UserError
 from ard_jax.files import write_json, write_text
-from ard_jax.hosts import gather_json
+from ard_jax.hosts import of_first, wait_for_all
 from ard_jax.parallel import is_first
 from ard_jax.report import build_curve
 from ard_jax.results import read_results
 from ard_jax.runner import TEACHER, Job, Place, run_missing, with_settings
-from ard_jax.snapshots import model_folder, put_back, take_snapshot, wait_for_all
+from ard_jax.snapshots import model_folder, put_back, take_snapshot
 from ard_jax.training.checkpoints import checkpoint_sha256, read_wanted, sealed_steps, steps_in, write_wanted
 from ard_jax.training.loggers import Logger, check_loggers, tensorboard
 from ard_jax.workdir import leave_all, occupy, read_config, read_done
@@ -118,7 +117,7 @@ class Watcher:
         Asks the trainings to keep these, and the best.
         """
         found = [self._look_at(name) for name in self.config.sample.models] if is_first() else []
-        looked = gather_json(found)[0] if jax.process_count() > 1 else found
+        looked = of_first(found)
         todo = [Checkpoint(*checkpoint) for _, own in looked for checkpoint in own]
         return all(ended for ended, _ in looked), todo
 

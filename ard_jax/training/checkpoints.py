@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import file_sha256, read_json, write_json
-from ard_jax.hosts import gather_json
+from ard_jax.hosts import of_first, wait_for_all
 from ard_jax.parallel import is_first
 from ard_jax.training.state import TrainState
 from ard_jax.types import PyTree
@@ -53,7 +53,7 @@ class _Preserved:
     def _wanted(self) -> set[int]:
         """The same on all hosts: the file may change between two looks at it."""
         steps = read_wanted(self.directory.parent) if is_first() else []
-        return set(gather_json(steps)[0] if jax.process_count() > 1 else steps)
+        return set(of_first(steps))
 
 
 def kept_steps(steps: Sequence[int], keep: int, every: int) -> list[int]:
@@ -209,8 +209,7 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
             target = target.with_name(f"{target.name}+")
         os.replace(folder / str(step), target)
         log.warning("checkpoint %d is kept as %s.", step, target)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("checkpoints are set aside")
+    wait_for_all("checkpoints are set aside")
     manager.reload()
 
 
