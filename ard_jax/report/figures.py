@@ -115,9 +115,9 @@ def _shrink(image: np.ndarray, side: int = SHOWN_SIDE) -> np.ndarray:
     return np.asarray(picture).reshape(picture.height, picture.width, image.shape[-1])
 
 
-def cell_png(image: np.ndarray) -> bytes:
+def cell_png(image: np.ndarray, side: int = SHOWN_SIDE) -> bytes:
     """PNG of one picture (H, W, C) for the page: tiny ones enlarged by whole pixels, large ones reduced."""
-    return _png_bytes(_pil(_enlarge(_shrink(check_images(image[None])[0])[None], 64)[0]))
+    return _png_bytes(_pil(_enlarge(_shrink(check_images(image[None])[0], side)[None], 64)[0]))
 
 
 def shown(images: np.ndarray) -> int:
