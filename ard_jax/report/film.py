@@ -9,7 +9,7 @@ from ard_jax.report.pieces import PictureGrid
 from ard_jax.results import Measured
 
 FRAMES = 8  # that fit side by side on the page
-SIDE = 240  # of a frame, which holds many images
+SIDE = 264  # of a frame, which holds many images: four of 64 pixels side by side are not reduced
 
 
 def chosen(steps: Iterable[int]) -> list[int]:
