@@ -355,6 +355,9 @@ SETTINGS: dict[str, Any] = {
     },
     "run": {  # how a run shows itself; may change between restarts
         "log_every": Setting(100, NOTHING, at_least(1)),
+        # steps after which a training draws the same few noises and conditions with what it has learned so far, as
+        # progress/STEP.png in its folder, for `loggers` and for the report; 0 for never
+        "sample_every": Setting(0, NOTHING, at_least(0)),
         "keep_checkpoints": Setting(2, NOTHING, at_least(0)),  # the newest of each training; 0 for all
         "keep_every": Setting(0, NOTHING, at_least(0)),  # and those whose step is a multiple of this; 0 for none
         # and, while `watch` looks on, the best by this metric; "frechet" is fid where that is measured, else fd
