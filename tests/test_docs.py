@@ -54,10 +54,17 @@ def test_every_comment_of_the_settings_is_in_the_table(settings):
     assert not [said for said in comments if said.casefold() not in page]
 
 
+def test_no_setting_lacks_a_comment_of_its_own(settings):
+    """What is said of an optimiser is said before what is said of each of its rows."""
+    said = hook("config_reference").comments()
+    assert [key for key in ROWS if len(said.get(key, "").split()) < 2] == []
+    assert not [key for key, cells in settings[1].items() if not cells[1].strip()]
+
+
 def test_a_comment_is_of_its_own_row(settings):
     _, rows = settings
     assert "no more: the discriminator's norm" in rows["finetune.accumulate"][1]
-    assert not rows["finetune.checkpoint_every"][1].strip()
+    assert rows["finetune.checkpoint_every"][1].startswith("steps; with fewer, less is lost")
     assert rows["student.kind"][1].endswith("with fresh noise after each step")
     assert rows["run.keep_best"][1].startswith("and, while `watch` looks on")
     assert rows["run.poll"][1] == "seconds after which `watch` looks for checkpoints again"
