@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from pipeline_fixtures import ROOT, copy, done, run, smoke
 from test_stages_latents import write_vae
 
+from ard_jax.__main__ import STAGES
 from ard_jax.command_line import FLAGS, known_keys, parse_config
 from ard_jax.files import read_json
 from ard_jax.plan.topology import SHAPES
@@ -208,6 +210,15 @@ def test_a_pod_on_one_machine_as_written(pipeline, tmp_path):
     words[words.index("--workdir") + 1] = str(copy(pipeline, tmp_path, "teacher", "trajectories", "distill"))
     subprocess.run(["launch/local_pod.sh", count, *words], cwd=ROOT, check=True)
     assert set(done(tmp_path / "sample")["models"]) == {"teacher", "ard"}
+
+
+def test_the_demo_is_installed_and_started_as_written():
+    """What benchmarks/first_minutes.py times; the page itself is in test_demo_page.py."""
+    (line,) = [line for line in "".join(blocks("bash", "README.md")).splitlines() if line.startswith("pip install ")]
+    extras, command, stage = re.fullmatch(r"pip install '\.\[([\w,]+)\]' && (\S+) (\w+)", line).groups()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(extras.split(",")) <= project["tool"]["setuptools"]["dynamic"]["optional-dependencies"].keys()
+    assert command in project["project"]["scripts"] and stage in STAGES
 
 
 def test_a_cloud_tpu_as_written():
