@@ -17,6 +17,18 @@ COMP_WORDS=(ard-jax "$@"); COMP_CWORD=$#
 _ard_jax 2>&1; printf '%s\\n' "${COMPREPLY[@]}"
 """
 
+# A terminal in which zsh waits for keys; the command says what it was given.
+TYPE = """
+zmodload zsh/zpty
+zpty z zsh -f -i
+zpty -w z "autoload -Uz compinit; compinit -u -D; source $1; PS1=''"
+zpty -w z "ard-jax() { print -r -- \\"got:\\$*:\\" }; print re''ady"
+zpty -r z out '*ready*'
+zpty -w -n z $'ard-jax dist\\t--config.student.his\\tX\\n'
+zpty -r z out '*got:*:*'
+print -r -- ${${(M)${(f)out}:#got:*}%$'\\r'}
+"""
+
 
 @pytest.fixture(scope="module")
 def completion(tmp_path_factory):
@@ -80,9 +92,9 @@ def test_a_shell_that_there_is_none_for_is_refused():
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
-def test_zsh_takes_its_script(tmp_path):
+def test_tabs_typed_into_zsh(tmp_path):
+    """A space behind a stage, none behind what wants a value."""
     path = tmp_path / "_ard-jax"
     path.write_text(run("completion", "zsh").out)
-    loaded = "autoload -Uz compinit; compinit -u -D; source $1; print $_comps[ard-jax]"
-    said = subprocess.run(["zsh", "-f", "-c", loaded, "zsh", path], capture_output=True, text=True, check=True)
-    assert (said.stdout.strip(), said.stderr) == ("_ard_jax", "")
+    said = subprocess.run(["zsh", "-f", "-c", TYPE, "zsh", path], capture_output=True, text=True, timeout=60)
+    assert said.stdout == "got:distill --config.student.history_layers=X:\n", said.stderr
