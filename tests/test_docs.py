@@ -136,6 +136,10 @@ def test_the_site_builds_strictly_and_asks_nothing_of_the_net(tmp_path):
         loaded += re.findall(r"<link[^>]*rel=[\"']?(?:stylesheet|icon|preconnect)[\"']?[^>]*>", text)
         assert loaded and not [where for where in loaded if "//" in where], name
     assert 'href="CONFIG.html"' in pages["index.html"]  # what is ard_jax/config.py on disk
+    found = read_json(tmp_path / "search" / "search_index.json")["docs"]
+    boosts = {entry["location"].partition("#")[0]: entry.get("boost", 1) for entry in found}
+    assert max(boosts, key=boosts.get) == "TROUBLESHOOTING.html"
+    assert not [location for location in boosts if location.startswith("source/ard_jax")]
     assert "teacher_forcing" in pages["source/ard_jax/objectives/ard.py.html"]
     for name in ("frechet_distance", "precision_recall", "Judge"):
         assert f'id="ard_jax.evaluation.{name}"' in pages["api/evaluation.html"]
