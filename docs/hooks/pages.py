@@ -39,7 +39,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Leads links out of docs/ to where they are on the site, and says what a search finds; mkdocs calls it by its name."""
+    """Leads links out of docs/ to where they are on the site, and ranks it in searches; mkdocs calls it by its name."""
     here = page.file.src_uri
     page.meta["search"] = {"exclude": here.startswith("source/ard_jax"), "boost": BOOST.get(here, 1)}
     return rewrite(markdown, here, repository_path(here))
