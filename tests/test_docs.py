@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 from pipeline_fixtures import ROOT, done, run
 
+from ard_jax.__main__ import STAGES
 from ard_jax.config import ROWS
 from ard_jax.files import read_json
+from ard_jax.shell import flags_of
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -95,6 +97,22 @@ def test_links_lead_somewhere_on_disk_and_in_the_menu_of_the_site(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     assert not [link for link in links if not link.startswith("https:") and not (DOCS / link).exists()]
     assert f": {page.name}\n" in (ROOT / "mkdocs.yml").read_text()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_commands_say_what_there_is_to_say(page):
+    """Those too that want weights or machines that are not here: a stage, its flags, settings and a config."""
+    lines = [
+        line for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL) for line in block.splitlines()
+    ]
+    for line in lines:
+        for said in re.findall(r"(?:^|&& )(?:python -m ard_jax|ard-jax) (.*)", line):
+            stage, *words = shlex.split(said, comments=True)
+            assert stage in (*STAGES, "completion"), line
+            known = [flag.rstrip("=") for flag in flags_of(stage)] if stage in STAGES else []
+            assert not [word for word in words if word.startswith("--") and word.partition("=")[0] not in known], line
+            configs = [word.partition(":")[0] for word in words if word.startswith("configs/")]
+            assert all((ROOT / config).is_file() for config in configs), line
 
 
 @pytest.mark.slow
