@@ -183,6 +183,11 @@ def _flags_of(stage: str) -> Flags:
     return FLAGS.get(stage, WORKDIR)
 
 
+def stage_flags(stage: str) -> Flags:
+    """The flags of a stage, beside --config where it takes one; UserError if what it needs is not installed."""
+    return _stage_module(stage).FLAGS if stage in WITHOUT_CONFIG else _flags_of(stage)
+
+
 def _has_workdir(stage: str) -> bool:
     """Whether a stage that takes a config also takes a workdir."""
     return "--workdir" in _flags_of(stage)
