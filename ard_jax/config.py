@@ -211,7 +211,8 @@ SETTINGS: dict[str, Any] = {
         # of a PixArt alone: the mask of the empty caption, its "own" or that of the "caption" in whose place it is
         "null_mask": Setting("own", NETWORK),
         "dtype": Setting("auto", TRAINED),  # compute type: bfloat16 on accelerators, float32 on CPU; or either by name
-        "remat": Setting("none", NOTHING),  # or "dots", "full"
+        # or "dots", "full"; "auto" is full on chips that compute much faster than they fetch, else dots
+        "remat": Setting("none", NOTHING),
         # the device's fused kernel where it applies; or "xla", "cudnn", "splash"
         "attention": Setting("auto", NOTHING),
     },
