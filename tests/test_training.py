@@ -23,7 +23,8 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from ard_jax import parallel
 from ard_jax.config import default_config
-from ard_jax.data import InMemory, stream
+from ard_jax.data import InMemory
+from ard_jax.data.stream import stream
 from ard_jax.errors import Preempted, UserError
 from ard_jax.files import read_json, tree_sha256
 from ard_jax.objectives import Joint, Method

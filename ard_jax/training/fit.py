@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ard_jax.conditions import Conditions, with_conditions
-from ard_jax.data import InMemory, Joined, Source, in_memory, stream
+from ard_jax.data import InMemory, Source, in_memory
+from ard_jax.data.stream import Joined, stream
 from ard_jax.files import tree_sha256
 from ard_jax.objectives import Method
 from ard_jax.training.loop import train

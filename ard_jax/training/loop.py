@@ -157,9 +157,9 @@ def train(
                     asked = preemption.asked(step)  # once a step: it may change at any time
                     saving = last or asked or step % settings.checkpoint_every == 0
                     if saving or step % run.log_every == 0:
-                        if not reading.is_whole():
+                        if not reading.is_whole() and (error := reading.met()):
                             save_last(state)
-                            reading.raise_if_broken()
+                            raise error
                         meter.report()  # raises before anything that is not finite is saved
                     show(state, step)  # before the checkpoint, so that one that goes on from there has all of them
                     if saving:
