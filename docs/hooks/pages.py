@@ -124,7 +124,8 @@ def _text(path: str) -> str:
 
 
 def _first_sentence(path: pathlib.Path) -> str:
-    return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
+    said = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
+    return said.replace("[", "\\[")  # of a command's flags, no link
 
 
 def _interface(name: str) -> str:
