@@ -307,6 +307,8 @@ def _set_up_jax(workdir: pathlib.Path | None) -> None:
     """Keeps compiled programs under the workdir, if there is one, unless JAX_COMPILATION_CACHE_DIR says where."""
     if workdir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
+        # all of them, not just those that take a second: the stages of a run have many small ones in common
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def parse_config(arguments: list[str], table: Flags = WORKDIR) -> tuple[Any, ...]:

@@ -211,7 +211,8 @@ SETTINGS: dict[str, Any] = {
         # of a PixArt alone: the mask of the empty caption, its "own" or that of the "caption" in whose place it is
         "null_mask": Setting("own", NETWORK),
         "dtype": Setting("auto", TRAINED),  # compute type: bfloat16 on accelerators, float32 on CPU; or either by name
-        "remat": Setting("none", NOTHING),  # or "dots", "full"
+        # or "dots", "full"; "auto" is full on chips that compute much faster than they fetch, else dots
+        "remat": Setting("none", NOTHING),
         # the device's fused kernel where it applies; or "xla", "cudnn", "splash"
         "attention": Setting("auto", NOTHING),
     },
@@ -374,6 +375,9 @@ SETTINGS: dict[str, Any] = {
     },
     "run": {  # how a run shows itself; may change between restarts
         "log_every": Setting(100, NOTHING, at_least(1)),  # steps from one line of metrics to the next
+        # steps after which a training draws the same few noises and conditions with what it has learned so far, as
+        # progress/STEP.png in its folder, for `loggers` and for the report; 0 for never
+        "sample_every": Setting(0, NOTHING, at_least(0)),
         "keep_checkpoints": Setting(2, NOTHING, at_least(0)),  # the newest of each training; 0 for all
         "keep_every": Setting(0, NOTHING, at_least(0)),  # and those whose step is a multiple of this; 0 for none
         # and, while `watch` looks on, the best by this metric; "frechet" is fid where that is measured, else fd

@@ -67,7 +67,7 @@ def settings(**changes):
     return ml_collections.ConfigDict(values | changes)
 
 
-def fit(directory, source=None, loggers=(), log_every=2, method=None, keep=2, every=0, **changes):
+def fit(directory, source=None, loggers=(), log_every=2, method=None, keep=2, every=0, pictures=None, **changes):
     """Trains the small model; returns what `train` does."""
     run = ml_collections.ConfigDict(
         {"log_every": log_every, "keep_checkpoints": keep, "keep_every": every, "loggers": loggers}
@@ -81,6 +81,7 @@ def fit(directory, source=None, loggers=(), log_every=2, method=None, keep=2, ev
         seed=5,
         directory=directory,
         mesh=make_mesh(),
+        pictures=pictures,
     )
 
 
