@@ -112,7 +112,7 @@ def play(browser, address: str, clock: Clock, args: argparse.Namespace) -> None:
         page.click("#edit")
         page.wait_for_selector("#edit-status:has-text('Done.')")
     with clock.part("saved"):
-        shown = page.wait_for_selector("#edit-pictures figure img").get_attribute("src")
+        shown = page.wait_for_selector("#edit-pictures .ard-model figure img").get_attribute("src")
         picture = Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2])))
         picture.save(args.folder / "edited.png")
     red, _, blue = picture.convert("RGB").resize((1, 1), Image.Resampling.BOX, box=(11, 10, 21, 16)).getpixel((0, 0))
