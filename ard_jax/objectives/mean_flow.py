@@ -12,9 +12,10 @@ to x_s, and F⁻, the student without gradient, for the rest,
 
 and L = d(F, what solves that), d the pseudo-Huber distance of `objectives.consistency`. What differs:
 
-- MeanFlow's own form has dF/dt in the place of the second piece, and was tried first: with the teacher's time features,
-  which turn by up to a radian a timestep, the derivative is noise and training runs away (benchmarks/RESULTS.md). It
-  also is what sCM found of such features.
+- MeanFlow's own form has dF/dt in the place of the second piece, and was tried first: training ran away
+  (benchmarks/RESULTS.md), perhaps by the teacher's time features, which turn by up to a radian a timestep; sCM warns of
+  such.
+- F⁻ is the student as it is, as in the papers. On digits that learns four steps, and runs away at one.
 - The network is told t alone. r follows: for a deterministic student the next of its S nodes, so that training knows
   the very steps of sampling, for a stochastic one the data. In the papers any r < t is learned.
 - s is the next of K times, `grid`; in the paper it is anywhere between.
