@@ -53,6 +53,7 @@ RANGES = {
     "run.keep_checkpoints": (0, math.inf),
     "sample.per_prompt": (0, math.inf),
     "run.keep_every": (0, math.inf),
+    "run.sample_every": (0, math.inf),
     "seed": (0, 2**31 - 1),
     "sample.seed": (0, 2**31 - 1),
     "model.label_init_std": (0, math.inf),

@@ -12,7 +12,8 @@ from pipeline_fixtures import STAGES, copy, done, files, sentence, smoke
 
 from ard_jax.build import make_solve, make_student, make_teacher
 from ard_jax.conditions import Labels
-from ard_jax.data import image_source, labels_and_images, stream, to_uint8
+from ard_jax.data import image_source, labels_and_images, to_uint8
+from ard_jax.data.stream import stream
 from ard_jax.diffusion.solvers import Solution
 from ard_jax.drawing import to_levels
 from ard_jax.errors import UserError

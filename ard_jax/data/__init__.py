@@ -2,7 +2,7 @@
 
 A *source*, `Source`, is random-access as Grain's are: `len(source)` records, `source[i]` a dict of arrays.
 `image_source` makes one from digits, TFDS or a folder, with classes or captions; the trajectory store is another;
-`stream` batches any of them.
+`data.stream`, which alone imports Grain, batches any of them.
 """
 
 from ard_jax.data.captioned import read_lines, read_text
@@ -18,13 +18,11 @@ from ard_jax.data.sources import (
     labels_and_images,
     tfds_texts,
 )
-from ard_jax.data.stream import Joined, stream
 
 __all__ = [
     "MODES",
     "Identity",
     "InMemory",
-    "Joined",
     "PixelRows",
     "Source",
     "as_shown",
@@ -38,7 +36,6 @@ __all__ = [
     "labels_and_images",
     "read_lines",
     "read_text",
-    "stream",
     "tfds_texts",
     "to_uint8",
 ]

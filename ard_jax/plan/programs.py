@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_rollout, make_run_mesh, make_solve, make_student, make_teacher
+from ard_jax.build import (
+    example_shape,
+    make_rollout,
+    make_run_mesh,
+    make_solve,
+    make_student,
+    make_teacher,
+    remat_policy,
+)
+from ard_jax.chips import Chip
 from ard_jax.config import WORDLLAMA
 from ard_jax.convert.families.folders import PART, read_description
 from ard_jax.convert.t5 import t5_model
@@ -51,11 +60,14 @@ class Work(NamedTuple):
     flops: float
 
 
-def for_platform(config: ml_collections.ConfigDict, platform: str) -> ml_collections.ConfigDict:
-    """A copy of the config in which "auto" is what it means on that platform, whatever this machine has."""
+def for_platform(
+    config: ml_collections.ConfigDict, platform: str, chip: Chip | None = None
+) -> ml_collections.ConfigDict:
+    """A copy of the config in which "auto" is what it means on that platform and chip, whatever this machine has."""
     config = config.copy_and_resolve_references()
     if config.model.dtype == "auto":
         config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
+    config.model.remat = remat_policy(config.model.remat, chip)
     return config
 
 

@@ -9,9 +9,10 @@ import pathlib
 
 import ml_collections
 
-from ard_jax.build import make_run_mesh
+from ard_jax.build import make_rollout, make_run_mesh
 from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
 from ard_jax.data import check_real, identify, image_source
+from ard_jax.drawing import make_pictures, student_sampler
 from ard_jax.methods import columns_of, finetuned_config, make_finetune_method
 from ard_jax.parallel import check_batch, is_first
 from ard_jax.progress import Stopwatch
@@ -40,7 +41,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     check_batch(settings, mesh, "finetune")
     teacher, teacher_params, teacher_hash, _ = load_teacher(config, workdir, mesh)
     start = workdir / "distill" / (settings.start or config.student.name)
-    _, params, start_hash, before = load_student(start, mesh)
+    student, params, start_hash, before = load_student(start, mesh)
     check_same_config(network_settings(before), network_settings(config), ("data", "model", "diffusion"), start)
     config = finetuned_config(config, before)
     source, manifest = open_store(config, workdir, teacher_hash)
@@ -54,7 +55,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     keep_identity(directory, identify(config.data, real))
     method = make_finetune_method(config, teacher, columns_of(manifest["points"], config))
     task = Task({"trajectory": source, "real": real}, method, conditions, teacher_params)
-    made = fit(task, params, config, settings, directory, mesh, watch)
+    pictures = make_pictures(student_sampler(make_rollout(config, student)), conditions, config, workdir, mesh)
+    made = fit(task, params, config, settings, directory, mesh, watch, pictures)
     write_done(directory, **made, teacher=teacher_hash)
     if is_first():
         merge_done(workdir / "distill", {settings.name: made})
