@@ -117,10 +117,12 @@ PROCESS = NETWORK | STORE | SAMPLES
 SOLVER = TRAJECTORIES | STUDENTS | STORE | SAMPLES
 
 
-def _optimizer(changes: frozenset[str], learning_rate: float = 1e-4, clip: float = 1.0) -> dict[str, Setting]:
+def _optimizer(
+    changes: frozenset[str], learning_rate: float = 1e-4, clip: float = 1.0, name: str = "adamw"
+) -> dict[str, Setting]:
     """Rows of an optimiser of a network that is not averaged."""
     return {
-        "name": Setting("adamw", changes),  # one of training.state.OPTIMIZERS
+        "name": Setting(name, changes),  # one of training.state.OPTIMIZERS
         # after the warm-up; more learns faster, too much diverges
         "learning_rate": Setting(learning_rate, changes, between(0, 1000), later="unfinished"),
         "schedule": Setting("constant", changes),  # or "cosine", falling to 0 at the last step
@@ -274,7 +276,8 @@ SETTINGS: dict[str, Any] = {
         "block_times": Setting((), STUDENTS | RESULTS),  # network time of each block; () for T·(S−b)/S
     },
     "distill": {
-        # or "progressive", "consistency", "distribution_matching", or your.own.module
+        # or "progressive", "consistency", "distribution_matching", "trajectory_matching", "mean_flow", or
+        # your.own.module
         "objective": Setting("ard", DISTILLED),
         # name of a student to start from, and in progressive distillation to learn from
         "start": Setting("", DISTILLED),
@@ -299,6 +302,23 @@ SETTINGS: dict[str, Any] = {
             "grid": Setting(100, DISTILLED, at_least(1)),
             "interval": Setting((0.02, 0.98), DISTILLED),  # of these, those on this part of the way from data to noise
             "optimizer": _optimizer(DISTILLED),  # of the fake score
+            # of the discriminator's gradient over that of the scores, at the samples; 0 for no discriminator
+            "weight": Setting(1.0, DISTILLED, at_least(0)),
+            # as in `finetune`: blocks of the teacher that have a head, and where it sees images on the way to noise
+            "layers": Setting((), DISTILLED),
+            "feature_time": Setting(0.0, DISTILLED, between(0, 1)),  # share of the way at which it sees images
+            # with momentum the two run away from each other, see benchmarks/RESULTS.md
+            "discriminator_optimizer": _optimizer(DISTILLED, learning_rate=2e-3, clip=0.0, name="rmsprop"),
+        },
+        "trajectory_matching": {  # as in `distribution_matching`
+            "ratio": Setting(1, DISTILLED, at_least(1)),  # steps of the fake score to one of the student
+            "grid": Setting(100, DISTILLED, at_least(1)),  # times at which scores are compared
+            "interval": Setting((0.02, 0.98), DISTILLED),  # of these, those on this part of the way from data to noise
+            "optimizer": _optimizer(DISTILLED),  # of the fake score
+        },
+        "mean_flow": {  # as in `consistency`
+            "grid": Setting(0, DISTILLED, at_least(0)),  # steps of the teacher's that a trajectory has; 0 for its own
+            "huber": Setting(0.00054, DISTILLED, at_least(0)),  # constant of the distance; 0 for the mean square
         },
     },
     "finetune": {  # a trained student goes on, with a discriminator beside it

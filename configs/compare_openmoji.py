@@ -29,6 +29,7 @@ def get_config(argument: str = ""):
         config.sample.count = 1024 + 204
         config.compare.points = ((0,), (10, 0), (15, 10, 5, 0), EIGHT)
         config.compare.methods = compare_digits.get_config().compare.methods
+        config.compare.methods.matching.settings.distill.distribution_matching.layers = (0, 2, 4)  # of five blocks
         config.compare.methods.noisy = {
             "title": "ARD, noisy points",
             "steps": (2, 4),

@@ -43,7 +43,8 @@ POSITIVE = {
 }
 OPTIMIZERS = (
     "teacher.optimizer", "distill.optimizer", "distill.distribution_matching.optimizer", "finetune.optimizer",
-    "finetune.discriminator_optimizer",
+    "finetune.discriminator_optimizer", "distill.distribution_matching.discriminator_optimizer",
+    "distill.trajectory_matching.optimizer",
 )  # fmt: skip
 RANGES = {
     "data.num_classes": (0, math.inf),
@@ -75,6 +76,12 @@ RANGES = {
     "distill.consistency.huber": (0, math.inf),
     "distill.distribution_matching.ratio": (1, math.inf),
     "distill.distribution_matching.grid": (1, math.inf),
+    "distill.distribution_matching.weight": (0, math.inf),
+    "distill.distribution_matching.feature_time": (0, 1),
+    "distill.trajectory_matching.ratio": (1, math.inf),
+    "distill.trajectory_matching.grid": (1, math.inf),
+    "distill.mean_flow.grid": (0, math.inf),
+    "distill.mean_flow.huber": (0, math.inf),
     "run.in_memory": (0, math.inf),
 }
 CHOICES = {

@@ -327,6 +327,7 @@ def test_online_rivals_and_fine_tune_with_captions(captioned, tmp_path):
     workdir = copy(captioned, tmp_path / "run", "captions", "teacher", "trajectories", "distill")
     assert stage("distill", workdir, "distill.online=True", "student.name=online").status == 0
     rivals = {"consistency": "stochastic", "progressive": "deterministic", "distribution_matching": "stochastic"}
+    rivals |= {"trajectory_matching": "deterministic", "mean_flow": "stochastic"}
     for objective, kind in rivals.items():
         settings = (f"student.kind={kind}", f"student.name={objective}", f"distill.objective={objective}")
         assert stage("distill", workdir, *settings).status == 0

@@ -8,6 +8,7 @@ A *source*, `Source`, is random-access as Grain's are: `len(source)` records, `s
 from ard_jax.data.captioned import read_lines, read_text
 from ard_jax.data.memory import InMemory, Source, check_records, in_memory
 from ard_jax.data.pixels import MODES, as_shown, center_crop, to_uint8
+from ard_jax.data.real import check_real
 from ard_jax.data.sources import (
     Identity,
     PixelRows,
@@ -27,6 +28,7 @@ __all__ = [
     "as_shown",
     "captions_of",
     "center_crop",
+    "check_real",
     "check_records",
     "identify",
     "image_source",

@@ -82,6 +82,8 @@ def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     start_steps = 2 * len(config.student.points) if settings.start else None
     method = make_method(config, make_student(config), teacher, columns, start_steps)
     frozen = {"": None, "teacher": network_shapes(teacher), "start": params}[method.reads]
+    if method.real:
+        record = _beside_real(record, config, settings.batch_size)
     return _step_of("distill", method, config, frozen, record, where)
 
 
@@ -94,10 +96,14 @@ def finetune_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     settings, teacher = config.finetune, make_teacher(config)
     trajectory, columns = _stored_record(config, settings.batch_size)
     method = make_finetune_method(finetuned_config(config, config), teacher, columns)
-    labels = {name: trajectory[name] for name in ("label", "position", "condition")}
-    real = {"image": _rows_of(settings.batch_size, example_shape(config), "float32"), **labels}
-    batch = {"trajectory": trajectory, "real": real}
+    batch = _beside_real(trajectory, config, settings.batch_size)
     return _step_of("finetune", method, config, network_shapes(teacher), batch, where)
+
+
+def _beside_real(trajectory: Batch, config: ml_collections.ConfigDict, rows: int) -> Batch:
+    """A batch of trajectories and as many real images."""
+    labels = {name: trajectory[name] for name in ("label", "position", "condition")}
+    return {"trajectory": trajectory, "real": {"image": _rows_of(rows, example_shape(config), "float32"), **labels}}
 
 
 def _stored_record(config: ml_collections.ConfigDict, rows: int) -> tuple[Batch, tuple[int, ...]]:

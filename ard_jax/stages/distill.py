@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ard_jax.build import make_rollout, make_run_mesh, make_student
 from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
 from ard_jax.conditions import draw_numbers
-from ard_jax.data import InMemory, Source
+from ard_jax.data import InMemory, Source, check_real, identify, image_source
 from ard_jax.drawing import make_pictures, student_sampler
 from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, make_method
@@ -28,6 +28,7 @@ from ard_jax.trajectories.store import open_store, store_hash
 from ard_jax.types import Params
 from ard_jax.workdir import (
     claim,
+    keep_identity,
     load_student,
     load_teacher,
     merge_done,
@@ -63,8 +64,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     method = make_method(config, student, teacher, columns, start)
     # a store's own bounds are part of its hash
     claim(directory, config, "distill", **inputs, max_abs=str(config.trajectories.max_abs) if settings.online else "")
+    records: Source | dict[str, Source] = source
+    if method.real:
+        real = image_source(config.data)
+        check_real(real, source, config)
+        keep_identity(directory, identify(config.data, real))
+        records = {"trajectory": source, "real": real}
     frozen = {"": None, "teacher": teacher_params, "start": params}[method.reads]
-    task = Task(source, method, conditions, frozen, numbers)
+    task = Task(records, method, conditions, frozen, numbers)
     pictures = make_pictures(student_sampler(make_rollout(config, student)), conditions, config, workdir, mesh)
     made = fit(task, params, config, settings, directory, mesh, watch, pictures)
     write_done(directory, **made, teacher=teacher_hash)
