@@ -22,6 +22,7 @@ from ard_jax.evaluation.inception import Features
 from ard_jax.evaluation.npz import NpzArray
 from ard_jax.files import file_sha256, read_json, read_npz
 from ard_jax.measuring import Samples, inception, make_parts, read_parts, reference
+from ard_jax.measuring.drawn import Drawn
 from ard_jax.measuring.inception import open_inception
 from ard_jax.paired import Paired
 from ard_jax.stages import evaluate
@@ -373,6 +374,63 @@ def test_a_killed_evaluation_looks_at_nothing_again(pipeline, tmp_path, monkeypa
     results, expected = (read_json(folder / "evaluate" / "results.json") for folder in (workdir, pipeline))
     assert results == expected
     assert files(workdir / "evaluate") == files(pipeline / "evaluate")
+
+
+def measured_with(workdir):
+    return read_json(workdir / "evaluate" / "results.json")["measured_with"]
+
+
+def drawing(source, target, *overrides):
+    """`evaluate` as the fixture `measured` ran it, of samples that it draws itself."""
+    workdir = copy(source, target, "teacher", "distill")
+    path, weights = measured_with(source)["reference"], "evaluate.weights=w.pth"
+    given = ("evaluate.features=inception", weights, f"evaluate.reference={source.parent / path}", "evaluate.split=20")
+    return workdir, lambda: smoke("evaluate", workdir, *given, "evaluate.draw=True", *overrides)
+
+
+def test_samples_go_from_the_sampler_into_the_features(measured, tmp_path):
+    """With no file of them on the way, and the numbers of those that `sample` wrote."""
+    workdir, measure = drawing(measured, tmp_path / "drawn")
+    outcome = measure()
+    assert outcome.status == 0, outcome.err
+    got, expected = (read_json(folder / "evaluate" / "results.json") for folder in (workdir, measured))
+    for model in expected["models"].values():
+        assert model.pop("seconds_per_image") > 0
+    assert expected["config"]["evaluate"].pop("draw") is False and got["config"]["evaluate"].pop("draw") is True
+    assert got == expected
+    assert not (workdir / "sample").exists() and not (workdir / "evaluate" / "parts").exists()
+
+
+def test_a_killed_evaluation_that_draws_goes_on_after_its_last_whole_part(measured, tmp_path, network, monkeypatch):
+    """Ten images are drawn and eight are looked at, at a time; of 72 it is killed in the second part of 24."""
+    asked, in_order = [], Drawn._in_order
+
+    def noted(self, numbers):
+        asked.append(numbers)
+        return in_order(self, numbers)
+
+    monkeypatch.setattr(Drawn, "_in_order", noted)
+    monkeypatch.setattr(inception, "BATCH_SIZE", 8)
+    monkeypatch.setattr("ard_jax.measuring.inception.make_parts", lambda *given: make_parts(*given, size=24))
+    workdir, measure = drawing(measured, tmp_path / "drawn", "sample.batch_size=10", "sample.models=('ard',)")
+    stream = network.stream
+
+    def stop_later(batches, batch_size):
+        for found in stream(batches, batch_size):
+            if asked and (shown := shown_before.append(found) or len(shown_before)) > 4:
+                assert shown == 5
+                raise KeyboardInterrupt
+            yield found
+
+    shown_before = []
+    monkeypatch.setattr(network, "stream", stop_later)
+    assert measure().status == 130
+    monkeypatch.setattr(network, "stream", stream)
+    assert measure().status == 0
+    assert asked == [list(range(72)), list(range(24, 72))]
+    got, expected = (read_json(folder / "evaluate" / "results.json")["models"]["ard"] for folder in (workdir, measured))
+    for name in ("fid", "sfid", "inception_score", "precision", "recall", "fd_interval", "fd_halves", "psnr"):
+        assert got[name] == pytest.approx(expected[name], rel=1e-6), name
 
 
 class Once:
