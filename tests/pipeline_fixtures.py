@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from ard_jax.__main__ import main
 from ard_jax.errors import UserError
@@ -76,6 +78,19 @@ def finish(running: subprocess.Popen) -> Outcome:
     """Waits for a process."""
     out, err = running.communicate()
     return Outcome(running.returncode, out, err)
+
+
+FOLDER = ["data.source=folder", "data.num_classes=2"]
+
+
+def write_classes(root: pathlib.Path, names: Sequence[str] = ("a", "b"), count: int = 4) -> str:
+    """Pictures of 8×8 grey levels in a folder a class, and the setting that says where they are."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(root / name / f"{number}.png")
+    return f"data.dir={root}"
 
 
 def in_process(program: str, devices: int) -> Any:

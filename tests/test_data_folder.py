@@ -8,7 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline_fixtures import files, sentence, smoke
+from pipeline_fixtures import FOLDER, files, sentence, smoke, write_classes
 
 from ard_jax.data import identify, image_source
 from ard_jax.errors import UserError
@@ -126,18 +126,6 @@ def test_the_same_data_elsewhere_are_the_same_and_others_are_not(tmp_path):
     assert made(tmp_path / "4", more=True)["records"] == 3
     assert made(tmp_path / "5", size=64)["sha256"] != here["sha256"]
     assert made(tmp_path / "6", names=("a", "b"))["classes"] != here["classes"]
-
-
-FOLDER = ["data.source=folder", "data.num_classes=2"]
-
-
-def write_classes(root, names=("a", "b"), count=4):
-    rng = np.random.default_rng(0)
-    for name in names:
-        for number in range(count):
-            pixels = rng.integers(0, 255, (8, 8), dtype=np.uint8)
-            save(Image.fromarray(pixels), root / name / f"{number}.png")
-    return f"data.dir={root}"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from pipeline_fixtures import ROOT, SMOKE, copy, done, finish, process, smoke
+from pipeline_fixtures import FOLDER, ROOT, SMOKE, copy, done, finish, process, smoke, write_classes
 
 from ard_jax import hosts
 from ard_jax.errors import UserError
@@ -217,6 +217,37 @@ def test_a_pod_that_is_stopped_goes_on_to_the_same_bits(made_by_a_pod, tmp_path)
     assert resumed.status == 0, resumed.err
     assert f"resuming at step {said[0]} of 50." in resumed.err
     assert done(tmp_path / "distill")["sha256"] == done(made_by_a_pod / "distill")["sha256"]
+
+
+@pytest.mark.slow
+def test_a_picture_that_one_host_cannot_read_costs_no_step(tmp_path):
+    """The other has sent steps ahead by then; both save the last one for which all pictures were there, and end."""
+    given = write_classes(tmp_path / "data", count=32)
+    settings = [*FOLDER, given, "teacher.steps=40", "teacher.checkpoint_every=40", "run.in_memory=0"]
+    settings += ["teacher.batch_size=4", "run.log_every=7"]
+    workdir, broken = tmp_path / "run", tmp_path / "data" / "b" / "3.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"broken" + whole[6:])
+
+    stopped = finish(pod("teacher", workdir, *settings))
+    assert stopped.status == 2, stopped
+    (step,) = [int(path.name) for path in (workdir / "teacher" / "checkpoints").glob("[0-9]*")]
+    both = stopped.out + stopped.err
+    said = re.findall(r"stopped at step (\d+), which is saved", both)
+    assert said == [str(step)] * 2 and 0 < step < 16, stopped  # 16 steps read each picture once
+    sentences = re.findall(r"^(?:\[1\] )?ard_jax teacher: (host \d stopped: )?.*" + str(broken), both, re.M)
+    assert sorted(map(bool, sentences)) == [False, True], stopped
+
+    broken.write_bytes(whole)
+    resumed = finish(pod("teacher", workdir, *settings))
+    assert resumed.status == 0 and f"resuming at step {step} of 40." in resumed.err, resumed
+    assert finish(pod("teacher", tmp_path / "other", *settings)).status == 0
+    assert done(workdir / "teacher")["sha256"] == done(tmp_path / "other" / "teacher")["sha256"]
+
+    broken.write_bytes(b"broken" + whole[6:])
+    stopped = finish(pod("teacher", tmp_path / "first", *settings, "teacher.batch_size=64"))  # all of them in a batch
+    assert stopped.status == 2 and (stopped.out + stopped.err).count(str(broken)) == 2, stopped
+    assert not list((tmp_path / "first" / "teacher" / "checkpoints").glob("[0-9]*"))
 
 
 def by_flags(index, count, port, workdir, *overrides):

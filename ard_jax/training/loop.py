@@ -23,6 +23,7 @@ from ard_jax.parallel import is_first, put_batch
 from ard_jax.training import checkpoints
 from ard_jax.training.loggers import check_loggers
 from ard_jax.training.metrics import MetricLog
+from ard_jax.training.reading import Reading
 from ard_jax.training.state import TrainState, init_state, make_step, optimizer_of
 from ard_jax.types import Batches, Params, PyTree
 
@@ -68,6 +69,7 @@ def train(
     Raises:
         UserError: a logger of `run.loggers` cannot be had.
         NotFinite: a metric is; the last good checkpoint stays.
+        UserError: a record cannot be read, on whichever host; the state has been saved.
         Preempted: SIGTERM, SIGHUP or Ctrl-C came; the state has been saved.
     """
     check_loggers(run.loggers)
@@ -93,9 +95,11 @@ def train(
             overview = parameter_overview.get_parameter_overview(state.params, include_stats=statistics)
             log.info("parameters:\n%s", overview)
 
+        reading = Reading(batches)
+
         def save(state: TrainState) -> None:
             spent = seconds + time.monotonic() - started
-            checkpoints.save(manager, state, {"data": batches.get_state(), "seconds": spent})
+            checkpoints.save(manager, state, {"data": reading.position, "seconds": spent})
             if is_first():  # beside the training, those that are whole; this one still goes to the disk
                 sealer.submit(checkpoints.seal, directory / "checkpoints", int(state.step) - 1)
 
@@ -112,6 +116,15 @@ def train(
             if is_first():
                 sealer.submit(checkpoints.seal, directory / "checkpoints").result()
 
+        def save_last(state: TrainState) -> None:
+            """Of a run that cannot go on: its last step, unless that is there already."""
+            if not int(state.step):
+                return
+            if manager.latest_step() != int(state.step):
+                save(state)
+            finish()
+            log.warning("stopped at step %d, which is saved.", int(state.step))
+
         metric_log = MetricLog(directory, int(state.step), settings.steps, run.loggers) if is_first() else None
         meter = Meter(settings.batch_size, method.flops, metric_log)
         try:
@@ -120,20 +133,21 @@ def train(
                 for step in range(int(state.step) + 1, settings.steps + 1):
                     try:
                         with meter.waiting():
-                            batch = next(batches)
-                    except UserError:  # a record that cannot be read; of several hosts, the others do not know of it
-                        if manager.latest_step() != int(state.step) > 0 and jax.process_count() == 1:
-                            meter.report()
-                            save(state)
-                            finish()
-                            log.warning("stopped at step %d, which is saved.", int(state.step))
+                            batch = next(reading)
+                    except UserError:  # a record that cannot be read
+                        meter.report()
+                        save_last(state)
                         raise
                     state, metrics = step_function(state, frozen, put_batch(batch, mesh))
+                    reading.note(metrics)
                     meter.add(step, metrics)
                     last = step == settings.steps
                     asked = preemption.asked(step)  # once a step: it may change at any time
                     saving = last or asked or step % settings.checkpoint_every == 0
                     if saving or step % run.log_every == 0:
+                        if not reading.is_whole():
+                            save_last(state)
+                            reading.raise_if_broken()
                         meter.report()  # raises before anything that is not finite is saved
                     if saving:
                         save(state)

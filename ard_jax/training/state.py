@@ -22,6 +22,7 @@ from ard_jax.parallel import (
     split_in_turns,
     whole_matrices,
 )
+from ard_jax.training.reading import WHOLE
 from ard_jax.types import Batch, Params, PyTree
 
 log = logging.getLogger("ard_jax")
@@ -220,6 +221,8 @@ def make_step(
         state, frozen: of the shapes that the step will be given; shapes alone will do.
         accumulate: microbatches a step, whose gradients, losses and metrics are averaged: less memory, the same step
             but for rounding.
+
+    A batch of several hosts says whether each had its own records (`reading.WHOLE`); unless all had, the state stays.
     """
 
     gradients = objective.gradients if isinstance(objective, Joint) else _gradients_of(objective)
@@ -241,6 +244,7 @@ def make_step(
 
     @on_mesh(mesh)
     def step(state, frozen, batch):
+        whole = batch.pop(WHOLE, None)
         key, networks = wrap_key(state.rng), state.networks
         compute = gradients if accumulate == 1 else mean_gradients
         gradient, memory, metrics = compute(networks, state.memory, frozen, batch, key, state.step)
@@ -252,7 +256,11 @@ def make_step(
             others = {name: network for name, network in networks.items() if name != STUDENT}
         ema = optax.incremental_update(params, state.ema, 1.0 - ramped_decay(ema_decay, state.step))
         norms = {"gradient_norm": optax.tree.norm(gradient), "parameter_norm": optax.tree.norm(params)}
-        return TrainState(state.step + 1, params, ema, opt_state, state.rng, others, memory), metrics | norms
+        after = TrainState(state.step + 1, params, ema, opt_state, state.rng, others, memory)
+        if whole is not None:
+            norms[WHOLE] = jnp.all(whole)
+            after = jax.tree.map(lambda new, old: jnp.where(norms[WHOLE], new, old), after, state)
+        return after, metrics | norms
 
     lies = sharding_of(state, mesh)
     return jax.jit(
