@@ -111,11 +111,15 @@ def _is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, model
     """Whether the samples of these models, as they are now, have been measured."""
     if read_done(workdir / "evaluate") is None:
         return False
-    sampled = require_done(workdir / "sample", "sample")["models"]
+    if config.evaluate.draw:
+        weights = {name: _weights(config, workdir, name) for name in models or config.sample.models}
+    else:
+        sampled = require_done(workdir / "sample", "sample")["models"]
+        weights = {name: facts["ema_sha256"] for name, facts in sampled.items()}
     results = read_results(workdir)
     return _same_settings(results.config or {}, config, MEASURED) and all(
-        name in sampled and results.models.get(name, Measured()).ema_sha256 == sampled[name]["ema_sha256"]
-        for name in models or sampled
+        name in weights and results.models.get(name, Measured()).ema_sha256 == weights[name]
+        for name in models or weights
     )
 
 

@@ -364,6 +364,8 @@ SETTINGS: dict[str, Any] = {
         "feature_steps": Setting(600, RESULTS, at_least(1)),  # training steps of the small classifier
         "judge_steps": Setting(1000, RESULTS, at_least(1)),  # of the judge of captions, where there are such
         "neighbours": Setting(3, RESULTS, at_least(1)),  # of precision and recall
+        # draw the samples of sample.models while they are measured, and keep none; or read what `sample` wrote
+        "draw": Setting(False, NOTHING),
         # what distances are measured in: a small network that is trained here on the same images; or FID's Inception
         "features": Setting("classifier", RESULTS, one_of("classifier", inception="of `weights`, against `reference`")),
         "weights": Setting("", RESULTS),  # of Inception: its file

@@ -5,6 +5,7 @@ import logging
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +13,21 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape
-from ard_jax.conditions import Conditions
+from ard_jax.build import example_shape, make_rollout, make_solve
+from ard_jax.checks import listed_labels
+from ard_jax.conditions import Conditions, draw_numbers
 from ard_jax.data import Source, image_source
 from ard_jax.errors import UserError
 from ard_jax.files import to_host
-from ard_jax.models import AutoencoderKL, Backbone, Condition, Network
+from ard_jax.models import AutoencoderKL, Backbone, Condition, Network, count_parameters
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.models.vae import to_images
 from ard_jax.parallel import batch_shards, in_turns, on_mesh, put_batch, replicated_sharding
 from ard_jax.report import image_grid
-from ard_jax.sampling import Rollout, Solve, draw_noise, sample_teacher, sampling_key
+from ard_jax.sampling import Rollout, Solve, draw_noise, network_calls, sample_teacher, sampling_key
 from ard_jax.training.pictures import Pictures
 from ard_jax.types import Batch, Params, PyTree
-from ard_jax.workdir import find_vae, vae_folder
+from ard_jax.workdir import Loaded, find_vae, vae_folder
 
 log = logging.getLogger("ard_jax")
 
@@ -59,6 +61,37 @@ def teacher_sampler(teacher: Backbone, how: Solve) -> Sampler:
         return sample_teacher(teacher, params, noise, condition, how).xt[:, -1]
 
     return sampler
+
+
+class Drawable(NamedTuple):
+    """A model as it is drawn from.
+
+    Attributes:
+        sampler: of its images or latents.
+        params: that the sampler takes.
+        facts: what an image costs, and which weights they are; fields of `results.Measured`.
+    """
+
+    sampler: Sampler
+    params: Params
+    facts: dict[str, Any]
+
+
+def drawable(config: ml_collections.ConfigDict, loaded: Loaded, is_teacher: bool) -> Drawable:
+    """The teacher with the solver of a config, or a student as it was trained."""
+    shape, model = example_shape(config), loaded.model
+    if is_teacher:
+        how = make_solve(config)
+        steps, calls = how.steps, network_calls(how)
+        macs = calls * teacher_macs(model, shape)
+        sampler = teacher_sampler(model, how)
+    else:
+        steps = calls = len(loaded.config.student.points)
+        macs = rollout_macs(loaded.config, model)
+        sampler = student_sampler(make_rollout(loaded.config, model))
+    facts = {"steps": steps, "network_calls": calls, "ema_sha256": loaded.sha256}
+    facts |= {"parameters": count_parameters(loaded.params), "gmac_per_image": macs / 1e9}
+    return Drawable(sampler, loaded.params, facts)
 
 
 def student_sampler(rollout: Rollout) -> Sampler:
@@ -145,6 +178,46 @@ def to_levels(images: jax.Array) -> tuple[jax.Array, jax.Array]:
     levels = (images.astype(jnp.float32) + 1) * 127.5
     bad = jnp.isnan(levels).sum(axis=(1, 2, 3))
     return jnp.clip(jnp.rint(levels), 0, 255).astype(jnp.uint8), bad
+
+
+def checked_levels(levels: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    """Images of `to_levels`; UserError if a pixel of them is NaN."""
+    if bad.any():
+        raise UserError(
+            f"{bad.sum()} of {levels.size} pixels are NaN, but pictures need numbers: the model that made them has "
+            f"diverged, use an earlier checkpoint."
+        )
+    return levels
+
+
+def choose_numbers(settings: ml_collections.ConfigDict, index: np.ndarray, conditions: Conditions) -> np.ndarray:
+    """The numbers of the conditions of images `index`: int32 (batch,)."""
+    if labels := listed_labels(settings):
+        return np.asarray(labels, np.int32)[index % len(labels)]
+    if settings.labels == "balanced":
+        numbers = (index % conditions.for_training).astype(np.int32)
+    else:
+        numbers = draw_numbers(sampling_key(settings.seed), index, conditions.for_training)
+    beyond = index - (settings.count - settings.held_out)
+    if not settings.held_out:
+        return numbers
+    held_out = conditions.for_training + beyond % (len(conditions) - conditions.for_training)
+    return np.where(beyond < 0, numbers, held_out).astype(np.int32)
+
+
+def check_labels(settings: ml_collections.ConfigDict, conditions: Conditions) -> None:
+    """Raises UserError for a number that no condition has, and for images of held-out captions that cannot be."""
+    labels = listed_labels(settings)
+    outside = [label for label in labels if not 0 <= label < len(conditions)]
+    if outside:
+        raise UserError(f"sample.labels has {outside[0]!r}, but there are {len(conditions)}: count from 0.")
+    if settings.held_out and conditions.for_training == len(conditions):
+        raise UserError(f"sample.held_out is {settings.held_out}, but nothing is held out of training: set it to 0.")
+    if settings.held_out and (labels or settings.held_out > settings.count):
+        raise UserError(
+            f"sample.held_out is {settings.held_out}, but it must be at most sample.count, which is {settings.count}, "
+            f"and sample.labels must be (): set one of them otherwise."
+        )
 
 
 def open_images(config: ml_collections.ConfigDict, channels: int) -> Source:

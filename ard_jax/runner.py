@@ -115,7 +115,8 @@ def jobs_of(entries: Iterable[Entry]) -> list[Job]:
             jobs.append(Job("trajectories", entry.store, ()))
         jobs.append(Job(entry.stage, entry.trained, (entry.name,)))
         if entry.shown:
-            for name in (TEACHER, entry.name):  # one by one, or what is drawn would be drawn again with what is not
+            drawn = () if entry.home.config.evaluate.draw else (TEACHER, entry.name)
+            for name in drawn:  # one by one, or what is drawn would be drawn again with what is not
                 jobs.append(Job("sample", entry.home.with_settings({"sample.models": (name,)}), (name,)))
             measured.setdefault(entry.home.workdir, (entry.home, [TEACHER]))[1].append(entry.name)
     jobs += [Job("evaluate", home, tuple(names)) for home, names in measured.values()]

@@ -140,7 +140,7 @@ def test_free_on_restart():
         "run.", "mesh.", "data.dir", "encode.dir", "teacher.dir", "trajectories.dir", "report.",
         "captions.dir", "captions.path", "captions.encoder", "teacher.accumulate",
         "distill.accumulate", "model.remat", "model.attention", "teacher.checkpoint_every", "distill.checkpoint_every",
-        "finetune.checkpoint_every", "trajectories.batch_size", "sample.prompts",
+        "finetune.checkpoint_every", "trajectories.batch_size", "sample.prompts", "evaluate.draw",
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from inception_fixtures import random_images, random_state_dict, write_weights
+from pipeline_fixtures import run
 from safetensors.numpy import load_file, save_file
 
 from ard_jax.errors import UserError
@@ -20,7 +21,7 @@ from ard_jax.evaluation.inception_net import (
     maximum_pool,
     resize_matrix,
 )
-from ard_jax.files import tree_sha256
+from ard_jax.files import file_sha256, tree_sha256
 from ard_jax.models import jaxprs
 
 GOLDEN_SIDE = 64
@@ -221,6 +222,27 @@ def test_without_a_cache_folder_it_works_and_says_so(weights, tmp_path, monkeypa
     with caplog.at_level(logging.WARNING, "ard_jax"):
         assert InceptionFeatures.from_file(weights).params
     assert "cannot be written" in caplog.text
+
+
+def test_convert_knows_it(weights, cache, monkeypatch, tmp_path):
+    sha256 = file_sha256(weights)
+    (cache / f"inception-{sha256}.safetensors").unlink(missing_ok=True)
+    words = ["convert", "--source", weights, "--workdir", tmp_path / "run"]
+    looked, made = run(*words, "--dry-run"), run(*words)
+    assert looked.status == made.status == 0, made.err
+    assert looked.out.startswith(f"{weights}: FID's Inception, other than the published weights\n  goes to     {cache}")
+    assert made.out == f"{looked.out}done: give {weights} to evaluate as evaluate.weights.\n"
+    assert (cache / f"inception-{sha256}.safetensors").is_file() and not (tmp_path / "run").exists()
+    monkeypatch.setattr(inception, "inception_params", lambda *_: 1 / 0)
+    assert InceptionFeatures.from_file(weights).sha256 == sha256
+
+
+def test_convert_refuses_torchvisions(tmp_path):
+    arrays = random_state_dict() | {"AuxLogits.conv0.conv.weight": np.ones((1, 1), np.float32)}
+    save_file(arrays, tmp_path / "inception_v3.safetensors")
+    outcome = run("convert", "--source", tmp_path / "inception_v3.safetensors", "--workdir", tmp_path / "run")
+    assert outcome.status == 2 and "holds torchvision's Inception v3, trained anew with" in outcome.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_published_weights_are_known_by_their_hash(features, monkeypatch):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -10,21 +11,26 @@ import sys
 import jax
 import numpy as np
 import pytest
-from inception_fixtures import random_images
+from inception_fixtures import random_images, write_weights
 from pipeline_fixtures import ROOT, SMOKE, copy, done, files, run, sentence, smoke
 
+from ard_jax.captions.conditions import load_conditions
 from ard_jax.config import default_config
 from ard_jax.data import InMemory, PixelRows, image_source, labels_and_images
+from ard_jax.drawing import drawable
 from ard_jax.errors import UserError
 from ard_jax.evaluation import FeatureExtractor, InceptionFeatures, adm, adm_files, distance_interval, features, frechet
 from ard_jax.evaluation.features import AT_ONCE, batch_size_of, train_feature_net
 from ard_jax.evaluation.inception import Features
 from ard_jax.evaluation.npz import NpzArray
 from ard_jax.files import file_sha256, read_json, read_npz
-from ard_jax.measuring import Samples, inception, make_parts, read_parts, reference
+from ard_jax.measuring import Samples, draw_samples, inception, make_parts, read_parts, reference
+from ard_jax.measuring.drawn import Drawn
 from ard_jax.measuring.inception import open_inception
 from ard_jax.paired import Paired
+from ard_jax.parallel import local_mesh
 from ard_jax.stages import evaluate
+from ard_jax.workdir import load_student
 from configs import smoke as smoke_config
 
 WIDTHS = (12, 6, 5)  # of pool features, spatial ones and logits, in place of thousands
@@ -375,6 +381,63 @@ def test_a_killed_evaluation_looks_at_nothing_again(pipeline, tmp_path, monkeypa
     assert files(workdir / "evaluate") == files(pipeline / "evaluate")
 
 
+def measured_with(workdir):
+    return read_json(workdir / "evaluate" / "results.json")["measured_with"]
+
+
+def drawing(source, target, *overrides):
+    """`evaluate` as the fixture `measured` ran it, of samples that it draws itself."""
+    workdir = copy(source, target, "teacher", "distill")
+    path, weights = measured_with(source)["reference"], "evaluate.weights=w.pth"
+    given = ("evaluate.features=inception", weights, f"evaluate.reference={source.parent / path}", "evaluate.split=20")
+    return workdir, lambda: smoke("evaluate", workdir, *given, "evaluate.draw=True", *overrides)
+
+
+def test_samples_go_from_the_sampler_into_the_features(measured, tmp_path):
+    """With no file of them on the way, and the numbers of those that `sample` wrote."""
+    workdir, measure = drawing(measured, tmp_path / "drawn")
+    outcome = measure()
+    assert outcome.status == 0, outcome.err
+    got, expected = (read_json(folder / "evaluate" / "results.json") for folder in (workdir, measured))
+    for model in expected["models"].values():
+        assert model.pop("seconds_per_image") > 0
+    assert expected["config"]["evaluate"].pop("draw") is False and got["config"]["evaluate"].pop("draw") is True
+    assert got == expected
+    assert not (workdir / "sample").exists() and not (workdir / "evaluate" / "parts").exists()
+
+
+def test_a_killed_evaluation_that_draws_goes_on_after_its_last_whole_part(measured, tmp_path, network, monkeypatch):
+    """Ten images are drawn and eight are looked at, at a time; of 72 it is killed in the second part of 24."""
+    asked, in_order = [], Drawn._in_order
+
+    def noted(self, numbers):
+        asked.append(numbers)
+        return in_order(self, numbers)
+
+    monkeypatch.setattr(Drawn, "_in_order", noted)
+    monkeypatch.setattr(inception, "BATCH_SIZE", 8)
+    monkeypatch.setattr("ard_jax.measuring.inception.make_parts", lambda *given: make_parts(*given, size=24))
+    workdir, measure = drawing(measured, tmp_path / "drawn", "sample.batch_size=10", "sample.models=('ard',)")
+    stream = network.stream
+
+    def stop_later(batches, batch_size):
+        for found in stream(batches, batch_size):
+            if asked and (shown := shown_before.append(found) or len(shown_before)) > 4:
+                assert shown == 5
+                raise KeyboardInterrupt
+            yield found
+
+    shown_before = []
+    monkeypatch.setattr(network, "stream", stop_later)
+    assert measure().status == 130
+    monkeypatch.setattr(network, "stream", stream)
+    assert measure().status == 0
+    assert asked == [list(range(72)), list(range(24, 72))]
+    got, expected = (read_json(folder / "evaluate" / "results.json")["models"]["ard"] for folder in (workdir, measured))
+    for name in ("fid", "sfid", "inception_score", "precision", "recall", "fd_interval", "fd_halves", "psnr"):
+        assert got[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
 class Once:
     """A method that notes the shapes of what it is called with."""
 
@@ -429,13 +492,27 @@ def test_references_that_cannot_be_made(network, tmp_path, name, overrides, said
 PROGRAM = """
 import json, pathlib, sys
 import jax
-index, count, port, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], pathlib.Path(sys.argv[4])
+index, count, port, name = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5]
 if count > 1:
     jax.distributed.initialize(f"localhost:{port}", count, index)
 sys.path.insert(0, "tests")
 import test_measuring
-print(json.dumps(test_measuring.see_in_parts(folder)))
+print(json.dumps(getattr(test_measuring, name)(*map(pathlib.Path, sys.argv[5:]))))
 """
+
+
+def on_hosts(function, *paths):
+    """What a function of this module finds in two processes that are one job, and alone."""
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        port = str(taken.getsockname()[1])
+
+    def start(index, count):
+        words = [sys.executable, "-c", PROGRAM, str(index), str(count), port, function.__name__, *map(str, paths)]
+        return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
+
+    running = [start(0, 2), start(1, 2), start(0, 1)]
+    return [json.loads(one.communicate()[0].splitlines()[-1]) for one in running]
 
 
 def see_in_parts(folder):
@@ -454,18 +531,41 @@ def see_in_parts(folder):
 @pytest.mark.slow
 def test_two_hosts_and_one_find_the_same(tmp_path):
     save(tmp_path, random_images(8, 200))
-    with socket.socket() as taken:
-        taken.bind(("localhost", 0))
-        port = str(taken.getsockname()[1])
-
-    def start(index, count):
-        words = [sys.executable, "-c", PROGRAM, str(index), str(count), port, str(tmp_path)]
-        return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
-
-    running = [start(0, 2), start(1, 2), start(0, 1)]
-    pair, other, alone = (json.loads(one.communicate()[0].splitlines()[-1]) for one in running)
+    pair, other, alone = on_hosts(see_in_parts, tmp_path)
     assert pair["seen"] + other["seen"] == alone["seen"] == 200 and 0 < pair["seen"] < 200
     for found in (pair, other):
         for got, expected in zip(found["statistics"], alone["statistics"], strict=True):
             np.testing.assert_allclose(got, expected, rtol=1e-9)
         assert found["halves"] == pytest.approx(alone["halves"], rel=1e-9)
+
+
+def see_drawn(workdir, weights, folder):
+    """Where the statistics of a student's images lie, in Inception's features, drawn and looked at by this process."""
+    config = smoke_config.get_config()
+    config.sample.update(count=14, batch_size=4)
+    mesh, shown = local_mesh(config.mesh), []
+    model = drawable(config, load_student(workdir / "distill" / "ard", mesh), False)
+    samples = draw_samples(model, load_conditions(config, workdir), None, config, mesh)
+    network = InceptionFeatures.from_file(weights).over(jax.local_devices())
+    inception.BATCH_SIZE = 4
+
+    def look(batches):
+        return inception.look(network, (shown.append(len(batch)) or batch for batch in batches))
+
+    parts = make_parts(look, samples.images, folder / f"parts-{jax.process_count()}", {}, 4, 4)
+    seen = adm_files.see((Features(**part) for part in read_parts(parts)), len(samples.images))
+    path = folder / f"{jax.process_count()}-{jax.process_index()}.npz"
+    np.savez(path, *seen.of_pool, *seen.of_spatial)
+    return {"shown": sum(shown), "statistics": str(path)}
+
+
+@pytest.mark.slow
+def test_two_hosts_that_draw_and_one_have_the_same_statistics_in_inception(pipeline, tmp_path):
+    """From the sampler into a random network of the real kind, by both halves of a job and by one process."""
+    pair, other, alone = on_hosts(see_drawn, pipeline, write_weights(tmp_path), tmp_path)
+    assert (pair["shown"], other["shown"], alone["shown"]) == (8, 6, 14)
+    expected = read_npz(pathlib.Path(alone["statistics"]))
+    assert expected["arr_1"].shape == (2048, 2048) and np.trace(expected["arr_1"]) > 0.1
+    for found in (pair, other):
+        for name, got in read_npz(pathlib.Path(found["statistics"])).items():
+            np.testing.assert_allclose(got, expected[name], rtol=1e-9, atol=1e-12 * np.abs(expected[name]).max())

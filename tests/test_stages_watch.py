@@ -76,6 +76,22 @@ def test_what_is_measured_is_not_measured_again(watched, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_it_measures_what_it_draws_and_keeps_no_samples(watched, tmp_path, monkeypatch):
+    """The lines of those that the stage `sample` wrote."""
+    workdir, run_stage, ran = copy(watched, tmp_path, "teacher", "distill"), watch._run_stage, []
+
+    def noted(job):
+        run_stage(job)
+        ran.append((job.stage, (job.place.path / "sample").exists()))
+
+    monkeypatch.setattr(watch, "_run_stage", noted)
+    outcome = look_on(workdir, ARD, "evaluate.draw=True")
+    assert outcome.status == 0, outcome.err
+    assert ran == [("evaluate", False)] * 2
+    assert [*map(dict, read_curve(workdir))] == [*map(without_times, read_curve(watched))]
+
+
+@pytest.mark.slow
 def test_killed_while_it_measures_it_goes_on(watched, tmp_path, monkeypatch):
     """Killed when the first checkpoint has been sampled: its samples are taken, and the lines are the same."""
     workdir = copy(watched, tmp_path, "teacher", "distill")

@@ -82,7 +82,7 @@ class InceptionFeatures:
         path = local_path(path)
         _check_file(path)
         sha256 = file_sha256(path)
-        cached = cache_folder() / f"inception-{sha256}.safetensors"
+        cached = cached_path(sha256)
         params = _read_cached(cached)
         if params is None:
             params = inception_params(open_tensors(path, leave_out=COUNTER), path)
@@ -91,8 +91,7 @@ class InceptionFeatures:
 
     def over(self, devices: Sequence[jax.Device]) -> "InceptionFeatures":
         """The same on several devices, of which each takes its share of a batch: give `stream` a multiple of them."""
-        mesh = Mesh(np.asarray(devices), ("batch",))
-        whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
+        whole, split = shardings_over(devices)
         return dataclasses.replace(self, params=jax.device_put(self.params, whole), batches=split)
 
     def __call__(self, images: np.ndarray, batch_size: int = BATCH_SIZE) -> Features:
@@ -118,12 +117,19 @@ class InceptionFeatures:
         for images in batches:
             padding = [(0, batch_size - len(images))] + [(0, 0)] * 3
             batch = np.pad(images, padding)
-            outputs = jax.device_get(_forward(self.params, jax.device_put(batch, self.batches)))
+            outputs = jax.device_get(forward(self.params, jax.device_put(batch, self.batches)))
             yield Features(*(output[: len(images)] for output in outputs))
 
 
+def shardings_over(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedSharding]:
+    """How parameters, which are whole on each device, and batches lie on some."""
+    mesh = Mesh(np.asarray(devices), ("batch",))
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
+
+
 @jax.jit
-def _forward(params: Params, images: jax.Array) -> Any:
+def forward(params: Params, images: jax.Array) -> Any:
+    """The arrays of `Features` on the device, of images (batch, height, width, 3) uint8."""
     return InceptionNet().apply({"params": params}, images)
 
 
@@ -249,6 +255,18 @@ def _refuse_other_inceptions(found: Mapping[str, tuple[int, ...]], path: pathlib
             f"is another number than everybody reports: give {PUBLISHED_NAME}, which torch-fidelity and pytorch-fid "
             f"publish."
         )
+
+
+def is_inception(path: pathlib.Path) -> bool:
+    """Whether a file holds weights of some Inception v3, by the names of its arrays; UserError if it is damaged."""
+    if not (path.is_file() and path.suffix in WEIGHT_SUFFIXES):
+        return False
+    return any(name.startswith("Mixed_7c.") for name in open_tensors(path, leave_out=COUNTER).shapes)
+
+
+def cached_path(sha256: str) -> pathlib.Path:
+    """Where the converted weights of a file of that hash are kept."""
+    return cache_folder() / f"inception-{sha256}.safetensors"
 
 
 def _read_cached(path: pathlib.Path) -> Params | None:

@@ -26,10 +26,9 @@ from ard_jax.evaluation.adm_files import (
     warn_of_other_numbers,
 )
 from ard_jax.evaluation.inception import BATCH_SIZE, CHANNELS, Features
-from ard_jax.evaluation.npz import NpzArray
 from ard_jax.files import file_sha256, local_path
 from ard_jax.measuring.parts import make_parts, read_parts
-from ard_jax.measuring.samples import Samples
+from ard_jax.measuring.samples import ImageRows, Samples
 
 log = logging.getLogger("ard_jax")
 
@@ -117,8 +116,8 @@ class Inception:
         interval = distance_interval(found["fid"], pool, seen.of_pool, seen.pool)
         return found | halves | {"fd": found["fid"], "fd_interval": interval}
 
-    def _see(self, images: NpzArray, sha256: str, folder: pathlib.Path, split_size: int | None = None) -> Seen:
-        """Images of a file of that hash, in parts."""
+    def _see(self, images: ImageRows, sha256: str, folder: pathlib.Path, split_size: int | None = None) -> Seen:
+        """Images of that hash, in parts."""
         of = {"sha256": self.network.sha256, "images": sha256}
         batch = batch_size()
         parts = make_parts(functools.partial(look, self.network), images, folder, of, batch)

@@ -1,7 +1,8 @@
-"""What is measured: the images that a model has drawn, read as they are needed."""
+"""What is measured: the images of a model, had as they are needed."""
 
 import pathlib
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import ml_collections
@@ -11,20 +12,39 @@ from ard_jax.errors import UserError
 from ard_jax.evaluation.npz import NpzArray, array_names, read_array
 
 IMAGES, LABELS = "arr_0", "labels"
+# What the stage `sample` says of a model that is a field of `results.Measured`.
+KEPT = ("ema_sha256", "steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
+
+
+class ImageRows(Protocol):
+    """Images of a model, uint8 (count, height, width, channel), of which memory holds a batch at a time.
+
+    `NpzArray` reads them from a file, `measuring.drawn.Drawn` draws them.
+    """
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int, wanted: Callable[[int], bool], /) -> Iterator[np.ndarray]:
+        """Batches of so many images, those whose first one's number is wanted."""
+
+    def rows(self, numbers: Iterable[int], /) -> np.ndarray:
+        """Some images, in the order of their numbers."""
 
 
 class Samples(NamedTuple):
     """Of a model.
 
     Attributes:
-        images: uint8 (count, height, width, channel), which stay in their file.
+        images: one by one in their order.
         labels: number of each one's condition (count,).
-        sha256: of the file, by which it is known again.
+        sha256: by which they are known again.
+        facts: of the model: fields of `results.Measured`.
     """
 
-    images: NpzArray
+    images: ImageRows
     labels: np.ndarray
     sha256: str
+    facts: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class Yardstick(Protocol):
@@ -90,4 +110,5 @@ def read_samples(
             f"{directory} holds {len(images)} images, but sample.count is {config.sample.count}: "
             f"run 'sample' again with this config."
         )
-    return Samples(images, read_array(path, LABELS, remedy), facts["sha256"]["samples.npz"])
+    kept = {name: facts[name] for name in KEPT}
+    return Samples(images, read_array(path, LABELS, remedy), facts["sha256"]["samples.npz"], kept)

@@ -8,7 +8,8 @@ ARDPipeline folder, or hf:ORG/NAME, which is downloaded. PyTorch's own files nee
 Writes WORKDIR/teacher/ or WORKDIR/distill/NAME/ (checkpoints/, config.json, source.json with the licence, labels.json
 where the names of the classes are known, done.json), WORKDIR/vae/ where the source has a VAE, and WORKDIR/config.py:
     python -m ard_jax sample --config WORKDIR/config.py --workdir WORKDIR
-All of it is whole or absent. A second source may join it, such as a student its teacher, or a teacher its VAE.
+FID's Inception, as torch-fidelity and pytorch-fid publish it, goes into the user's cache folder, where `evaluate` finds
+it. All of it is whole or absent. A second source may join it, such as a student its teacher, or a teacher its VAE.
 
 What a source does not tell is asked for: --num-heads of a model of no published size, --points of a student of neither
 4, 2 nor 1 steps (they also make a student of a file with a single final layer), --objective of a file that is not named
@@ -42,7 +43,9 @@ from ard_jax.convert.sources import open_source
 from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
 from ard_jax.convert.write import files_sha256, save_parameters
 from ard_jax.errors import UserError
-from ard_jax.files import read_json, require_finite, write_json, write_npz, write_text
+from ard_jax.evaluation import InceptionFeatures
+from ard_jax.evaluation.inception import PUBLISHED_SHA256, cached_path, is_inception
+from ard_jax.files import file_sha256, read_json, require_finite, write_json, write_npz, write_text
 from ard_jax.models import MASKS, Backbone
 from ard_jax.progress import Stopwatch
 from ard_jax.weights.tensors import open_tensors, to_float32, write_tensors
@@ -133,7 +136,10 @@ def run(args: argparse.Namespace) -> None:
     """
     watch = Stopwatch()
     hints = Hints(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Hints)})
-    source = open_source(fetch_source(args.source), hints)
+    path = fetch_source(args.source)
+    if is_inception(path):
+        return _cache_inception(path, args.dry_run)
+    source = open_source(path, hints)
     if source.config is not None:
         if source.config.captions.encoder and args.source.startswith("hf:"):
             source.config.captions.encoder = args.source  # and not where this machine keeps its copy
@@ -154,6 +160,16 @@ def run(args: argparse.Namespace) -> None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / part, folder)
     _finish(folders, source, args)
+
+
+def _cache_inception(path: pathlib.Path, dry_run: bool) -> None:
+    """Converts FID's Inception for `evaluate`, which is given its file and finds this by its hash."""
+    sha256 = file_sha256(path)
+    kind = "the published weights" if sha256 == PUBLISHED_SHA256 else "other than the published weights"
+    print(f"{path}: FID's Inception, {kind}\n  goes to     {cached_path(sha256)}", flush=True)
+    if not dry_run:
+        InceptionFeatures.from_file(path)
+        print(f"done: give {path} to evaluate as evaluate.weights.", flush=True)
 
 
 def _destinations(source: Source, args: argparse.Namespace) -> dict[str, pathlib.Path]:

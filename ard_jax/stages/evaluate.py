@@ -11,9 +11,10 @@ recall in the features of a small network that is trained on the same data (so t
 nothing else; few images have no Fréchet distance): a classifier, or of captioned images a judge, which also says how
 often the right caption is among those that fit an image best, of captions that were trained on and of those held out.
 With `evaluate.features=inception`, which needs `evaluate.weights` and `evaluate.reference`, they are what ADM's
-evaluator gives for the samples, and nothing is trained. Beside each Fréchet distance stand those of two halves of the
-same samples and of two halves of the real images, and its interval by bootstrap. It also measures each student's error
-to the teacher from the same noise, step by step; and of ARD students
+evaluator gives for the samples, and nothing is trained. With `evaluate.draw` it draws the samples of `sample.models`
+itself while it looks at them, on all devices of all hosts, and keeps none: `sample` is not needed. Beside each Fréchet
+distance stand those of two halves of the same samples and of two halves of the real images, and its interval by
+bootstrap. It also measures each student's error to the teacher from the same noise, step by step; and of ARD students
 - the exposure bias, the error of each step with the teacher's history against its own;
 - `given_psnr`, of the final image to the teacher's when the first 0, 1, …, S−1 points are the teacher's;
 - `attention_mass` (layer, query block, key block), how a block shares its attention out, on the student's own points;
@@ -37,21 +38,24 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
-from ard_jax.captions.conditions import load_conditions
+from ard_jax.captions.conditions import check_text_encoder, load_conditions
 from ard_jax.checks import listed_labels
 from ard_jax.conditions import Conditions
 from ard_jax.config import plain
 from ard_jax.data import identify
-from ard_jax.drawing import make_decoder, open_real_images
+from ard_jax.drawing import drawable, make_decoder, open_real_images
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_npz, write_json, write_npz
-from ard_jax.measuring import Samples, forget_parts, open_yardstick, read_samples
+from ard_jax.measuring import Samples, draw_samples, forget_parts, open_yardstick, read_samples
+from ard_jax.models import AutoencoderKL
 from ard_jax.paired import Paired, can_edit
 from ard_jax.parallel import is_first, local_mesh
 from ard_jax.progress import Stopwatch
 from ard_jax.prompted import judge, open_list
 from ard_jax.results import Measured, Results, add_degradation, degradation_ratios
+from ard_jax.types import Params
 from ard_jax.workdir import (
     Loaded,
     check_identity,
@@ -73,7 +77,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
 
     Args:
         config, workdir: the run's.
-        models: names of those to measure; () for all that have been sampled.
+        models: names of those to measure; () for all that have been sampled, or are drawn here.
 
     Raises:
         UserError: nothing has been sampled, the samples are latents, or there are too few images for neighbours.
@@ -87,19 +91,17 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
             f"evaluate compares images, but there is no VAE in {vae_folder(config, workdir)} to decode latents with: "
             f"convert one into the workdir, or set vae.dir, and run 'sample' again."
         )
-    sampled = require_done(workdir / "sample", "sample")["models"]
-    sampled = {name: facts for name, facts in sampled.items() if name in (models or sampled)}
+    names = _models(config, workdir, models)
     teacher = load_teacher(config, workdir, mesh)
-    students = {name: load_student(workdir / "distill" / name, mesh) for name in sampled if name != "teacher"}
-    hashes = {"teacher": teacher.sha256} | {name: student.sha256 for name, student in students.items()}
-    folders = {name: workdir / "sample" / name for name in sampled}
-    samples = {name: read_samples(folders[name], sampled[name], hashes[name], config) for name in sampled}
+    students = {name: load_student(workdir / "distill" / name, mesh) for name in names if name != "teacher"}
+    conditions = load_conditions(config, workdir)
+    samples = _samples(config, workdir, {name: students.get(name, teacher) for name in names}, conditions, vae, mesh)
     # a reference stands for the real images, which whoever has its file need not have
     real_images = None if config.evaluate.features == "inception" else open_real_images(config, vae)
     same = all(teacher.config.data[key] == config.data[key] for key in ("source", "name", "split"))
     if real_images is not None and vae is None and same:  # others may be compared with, but not by chance
         check_identity(teacher_folder(config, workdir), identify(config.data, real_images))
-    chosen, conditions = set(listed_labels(config.sample)), load_conditions(config, workdir)
+    chosen = set(listed_labels(config.sample))
     if chosen and len(chosen) < len(conditions):
         log.warning(
             "samples are of %d of %d %s, and the real images of all: what is far from them may just be missing.",
@@ -111,7 +113,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     yardstick = open_yardstick(config, real_images, vae, conditions, parts / "reference")
     occupy(directory)
     paired = Paired(config, teacher, students, conditions, make_decoder(vae, config, mesh), mesh)
-    kept = ("ema_sha256", "steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
 
     def beside_teacher(name):
         of = {"config": plain(config), "teacher": teacher.sha256, "student": students[name].sha256}
@@ -124,11 +125,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         beside = (pool.map if at_once else map)(beside_teacher, students)
         measured = {
             name: Measured(
-                **{key: facts[key] for key in kept},
-                **yardstick.measure(samples[name], parts / name),
+                **own.facts,
+                **yardstick.measure(own, parts / name),
                 kind="teacher" if name == "teacher" else "student",
             )
-            for name, facts in sampled.items()
+            for name, own in samples.items()
         }
         pictures = paired.teacher_pictures(config.evaluate.pictures)
         edits = paired.edit_sources(config.evaluate.pictures)
@@ -176,6 +177,35 @@ def _threads(count: int) -> Iterator[concurrent.futures.Executor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _models(config: ml_collections.ConfigDict, workdir: pathlib.Path, asked: Collection[str]) -> list[str]:
+    """Names of the models to measure: those asked for, else all that are drawn or have been; UserError for none."""
+    if config.evaluate.draw:
+        return list(asked or config.sample.models)
+    sampled = require_done(workdir / "sample", "sample")["models"]
+    return [name for name in sampled if name in (asked or sampled)]
+
+
+def _samples(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    models: Mapping[str, Loaded],
+    conditions: Conditions,
+    vae: tuple[AutoencoderKL, Params] | None,
+    mesh: Mesh,
+) -> dict[str, Samples]:
+    """The samples of models, out of their files, or with `evaluate.draw` drawn as they are looked at."""
+    if not config.evaluate.draw:
+        sampled, folder = require_done(workdir / "sample", "sample")["models"], workdir / "sample"
+        return {
+            name: read_samples(folder / name, sampled[name], loaded.sha256, config) for name, loaded in models.items()
+        }
+    check_text_encoder(config, workdir, conditions)
+    return {
+        name: draw_samples(drawable(config, loaded, name == "teacher"), conditions, vae, config, mesh)
+        for name, loaded in models.items()
+    }
 
 
 def _beside_teacher(

@@ -17,7 +17,6 @@ import logging
 import pathlib
 import shutil
 import time
-from typing import Any
 
 import jax
 import ml_collections
@@ -25,34 +24,30 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_rollout, make_run_mesh, make_solve
+from ard_jax.build import make_run_mesh
 from ard_jax.captions.conditions import check_text_encoder, load_conditions
-from ard_jax.checks import listed_labels
 from ard_jax.completion import SAMPLED
-from ard_jax.conditions import Conditions, draw_numbers
+from ard_jax.conditions import Conditions
 from ard_jax.config import plain
 from ard_jax.drawing import (
     Decoder,
-    Sampler,
+    Drawable,
+    check_labels,
+    checked_levels,
+    choose_numbers,
+    drawable,
     in_order,
     make_decoder,
     make_drawing,
     numbered_batch,
-    rollout_macs,
-    student_sampler,
-    teacher_sampler,
     to_levels,
 )
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, file_sha256, join_npz, read_npz, to_host, write_json, write_npz
-from ard_jax.models import count_parameters
-from ard_jax.models.flops import teacher_macs
 from ard_jax.parallel import batch_shards, is_first
 from ard_jax.progress import Stopwatch, progress_bar
 from ard_jax.prompted import Listed, lay_out, open_list
 from ard_jax.report import image_grid
-from ard_jax.sampling import network_calls, sampling_key
-from ard_jax.types import Params
 from ard_jax.workdir import (
     config_differences,
     find_vae,
@@ -87,19 +82,19 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         log.warning("there is no VAE in %s, so latents are written: convert one, or set vae.dir, for images.", there)
     decoder, conditions = make_decoder(vae, config, mesh), load_conditions(config, workdir)
     check_text_encoder(config, workdir, conditions)
-    _check_labels(config.sample, conditions)
+    check_labels(config.sample, conditions)
     missing = [name for name in config.sample.models if not _is_finished(config, workdir, name, vae is not None)]
-    loaded = {name: _load_sampler(config, workdir, name, mesh) for name in missing}
-    for name, (sampler, params, facts) in loaded.items():
+    loaded = {name: _load(config, workdir, name, mesh) for name in missing}
+    for name, model in loaded.items():
         watch, directory = Stopwatch(), workdir / "sample" / name
         occupy(directory)
-        _begin(directory, config, facts["ema_sha256"])
-        _draw(sampler, params, conditions, decoder, config, mesh, directory / "parts")
+        _begin(directory, config, model.facts["ema_sha256"])
+        _draw(model, conditions, decoder, config, mesh, directory / "parts")
         if not is_first():
             continue
         files, seconds_per_image = _join(directory, config.sample)
         hashes = {file: file_sha256(directory / file) for file in files}
-        made = {"sha256": hashes, "seconds": round(watch(), 2), "seconds_per_image": seconds_per_image, **facts}
+        made = {"sha256": hashes, "seconds": round(watch(), 2), "seconds_per_image": seconds_per_image, **model.facts}
         merge_done(workdir / "sample", {name: made})
         shutil.rmtree(directory / "parts")
 
@@ -110,36 +105,6 @@ def _draw_list(listed: Listed) -> None:
     run(listed.config, listed.workdir)
     if is_first():
         lay_out(listed)
-
-
-def _check_labels(settings: ml_collections.ConfigDict, conditions: Conditions) -> None:
-    """Raises UserError for a number that no condition has, and for images of held-out captions that cannot be."""
-    labels = listed_labels(settings)
-    outside = [label for label in labels if not 0 <= label < len(conditions)]
-    if outside:
-        raise UserError(f"sample.labels has {outside[0]!r}, but there are {len(conditions)}: count from 0.")
-    if settings.held_out and conditions.for_training == len(conditions):
-        raise UserError(f"sample.held_out is {settings.held_out}, but nothing is held out of training: set it to 0.")
-    if settings.held_out and (labels or settings.held_out > settings.count):
-        raise UserError(
-            f"sample.held_out is {settings.held_out}, but it must be at most sample.count, which is {settings.count}, "
-            f"and sample.labels must be (): set one of them otherwise."
-        )
-
-
-def choose_numbers(settings: ml_collections.ConfigDict, index: np.ndarray, conditions: Conditions) -> np.ndarray:
-    """The numbers of the conditions of images `index`: int32 (batch,)."""
-    if labels := listed_labels(settings):
-        return np.asarray(labels, np.int32)[index % len(labels)]
-    if settings.labels == "balanced":
-        numbers = (index % conditions.for_training).astype(np.int32)
-    else:
-        numbers = draw_numbers(sampling_key(settings.seed), index, conditions.for_training)
-    beyond = index - (settings.count - settings.held_out)
-    if not settings.held_out:
-        return numbers
-    held_out = conditions.for_training + beyond % (len(conditions) - conditions.for_training)
-    return np.where(beyond < 0, numbers, held_out).astype(np.int32)
 
 
 def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, decodes: bool) -> bool:
@@ -186,32 +151,15 @@ def _begin(directory: pathlib.Path, config: ml_collections.ConfigDict, weights: 
         write_json(path, plain(config) | {"inputs": {"ema": weights}})
 
 
-def _load_sampler(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, mesh: Mesh
-) -> tuple[Sampler, Params, dict[str, Any]]:
-    """A model's sampler, its parameters, and what it costs."""
-    shape = example_shape(config)
-    facts: dict[str, Any]
-    if name == "teacher":
-        teacher, params, sha, _ = load_teacher(config, workdir, mesh)
-        how = make_solve(config)
-        evaluations = network_calls(how)
-        facts = {"steps": how.steps, "network_calls": evaluations}
-        macs = evaluations * teacher_macs(teacher, shape)
-        sampler = teacher_sampler(teacher, how)
-    else:
-        model, params, sha, trained = load_student(workdir / "distill" / name, mesh)
-        steps = len(trained.student.points)
-        facts = {"steps": steps, "network_calls": steps}
-        macs = rollout_macs(trained, model)
-        sampler = student_sampler(make_rollout(trained, model))
-    facts |= {"ema_sha256": sha, "parameters": count_parameters(params), "gmac_per_image": macs / 1e9}
-    return sampler, params, facts
+def _load(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, mesh: Mesh) -> Drawable:
+    """A model to draw from."""
+    is_teacher = name == "teacher"
+    loaded = load_teacher(config, workdir, mesh) if is_teacher else load_student(workdir / "distill" / name, mesh)
+    return drawable(config, loaded, is_teacher)
 
 
 def _draw(
-    sampler: Sampler,
-    params: Params,
+    model: Drawable,
     conditions: Conditions,
     decoder: Decoder | None,
     config: ml_collections.ConfigDict,
@@ -223,10 +171,10 @@ def _draw(
     A part is an npz file with "arr_0" (uint8), or without a decoder "latents" (float32), "labels", and the "seconds"
     that an image took once compiled.
     """
-    settings, drawn = config.sample, make_drawing(sampler, config, mesh)
+    settings, drawn = config.sample, make_drawing(model.sampler, config, mesh)
 
     def sample(batch):
-        images, *rest = drawn(params, batch)
+        images, *rest = drawn(model.params, batch)
         images = decoder(images) if decoder else images
         return images if is_latent else to_levels(images), *rest
 
@@ -251,7 +199,7 @@ def _draw(
             images, labels, started = [], [], time.perf_counter()
             for first in range(begin, min(begin + rows, settings.count), batch_size):
                 image, label = in_order(*jax.tree.map(to_host, sample(batch_of(first))))
-                images.append(_checked_latents(image) if is_latent else _checked_levels(*image))
+                images.append(_checked_latents(image) if is_latent else checked_levels(*image))
                 labels.append(label)
                 bar.update(min(batch_size, settings.count - first))
             seconds = (time.perf_counter() - started) / (len(images) * batch_size)
@@ -271,16 +219,6 @@ def _checked_latents(latents: np.ndarray) -> np.ndarray:
     if not np.isfinite(latents).all():
         raise UserError("latents are NaN or infinite, so the model diverged: use an earlier checkpoint.")
     return latents.astype(np.float32)
-
-
-def _checked_levels(levels: np.ndarray, bad: np.ndarray) -> np.ndarray:
-    """Images of `to_levels`; UserError if a pixel of them is NaN."""
-    if bad.any():
-        raise UserError(
-            f"{bad.sum()} of {levels.size} pixels are NaN, but pictures need numbers: the model that made them has "
-            f"diverged, use an earlier checkpoint."
-        )
-    return levels
 
 
 def _join(directory: pathlib.Path, settings: ml_collections.ConfigDict) -> tuple[list[str], float]:

@@ -1,11 +1,12 @@
 """Measures the checkpoints of a run as they appear, beside the training, in a process or on a pod of its own.
 
 Samples every checkpoint of the models of `sample.models` with the stage `sample` and measures it with the stage
-`evaluate`, each once, and writes in `evaluate/`: `curve.jsonl`, a line a checkpoint and model; `curve.html`, their
-Fréchet distances over the steps of the training, which `report` shows too; and TensorBoard's files, in `tensorboard/`,
-if `run.loggers` has it. Looks for new checkpoints every `run.poll` seconds and takes those that are whole, the
-oldest first; ends when the trainings have ended and all their checkpoints are measured, or with --once when all that
-are there are. Killed and started again, it goes on where it was.
+`evaluate`, each once (with `evaluate.draw` in that stage alone, which keeps no samples), and writes in `evaluate/`:
+`curve.jsonl`, a line a checkpoint and model; `curve.html`, their Fréchet distances over the steps of the training,
+which `report` shows too; and TensorBoard's files, in `tensorboard/`, if `run.loggers` has it. Looks for new checkpoints
+every `run.poll` seconds and takes those that are whole, the oldest first; ends when the trainings have ended and all
+their checkpoints are measured, or with --once when all that are there are. Killed and started again, it goes on where
+it was.
 
 While it looks on, a training keeps the checkpoints that are still to be measured, and the best by `run.keep_best`,
 whatever `run.keep_checkpoints` says. `export --checkpoint best` takes that one.
@@ -156,7 +157,8 @@ class Watcher:
         else:
             changes = {"sample.models": (name,)} | ({"teacher.dir": ""} if name == TEACHER else {})
             place = Place(str(view), with_settings(self.config, changes))
-            run_missing([Job(stage, place, (name,)) for stage in ("sample", "evaluate")], _run_stage)
+            stages = ("evaluate",) if self.config.evaluate.draw else ("sample", "evaluate")
+            run_missing([Job(stage, place, (name,)) for stage in stages], _run_stage)
             if is_first():
                 self.lines = add_line(self.workdir, line_of(read_results(view), name, step, sha256))
                 self._show(line for line in self.lines if (line["model"], line["step"]) == (name, step))
