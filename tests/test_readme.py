@@ -162,7 +162,7 @@ def test_comparing_and_sweeping_as_written(monkeypatch):
     monkeypatch.chdir(ROOT)
     (words,) = [words[1:] for words in commands("python -m ard_jax ") if words[0] == "compare"]
     config, workdir, quick = parse_config(words, FLAGS["compare"])
-    assert len(config.compare.methods) == 7 and (str(workdir), quick) == ("runs/compare", True)
+    assert len(config.compare.methods) == 9 and (str(workdir), quick) == ("runs/compare", True)
     (words,) = commands("python launch/sweep.py ")
     said = subprocess.run(
         [sys.executable, "launch/sweep.py", *words, "--print", "python"], capture_output=True, text=True, check=True

@@ -204,8 +204,16 @@ def cached_attention(
         return attention(q, keys, values, backend), own
     # block by block, so that the cache is neither put together nor turned around in each step
     q = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)
-    output = _weigh([_logits(q, keys) for keys, _ in seen], [values for _, values in seen])
-    return output.astype(v.dtype).swapaxes(1, 2), own
+    at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
+    logits = [jnp.einsum("rhqd,rhkd->rhqk", q, keys, preferred_element_type=at_least_float32) for keys, _ in seen]
+    highest = functools.reduce(jnp.maximum, [block.max(axis=-1, keepdims=True) for block in logits])
+    weights = [jnp.exp(block - highest) for block in logits]
+    total = sum(block.sum(axis=-1, keepdims=True) for block in weights)
+    output: jax.Array = sum(  # type: ignore[assignment]  # there is at least the block's own
+        jnp.einsum("rhqk,rhkd->rhqd", block.astype(values.dtype), values, preferred_element_type=at_least_float32)
+        for block, (_, values) in zip(weights, seen, strict=True)
+    )
+    return (output / total).astype(v.dtype).swapaxes(1, 2), own
 
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
@@ -214,43 +222,13 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array |
     The softmax is at least float32, and float64 for float64 inputs, which `jax.nn.dot_product_attention` is not: the
     reference numbers are checked in float64.
     """
+    at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
     scale = q.shape[-1] ** -0.5
     # heads before tokens: XLA's CPU backend is up to four times slower when a product's batch axes are apart
     q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
-    logits = _logits(q, k)
+    logits = jnp.einsum("rhqd,rhkd->rhqk", q, k, preferred_element_type=at_least_float32)
     if lengths is not None:
         is_padding = jnp.arange(k.shape[2]) >= lengths[:, None]
         logits = jnp.where(is_padding[:, None, None], -jnp.inf, logits)
-    if target_platform() == "cpu":  # which goes over memory once for each of softmax's parts; others fuse them
-        return _weigh([logits], [v]).astype(v.dtype).swapaxes(1, 2)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("rhqk,rhkd->rhqd", weights, v).swapaxes(1, 2)
-
-
-def _logits(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Of scaled queries, at least float32: (rows, heads, query or key, head width) → (rows, heads, query, key)."""
-    return jnp.einsum("rhqd,rhkd->rhqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
-
-
-def _weigh(logits: list[jax.Array], values: list[jax.Array]) -> jax.Array:
-    """Softmax over the keys of all blocks together, times their values.
-
-    It divides by the weights' sum what is smaller than the weights, the output; forward and backward that saves a pass
-    over all pairs each.
-
-    Args:
-        logits: of each block of keys, (rows, heads, query, key).
-        values: of each block, (rows, heads, key, head width).
-
-    Returns:
-        (rows, heads, query, head width), of the type of the logits.
-    """
-    highest = functools.reduce(jnp.maximum, [block.max(axis=-1, keepdims=True) for block in logits])
-    highest = jax.lax.stop_gradient(highest)  # which cancels
-    weights = [jnp.exp(block - highest) for block in logits]
-    total = sum(block.sum(axis=-1, keepdims=True) for block in weights)
-    output: jax.Array = sum(  # type: ignore[assignment]  # there is one block at least
-        jnp.einsum("rhqk,rhkd->rhqd", weight.astype(value.dtype), value, preferred_element_type=highest.dtype)
-        for weight, value in zip(weights, values, strict=True)
-    )
-    return output / total
