@@ -161,10 +161,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _is_inception(path: pathlib.Path) -> bool:
-    """Whether a file holds weights of some Inception v3, by the names of its arrays; UserError if it is damaged."""
+    """Whether a file holds weights of some Inception v3, by the names of its arrays."""
     if not (path.is_file() and path.suffix in WEIGHT_SUFFIXES):
         return False
-    return any(name.startswith("Mixed_7c.") for name in open_tensors(path, leave_out=".num_batches_tracked").shapes)
+    try:
+        names = open_tensors(path, leave_out=".num_batches_tracked").shapes
+    except UserError:  # damaged, or arrays lie deeper in it: `open_source` says or knows
+        return False
+    return any(name.startswith("Mixed_7c.") for name in names)
 
 
 def _cache_inception(path: pathlib.Path, dry_run: bool) -> None:
