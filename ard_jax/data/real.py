@@ -6,12 +6,24 @@ import ml_collections
 import numpy as np
 
 from ard_jax.data.memory import Source
+from ard_jax.data.sources import image_source
 from ard_jax.errors import UserError
 
 log = logging.getLogger("ard_jax")
 
 LOOKED_AT = 64  # records of the real and the trajectory data that are compared before the training
 FACTOR = 3.0  # by which their scales may differ
+
+
+def open_real(trajectories: Source, config: ml_collections.ConfigDict) -> Source:
+    """The images that `config.data` names, for whoever shows them to a discriminator beside a store's trajectories.
+
+    Raises:
+        UserError: what `image_source` and `check_real` raise.
+    """
+    real = image_source(config.data)
+    check_real(real, trajectories, config)
+    return real
 
 
 def check_real(real: Source, trajectories: Source, config: ml_collections.ConfigDict) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ard_jax.build import make_rollout, make_run_mesh, make_student
 from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
 from ard_jax.conditions import draw_numbers
-from ard_jax.data import InMemory, Source, check_real, identify, image_source
+from ard_jax.data import InMemory, Source, identify, open_real
 from ard_jax.drawing import make_pictures, student_sampler
 from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, make_method
@@ -62,12 +62,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         columns = columns_of(manifest["points"], config)
         inputs["store"] = store_hash(manifest)
     method = make_method(config, student, teacher, columns, start)
+    real = open_real(source, config) if method.real else None
     # a store's own bounds are part of its hash
     claim(directory, config, "distill", **inputs, max_abs=str(config.trajectories.max_abs) if settings.online else "")
     records: Source | dict[str, Source] = source
-    if method.real:
-        real = image_source(config.data)
-        check_real(real, source, config)
+    if real is not None:
         keep_identity(directory, identify(config.data, real))
         records = {"trajectory": source, "real": real}
     frozen = {"": None, "teacher": teacher_params, "start": params}[method.reads]

@@ -11,7 +11,7 @@ import ml_collections
 
 from ard_jax.build import make_rollout, make_run_mesh
 from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
-from ard_jax.data import check_real, identify, image_source
+from ard_jax.data import identify, open_real
 from ard_jax.drawing import make_pictures, student_sampler
 from ard_jax.methods import columns_of, finetuned_config, make_finetune_method
 from ard_jax.parallel import check_batch, is_first
@@ -47,8 +47,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     source, manifest = open_store(config, workdir, teacher_hash)
     conditions = load_conditions(config, workdir)
     check_text_encoder(config, workdir, conditions)
-    real = image_source(config.data)
-    check_real(real, source, config)
+    real = open_real(source, config)
     directory = workdir / "distill" / settings.name
     inputs = {"teacher": teacher_hash, "start": start_hash, "store": store_hash(manifest), **inputs_of(conditions)}
     claim(directory, config, "finetune", **inputs)

@@ -70,9 +70,9 @@ def train(
         pictures: what is drawn of the average while it learns, if anything.
 
     Raises:
-        UserError: a logger of `run.loggers` cannot be had.
+        UserError: a logger of `run.loggers` cannot be had; or a record cannot be read, on whichever host, and the state
+            has been saved.
         NotFinite: a metric is; the last good checkpoint stays.
-        UserError: a record cannot be read, on whichever host; the state has been saved.
         Preempted: SIGTERM, SIGHUP or Ctrl-C came; the state has been saved.
     """
     check_loggers(run.loggers)
