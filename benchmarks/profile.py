@@ -19,7 +19,7 @@ import re
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ RUNS = 2  # under the profiler
 ALONE = 0.3  # seconds for a product by itself
 MOVES = {"copy", "transpose", "slice", "dynamic-slice", "dynamic-update-slice", "pad", "concatenate", "broadcast"}
 NOTHING = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "fusion"}
-AROUND = ("while", "call", "conditional")
+AROUND = ("while", "call", "conditional")  # what they run is counted
 
 WEIGHTS, GRADIENTS, ATTENTION = "x · W and dy · Wᵀ", "xᵀ · dy", "q · kᵀ, softmax · v and their gradients"
 
@@ -82,6 +82,11 @@ class Product(NamedTuple):
         return f"{f'{batch} times ' if batch > 1 else ''}({rows}×{inner}){transposed} · {inner}×{columns}"
 
 
+def names_of(products: Iterable[Product]) -> str:
+    counted = Counter(products).items()
+    return ", ".join(f"{count} of {product}" if count > 1 else str(product) for product, count in counted)
+
+
 class Operation(NamedTuple):
     """What XLA runs as one: its kind, and the products in it."""
 
@@ -97,6 +102,8 @@ def operations(text: str) -> dict[str, Operation]:
     program, found = parse(text), {}
     for computation in program.computations.values():
         for instruction in computation.values():
+            if instruction.opcode in AROUND:
+                continue
             called = re.search(r"\bcalls=%([\w.\-]+)", instruction.rest)
             inside = program.computations[called[1]] if called and instruction.opcode == "fusion" else computation
             parts = [instruction] if inside is computation else list(inside.values())
@@ -123,8 +130,6 @@ def kind_of(instruction: Instruction, parts: Iterable[Instruction], products: tu
     """What an operation is for, by what it is made of; numbers that count are no part of that."""
     if products:
         return products[0].kind
-    if instruction.opcode in AROUND:
-        return "loops"
     work = {part.opcode for part in parts if not part.shape.startswith(("s32", "u32", "pred"))} - NOTHING
     if re.search(r'op_name="jit\(step\)/[\w.]+"', instruction.rest):
         return "clipping, AdamW, average"
@@ -222,7 +227,7 @@ def report(program: jax.stages.Compiled, run: Callable[[], Any], flops: float, s
     for group, (own, count) in sorted(groups.items(), key=lambda item: -item[1][0])[:SHOWN]:
         done, by_itself = sum(product.flops for product in group), sum(alone[product] for product in group)
         rates = f"{done * count / own / 1e9:.0f}", f"{done / by_itself / 1e9:.0f}"
-        rows.append((" and ".join(map(str, group)), f"{count:.0f}", f"{own * 1e3:.0f}", *rates))
+        rows.append((names_of(group), f"{count:.0f}", f"{own * 1e3:.0f}", *rates))
     text.append(table(("product", "times", "ms", "GFLOP/s here", "alone"), rows))
     least = sum(count * sum(alone[product] for product in group) for group, (_, count) in groups.items())
     wall, rate = turns.median("run"), turns.rate()

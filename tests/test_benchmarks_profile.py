@@ -49,6 +49,7 @@ def test_a_product_s_sizes():
     assert product.sizes == (4, 9, 8, 7) and str(product) == "4 times (9×8) · 8×7"
     transposed = Product((8, 9), (8, 7), ((0,), (0,)), ((), ()))
     assert transposed.sizes == (1, 9, 8, 7) and str(transposed) == "(9×8)ᵀ · 8×7"
+    assert profile.names_of([product, transposed, product]) == f"2 of {product}, {transposed}"
 
 
 def test_what_goes_on_after_its_call_ends_where_that_is_said():
