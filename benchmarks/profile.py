@@ -4,7 +4,8 @@ sampler   the cached sampler's S steps, at batch 8
 alone     the same without history layers
 training  a training step, at batch 4
 
-Two tables for each, by XLA's own profiler. The first has the time of its operations by kind. The second has its
+Two tables for each, by XLA's own profiler. The first has the clock's time by kind of operation, where
+products come first if several are at work. The second has its
 products, those that take longest first, beside the same product in a program of its own, which is what XLA has for that
 shape. XLA fuses some products with the softmax between them; their time has that in it. Then comes the utilisation that
 the program would have if it were nothing but its products, each as fast as it is alone: more is out of this code's
@@ -12,6 +13,7 @@ reach. Utilisation is as in `benchmarks.speed`; weights are random.
 """
 
 import bisect
+import itertools
 import logging
 import math
 import pathlib
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +40,7 @@ from ard_jax.objectives.ard import ard
 from ard_jax.plan.hlo import Computation, Instruction, parse
 from ard_jax.sampling import sample_student
 from benchmarks.measure import in_turns, table
-from benchmarks.parts import Span, own_seconds
+from benchmarks.parts import Span
 from benchmarks.speed import Step, inputs, settings, teacher_params
 
 SHOWN = 12  # products in a table
@@ -93,6 +95,8 @@ class Operation(NamedTuple):
     kind: str
     products: tuple[Product, ...]
 
+
+BETWEEN = Operation("nothing", ())
 
 # ----------------------------------------------------------------------------------------------- reading a program
 
@@ -152,39 +156,49 @@ def profiled(run: Callable[[], Any], known: Mapping[str, Operation]) -> tuple[di
         (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(path))
     lines = [[(e.start_ns, e.end_ns, e.name) for e in line.events] for plane in data.planes for line in plane.lines]
-    seconds: dict[str, float] = defaultdict(float)
-    times: dict[str, float] = defaultdict(float)
-    for spans in spans_of(lines, known):
-        for span, own in own_seconds(spans):
-            seconds[span.part] += own / 1e9 / RUNS
-            times[span.part] += 1 / RUNS
-    return seconds, times
+    spans = list(spans_of(lines, known))
+    shares = by_the_clock([(span, bool(span.part in known and known[span.part].products)) for span in spans])
+    return {name: own / 1e9 / RUNS for name, own in shares.items()}, {
+        name: count / RUNS for name, count in Counter(span.part for span in spans).items()
+    }
 
 
-def spans_of(lines: Sequence[Sequence[tuple[float, float, str]]], known: Container[str]) -> Iterator[list[Span]]:
-    """Of each thread's events (start, end, name) those of operations; what goes on after its call ends at its "end: ".
+def spans_of(lines: Sequence[Sequence[tuple[float, float, str]]], known: Mapping[str, Operation]) -> Iterator[Span]:
+    """Of threads' events (start, end, name) those of operations; a product that goes on after its call ends at "end: ".
 
-    That is an event of its own, perhaps of another thread.
+    That is an event of its own, perhaps of another thread. Of other operations it may stand after a wait for a thread.
     """
-    ends: dict[str, list[float]] = defaultdict(list)
+    moments: dict[str, list[float]] = defaultdict(list)
     for start, _, name in sorted(event for line in lines for event in line):
-        if name.startswith("end: "):
-            ends[name.removeprefix("end: ")].append(start)
-    starts: dict[str, list[float]] = defaultdict(list)
-    for start, _, name in sorted(event for line in lines for event in line if event[2] in ends):
-        starts[name].append(start)
+        moments[name].append(start)
 
-    def after(moments: list[float], start: float) -> float:
-        return next(iter(moments[bisect.bisect(moments, start) :]), math.inf)
+    def after(name: str, start: float) -> float:
+        return next(iter(moments[name][bisect.bisect(moments[name], start) :]), math.inf)
 
-    def end_of(start: float, end: float, name: str) -> float:
-        later = after(ends[name], start)
-        return later if end < later < after(starts[name], start) else end
+    for start, end, name in (event for line in lines for event in line):
+        if name in known and end > start:
+            later = after(f"end: {name}", start) if known[name].products else math.inf
+            yield Span(start, later if end < later < after(name, start) else end, name)
 
-    for line in lines:
-        yield [
-            Span(start, end_of(start, end, name), name) for start, end, name in line if name in known and end > start
-        ]
+
+def by_the_clock(spans: Iterable[tuple[Span, bool]]) -> dict[str, float]:
+    """Name → its share of the time from first to last: an instant is its products' if any is at work, in equal shares.
+
+    Else it is that of whatever is at work, and if nothing is, of "".
+    """
+    found: dict[str, float] = defaultdict(float)
+    at_work: tuple[Counter[str], Counter[str]] = Counter(), Counter()
+    changes = sorted(
+        (moment, change, span.part, first)
+        for span, first in spans
+        for moment, change in ((span.start, 1), (span.end, -1))
+    )
+    for (start, change, name, first), (end, *_) in itertools.pairwise([*changes, changes[-1]]):
+        at_work[first][name] += change
+        names = [*at_work[True].elements()] or [*at_work[False].elements()] or [""]
+        for shared in names:
+            found[shared] += (end - start) / len(names)
+    return found
 
 
 def seconds_alone(product: Product) -> float:
@@ -210,11 +224,11 @@ def report(program: jax.stages.Compiled, run: Callable[[], Any], flops: float, s
     kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     groups: dict[tuple[Product, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name, own in taken.items():
-        operation = known[name]
+        operation = known.get(name, BETWEEN)
         kinds[operation.kind][0] += own
-        kinds[operation.kind][1] += times[name] * sum(product.flops for product in operation.products)
+        kinds[operation.kind][1] += times.get(name, 0) * sum(product.flops for product in operation.products)
         groups[operation.products][0] += own
-        groups[operation.products][1] += times[name]
+        groups[operation.products][1] += times.get(name, 0)
     total = sum(own for own, _ in kinds.values())
     rows = [
         (kind, f"{own * 1e3:.0f}", f"{own / total:.1%}", f"{done / own / 1e9:.0f}" if done else "")
@@ -232,7 +246,7 @@ def report(program: jax.stages.Compiled, run: Callable[[], Any], flops: float, s
     least = sum(count * sum(alone[product] for product in group) for group, (_, count) in groups.items())
     wall, rate = turns.median("run"), turns.rate()
     text.append(
-        f"{wall * 1e3:.0f} ms by the clock (operations {total * 1e3:.0f} ms, some side by side); utilisation "
+        f"{wall * 1e3:.0f} ms without the profiler, {total * 1e3:.0f} ms with it; utilisation "
         f"{flops / wall / rate:.3f} of {rate / 1e9:.0f} GFLOP/s. Nothing but its products, each as fast as alone: "
         f"{least * 1e3:.0f} ms, utilisation {flops / least / rate:.3f}."
     )
