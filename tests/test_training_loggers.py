@@ -17,9 +17,11 @@ BLOCK = 2**15
 STEPS = [2, 3, 4, 6, 8, 9, 10, 12]  # that a training of `test_training` reports
 
 
-def needs(module: str) -> pytest.MarkDecorator:
+def needs(module: str):
+    """Of a test that CI runs in its second round, which has the extras."""
     reason = f"needs {module}: pip install -e '.[{module}]'"
-    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=reason)
+    skip = pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=reason)
+    return lambda test: pytest.mark.slow(skip(test))
 
 
 @pytest.fixture
