@@ -104,7 +104,7 @@ def play(browser, address: str, clock: Clock, args: argparse.Namespace) -> None:
         picture = Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2])))
         picture.save(args.folder / "edited.png")
     left = picture.convert("RGB").resize((1, 1), Image.Resampling.BOX, box=(4, 12, 9, 20)).getpixel((0, 0))
-    print(f"the edited picture: {args.folder / 'edited.png'}, {picture.size}; its left, which was blue, is {left} (RGB)")
+    print(f"the edited picture: {args.folder / 'edited.png'}, {picture.size}; its left, blue before, is {left} (RGB)")
     keep(page, args, "tour_edit")
     page.fill("#edit-told textarea", "heart " * 400)
     page.click("#edit")

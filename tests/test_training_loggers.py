@@ -54,8 +54,10 @@ def logged(path: pathlib.Path) -> list[bytes]:
 
 def wandb_history(directory):
     """(id, [(step, loss)]) of every start, as their files have it."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # its process may still be writing the end of a run that is finished
     found = []
     for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
         histories = [record.history for record in map(Record.FromString, logged(path)) if record.HasField("history")]
