@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from inception_fixtures import random_images, write_weights
+from PIL import Image
 from pipeline_fixtures import ROOT, SMOKE, copy, done, files, run, sentence, smoke
 
 from ard_jax.captions.conditions import load_conditions
@@ -485,6 +486,17 @@ def test_settings_that_do_not_go_together(pipeline, network, tmp_path, monkeypat
 def test_references_that_cannot_be_made(network, tmp_path, name, overrides, said):
     ended = smoke("evaluate", tmp_path, *overrides, flags=["--make-reference", tmp_path / name])
     assert said in sentence(ended, "evaluate") and not (tmp_path / name).exists()
+
+
+def test_a_reference_of_a_folder_with_a_broken_picture_names_it(network, tmp_path):
+    pictures = tmp_path / "pictures" / "a"
+    pictures.mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(random_images(8, 1, seed=number)[0]).save(pictures / f"{number}.png")
+    (pictures / "1.png").write_bytes(b"broken")
+    given = ("data.source=folder", f"data.dir={pictures.parent}", "data.num_classes=1", "evaluate.weights=w.pth")
+    outcome = smoke("evaluate", tmp_path / "run", *given, flags=["--make-reference", tmp_path / "x.npz"])
+    assert str(pictures / "1.png") in sentence(outcome, "evaluate", last=True) and not (tmp_path / "x.npz").exists()
 
 
 # ----------------------------------------------------------------------------------------------------- several hosts
