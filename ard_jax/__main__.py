@@ -19,6 +19,7 @@ Stages, in the order of a run:
     plan           say what all of it will cost on a TPU slice, which it does not need (--topology, no --workdir)
 Several in one process, which starts and imports once:
     python -m ard_jax run STAGE[,STAGE…] ARGUMENTS [then STAGE[,STAGE…] ARGUMENTS] …
+Tab completion of stages, flags and settings: `eval "$(ard-jax completion bash)"`, or zsh.
 `python -m ard_jax STAGE --help` explains a stage; configs/ has the configs.
 """
 
@@ -44,6 +45,8 @@ def main(arguments: list[str]) -> int:
     stage, *rest = arguments
     if stage == "run":
         return run_in_turn(rest)
+    if stage == "completion":
+        return print_completion(*rest[:1])
     if stage not in STAGES:
         print(f"ard_jax: there is no stage {stage!r}: choose one of {', '.join(STAGES)}.", file=sys.stderr)
         return 2
@@ -82,6 +85,19 @@ def run_in_turn(arguments: list[str]) -> int:
         if status or command_line.stopped.is_set():
             return status
         jax.clear_caches()  # the next one has programs of its own, and wants the memory
+    return 0
+
+
+def print_completion(shell: str = "") -> int:
+    """Prints the script that completes this command in a shell; returns the exit status."""
+    from ard_jax.errors import UserError
+    from ard_jax.shell import script
+
+    try:
+        print(script(shell, STAGES, ALONE), end="")
+    except UserError as error:
+        print(f"ard_jax completion: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

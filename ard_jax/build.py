@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
+from ard_jax.chips import Chip, chip_of, fetches_slowly
 from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, Process
 from ard_jax.errors import UserError, settings_of
 from ard_jax.models import (
@@ -36,15 +38,29 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+def remat_policy(name: str, chip: Chip | None) -> str:
+    """What the backward pass keeps: "auto" is "full" on chips that compute faster than they fetch, else "dots"."""
+    if name == "auto":
+        return "full" if fetches_slowly(chip) else "dots"
+    return name
+
+
+def _fields(model: ml_collections.ConfigDict, keys: Sequence[str]) -> dict[str, Any]:
+    """Fields of a network that the config has under the same names, and what it keeps for the backward pass here."""
+    return {key: model[key] for key in keys} | {
+        "remat": remat_policy(model.remat, chip_of(jax.devices()[0].device_kind))
+    }
+
+
 def _make_dit(config: ml_collections.ConfigDict) -> DiT:
     model, data = config.model, config.data
     given = {key: model[key] for key in ("patch_size", "hidden_size", "depth", "num_heads")}
     sizes = size_fields(model.name) if model.name else given
     same: tuple[str, ...] = ("mlp_ratio", "learn_sigma", "label_init_std", "time_init_std", "frequency_shift")
-    same += ("mlp_norm_eps", "remat", "attention")
+    same += ("mlp_norm_eps", "attention")
     return DiT(
         **sizes,
-        **{key: model[key] for key in same},
+        **_fields(model, same),
         channels=data.channels,
         num_classes=data.num_classes,
         image_size=data.image_size,
@@ -58,10 +74,10 @@ def _make_pixart(config: ml_collections.ConfigDict) -> PixArt:
     keys += ("interpolation", "size_conditioning")
     given = {key: model[key] for key in keys} | {"image_size": data.image_size}
     sizes = pixart.size_fields(model.name) if model.name != "PixArt" else given
-    same = ("learn_sigma", "null_mask", "remat", "attention")
+    same = ("learn_sigma", "null_mask", "attention")
     return PixArt(
         **{**sizes, "caption_length": config.captions.length},
-        **{key: model[key] for key in same},
+        **_fields(model, same),
         channels=data.channels,
         pixels=pixart.LATENT_SIDE if data.space == "latent" else 1,
         dtype=compute_dtype(model.dtype),

@@ -78,23 +78,40 @@ def _check_finetune(config: ml_collections.ConfigDict) -> None:
     settings, depth = config.finetune, make_teacher(config).depth
     with settings_of("finetune.discriminator_optimizer"):
         make_optimizer(settings.discriminator_optimizer, settings.steps)
-    if settings.accumulate != 1:
-        raise UserError(
-            f"finetune.accumulate is {settings.accumulate}, but the discriminator's batch norm and the adaptive weight "
-            f"are of the whole batch: set it to 1, and model.remat to full or mesh.fsdp higher to save memory."
-        )
-    layers = tuple(settings.layers)
-    if len(set(layers)) < len(layers) or any(layer not in range(depth) for layer in layers):
-        raise UserError(
-            f"finetune.layers is {layers}, but the teacher has {depth} blocks: give different numbers from 0 to "
-            f"{depth - 1}, or () for all."
-        )
+    _check_judge("finetune", settings.accumulate, "finetune.layers", tuple(settings.layers), depth)
     if not is_student_name(settings.name) or settings.name == (settings.start or config.student.name):
         raise UserError(
             f"finetune.name is {settings.name!r}, which must name a student's folder and its place in results.json: "
             f"use letters, digits, '-' and '_', another name than that of the student that it starts from, and none of "
             f"{', '.join(RESERVED)}."
         )
+
+
+def _check_judge(stage: str, accumulate: int, key: str, layers: tuple[int, ...], depth: int) -> None:
+    """Raises UserError for a stage whose discriminator could not see whole batches, or blocks that are not there."""
+    if accumulate != 1:
+        raise UserError(
+            f"{stage}.accumulate is {accumulate}, but the discriminator's batch norm and the adaptive weight "
+            f"are of the whole batch: set it to 1, and model.remat to full or mesh.fsdp higher to save memory."
+        )
+    if len(set(layers)) < len(layers) or any(layer not in range(depth) for layer in layers):
+        raise UserError(
+            f"{key} is {layers}, but the teacher has {depth} blocks: give different numbers from 0 to {depth - 1}, or "
+            f"() for all."
+        )
+
+
+def _check_rivals(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for methods with other networks than the student that cannot be."""
+    settings, matching = config.distill, config.distill.distribution_matching
+    for method in ("distribution_matching", "trajectory_matching"):
+        _check_interval(settings[method].interval, f"distill.{method}.interval")
+        for name in (name for name in settings[method] if name.endswith("optimizer")):
+            with settings_of(f"distill.{method}.{name}"):
+                make_optimizer(settings[method][name], settings.steps)
+    if settings.objective == "distribution_matching" and matching.weight:
+        layers, depth = tuple(matching.layers), make_teacher(config).depth
+        _check_judge("distill", settings.accumulate, "distill.distribution_matching.layers", layers, depth)
 
 
 def _check_compare(config: ml_collections.ConfigDict) -> None:
@@ -124,9 +141,6 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
     for stage in ("teacher", "distill", "finetune"):
         with settings_of(f"{stage}.optimizer"):
             make_optimizer(config[stage].optimizer, config[stage].steps)
-    with settings_of("distill.distribution_matching.optimizer"):
-        make_optimizer(config.distill.distribution_matching.optimizer, config.distill.steps)
-    _check_interval(config.distill.distribution_matching.interval, "distill.distribution_matching.interval")
     _check_points(tuple(trajectories.points), diffusion.steps, "trajectories.points")
     _check_points(tuple(student.points), diffusion.steps, "student.points")
     teacher = make_teacher(config)
@@ -153,6 +167,7 @@ def validate(config: ml_collections.ConfigDict, platform: str | None = None) -> 
         raise UserError(
             "student.target is 'xt', but the store keeps no noisy points: set trajectories.keep_noisy=True."
         )
+    _check_rivals(config)
     _check_finetune(config)
     if not is_student_name(student.name):
         raise UserError(

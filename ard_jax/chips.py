@@ -55,6 +55,16 @@ KINDS = {
 }
 
 
+# Multiplications and additions a chip does while it fetches a byte, above which XL/2's step is faster if the backward
+# pass computes everything again, rather than keep matrix products and fetch them: planned with both, they cross at 300.
+FETCHES_SLOWLY = 300
+
+
+def fetches_slowly(chip: Chip | None) -> bool:
+    """Whether activations had better be computed again than fetched; of chips that are not known, no."""
+    return chip is not None and chip.flops / chip.hbm_bandwidth > FETCHES_SLOWLY
+
+
 def chip_of(device_kind: str) -> Chip | None:
     """The chip of a `jax.Device.device_kind`, None for one that is not in the table."""
     return next((CHIPS[name] for kind, name in KINDS.items() if device_kind.startswith(kind)), None)

@@ -183,6 +183,11 @@ def _flags_of(stage: str) -> Flags:
     return FLAGS.get(stage, WORKDIR)
 
 
+def stage_flags(stage: str) -> Flags:
+    """The flags of a stage, beside --config where it takes one; UserError if what it needs is not installed."""
+    return _stage_module(stage).FLAGS if stage in WITHOUT_CONFIG else _flags_of(stage)
+
+
 def _has_workdir(stage: str) -> bool:
     """Whether a stage that takes a config also takes a workdir."""
     return "--workdir" in _flags_of(stage)
@@ -302,6 +307,8 @@ def _set_up_jax(workdir: pathlib.Path | None) -> None:
     """Keeps compiled programs under the workdir, if there is one, unless JAX_COMPILATION_CACHE_DIR says where."""
     if workdir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
+        # all of them, not just those that take a second: the stages of a run have many small ones in common
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def parse_config(arguments: list[str], table: Flags = WORKDIR) -> tuple[Any, ...]:

@@ -117,13 +117,17 @@ PROCESS = NETWORK | STORE | SAMPLES
 SOLVER = TRAJECTORIES | STUDENTS | STORE | SAMPLES
 
 
-def _optimizer(changes: frozenset[str], learning_rate: float = 1e-4, clip: float = 1.0) -> dict[str, Setting]:
+def _optimizer(
+    changes: frozenset[str], learning_rate: float = 1e-4, clip: float = 1.0, name: str = "adamw"
+) -> dict[str, Setting]:
     """Rows of an optimiser of a network that is not averaged."""
     return {
-        "name": Setting("adamw", changes),  # one of training.state.OPTIMIZERS
+        "name": Setting(name, changes),  # one of training.state.OPTIMIZERS
+        # after the warm-up; more learns faster, too much diverges
         "learning_rate": Setting(learning_rate, changes, between(0, 1000), later="unfinished"),
         "schedule": Setting("constant", changes),  # or "cosine", falling to 0 at the last step
-        "warmup_steps": Setting(0, changes),
+        "warmup_steps": Setting(0, changes),  # first steps, in which the learning rate rises from 0; more is calmer
+        # pull of weights to 0; takes an optimiser that has it, such as adamw
         "weight_decay": Setting(0.0, changes, between(0, 1000)),
         "clip": Setting(clip, changes, later="unfinished"),  # global gradient norm; 0 for none
     }
@@ -140,17 +144,19 @@ def _averaged_optimizer(changes: frozenset[str]) -> dict[str, Setting]:
 # --------------------------------------------------------------------------------------------------------- the settings
 
 SETTINGS: dict[str, Any] = {
+    # of weights, shuffling, latents and trajectories; another gives another run as good
     "seed": Setting(0, ENCODED | TRAINED, SEEDS),
     "data": {
         "source": Setting("tfds", IMAGES),  # "digits", "tfds", "folder", "openmoji"; "imagefolder", "shapes"
         "name": Setting("", IMAGES),  # TFDS name
         "dir": Setting("", NOTHING),  # TFDS data_dir, or the folder of images; what lies there is told by data.json
-        "split": Setting("train", IMAGES),
+        "split": Setting("train", IMAGES),  # of TFDS or OpenMoji; other sources have train alone
         "image_size": Setting(32, PROCESS, at_least(1)),  # side of the network's input: pixels, or latents
-        "channels": Setting(4, PROCESS, at_least(1)),
+        "channels": Setting(4, PROCESS, at_least(1)),  # of the network's input: 1 grey, 3 colour, 4 or more of latents
         "num_classes": Setting(1000, PROCESS, at_least(0)),  # 0 for images with captions
         "caption_key": Setting("text", IMAGES),  # of metadata.jsonl, or a feature of TFDS
         "space": Setting("latent", NETWORK | SAMPLES),  # or "pixel"
+        # mirror half of the images in training; not for what has a left and a right
         "horizontal_flip": Setting(False, IMAGES),
     },
     "vae": {
@@ -163,37 +169,41 @@ SETTINGS: dict[str, Any] = {
         "source": Setting("data", CAPTIONS),
         "path": Setting("", NOTHING),  # text file, .jsonl, or TFDS data_dir; what is in it is told by its captions
         "name": Setting("", CAPTIONS),  # TFDS name
-        "split": Setting("train", CAPTIONS),
-        "prompts": Setting((), CAPTIONS),
+        "split": Setting("train", CAPTIONS),  # TFDS split
+        "prompts": Setting((), CAPTIONS),  # the captions themselves, for the source "prompts"
         "encoder": Setting("", NOTHING),  # folder of a pipeline or of a T5 v1.1, or "wordllama"; known by its hash
         "length": Setting(300, CAPTIONS, at_least(2)),  # tokens of a caption at most
         "cleaning": Setting("none", CAPTIONS),  # or "lower", "clean" as PixArt-α's
+        # of stored vectors; float32 keeps all bits in twice the space
         "dtype": Setting("bfloat16", CAPTIONS, STORED_TYPES),
         "batch_size": Setting(64, CAPTIONS, at_least(1)),  # captions a device encodes at a time
         "shard_size": Setting(512, CAPTIONS, at_least(1)),  # captions a file
     },
     "encode": {  # makes latents of images, which `data` then describes
         "source": Setting("folder", LATENTS),  # as in `data`, but of the images: "digits", "tfds" or "folder"
-        "name": Setting("", LATENTS),
-        "dir": Setting("", NOTHING),
-        "split": Setting("train", LATENTS),
-        "image_size": Setting(256, LATENTS, at_least(1)),  # pixels
+        "name": Setting("", LATENTS),  # TFDS name
+        "dir": Setting("", NOTHING),  # TFDS data_dir, or the folder of images
+        "split": Setting("train", LATENTS),  # TFDS split
+        "image_size": Setting(256, LATENTS, at_least(1)),  # side in pixels; twice it is four times the latents
         "horizontal_flip": Setting(True, LATENTS),  # two records an image: itself, then its mirror image
         "sample": Setting(True, LATENTS),  # latents drawn from the encoder's distribution; or its mean
-        "dtype": Setting("float16", LATENTS, STORED_TYPES),
+        "dtype": Setting("float16", LATENTS, STORED_TYPES),  # of stored latents; float32 takes twice the space
         "batch_size": Setting(64, LATENTS, at_least(1)),  # records a device encodes at a time
         "shard_size": Setting(4096, LATENTS, at_least(1)),  # records a file
     },
     "model": {
         "name": Setting("", NETWORK),  # a published size such as "DiT-XL/2", which sets the next four
+        # side of a token, in input pixels; twice it is a quarter of the tokens, and coarser
         "patch_size": Setting(2, NETWORK, at_least(1)),
-        "hidden_size": Setting(1152, NETWORK, at_least(1)),
-        "depth": Setting(28, NETWORK, at_least(1)),
-        "num_heads": Setting(16, NETWORK, at_least(1)),
-        "mlp_ratio": Setting(4.0, NETWORK, above(0)),
+        "hidden_size": Setting(1152, NETWORK, at_least(1)),  # width of a token; time and memory grow with its square
+        "depth": Setting(28, NETWORK, at_least(1)),  # layers; time and memory grow with it
+        "num_heads": Setting(16, NETWORK, at_least(1)),  # attention heads of a layer, which share its width
+        "mlp_ratio": Setting(4.0, NETWORK, above(0)),  # width of a layer's MLP over that of a token
+        # twice the output channels, as published weights have; the second half is not used
         "learn_sigma": Setting(True, NETWORK),
+        # spread of the label table at the start; more tells classes apart sooner
         "label_init_std": Setting(0.02, TEACHER, at_least(0)),
-        "time_init_std": Setting(0.02, TEACHER, at_least(0)),
+        "time_init_std": Setting(0.02, TEACHER, at_least(0)),  # the same of the network that takes the time
         # of the time's sinusoids: 0 as published, 1 in diffusers' DiT
         "frequency_shift": Setting(0.0, NETWORK, between(0, 127)),
         "mlp_norm_eps": Setting(1e-6, NETWORK, between(0, 1)),  # 1e-6 as published, 1e-5 in diffusers' DiT
@@ -203,14 +213,18 @@ SETTINGS: dict[str, Any] = {
         # of a PixArt alone: the mask of the empty caption, its "own" or that of the "caption" in whose place it is
         "null_mask": Setting("own", NETWORK),
         "dtype": Setting("auto", TRAINED),  # compute type: bfloat16 on accelerators, float32 on CPU; or either by name
-        "remat": Setting("none", NOTHING),  # or "dots", "full"
+        # or "dots", "full"; "auto" is full on chips that compute much faster than they fetch, else dots
+        "remat": Setting("none", NOTHING),
         # the device's fused kernel where it applies; or "xla", "cudnn", "splash"
         "attention": Setting("auto", NOTHING),
     },
     "diffusion": {
         "process": Setting("vp", PROCESS),  # the network predicts noise; or "flow": velocity
+        # vp only: noise levels of the training; more make the steps between finer
         "train_steps": Setting(1000, PROCESS, at_least(1)),
+        # vp only: noise added at the first level; more blurs the finest detail
         "beta_start": Setting(1e-4, PROCESS, between(0, 1)),
+        # vp only: at the last level; too little leaves the image visible there
         "beta_end": Setting(0.02, PROCESS, between(0, 1)),
         # vp only: respaced timesteps; or "leading", "trailing" in diffusers' words, "dpm" as its DPM-Solver has them
         "spacing": Setting("linspace", SOLVER),
@@ -218,26 +232,32 @@ SETTINGS: dict[str, Any] = {
         # flow only: network time 0 is noise and the velocity is x_0 − ε, as in SiT
         "reversed": Setting(False, PROCESS),
         "solver": Setting("ddim", SOLVER),  # or "heun", "dpm++2m"
+        # of the teacher's ODE; more are closer to its solution, and slower in proportion
         "steps": Setting(25, SOLVER, at_least(1)),
+        # 1 for none; more heeds the condition, at less variety
         "guidance_scale": Setting(1.5, SOLVER, between(0, 1000)),
         "guided_channels": Setting(3, SOLVER),  # 0 for all
+        # share of the way from data to noise that is guided; less is faster
         "guidance_interval": Setting((0.0, 1.0), SOLVER),
     },
     "teacher": {
         "dir": Setting("", NOTHING),  # a teacher trained elsewhere: the `teacher` folder of its workdir
+        # training steps; more take longer and draw better
         "steps": Setting(400_000, TEACHER, at_least(1), later="larger"),
-        "batch_size": Setting(256, TEACHER, at_least(1)),
+        "batch_size": Setting(256, TEACHER, at_least(1)),  # images a step, on all devices together
         "accumulate": Setting(1, NOTHING, at_least(1)),  # microbatches a step: less memory for the same batch
+        # share of conditions left out, from which guidance learns; 0 for none
         "label_dropout": Setting(0.1, TEACHER, between(0, 1)),
-        "checkpoint_every": Setting(5000, NOTHING, at_least(1)),
+        "checkpoint_every": Setting(5000, NOTHING, at_least(1)),  # steps; with fewer, less is lost by a crash
         "optimizer": _averaged_optimizer(TEACHER),
     },
     "trajectories": {
         "dir": Setting("", NOTHING),  # a store made elsewhere: the `trajectories` folder of its workdir
+        # more are less repeated in training, and take disk in proportion
         "count": Setting(2_560_000, TRAJECTORIES, at_least(1), later="larger"),
         "points": Setting((15, 10, 5, 0), TRAJECTORIES),  # respaced indices that are kept, counted down to the data
         "keep_noisy": Setting(False, TRAJECTORIES),  # keep the noisy points beside the x0-predictions
-        "dtype": Setting("float16", TRAJECTORIES, STORED_TYPES),
+        "dtype": Setting("float16", TRAJECTORIES, STORED_TYPES),  # of stored tensors; float32 takes twice the space
         "batch_size": Setting(64, NOTHING, at_least(1)),  # that a device solves at a time; another rounds otherwise
         "shard_size": Setting(4096, TRAJECTORIES, at_least(1)),  # trajectories a file
         # trajectories that leave [-max_abs, max_abs] are dropped; 0 keeps all
@@ -256,15 +276,17 @@ SETTINGS: dict[str, Any] = {
         "block_times": Setting((), STUDENTS | RESULTS),  # network time of each block; () for T·(S−b)/S
     },
     "distill": {
-        # or "progressive", "consistency", "distribution_matching", or your.own.module
+        # or "progressive", "consistency", "distribution_matching", "trajectory_matching", "mean_flow", or
+        # your.own.module
         "objective": Setting("ard", DISTILLED),
         # name of a student to start from, and in progressive distillation to learn from
         "start": Setting("", DISTILLED),
         "online": Setting(False, DISTILLED),  # solve the teacher inside the training step; no store is read
+        # training steps; more bring the student closer to its teacher
         "steps": Setting(300_000, DISTILLED, at_least(1), later="larger"),
-        "batch_size": Setting(64, DISTILLED, at_least(1)),
-        "accumulate": Setting(1, NOTHING, at_least(1)),
-        "checkpoint_every": Setting(5000, NOTHING, at_least(1)),
+        "batch_size": Setting(64, DISTILLED, at_least(1)),  # trajectories a step, on all devices together
+        "accumulate": Setting(1, NOTHING, at_least(1)),  # microbatches a step: less memory for the same batch
+        "checkpoint_every": Setting(5000, NOTHING, at_least(1)),  # steps; with fewer, less is lost by a crash
         "optimizer": _averaged_optimizer(DISTILLED),
         "consistency": {
             # steps of the teacher's that a trajectory has; 0 for the teacher's own number, made a multiple of the
@@ -280,16 +302,34 @@ SETTINGS: dict[str, Any] = {
             "grid": Setting(100, DISTILLED, at_least(1)),
             "interval": Setting((0.02, 0.98), DISTILLED),  # of these, those on this part of the way from data to noise
             "optimizer": _optimizer(DISTILLED),  # of the fake score
+            # of the discriminator's gradient over that of the scores, at the samples; 0 for no discriminator
+            "weight": Setting(1.0, DISTILLED, at_least(0)),
+            # as in `finetune`: blocks of the teacher that have a head, and where it sees images on the way to noise
+            "layers": Setting((), DISTILLED),
+            "feature_time": Setting(0.0, DISTILLED, between(0, 1)),  # share of the way at which it sees images
+            # with momentum the two run away from each other, see benchmarks/RESULTS.md
+            "discriminator_optimizer": _optimizer(DISTILLED, learning_rate=2e-3, clip=0.0, name="rmsprop"),
+        },
+        "trajectory_matching": {  # as in `distribution_matching`
+            "ratio": Setting(1, DISTILLED, at_least(1)),  # steps of the fake score to one of the student
+            "grid": Setting(100, DISTILLED, at_least(1)),  # times at which scores are compared
+            "interval": Setting((0.02, 0.98), DISTILLED),  # of these, those on this part of the way from data to noise
+            "optimizer": _optimizer(DISTILLED),  # of the fake score
+        },
+        "mean_flow": {  # as in `consistency`
+            "grid": Setting(0, DISTILLED, at_least(0)),  # steps of the teacher's that a trajectory has; 0 for its own
+            "huber": Setting(0.00054, DISTILLED, at_least(0)),  # constant of the distance; 0 for the mean square
         },
     },
     "finetune": {  # a trained student goes on, with a discriminator beside it
         "name": Setting("ard_adversarial", FINETUNED),  # its folder under distill/
         "start": Setting("", FINETUNED),  # name of the student that it starts from; "" for student.name
-        "steps": Setting(40_000, FINETUNED, at_least(1)),
+        "steps": Setting(40_000, FINETUNED, at_least(1)),  # training steps, warm-up and all
+        # trajectories and real images a step, each, on all devices together
         "batch_size": Setting(48, FINETUNED, at_least(1)),
         # no more: the discriminator's norm and the adaptive weight are of the whole batch
         "accumulate": Setting(1, FINETUNED, at_least(1)),
-        "checkpoint_every": Setting(5000, NOTHING, at_least(1)),
+        "checkpoint_every": Setting(5000, NOTHING, at_least(1)),  # steps; with fewer, less is lost by a crash
         # first steps, in which the discriminator learns and the student only regresses
         "warmup": Setting(3000, FINETUNED, at_least(0)),
         # of the adversarial gradient over the regression's, at the last head
@@ -304,9 +344,9 @@ SETTINGS: dict[str, Any] = {
     },
     "sample": {
         "models": Setting(("teacher", "ard"), REQUEST),  # "teacher", or names of students
-        "count": Setting(50_000, SAMPLES, at_least(1)),
+        "count": Setting(50_000, SAMPLES, at_least(1)),  # images of each model; distances of more are surer
         "batch_size": Setting(64, REQUEST, at_least(1)),  # a device
-        "seed": Setting(1, SAMPLES, SEEDS),
+        "seed": Setting(1, SAMPLES, SEEDS),  # of the noise, the same for all models
         # "uniform" or (): drawn uniformly, as papers have them; "balanced": each equally often, which scores a little
         # better; or numbers, in turn
         "labels": Setting((), SAMPLES, SOME_LABELS, any_type=True),
@@ -320,7 +360,7 @@ SETTINGS: dict[str, Any] = {
     },
     "evaluate": {
         "paired": Setting(512, RESULTS, at_least(1)),  # trajectories for the errors that are paired with the teacher
-        "pictures": Setting(16, RESULTS, at_least(1)),
+        "pictures": Setting(16, RESULTS, at_least(1)),  # trajectories, edits and neighbours that the report shows
         "feature_steps": Setting(600, RESULTS, at_least(1)),  # training steps of the small classifier
         "judge_steps": Setting(1000, RESULTS, at_least(1)),  # of the judge of captions, where there are such
         "neighbours": Setting(3, RESULTS, at_least(1)),  # of precision and recall
@@ -337,7 +377,7 @@ SETTINGS: dict[str, Any] = {
         # each by its own definition: or "clip_score", "pick_score", "hps_v2", "compbench_non_spatial"
         "clip_scores": Setting(("clip_similarity",), RESULTS),
     },
-    "report": {"title": Setting("ard_jax", NOTHING)},
+    "report": {"title": Setting("ard_jax", NOTHING)},  # what stands above the page
     "compare": {
         # by name, each as `method_defaults` says; all of them get the training FLOPs that the config's own student
         # would take, but for a fine-tune, which has its own number of steps
@@ -356,7 +396,10 @@ SETTINGS: dict[str, Any] = {
         "tensor": Setting(1, NOTHING),
     },
     "run": {  # how a run shows itself; may change between restarts
-        "log_every": Setting(100, NOTHING, at_least(1)),
+        "log_every": Setting(100, NOTHING, at_least(1)),  # steps from one line of metrics to the next
+        # steps after which a training draws the same few noises and conditions with what it has learned so far, as
+        # progress/STEP.png in its folder, for `loggers` and for the report; 0 for never
+        "sample_every": Setting(0, NOTHING, at_least(0)),
         "keep_checkpoints": Setting(2, NOTHING, at_least(0)),  # the newest of each training; 0 for all
         "keep_every": Setting(0, NOTHING, at_least(0)),  # and those whose step is a multiple of this; 0 for none
         # and, while `watch` looks on, the best by this metric; "frechet" is fid where that is measured, else fd

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 
 from ard_jax.errors import first_line
+from ard_jax.files import find_repository
 from ard_jax.version import __version__
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 NVIDIA = pathlib.Path("/proc/driver/nvidia/version")
 SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "libtpu")
 GIB = 2**30
@@ -86,7 +86,7 @@ def examine() -> Facts:
         writable=os.access(pathlib.Path.cwd(), os.W_OK),
         cache=os.environ.get("JAX_COMPILATION_CACHE_DIR", ""),
         missing={extra: [name for name in names if not _version(name)] for extra, names in extras().items()},
-        repository=(ROOT / "launch" / "quickstart.sh").is_file(),
+        repository=(find_repository() / "launch" / "quickstart.sh").is_file(),
         environment=told,
     )
 
@@ -125,7 +125,8 @@ def _version(name: str) -> str:
 
 def extras() -> dict[str, list[str]]:
     """The packages of each extra: of the repository's requirements/, or of what is installed where there is none."""
-    files = {extra: ROOT / "requirements" / f"{extra}.txt" for extra in USES}
+    root = find_repository()
+    files = {extra: root / "requirements" / f"{extra}.txt" for extra in USES}
     if all(path.is_file() for path in files.values()):
         return {extra: _names(path.read_text().splitlines()) for extra, path in files.items()}
     try:

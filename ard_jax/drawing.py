@@ -1,6 +1,8 @@
 """Samplers and decoders of a run's models, as the stages that draw, measure and plan share them."""
 
 import functools
+import logging
+import pathlib
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,13 +18,20 @@ from ard_jax.checks import listed_labels
 from ard_jax.conditions import Conditions, draw_numbers
 from ard_jax.data import Source, image_source
 from ard_jax.errors import UserError
-from ard_jax.models import AutoencoderKL, Condition, Network, count_parameters
+from ard_jax.files import to_host
+from ard_jax.models import AutoencoderKL, Backbone, Condition, Network, count_parameters
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.models.vae import to_images
-from ard_jax.parallel import in_turns, on_mesh, replicated_sharding
-from ard_jax.sampling import Rollout, draw_noise, network_calls, sample_teacher, sampling_key
-from ard_jax.types import Batch, Params
-from ard_jax.workdir import Loaded
+from ard_jax.parallel import batch_shards, in_turns, on_mesh, put_batch, replicated_sharding
+from ard_jax.report import image_grid
+from ard_jax.sampling import Rollout, Solve, draw_noise, network_calls, sample_teacher, sampling_key
+from ard_jax.training.pictures import Pictures
+from ard_jax.types import Batch, Params, PyTree
+from ard_jax.workdir import Loaded, find_vae, vae_folder
+
+log = logging.getLogger("ard_jax")
+
+SHOWN = 16  # images in a picture of a training
 
 # (params, noise, condition) → images or latents (batch, height, width, channel)
 Sampler = Callable[[Params, jax.Array, Condition], jax.Array]
@@ -47,6 +56,13 @@ def make_decoder(
     return functools.partial(decode, jax.device_put(params, replicated_sharding(mesh)))
 
 
+def teacher_sampler(teacher: Backbone, how: Solve) -> Sampler:
+    def sampler(params, noise, condition):
+        return sample_teacher(teacher, params, noise, condition, how).xt[:, -1]
+
+    return sampler
+
+
 class Drawable(NamedTuple):
     """A model as it is drawn from.
 
@@ -68,10 +84,7 @@ def drawable(config: ml_collections.ConfigDict, loaded: Loaded, is_teacher: bool
         how = make_solve(config)
         steps, calls = how.steps, network_calls(how)
         macs = calls * teacher_macs(model, shape)
-
-        def sampler(params, noise, condition):
-            return sample_teacher(model, params, noise, condition, how).xt[:, -1]
-
+        sampler = teacher_sampler(model, how)
     else:
         steps = calls = len(loaded.config.student.points)
         macs = rollout_macs(loaded.config, model)
@@ -101,6 +114,62 @@ def make_drawing(
         return sampler(params, noise, batch["condition"]), batch["label"], batch["index"]
 
     return drawn
+
+
+def numbered_batch(index: np.ndarray, numbers: np.ndarray, conditions: Conditions, mesh: Mesh) -> Batch:
+    """The batch that `make_drawing` takes, split over the mesh, each process putting its rows.
+
+    Args:
+        index: of the images' noises, (batch,).
+        numbers: of their conditions, (batch,).
+        conditions: what these stand for.
+        mesh: of devices.
+    """
+    index, numbers = (np.array_split(rows, jax.process_count())[jax.process_index()] for rows in (index, numbers))
+    return put_batch({"index": index, "label": numbers, "condition": conditions.rows(numbers)}, mesh)
+
+
+def in_order(images: PyTree, label: np.ndarray, index: np.ndarray) -> tuple[PyTree, np.ndarray]:
+    """Rows in the order of their indices: which host has which rows of a batch is up to the mesh."""
+    order = np.argsort(index)
+    return jax.tree.map(lambda rows: rows[order], images), label[order]
+
+
+def make_pictures(
+    sampler: Sampler, conditions: Conditions, config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh
+) -> Pictures | None:
+    """What a training draws of its network, by `run.sample_every`: noises 0 … 15, with conditions from first to last.
+
+    Args:
+        sampler: of the network.
+        conditions: that it is told.
+        config, workdir: of the run.
+        mesh: that the training has.
+
+    Returns:
+        None if nothing is to be drawn, or latents that there is no VAE for.
+
+    Raises:
+        UserError: what `find_vae` raises.
+    """
+    if not config.run.sample_every:
+        return None
+    vae = find_vae(config, workdir)
+    if config.data.space == "latent" and vae is None:
+        there = vae_folder(config, workdir)
+        log.warning("there is no VAE in %s, so no pictures are drawn: convert one, or set vae.dir.", there)
+        return None
+    drawn, decoder = make_drawing(sampler, config, mesh), make_decoder(vae, config, mesh)
+    index = np.arange(-(-SHOWN // batch_shards(mesh)) * batch_shards(mesh))  # every device has as many
+    batch = numbered_batch(index, index % SHOWN * conditions.for_training // SHOWN, conditions, mesh)
+
+    def draw(params: Params) -> np.ndarray:
+        images, *rest = drawn(params, batch)
+        levels, _ = to_levels(decoder(images) if decoder else images)
+        shown, _ = in_order(*map(to_host, (levels, *rest)))
+        return np.asarray(image_grid(shown[:SHOWN], columns=4).convert("RGB"))
+
+    return Pictures(draw, config.run.sample_every)
 
 
 @jax.jit

@@ -26,6 +26,16 @@ from ard_jax.types import PyTree
 
 log = logging.getLogger("ard_jax")
 
+PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+def find_repository() -> pathlib.Path:
+    """The folder that launch/, pipelines/ and requirements/ are in: what the package lies in, or, where that is
+    installed, the current folder; the former where neither is it.
+    """
+    places = (PACKAGE.parent, pathlib.Path.cwd())
+    return next((place for place in places if (place / "launch" / "quickstart.sh").is_file()), places[0])
+
 
 def local_path(path: str | os.PathLike) -> pathlib.Path:
     """A path as its user meant it: `~` is a home folder.

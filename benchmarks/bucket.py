@@ -30,8 +30,9 @@ from ard_jax.captions import store as captions_store
 from ard_jax.command_line import parse_flags, set_up_logging
 from ard_jax.conditions import Conditions, Labels, with_conditions
 from ard_jax.config import default_config
-from ard_jax.data import Source, image_source, stream
+from ard_jax.data import Source, image_source
 from ard_jax.data.memory import THREADS
+from ard_jax.data.stream import stream
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, local_path, write_npz
 from ard_jax.trajectories import store as trajectory_store

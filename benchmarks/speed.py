@@ -46,7 +46,7 @@ from ard_jax.chips import measured_matmul_rate
 from ard_jax.command_line import parse_flags, set_up_logging
 from ard_jax.conditions import Labels
 from ard_jax.config import default_config
-from ard_jax.data import stream
+from ard_jax.data.stream import stream
 from ard_jax.errors import UserError
 from ard_jax.models import DiT, init_from_teacher
 from ard_jax.models.backbone import REMAT_POLICIES

@@ -25,9 +25,11 @@ def get_config(argument: str = ""):
         config.trajectories.update(count=2048, points=EIGHT)
         # with x0 points, as the methods that it is compared with have; some 20 minutes a method and S on two cores
         config.distill.update(steps=500 * given["budget"], batch_size=32, checkpoint_every=250)
+        config.run.sample_every = 0  # its page shows no training
         config.sample.count = 1024 + 204
         config.compare.points = ((0,), (10, 0), (15, 10, 5, 0), EIGHT)
         config.compare.methods = compare_digits.get_config().compare.methods
+        config.compare.methods.matching.settings.distill.distribution_matching.layers = (0, 2, 4)  # of five blocks
         config.compare.methods.noisy = {
             "title": "ARD, noisy points",
             "steps": (2, 4),

@@ -24,9 +24,9 @@ def get_config(argument: str = ""):
     config = default_config()
     with config.unlocked():
         config.model.name = "DiT-XL/2"
-        # fits chips of 16 GB; nearly nothing is computed twice, the optimiser's state is split over eight chips, and
-        # where there are as many chips as rows, two share a layer
-        config.model.remat = "dots"
+        # fits chips of 16 GB; nearly nothing is computed twice but on v6e, whose memory is slow for its cores; the
+        # optimiser's state is split over eight chips, and where there are as many chips as rows, two share a layer
+        config.model.remat = "auto"
         config.mesh.update(data=1, fsdp=-1, tensor=-1)
         config.data.update(source="tfds", image_size=32, channels=4, num_classes=1000, space="latent")
         config.trajectories.points = POINTS[4]  # one store serves students of several S

@@ -45,6 +45,7 @@ def get_config(argument: str = ""):
         config.student.mask = "diagonal" if student.startswith("step") else "causal"
         config.distill.update(steps=1000, batch_size=128, checkpoint_every=500)
         config.distill.optimizer.update(name="muon", learning_rate=1e-3, schedule="cosine", warmup_steps=20, ema=0.995)
+        config.run.sample_every = 500
         config.sample.update(models=("teacher", student), count=2048, batch_size=64, grid=100)
         if not classes:  # and each of the held-out captions once
             config.sample.update(count=2048 + 204, held_out=204)
@@ -53,6 +54,7 @@ def get_config(argument: str = ""):
             config.trajectories.update(count=1024, batch_size=64)
             config.distill.update(steps=340, batch_size=16, checkpoint_every=170)
             config.sample.count = 460
+            config.run.sample_every = 0  # a sampler takes longer to compile than a hundredth of the training
             config.evaluate.update(paired=128, judge_steps=500)
         config.report.title = "OpenMoji, 32×32"
     return config

@@ -17,5 +17,5 @@ for student in "${students[@]}"; do
   commands+=(then distill --config "configs/digits.py:student=$student" --workdir "$workdir" "$@")
 done
 commands+=(then sample,evaluate,report --config configs/digits.py:student=ard --workdir "$workdir" "$@")
-"$python" -m ard_jax run "${commands[@]}" "--config.sample.models=('teacher', 'ard', 'step', 'ard_noisy', 'step_noisy')"
+"$python" -m "${ARD_MODULE:-ard_jax}" run "${commands[@]}" "--config.sample.models=('teacher', 'ard', 'step', 'ard_noisy', 'step_noisy')"
 echo "quickstart: $((SECONDS - started)) seconds; open $workdir/report/index.html"

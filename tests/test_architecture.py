@@ -26,7 +26,7 @@ FLOORS = (
     ("entries", "prompted"),
     ("stages",),
     ("command_line",),
-    ("sweep",),
+    ("shell", "sweep"),
     ("__main__", "__init__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -14,6 +15,7 @@ from ard_jax import command_line
 from ard_jax.__main__ import STAGES as ALL_STAGES
 from ard_jax.__main__ import main
 from ard_jax.results import read_results
+from ard_jax.stages import evaluate
 
 IMAGENET = str(ROOT / "configs" / "imagenet256.py")
 
@@ -80,7 +82,35 @@ def test_stages_in_turn_make_what_they_make_alone(pipeline, tmp_path):
     ]
     made, alone = done(workdir / "distill")["models"], done(pipeline / "distill")["models"]
     assert made["ard"]["sha256"] == alone["ard"]["sha256"] and set(made) == {"ard", "other"}
-    assert set(read_results(workdir).models) == {"teacher", "ard", "other"}
+    measured = read_results(workdir).models  # of two students at once
+    assert set(measured) == {"teacher", "ard", "other"}
+    for name in ("mse_per_step", "forced_mse", "given_psnr", "attention_mass"):
+        assert getattr(measured["ard"], name) == getattr(read_results(pipeline).models["ard"], name)
+
+
+def test_what_is_left_of_an_evaluation_that_ends_early_is_not_begun():
+    begun, first, rest = [], threading.Event(), threading.Event()
+
+    def work(number):
+        begun.append(number)
+        first.set()
+        rest.wait(60)
+
+    with pytest.raises(KeyboardInterrupt), evaluate._threads(1) as pool:
+        futures = [pool.submit(work, number) for number in range(2)]
+        futures[1].add_done_callback(lambda _: rest.set())
+        first.wait()
+        raise KeyboardInterrupt
+    assert begun == [0] and futures[1].cancelled()
+
+
+def test_all_programs_are_kept(tmp_path):
+    """Small ones too, which the stages of a run have in common."""
+    code = "import jax, pathlib, sys; from ard_jax import command_line as c; c._set_up_jax(pathlib.Path(sys.argv[1]))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    command = [sys.executable, "-c", f"{code}; jax.jit(lambda x: x + 1)(1.0)", tmp_path]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert [name for name in files(tmp_path) if name.startswith("compile_cache/") and "lambda" in name]
 
 
 def test_stages_in_turn_end_at_the_first_that_fails(workdir):

@@ -43,7 +43,8 @@ POSITIVE = {
 }
 OPTIMIZERS = (
     "teacher.optimizer", "distill.optimizer", "distill.distribution_matching.optimizer", "finetune.optimizer",
-    "finetune.discriminator_optimizer",
+    "finetune.discriminator_optimizer", "distill.distribution_matching.discriminator_optimizer",
+    "distill.trajectory_matching.optimizer",
 )  # fmt: skip
 RANGES = {
     "data.num_classes": (0, math.inf),
@@ -52,6 +53,7 @@ RANGES = {
     "run.keep_checkpoints": (0, math.inf),
     "sample.per_prompt": (0, math.inf),
     "run.keep_every": (0, math.inf),
+    "run.sample_every": (0, math.inf),
     "seed": (0, 2**31 - 1),
     "sample.seed": (0, 2**31 - 1),
     "model.label_init_std": (0, math.inf),
@@ -74,6 +76,12 @@ RANGES = {
     "distill.consistency.huber": (0, math.inf),
     "distill.distribution_matching.ratio": (1, math.inf),
     "distill.distribution_matching.grid": (1, math.inf),
+    "distill.distribution_matching.weight": (0, math.inf),
+    "distill.distribution_matching.feature_time": (0, 1),
+    "distill.trajectory_matching.ratio": (1, math.inf),
+    "distill.trajectory_matching.grid": (1, math.inf),
+    "distill.mean_flow.grid": (0, math.inf),
+    "distill.mean_flow.huber": (0, math.inf),
     "run.in_memory": (0, math.inf),
 }
 CHOICES = {
@@ -159,7 +167,8 @@ def test_what_samples_and_measurements_depend_on():
     sampled = but_for_dir("data") | {"vae.", "diffusion."}
     sampled |= {f"sample.{name}" for name in ("count", "seed", "labels", "held_out")}
     assert set(completion.SAMPLED) == sampled
-    assert set(completion.MEASURED) == sampled | but_for_dir("encode") | {"student.", "evaluate."}
+    measured = {key for key in ROWS if key.startswith("evaluate.")} - {"evaluate.draw"}  # the same either way
+    assert set(completion.MEASURED) == sampled | but_for_dir("encode") | {"student."} | measured
 
 
 def test_a_key_on_top_is_no_section():

@@ -90,14 +90,14 @@ def test_the_digits_methods_can_all_be_trained(quick, tmp_path):
         steps.setdefault(entry.method, []).append(entry.steps)
     assert steps == {
         "ard": [2, 4], "consistency": [1, 2, 4], "knowledge": [1], "matching": [1, 2, 4], "progressive": [8, 4, 2, 1],
-        "step": [2, 4], "adversarial": [4],
+        "step": [2, 4], "adversarial": [4], "mean_flow": [4], "trajectory": [4],
     }  # fmt: skip
     assert [name for name, entry in entries.items() if not entry.shown] == ["progressive_8"]
     starts = {name: entry.start for name, entry in entries.items() if entry.start}
     assert starts == {
         "adversarial_4": "ard_4", "progressive_4": "progressive_8", "progressive_2": "progressive_4",
         "progressive_1": "progressive_2", "matching_1": "consistency_1", "matching_2": "consistency_2",
-        "matching_4": "consistency_4",
+        "matching_4": "consistency_4", "trajectory_4": "mean_flow_4",
     }  # fmt: skip
 
 

@@ -17,17 +17,15 @@ from sklearn.datasets import load_digits
 
 from ard_jax.data import (
     InMemory,
-    Joined,
     center_crop,
     identify,
     image_source,
     in_memory,
     labels_and_images,
-    stream,
     to_uint8,
 )
 from ard_jax.data.memory import Readers
-from ard_jax.data.stream import AHEAD
+from ard_jax.data.stream import AHEAD, Joined, stream
 from ard_jax.errors import UserError
 
 

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 from pipeline_fixtures import ROOT, done, run
 
+from ard_jax.__main__ import STAGES
 from ard_jax.config import ROWS
 from ard_jax.files import read_json
+from ard_jax.shell import flags_of
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -54,10 +56,17 @@ def test_every_comment_of_the_settings_is_in_the_table(settings):
     assert not [said for said in comments if said.casefold() not in page]
 
 
+def test_no_setting_lacks_a_comment_of_its_own(settings):
+    """What is said of an optimiser is said before what is said of each of its rows."""
+    said = hook("config_reference").comments()
+    assert [key for key in ROWS if len(said.get(key, "").split()) < 2] == []
+    assert not [key for key, cells in settings[1].items() if not cells[1].strip()]
+
+
 def test_a_comment_is_of_its_own_row(settings):
     _, rows = settings
     assert "no more: the discriminator's norm" in rows["finetune.accumulate"][1]
-    assert not rows["finetune.checkpoint_every"][1].strip()
+    assert rows["finetune.checkpoint_every"][1].startswith("steps; with fewer, less is lost")
     assert rows["student.kind"][1].endswith("with fresh noise after each step")
     assert rows["run.keep_best"][1].startswith("and, while `watch` looks on")
     assert rows["run.poll"][1] == "seconds after which `watch` looks for checkpoints again"
@@ -88,6 +97,22 @@ def test_links_lead_somewhere_on_disk_and_in_the_menu_of_the_site(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     assert not [link for link in links if not link.startswith("https:") and not (DOCS / link).exists()]
     assert f": {page.name}\n" in (ROOT / "mkdocs.yml").read_text()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_commands_say_what_there_is_to_say(page):
+    """Those too that want weights or machines that are not here: a stage, its flags, settings and a config."""
+    lines = [
+        line for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL) for line in block.splitlines()
+    ]
+    for line in lines:
+        for said in re.findall(r"(?:^|&& )(?:python -m ard_jax|ard-jax) (.*)", line):
+            stage, *words = shlex.split(said, comments=True)
+            assert stage in (*STAGES, "completion"), line
+            known = [flag.rstrip("=") for flag in flags_of(stage)] if stage in STAGES else []
+            assert not [word for word in words if word.startswith("--") and word.partition("=")[0] not in known], line
+            configs = [word.partition(":")[0] for word in words if word.startswith("configs/")]
+            assert all((ROOT / config).is_file() for config in configs), line
 
 
 @pytest.mark.slow
@@ -129,6 +154,10 @@ def test_the_site_builds_strictly_and_asks_nothing_of_the_net(tmp_path):
         loaded += re.findall(r"<link[^>]*rel=[\"']?(?:stylesheet|icon|preconnect)[\"']?[^>]*>", text)
         assert loaded and not [where for where in loaded if "//" in where], name
     assert 'href="CONFIG.html"' in pages["index.html"]  # what is ard_jax/config.py on disk
+    found = read_json(tmp_path / "search" / "search_index.json")["docs"]
+    boosts = {entry["location"].partition("#")[0]: entry.get("boost", 1) for entry in found}
+    assert max(boosts, key=boosts.get) == "TROUBLESHOOTING.html"
+    assert not [location for location in boosts if location.startswith("source/ard_jax")]
     assert "teacher_forcing" in pages["source/ard_jax/objectives/ard.py.html"]
     for name in ("frechet_distance", "precision_recall", "Judge"):
         assert f'id="ard_jax.evaluation.{name}"' in pages["api/evaluation.html"]

@@ -80,7 +80,7 @@ def test_extras_are_those_of_the_requirements():
 
 
 def test_extras_of_an_installation_without_its_repository(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(doctor, "find_repository", lambda: tmp_path)
     required = ["jax>=0.10", 'gradio>=6; extra == "demo"', 'jax[tpu]; extra == "tpu"', "torch; extra == 'convert'"]
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: required)
     found = extras()

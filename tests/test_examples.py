@@ -2,17 +2,18 @@
 
 import base64
 import io
+import re
 
 import nbclient
 import nbformat
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline_fixtures import ROOT
+from pipeline_fixtures import ROOT, done
 
 from ard_jax import ARDPipeline
 
-NOTEBOOK = ROOT / "examples" / "pipeline.ipynb"
+NOTEBOOK, COLAB = (ROOT / "examples" / f"{name}.ipynb" for name in ("pipeline", "colab"))
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +70,48 @@ def test_it_shows_what_the_pipelines_make(cells, pipeline):
     np.testing.assert_array_equal(pictures(shown(cells["heun"]), 1, 3), np.stack(heun))
 
 
-def test_it_is_stored_without_outputs():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+SMALL = (
+    "trajectories.count=16", "trajectories.batch_size=16", "distill.steps=3", "distill.batch_size=4",
+    "distill.optimizer.warmup_steps=0",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_student_of_ones_own_from_the_shipped_teacher(tmp_path, monkeypatch):
+    """From what this machine is to the export, with nobody logged in."""
+    notebook = nbformat.read(COLAB, as_version=4)
+    for name in ("ARD_JAX_REPOSITORY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ARD_JAX_WORKDIR", str(tmp_path / "run"))
+    monkeypatch.setenv("ARD_JAX_SETTINGS", " ".join(f"--config.{setting}" for setting in SMALL))
+    monkeypatch.setenv("ARD_JAX_PUSH", "me/mine")
+    resources = {"metadata": {"path": COLAB.parent}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
+    assert said(cells["device"]) == "runtime: cpu\n" and said(cells["jax"]) == "jax works on: cpu\n"
+    assert said(cells["install"]) == "installed: everything is here already\n"
+    costs = re.findall(r"^([\w ]+): 4 pictures, (\d+) calls", said(cells["teacher"]), re.MULTILINE)
+    assert costs == [("Teacher", "48"), ("Shipped student", "4")]
+    assert done(tmp_path / "run" / "distill" / "ard")["step"] == 3
+    assert said(cells["look"]) == "rows: Teacher, Shipped student, Your student\n"
+    before, after = shown(cells["teacher"]), shown(cells["look"])
+    assert after.shape[1] == before.shape[1] and after.shape[0] > 1.3 * before.shape[0]  # a row more
+    exported = ARDPipeline.from_pretrained(tmp_path / "run" / "export" / "ard" / "pipeline")
+    assert said(cells["export"]).endswith(f"{exported}\n")
+    picture = shown(cells["export"])[::4, ::4]
+    np.testing.assert_array_equal(picture, np.asarray(exported("fire", seed=1).images[0]))
+    assert said(cells["push"]) == "not pushed: no token, so log in first\n"
+
+
+@pytest.mark.parametrize("path, cells", [(NOTEBOOK, 6), (COLAB, 8)], ids=lambda value: getattr(value, "stem", None))
+def test_they_are_stored_without_outputs(path, cells):
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert len(code) == 6 and not any(cell.outputs or cell.execution_count for cell in code)
+    assert len(code) == cells and not any(cell.outputs or cell.execution_count for cell in code)
+
+
+def test_the_one_on_digits_opens_what_the_quickstart_makes():
+    code = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
     assert '"../runs/quickstart"' in code[0].source and (ROOT / "launch" / "quickstart.sh").exists()

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from pipeline_fixtures import ROOT, copy, files, sentence, smoke
 
+from ard_jax import files as our_files
 from ard_jax.errors import UserError
-from ard_jax.files import locked, read_json, read_json_lines, require_finite, whole_folder, write_json
+from ard_jax.files import find_repository, locked, read_json, read_json_lines, require_finite, whole_folder, write_json
 from ard_jax.workdir import Done
 
 DAMAGE = {
@@ -152,3 +153,12 @@ def test_numbers_that_are_none_are_named(bad):
     require_finite("['a']", np.ones(3, np.float32))
     with pytest.raises(UserError, match=r"\['a'\] hold 1 numbers that are NaN or infinite, of 3"):
         require_finite("['a']", np.array([1, bad, 1], np.float32))
+
+
+def test_the_repository_of_an_installed_package_is_where_one_stands(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert find_repository() == ROOT  # that of this tree, wherever one stands
+    monkeypatch.setattr(our_files, "PACKAGE", tmp_path / "site-packages" / "ard_jax")
+    assert find_repository() == tmp_path / "site-packages"  # neither
+    monkeypatch.chdir(ROOT)
+    assert find_repository() == ROOT

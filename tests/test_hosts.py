@@ -13,11 +13,13 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from pipeline_fixtures import FOLDER, ROOT, SMOKE, copy, done, finish, process, smoke, write_classes
 
 from ard_jax import hosts
 from ard_jax.errors import UserError
 from ard_jax.hosts import ProcessPlace, check_same_settings, is_fresh, place_by_environment, place_by_flags
+from ard_jax.training.pictures import pictures_in
 
 TWO = ("localhost:1234", "2", "1")
 
@@ -160,7 +162,7 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-FIFTY = ("distill.steps=50", "distill.checkpoint_every=20", "run.log_every=1")
+FIFTY = ("distill.steps=50", "distill.checkpoint_every=20", "run.log_every=1", "run.sample_every=30")
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +187,11 @@ def test_a_pod_makes_what_one_process_makes(made_by_a_pod, pipeline, tmp_path):
     pods, ones = losses(made_by_a_pod / "distill" / "ard"), losses(tmp_path / "distill" / "ard")
     assert len(pods) == len(ones) == 50
     np.testing.assert_allclose(pods, ones, rtol=1e-6)
+    pods, ones = (pictures_in(workdir / "distill" / "ard") for workdir in (made_by_a_pod, tmp_path))
+    assert list(pods) == list(ones) == [0, 30, 50]
+    for step, path in pods.items():
+        difference = np.abs(np.asarray(Image.open(path)).astype(int) - np.asarray(Image.open(ones[step])))
+        assert difference.max() <= 1, step
     shutil.rmtree(tmp_path / "distill")
     copy(made_by_a_pod, tmp_path, "distill")
     assert smoke("sample", tmp_path, *FIFTY).status == 0

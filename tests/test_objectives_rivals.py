@@ -9,9 +9,30 @@ import numpy as np
 import optax
 import pytest
 from jaxprs import macs
-from networks import solve_of
 from pipeline_fixtures import copy, done, sentence, smoke
 from quick import quick_jit
+from rivals_fixtures import (
+    CLASSES,
+    KEY,
+    PARAMS,
+    PROCESSES,
+    ROWS,
+    SCALE,
+    SHAPE,
+    TEACHER,
+    Exact,
+    Toy,
+    at,
+    drawn,
+    float64,
+    given,
+    make_batch,
+    nodes_of,
+    noised,
+    predict,
+    row,
+    toy_output,
+)
 
 from ard_jax.checks import validate
 from ard_jax.config import default_config
@@ -19,7 +40,18 @@ from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, few_step_process
 from ard_jax.errors import UserError
 from ard_jax.models import DiT, parameter_shapes
 from ard_jax.models.flops import teacher_macs
-from ard_jax.objectives import STUDENT, Given, Joint, Method, consistency, distribution_matching, progressive
+from ard_jax.objectives import (
+    STUDENT,
+    Joint,
+    Method,
+    consistency,
+    distribution_matching,
+    mean_flow,
+    progressive,
+    scores,
+    trajectory_matching,
+)
+from ard_jax.objectives.adversarial import DISCRIMINATOR, judging_flops, make_judge
 from ard_jax.objectives.denoising import denoising
 from ard_jax.objectives.few_steps import draw_nodes
 from ard_jax.parallel import make_mesh
@@ -28,133 +60,10 @@ from ard_jax.training.state import init_state, make_step, optimizer_of
 
 OPTIMIZER = default_config().distill.optimizer.to_dict()
 
-KEY = jax.random.key(3)
-SHAPE, ROWS, CLASSES, SCALE = (2, 4, 1), 24, 3, 1.5
-PROCESSES = {"vp": LinearVP(), "flow": FlowMatching()}
-
-
-# ------------------------------------------------------------------------------------- networks of three numbers
-
-
-class Toy:
-    """a·x + b·t/1000 + c[label], the last c being the null class's."""
-
-    num_classes, channels, learn_sigma = CLASSES, 1, False
-
-    def unconditional(self, condition):
-        return jnp.full_like(condition, self.num_classes)
-
-    def apply(self, variables, x, t=None, y=None, method=None):
-        if method == "prepare":
-            return x
-        return toy_output(variables["params"], x, t, y, jnp)
-
-
-def toy_output(params, x, t, y, np=np):
-    by_label = np.asarray(params["c"])[y][:, None, None, None]
-    return params["a"] * x + params["b"] * np.reshape(t, (-1, 1, 1, 1)) / 1000 + by_label
-
-
-TEACHER = {"a": np.float32(0.7), "b": np.float32(0.2), "c": np.array([0.1, -0.3, 0.4, 0.05], np.float32)}
-PARAMS = {"a": np.float32(0.4), "b": np.float32(-0.5), "c": np.array([0.3, 0.2, -0.6, 9.0], np.float32)}
-
-
-class Exact:
-    """A network that knows that every image of a class is one number: its prediction of x_0, whatever it is shown."""
-
-    num_classes, channels, learn_sigma = CLASSES, 1, False
-
-    def unconditional(self, condition):
-        return jnp.full_like(condition, self.num_classes)
-
-    def __init__(self, process, velocity):
-        self.process, self.velocity = process, velocity
-
-    def apply(self, variables, x, t=None, y=None, method=None):
-        if method == "prepare":
-            return x
-        x0 = variables["params"]["c"][y][:, None, None, None]
-        ones = jnp.ones((len(x), 1, 1, 1))
-        alpha, sigma = self.process.noised(ones, 0 * ones, t), self.process.noised(0 * ones, ones, t)
-        noise = (x - alpha * x0) / sigma
-        return alpha * noise - sigma * x0 if self.velocity else noise
-
-
-def given(process, points, *, teacher=None, student=None, start=None, scale=SCALE, **more):
-    return Given(
-        student=student or Toy(),
-        teacher=teacher or Toy(),
-        solve=solve_of(5, scale, 0, process=process),
-        shape=SHAPE,
-        points=points,
-        target="x0",
-        columns=(0, 2),
-        start=start,
-        max_abs=0.0,
-        seed=0,
-        **({"kind": "stochastic", "options": {}} | more),
-    )
-
 
 @pytest.fixture(scope="module")
 def batch():
-    rng = np.random.default_rng(0)
-    return {
-        "noise": rng.normal(size=(ROWS, *SHAPE)).astype(np.float32),
-        "x0": rng.uniform(-1, 1, (ROWS, 3, *SHAPE)).astype(np.float16),
-        "condition": rng.integers(0, CLASSES, ROWS).astype(np.int32),
-        "position": rng.choice(1000, ROWS, replace=False).astype(np.int32),
-    }
-
-
-# ---------------------------------------------------------------------------------- the same in NumPy and float64
-
-
-def nodes_of(process, steps):
-    """α and σ of the few-step grid's nodes and of the data, and the nodes' times."""
-    if isinstance(process, FlowMatching):
-        t = 1 - np.arange(steps + 1) / steps
-        return 1 - t, t, 1000 * t[:-1]
-    times = 1000 * (steps - np.arange(steps)) // steps - 1
-    signal = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[times]
-    return np.append(np.sqrt(signal), 1.0), np.append(np.sqrt(1 - signal), 0.0), times
-
-
-def row(values, node):
-    return np.asarray(values, np.float64)[node][:, None, None, None]
-
-
-def predict(process, params, x, y, alpha, sigma, times, *, velocity, scale=1.0):
-    """x̂_0 and ε̂, guided."""
-    null = np.full_like(y, CLASSES)
-    output = toy_output(params, x, times, null)
-    output = output + scale * (toy_output(params, x, times, y) - output)
-    if isinstance(process, FlowMatching):
-        return x - sigma * output, x + alpha * output
-    if velocity:
-        return alpha * x - sigma * output, sigma * x + alpha * output
-    return (x - sigma * output) / alpha, output
-
-
-def at(process, steps, params, x, y, node, **how):
-    """`predict` at nodes of the grid."""
-    alpha, sigma, times = nodes_of(process, steps)
-    times = np.append(times, 0)[node]
-    return predict(process, float64(params), x, y, row(alpha, node), row(sigma, node), times, **how)
-
-
-def float64(tree):
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
-
-
-def noised(process, steps, x0, noise, node):
-    alpha, sigma, _ = nodes_of(process, steps)
-    return row(alpha, node) * x0 + row(sigma, node) * noise
-
-
-def drawn(key, batch, nodes):
-    node, noise = draw_nodes(key, batch["position"], nodes, SHAPE)
-    return np.asarray(node), np.asarray(noise, np.float64)
+    return make_batch()
 
 
 # ------------------------------------------------------------------------------------------------- states at nodes
@@ -310,7 +219,7 @@ def test_the_consistency_target_follows_the_student_once_a_step(batch):
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 def test_at_the_data_every_student_gives_back_what_it_sees(process, batch):
-    grid = consistency.fine_grid(given(process, (1, 0), options=OPTIONS))
+    grid = consistency.fine_grid(given(process, (1, 0), options=OPTIONS), "consistency")
     wild = jax.tree.map(lambda leaf: 100 * leaf, PARAMS)
     see = teacher_predictor(Toy(), wild, batch["condition"], grid, few_step_process(process), NO_GUIDANCE)
     x = jnp.asarray(batch["noise"])
@@ -321,7 +230,7 @@ def test_at_the_data_every_student_gives_back_what_it_sees(process, batch):
 @pytest.mark.parametrize("points, grid, steps", [((0,), 0, 5), ((1, 0), 0, 6), ((3, 2, 1, 0), 0, 8), ((1, 0), 4, 4)])
 def test_the_consistency_grid_has_the_nodes_that_sampling_visits(points, grid, steps):
     for process in PROCESSES.values():
-        fine = consistency.fine_grid(given(process, points, options=OPTIONS | {"grid": grid}))
+        fine = consistency.fine_grid(given(process, points, options=OPTIONS | {"grid": grid}), "consistency")
         own = few_step_process(process).grid(len(points))
         stride = steps // len(points)
         assert len(fine.times) == steps + 1 and fine.times[-1] == process.data_time
@@ -331,40 +240,64 @@ def test_the_consistency_grid_has_the_nodes_that_sampling_visits(points, grid, s
 
 # --------------------------------------------------------------------------------------- distribution matching
 
-MATCHING = {"ratio": 1, "grid": 50, "interval": (0.1, 0.9)}
+MATCHING = {"ratio": 1, "grid": 50, "interval": (0.1, 0.9), "weight": 0.0, "optimizer": OPTIMIZER}
 FAKE = jax.tree.map(lambda leaf: 0.8 * leaf, TEACHER)
 
 
+@pytest.mark.parametrize("kind", ["stochastic", "deterministic"])
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-def test_the_gradients_of_distribution_matching(process, batch):
-    method = distribution_matching.distribution_matching(given(process, (1, 0), options=MATCHING))
+def test_a_student_is_trained_at_the_states_of_its_own_rollout(process, kind, batch):
+    built, seen = given(process, (3, 2, 1, 0), kind=kind), set()
+    noise = drawn(jax.random.split(KEY)[0], batch, range(1))[1]
+    points = student_rollout(kind, Toy(), 4, process)(PARAMS, jnp.asarray(noise, jnp.float32), batch["condition"])
+    for step in range(12):
+        x, node = scores.own_state(built, PARAMS, batch, KEY, jnp.int32(step))
+        says = scores.few_step_predictor(built, PARAMS, batch)[0](x, node).x0
+        np.testing.assert_allclose(says, points[:, node], rtol=1e-5, atol=1e-5)
+        seen.add(int(node))
+    assert seen == {0, 1, 2, 3}
+
+
+def matched(process, x0, given_noise, score_node, y):
+    """The gradient at the student's samples and what the scores are shown, in NumPy."""
+    grid = process.grid(50)
+    a, s = row(grid.alpha, score_node), row(grid.sigma, score_node)
+    shown = a * x0 + s * given_noise
+    fake, real = (
+        predict(process, float64(params), shown, y, a, s, grid.times[score_node], velocity=False, scale=scale)[0]
+        for params, scale in ((FAKE, 1.0), (TEACHER, SCALE))
+    )
+    return (fake - real) / np.abs(x0 - real).mean(axis=(1, 2, 3), keepdims=True) / x0.size, shown
+
+
+def pulled(process, steps, x, y, node, change):
+    """The gradient of the Toy student whose x_0 at a node gets `change`: ∂x̂_0/∂v is −σ."""
+    _, sigma, times = nodes_of(process, steps)
+    pull = -sigma[node] * change
+    gradient = {"a": np.sum(pull * x), "b": np.sum(pull) * times[node] / 1000, "c": np.zeros(CLASSES + 1)}
+    np.add.at(gradient["c"], y, pull.sum(axis=(1, 2, 3)))
+    return gradient
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_the_gradients_of_distribution_matching(process, step, batch):
+    built = given(process, (1, 0), options=MATCHING)
+    method, step = distribution_matching.distribution_matching(built), jnp.int32(step)
     networks = {STUDENT: PARAMS, "fake": FAKE}
-    gradient, memory, metrics = method.gradients(networks, None, TEACHER, batch, KEY, jnp.int32(0))
-    input_key, score_key, fake_key = jax.random.split(KEY, 3)
-    # the student, from the teacher's noised samples
-    node, noise = drawn(input_key, batch, range(2))
-    y, x0 = batch["condition"], batch["x0"][:, 2].astype(np.float64)
-    x = noised(process, 2, x0, noise, node)
-    alpha, sigma, times = nodes_of(process, 2)
-    images = at(process, 2, PARAMS, x, y, node, velocity=True)[0]
+    gradient, memory, metrics = method.gradients(networks, None, TEACHER, batch, KEY, step)
+    input_key, score_key, fake_key, _ = jax.random.split(KEY, 4)
+    x, node = (np.asarray(part) for part in scores.own_state(built, PARAMS, batch, input_key, step))
+    y, nodes = batch["condition"], np.full(ROWS, node)
+    images = at(process, 2, PARAMS, x.astype(np.float64), y, nodes, velocity=True)[0]
     # both scores, at the teacher's own grid
     grid = process.grid(50)
     way = grid.times / process.noise_time
     allowed = np.flatnonzero((way >= 0.1) & (way <= 0.9))
     score_node, score_noise = drawn(score_key, batch, range(allowed[0], allowed[-1] + 1))
     assert set(score_node) <= set(allowed) and len(set(score_node)) > 10
-    a, s = row(grid.alpha, score_node), row(grid.sigma, score_node)
-    shown = a * images + s * score_noise
-    fake, real = (
-        predict(process, float64(params), shown, y, a, s, grid.times[score_node], velocity=False, scale=scale)[0]
-        for params, scale in ((FAKE, 1.0), (TEACHER, SCALE))
-    )
-    change = (fake - real) / np.abs(images - real).mean(axis=(1, 2, 3), keepdims=True) / images.size
-    # ∂x̂_0/∂v is −σ
-    pull = -row(sigma, node) * change
-    expected = {"a": np.sum(pull * x), "b": np.sum(pull * row(times, node) / 1000), "c": np.zeros(CLASSES + 1)}
-    np.add.at(expected["c"], y, pull.sum(axis=(1, 2, 3)))
-    for name, value in expected.items():
+    change, _ = matched(process, images, score_noise, score_node, y)
+    for name, value in pulled(process, 2, x, y, node, change).items():
         np.testing.assert_allclose(gradient[STUDENT][name], value, rtol=1e-3, atol=1e-5)
     # the fake score learns to denoise those very images
     rows = {"image": jnp.asarray(images, jnp.float32), "condition": y, "position": batch["position"]}
@@ -386,11 +319,11 @@ def test_a_student_that_matches_gets_no_gradient(batch):
 
 def test_the_matching_gradient_points_from_real_to_fake_and_is_normalised():
     images, real, fake = (jnp.full((2, *SHAPE), value) for value in (0.0, 0.4, 0.1))
-    change = distribution_matching.matching_gradient(fake, real, images)
+    change = scores.matching_gradient(fake, real, images)
     np.testing.assert_allclose(change, (0.1 - 0.4) / 0.4, rtol=1e-6)  # descent raises the images, towards the real
-    both = distribution_matching.matching_gradient(10 * fake, 10 * real, 10 * images)
+    both = scores.matching_gradient(10 * fake, 10 * real, 10 * images)
     np.testing.assert_allclose(both, change, rtol=1e-6)  # however large the errors are at that time
-    assert not np.any(distribution_matching.matching_gradient(real, real, real))
+    assert not np.any(scores.matching_gradient(real, real, real))
 
 
 def test_between_its_moves_the_student_gets_no_gradient_but_the_fake_score_does(batch):
@@ -443,6 +376,206 @@ def test_scores_need_a_time(interval, grid):
         distribution_matching.build(real_given("stochastic", **MATCHING | {"interval": interval, "grid": grid}))
 
 
+def test_the_discriminator_s_share_of_a_gradient():
+    change, other = jnp.array([[3.0, 0.0], [0.0, 4.0]]), jnp.array([[0.0, 0.2], [0.0, 0.0]])
+    np.testing.assert_allclose(distribution_matching.add_in_proportion(change, other, 2.0), [[3, 10], [0, 4]])
+    np.testing.assert_allclose(distribution_matching.add_in_proportion(change, 0 * other, 2.0), change)
+
+
+@pytest.mark.slow
+def test_the_discriminator_pushes_samples_to_where_it_takes_them_for_real(networks, records):
+    """Beside the scores' gradient the student gets that of −E D at its samples, in proportion, and D the hinge's."""
+    model, params = networks
+    far = jax.tree.map(lambda leaf: 0.9 * leaf, params)  # a fake score that differs from the teacher
+
+    def run(weight):
+        options = DEFAULTS.distribution_matching.to_dict() | {"ratio": 1, "weight": weight, "layers": (1,)}
+        built = real_given("stochastic", **options)
+        method = distribution_matching.build(built)
+        others, vectors = jax.jit(method.begin)(params, params, KEY)
+        both = {STUDENT: params, **others, "fake": far}
+        batch = beside_real(records) if method.real else records
+        gradient, after, _ = quick_jit(method.objective.gradients)(both, vectors, params, batch, KEY, jnp.int32(0))
+        return built, others, vectors, gradient, after
+
+    alone = run(0.0)[3]
+    assert alone.keys() == {STUDENT, "fake"}
+    built, others, vectors, gradient, after = run(2.0)
+    assert gradient.keys() == {STUDENT, "fake", DISCRIMINATOR}
+    pushed = jax.tree.map(jnp.subtract, gradient[STUDENT], alone[STUDENT])
+    judge = make_judge(model, (1,), LinearVP(), 0.0)
+    input_key, _, _, judge_key = jax.random.split(KEY, 4)
+    x, node = scores.own_state(built, params, records, input_key, jnp.int32(0))
+    real_key, fake_key = jax.random.split(judge_key)
+
+    def logits(heads, images, key):
+        seen = judge.features(params, images, records["condition"], key, records["position"])
+        return judge.logits(heads, after, *seen)
+
+    @quick_jit
+    @jax.grad
+    def generator(student):
+        images = scores.few_step_predictor(built, student, records)[0](x, node).x0
+        return -jnp.mean(logits(others[DISCRIMINATOR], images, fake_key))
+
+    @quick_jit
+    @jax.grad
+    def hinge(heads):
+        images = scores.few_step_predictor(built, params, records)[0](x, node).x0
+        real, fake = logits(heads, records["x0"][:, 0], real_key), logits(heads, images, fake_key)
+        return jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))
+
+    expected = generator(params)
+    cosine = optax.tree.vdot(pushed, expected) / optax.tree.norm(pushed) / optax.tree.norm(expected)
+    assert cosine == pytest.approx(1, abs=1e-4)
+    heads = hinge(others[DISCRIMINATOR])
+    difference = jax.tree.map(jnp.subtract, gradient[DISCRIMINATOR], heads)
+    assert optax.tree.norm(difference) < 1e-3 * optax.tree.norm(heads)
+    assert not np.array_equal(after["u"]["pointwise"], vectors["u"]["pointwise"])  # which turn once a step
+
+
+# ---------------------------------------------------------------------------------------- trajectory matching
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_noise_is_mixed_as_the_process_would_go_on(process):
+    built = given(process, (1, 0), kind="deterministic", options=MATCHING)
+    own, fresh, x0 = (np.random.default_rng(seed).normal(size=(ROWS, *SHAPE)).astype(np.float32) for seed in range(3))
+    fine, steps = process.grid(50), few_step_process(process).grid(2)
+    later = np.arange(ROWS) % 20 + 3  # of the first step, nearer to the noise than node 1
+    mixed, weight = trajectory_matching.mix_noise(jnp.asarray(own), jnp.asarray(fresh), steps, 1, fine, later)
+    arrived = steps.alpha[1] * x0 + steps.sigma[1] * own
+    ratio = row(fine.alpha, later) / steps.alpha[1]
+    added = np.sqrt(row(fine.sigma, later) ** 2 - (ratio * steps.sigma[1]) ** 2)
+    shown = row(fine.alpha, later) * x0 + row(fine.sigma, later) * np.asarray(mixed, np.float64)
+    np.testing.assert_allclose(shown, ratio * arrived + added * fresh, rtol=1e-4, atol=1e-5)
+    lengths = [np.mean(np.asarray(part, np.float64) ** 2, axis=(1, 2, 3)) for part in (mixed, fresh)]
+    np.testing.assert_allclose(weight, np.exp(-lengths[0] / 2) / np.exp(-lengths[1] / 2), rtol=1e-4)
+    # after the last step there is no noise of the student's own
+    last, weight = trajectory_matching.mix_noise(jnp.asarray(own), jnp.asarray(fresh), steps, 2, fine, later)
+    np.testing.assert_allclose(last, fresh, rtol=1e-6)
+    np.testing.assert_allclose(weight, 1, rtol=1e-6)
+    spans = trajectory_matching.spans_of_steps(built, fine)
+    noise, ends = (np.arctan2(part.sigma, part.alpha) for part in (fine, steps))
+    assert spans.shape == (2, 2) and spans[0, 1] <= spans[1, 0] + 1
+    for (first, stop), start, end in zip(spans, ends[:-1], ends[1:], strict=True):
+        assert stop - first > 10 and np.all((noise[first:stop] <= start) & (noise[first:stop] >= end))
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_the_gradients_of_trajectory_matching(process, step, batch):
+    built = given(process, (1, 0), kind="deterministic", options=MATCHING)
+    method, step = trajectory_matching.trajectory_matching(built), jnp.int32(step)
+    networks = {STUDENT: PARAMS, "fake": FAKE}
+    gradient, memory, metrics = method.gradients(networks, None, TEACHER, batch, KEY, step)
+    input_key, score_key = jax.random.split(KEY)
+    x, node = (np.asarray(part) for part in scores.own_state(built, PARAMS, batch, input_key, step))
+    y, grid = batch["condition"], process.grid(50)
+    x0, epsilon = at(process, 2, PARAMS, x.astype(np.float64), y, np.full(ROWS, node), velocity=True)
+    later, fresh = drawn(score_key, batch, range(*trajectory_matching.spans_of_steps(built, grid)[node]))
+    steps = few_step_process(process).grid(2)
+    kept = row(grid.alpha, later) / steps.alpha[node + 1] * steps.sigma[node + 1]
+    mixed = (kept * epsilon + np.sqrt(row(grid.sigma, later) ** 2 - kept**2) * fresh) / row(grid.sigma, later)
+    change, shown = matched(process, x0, mixed, later, y)
+    for name, value in pulled(process, 2, x, y, node, change).items():
+        np.testing.assert_allclose(gradient[STUDENT][name], value, rtol=2e-3, atol=1e-5)
+
+    def loss(params):
+        error = toy_output(params, shown, grid.times[later], y) - process.target(x0, mixed)
+        lengths = [np.mean(part**2, axis=(1, 2, 3)) for part in (mixed, fresh)]
+        return np.mean(np.exp((lengths[1] - lengths[0]) / 2) * np.mean(error**2, axis=(1, 2, 3)))
+
+    assert metrics["loss"] == pytest.approx(loss(float64(FAKE)), rel=1e-3) and memory is None
+    for name in ("a", "b"):
+        up, down = (float64(FAKE) | {name: FAKE[name] + by} for by in (1e-4, -1e-4))
+        slope = (loss(up) - loss(down)) / (up[name] - down[name])
+        assert gradient["fake"][name] == pytest.approx(slope, rel=2e-3, abs=1e-5)
+
+
+def test_a_trajectory_that_matches_gets_no_gradient(batch):
+    built = given(LinearVP(), (1, 0), kind="deterministic", scale=1.0, options=MATCHING)
+    method = trajectory_matching.trajectory_matching(built)
+
+    def student(fake):
+        networks = {STUDENT: PARAMS, "fake": fake}
+        return method.gradients(networks, None, TEACHER, batch, KEY, jnp.int32(0))[0][STUDENT]
+
+    assert optax.tree.norm(student(TEACHER)) == 0 and optax.tree.norm(student(FAKE)) > 1e-3
+
+
+def test_every_step_of_trajectory_matching_needs_a_time():
+    with pytest.raises(UserError, match="of which no time in its interval lies in one of the student's 3 steps: raise"):
+        options = MATCHING | {"grid": 4}
+        trajectory_matching.build(real_given("deterministic", points=(2, 1, 0), **options))
+
+
+# -------------------------------------------------------------------------------------------------- mean flow
+
+
+@pytest.mark.parametrize("straight", [True, False], ids=["straight", "circle"])
+def test_mean_velocities_add_up_between_gaussians(straight):
+    """Of data N(0, s²) trajectories are x ∝ √(α²s² + σ²): the exact mean velocity is known, and its limit; float64."""
+    with jax.enable_x64():
+        s, r, t = 0.5, 0.2, jnp.float64(0.8 if straight else 1.1)
+
+        def width(t):
+            alpha, sigma = (1 - t, t) if straight else (jnp.cos(t), jnp.sin(t))
+            return jnp.sqrt(alpha**2 * s**2 + sigma**2)
+
+        def go(x, start, end):
+            return x * width(end) / width(start)
+
+        x = jnp.linspace(-2, 2, 5)
+        whole = mean_flow.mean_velocity(x, go(x, t, r), t - r, straight)
+        for middle in (0.3, 0.7):  # a step to s, and the student's from there
+            split = go(x, t, middle)
+            rest = mean_flow.mean_velocity(split, go(split, middle, r), middle - r, straight)
+            if straight:
+                np.testing.assert_allclose((t - r) * whole, (x - split) + (middle - r) * rest, rtol=1e-12, atol=1e-14)
+            arrived = split - (middle - r) * rest
+            if not straight:
+                arrived = jnp.cos(middle - r) * split - jnp.sin(middle - r) * rest
+            again = mean_flow.mean_velocity(x, arrived, t - r, straight)
+            np.testing.assert_allclose(again, whole, rtol=1e-12, atol=1e-14)
+        slope = x / width(t) * jax.grad(width)(t)
+        short = mean_flow.mean_velocity(x, go(x, t, t - 1e-6), 1e-6, straight)
+        np.testing.assert_allclose(short, slope, rtol=1e-4, atol=1e-8)
+        assert np.abs(whole - slope).max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["stochastic", "deterministic"])
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_the_mean_flow_loss_and_its_gradient(process, kind, batch):
+    huber = 0.1
+    objective = mean_flow.mean_flow(given(process, (1, 0), kind=kind, options={"grid": 8, "huber": huber}))
+    straight, y = isinstance(process, FlowMatching), batch["condition"]
+    value, gradient = jax.value_and_grad(lambda params: objective(params, TEACHER, batch, KEY)[0])(PARAMS)
+    node, noise = drawn(KEY, batch, range(8))
+    end = np.full(ROWS, 8) if kind == "stochastic" else np.where(node < 4, 4, 8)
+    x = noised(process, 8, batch["x0"][:, 2].astype(np.float64), noise, node)
+    alpha, sigma, _ = nodes_of(process, 8)
+    split = noised(process, 8, *at(process, 8, TEACHER, x, y, node, velocity=False, scale=SCALE), node + 1)
+    rest = noised(process, 8, *at(process, 8, PARAMS, split, y, node + 1, velocity=True), end)
+    arrived = np.where((node + 1 == end)[:, None, None, None], split, rest)
+    clock = sigma if straight else np.arctan2(sigma, alpha)
+    left = row(clock, node) - row(clock, end)
+    target = (x - arrived) / left if straight else (np.cos(left) * x - arrived) / np.sin(left)
+
+    def loss(params):
+        x0, epsilon = at(process, 8, params, x, y, node, velocity=True)
+        velocity = epsilon - x0 if straight else row(alpha, node) * epsilon - row(sigma, node) * x0
+        square = np.mean((velocity - target) ** 2, axis=(1, 2, 3))
+        return np.mean(np.sqrt(square + huber**2) - huber)
+
+    assert value == pytest.approx(loss(PARAMS), rel=1e-4) and value > 0.01
+    assert set((node + 1 == end).tolist()) == {True, False}
+    for name in ("a", "b"):  # the student at the split stays where it is
+        up, down = (float64(PARAMS) | {name: PARAMS[name] + by} for by in (1e-4, -1e-4))
+        slope = (loss(up) - loss(down)) / (up[name] - down[name])
+        assert gradient[name] == pytest.approx(slope, rel=2e-3, abs=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------- sampling
 
 
@@ -480,8 +613,20 @@ def test_a_stochastic_sample_does_not_depend_on_its_batch(networks):
 
 # ----------------------------------------------------------------------------------------- networks of the package
 
-METHODS = {"progressive": "deterministic", "consistency": "stochastic", "distribution_matching": "stochastic"}
-MODULES = {"progressive": progressive, "consistency": consistency, "distribution_matching": distribution_matching}
+METHODS = {
+    "progressive": "deterministic",
+    "consistency": "stochastic",
+    "distribution_matching": "stochastic",
+    "trajectory_matching": "deterministic",
+    "mean_flow": "deterministic",
+}
+MODULES = {
+    "progressive": progressive,
+    "consistency": consistency,
+    "distribution_matching": distribution_matching,
+    "trajectory_matching": trajectory_matching,
+    "mean_flow": mean_flow,
+}
 DEFAULTS = default_config().distill
 
 
@@ -510,9 +655,14 @@ def records():
     }
 
 
-def method_of(name, **changed):
+def beside_real(records):
+    """What a discriminator is shown: records, and real images of the same conditions."""
+    return {"trajectory": records, "real": {**records, "image": records["x0"][:, 0]}}
+
+
+def method_of(name, points=(2, 1, 0), **changed):
     options = {**DEFAULTS.get(name, {}), **changed}
-    return MODULES[name].build(real_given(METHODS[name], **options))
+    return MODULES[name].build(real_given(METHODS[name], points=points, **options))
 
 
 @pytest.mark.slow
@@ -520,6 +670,7 @@ def method_of(name, **changed):
 def test_every_parameter_of_the_student_moves(name, networks, records):
     _, params = networks
     method = method_of(name, **({"ratio": 2} if name == "distribution_matching" else {}))
+    records = beside_real(records) if method.real else records
     settings = ml_collections.ConfigDict({"steps": 4, "optimizer": OPTIMIZER})
     optimizer, mesh = optimizer_of(method, settings), make_mesh()
     state = init_state(params, optimizer, 0, mesh, method.begin, params)
@@ -527,7 +678,9 @@ def test_every_parameter_of_the_student_moves(name, networks, records):
     for _ in range(2):
         state, metrics = step(state, params, records)
     assert np.isfinite(metrics["loss"])
-    for moved in (state.params, *(state.others or {}).values()):
+    # how a discriminator learns, the adversarial fine-tune's tests say
+    others = [network for name, network in (state.others or {}).items() if name != DISCRIMINATOR]
+    for moved in (state.params, *others):
         still = [
             jax.tree_util.keystr(path)
             for (path, new), old in zip(
@@ -541,7 +694,8 @@ def test_every_parameter_of_the_student_moves(name, networks, records):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_methods_flops_are_those_of_their_steps(name, networks, records):
     _, params = networks
-    method = method_of(name, **({"ratio": 1} if name == "distribution_matching" else {}))
+    # what judging takes is counted in the adversarial fine-tune's tests
+    method = method_of(name, **({"ratio": 1, "weight": 0.0} if name == "distribution_matching" else {}))
     if isinstance(method.objective, Joint):
         others, memory = method.begin(params, params, KEY)
 
@@ -559,23 +713,34 @@ def test_the_methods_flops_are_those_of_their_steps(name, networks, records):
     assert 0.9 * method.flops < counted <= method.flops
     if name == "distribution_matching":
         unit = 2 * teacher_macs(real_given("stochastic").teacher, (4, 4, 1))
-        assert method.flops == 9 * unit and method_of(name, ratio=5).flops == 5 * unit
+        one, three = ((0,), (2, 1, 0))
+        flops = [method_of(name, weight=0.0, points=s, ratio=r).flops for s, r in ((one, 1), (one, 5), (three, 5))]
+        assert flops == [9 * unit, 5 * unit, 6 * unit]
         assert method_of(name).every == {STUDENT: 5}
+        judging = judging_flops(make_judge(real_given("stochastic").teacher, (0,), LinearVP(), 0.0), (4, 4, 1))
+        more = method_of(name, weight=1.0, ratio=5, layers=(0,)).flops - 6 * unit
+        assert more == pytest.approx(judging.features + judging.heads + judging.pull / 5)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_refuses_what_it_cannot_train(name):
-    other = {"deterministic": "stochastic", "stochastic": "history"}[METHODS[name]]
+    other = (
+        "history" if name == "mean_flow" else {"deterministic": "stochastic", "stochastic": "history"}[METHODS[name]]
+    )
     options = DEFAULTS.get(name, {})
-    with pytest.raises(UserError, match=f"student.kind is '{other}', but this objective trains {METHODS[name]}: "):
+    with pytest.raises(UserError, match=f"student.kind is '{other}', but this objective trains {METHODS[name]}"):
         MODULES[name].build(real_given(other, **options))
-    with pytest.raises(UserError, match="distill.online is set, but this objective adds noise to the samples of a"):
-        MODULES[name].build(real_given(METHODS[name], **options)._replace(columns=None))
+    online = real_given(METHODS[name], **options)._replace(columns=None)
+    if name == "trajectory_matching":  # which reads no images
+        assert MODULES[name].build(online).flops > 0
+        return
+    with pytest.raises(UserError, match="distill.online is set, but this objective reads the samples of a"):
+        MODULES[name].build(online)
 
 
 def test_a_consistency_grid_without_the_student_s_nodes():
     with pytest.raises(UserError, match="grid is 5, which is no multiple of the student's 2 steps: choose one that is"):
-        method_of("consistency", grid=5)
+        method_of("consistency", points=(1, 0), grid=5)
 
 
 @pytest.mark.parametrize(
@@ -588,6 +753,11 @@ def test_a_consistency_grid_without_the_student_s_nodes():
         ("distribution_matching.interval", (0.9, 0.1)),
         ("distribution_matching.interval", (0.0, 0.1, 0.2)),
         ("distribution_matching.optimizer.name", "adamm"),
+        ("distribution_matching.discriminator_optimizer.name", "adamm"),
+        ("distribution_matching.feature_time", 1.5),
+        ("trajectory_matching.interval", (0.9, 0.1)),
+        ("trajectory_matching.optimizer.clip", -1.0),
+        ("mean_flow.grid", -1),
     ],
 )
 def test_bad_options(key, value):

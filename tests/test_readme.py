@@ -1,4 +1,5 @@
-"""What the README tells people to type works as it stands there, with smaller numbers where it says so here."""
+"""What the README and the pages that it leads to tell people to type works as it stands there, with smaller numbers
+where it says so here."""
 
 import os
 import pathlib
@@ -6,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from itertools import pairwise
 
 import numpy as np
@@ -14,11 +16,13 @@ from PIL import Image
 from pipeline_fixtures import ROOT, copy, done, run, smoke
 from test_stages_latents import write_vae
 
+from ard_jax.__main__ import STAGES
 from ard_jax.command_line import FLAGS, known_keys, parse_config
 from ard_jax.files import read_json
 from ard_jax.plan.topology import SHAPES
 
-README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("STAGES", "RIVALS", "OWN_TEACHER", "PLAN", "PODS")))
+TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 FEWER = {  # settings that make a command of the README short, by stage
     "trajectories": ("trajectories.count=16", "trajectories.batch_size=16"),
     "distill": ("distill.steps=3", "distill.batch_size=4"),
@@ -26,18 +30,21 @@ FEWER = {  # settings that make a command of the README short, by stage
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, *pages: str) -> list[str]:
+    """Blocks of code of some pages, or of all."""
+    text = "\n".join(TEXTS[page] for page in pages or PAGES)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def commands(start: str) -> list[list[str]]:
-    """The lines of shell that start so, without that start."""
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    return [shlex.split(line.removeprefix(start)) for line in lines if line.startswith(start)]
+def commands(start: str, *pages: str) -> list[list[str]]:
+    """The lines of shell that start so, without that start and what is said of them."""
+    lines = [line for block in blocks("bash", *pages) for line in block.splitlines()]
+    return [shlex.split(line.removeprefix(start), comments=True) for line in lines if line.startswith(start)]
 
 
-def stage_commands(workdir: str) -> list[list[str]]:
-    return [words for words in commands("python -m ard_jax ") if ["--workdir", workdir] in map(list, pairwise(words))]
+def stage_commands(workdir: str, *pages: str) -> list[list[str]]:
+    found = commands("python -m ard_jax ", *pages)
+    return [words for words in found if ["--workdir", workdir] in map(list, pairwise(words))]
 
 
 @pytest.mark.slow
@@ -47,7 +54,7 @@ def test_the_stages_run_as_written(pipeline, tmp_path, monkeypatch):
     workdir = copy(pipeline, tmp_path / "smoke", "teacher", "trajectories", "distill")
     written = stage_commands("runs/smoke")
     assert [command[0] for command in written] == [
-        "teacher", "trajectories", "distill", "distill", "finetune", "sample", "evaluate", "report"
+        "teacher", "trajectories", "distill", "distill", "sample", "evaluate", "report", "finetune"
     ]  # fmt: skip
     for stage, *flags in written:
         flags[flags.index("--workdir") + 1] = workdir
@@ -64,7 +71,8 @@ def test_bringing_ones_own_teacher_as_written(tmp_path, monkeypatch):
     assert smoke("teacher", tmp_path / "runs" / "quickstart", "diffusion.steps=25").status == 0
     monkeypatch.chdir(tmp_path)
     said = []
-    for stage, *flags in stage_commands("runs/quickstart") + stage_commands("runs/mine"):
+    page = "docs/OWN_TEACHER.md"
+    for stage, *flags in stage_commands("runs/quickstart", page) + stage_commands("runs/mine", page):
         fewer = [f"--config.{setting}" for setting in FEWER.get(stage, ())]
         outcome = run(stage, *flags, *fewer)
         assert outcome.status == 0, outcome.err
@@ -78,7 +86,7 @@ def test_bringing_ones_own_teacher_as_written(tmp_path, monkeypatch):
     assert set(done(mine / "sample")["models"]) == {"teacher", "ard"}
 
     examples = {}
-    exec(blocks("python")[1], examples)
+    exec(blocks("python", page)[0], examples)
     student, teacher, images, edited = (examples[name] for name in ("student", "teacher", "images", "edited"))
     assert student.model.steps == 4 and not teacher.is_student
     assert len(images) == 8 and len(edited) == 1 and {image.size for image in [*images, *edited]} == {(8, 8)}
@@ -96,12 +104,22 @@ def test_bringing_ones_own_teacher_as_written(tmp_path, monkeypatch):
     np.testing.assert_allclose(first, again[0], atol=0.5 / 255 + 1e-6)  # image 0 of the seed, and of class 3
 
 
+def test_the_short_way_to_ones_own_teacher_is_the_long_one():
+    """But for what makes a small run of it."""
+    long = stage_commands("runs/mine", "docs/OWN_TEACHER.md")
+    short = stage_commands("runs/mine", "README.md")
+    assert [command[0] for command in short] == ["convert", "trajectories", "distill"]
+    for command in short:
+        words = [word.replace("WEIGHTS", "runs/published/teacher.safetensors") for word in command]
+        assert words in [[word for word in other if not word.startswith("--config.")] for other in long]
+
+
 @pytest.mark.slow
 def test_the_shipped_student_draws_as_written(monkeypatch):
     """A red heart is red where it is, and its teacher's is in the same place."""
     monkeypatch.chdir(ROOT)
     examples = {}
-    exec(blocks("python")[0], examples)
+    exec(blocks("python", "README.md")[0], examples)
     teacher = examples["ARDPipeline"].from_pretrained("pipelines/openmoji-teacher")
     for picture in (examples["picture"], teacher("red heart").images[0]):
         pixels = np.asarray(picture).astype(int)
@@ -144,11 +162,10 @@ def test_comparing_and_sweeping_as_written(monkeypatch):
     monkeypatch.chdir(ROOT)
     (words,) = [words[1:] for words in commands("python -m ard_jax ") if words[0] == "compare"]
     config, workdir, quick = parse_config(words, FLAGS["compare"])
-    assert len(config.compare.methods) == 7 and (str(workdir), quick) == ("runs/compare", True)
+    assert len(config.compare.methods) == 9 and (str(workdir), quick) == ("runs/compare", True)
     (words,) = commands("python launch/sweep.py ")
-    words = words[: words.index("#")] + ["--print", "python"]
     said = subprocess.run(
-        [sys.executable, "launch/sweep.py", *words], capture_output=True, text=True, check=True
+        [sys.executable, "launch/sweep.py", *words, "--print", "python"], capture_output=True, text=True, check=True
     ).stdout
     assert [shlex.split(line)[3] for line in said.splitlines() if "distill" in line.split()] == ["distill"] * 4
 
@@ -165,18 +182,24 @@ def test_the_maps_of_names_work_as_written(golden):
     assert examples["solution"].x0.shape == examples["solution"].xt.shape == (1, 25, 8, 8, 4)
 
 
-def test_what_it_names_exists():
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
-    for script in re.findall(r"\b(?:launch|configs|ard_jax)/[\w/]+\.(?:sh|py)\b", README):
+@pytest.mark.parametrize("page", PAGES)
+def test_what_it_names_exists(page):
+    text, folder = TEXTS[page], (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert (folder / link).exists(), link
+    for script in re.findall(r"\b(?:launch|configs|ard_jax)/[\w/]+\.(?:sh|py)\b", text):
         assert (ROOT / script).exists(), script
-    for key in re.findall(r"--config\.([\w.]+)=", README):
+    for key in re.findall(r"--config\.([\w.]+)=", text):
         assert key in known_keys(), key
+
+
+def test_it_is_a_screen_and_a_half():
+    assert len(TEXTS["README.md"].splitlines()) <= 115
 
 
 @pytest.mark.parametrize("script", ["emoji.sh", "quickstart.sh", "test.sh"])
 def test_the_commands_are_those_of_ci(script):
-    assert f"launch/{script}" in blocks("bash")[0]
+    assert f"launch/{script}" in blocks("bash", "README.md")[0]
     assert f"launch/{script}" in (pathlib.Path(ROOT) / ".ci" / "run").read_text()
 
 
@@ -187,3 +210,20 @@ def test_a_pod_on_one_machine_as_written(pipeline, tmp_path):
     words[words.index("--workdir") + 1] = str(copy(pipeline, tmp_path, "teacher", "trajectories", "distill"))
     subprocess.run(["launch/local_pod.sh", count, *words], cwd=ROOT, check=True)
     assert set(done(tmp_path / "sample")["models"]) == {"teacher", "ard"}
+
+
+def test_the_demo_is_installed_and_started_as_written():
+    """What benchmarks/first_minutes.py times; the page itself is in test_demo_page.py."""
+    (line,) = [line for line in "".join(blocks("bash", "README.md")).splitlines() if line.startswith("pip install ")]
+    extras, command, stage = re.fullmatch(r"pip install '\.\[([\w,]+)\]' && (\S+) (\w+)", line).groups()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(extras.split(",")) <= project["tool"]["setuptools"]["dynamic"]["optional-dependencies"].keys()
+    assert command in project["project"]["scripts"] and stage in STAGES
+
+
+def test_a_cloud_tpu_as_written():
+    """Its rehearsal prints the commands, the stage's among them."""
+    (words,) = commands("launch/tpu_pod.sh ")
+    said = subprocess.run(["launch/tpu_pod.sh", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in said.splitlines() if line.startswith("gcloud compute tpus tpu-vm ")]
+    assert any("create" in line for line in lines) and any("distill" in line for line in lines)

@@ -204,6 +204,21 @@ def test_page_is_well_formed_and_fetches_nothing(results, pictures, curves, edit
     assert not [light for light, _ in PALETTE.values() if light in html.split("</style>")[1]]
 
 
+def test_a_film_strip_shows_what_a_model_drew_after_so_many_steps(results):
+    rng = np.random.default_rng(3)
+    frames = {step: rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for step in range(0, 1200, 100)}
+    progress = {"teacher": frames, "ard": {0: frames[0], 70: frames[300]}, "step": {}}
+    page = Page(build_report("Digits", results, {}, {}, {}, {}, (), progress))
+    by_alt = {image["alt"]: np.asarray(decoded(image))[::8, ::8] for image in page.images}
+    shown = [0, 200, 300, 500, 600, 800, 900, 1100]  # eight of twelve, the first and the last too
+    assert list(by_alt) == [f"Teacher after step {step}" for step in shown] + ["ARD after step 0", "ARD after step 70"]
+    for step in shown:
+        np.testing.assert_array_equal(by_alt[f"Teacher after step {step}"], frames[step])
+    np.testing.assert_array_equal(by_alt["ARD after step 70"], frames[300])
+    assert "Teacher, training step 0 200 300 500 600 800 900 1,100 ARD, " in re.sub(" +", " ", page.text["training"])
+    assert "While they learned" not in build_report("Digits", results, {}, {})
+
+
 def test_every_picture_of_the_page_decodes_to_what_was_handed_over(results, pictures, curves):
     page = Page(build_report("Digits", results, pictures, curves))
     # Finals: teacher, 2 students and their differences, twice. Progressions: noise and 4 steps by 3 rows for 4 samples

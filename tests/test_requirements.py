@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 
 import pytest
@@ -56,3 +57,11 @@ def test_every_import_is_required():
     assert distributions(set().union(*map(imported, everywhere))) <= required(
         "base", "train", "convert", "text", "emoji", "demo", "wandb", "mlflow"
     )
+
+
+def test_a_pipeline_imports_no_more_than_it_needs():
+    """What reads data, trains and measures would double the time that the import takes."""
+    loaded = "import sys; from ard_jax import ARDPipeline; print(*{name.split('.')[0] for name in sys.modules})"
+    said = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    slow = {"clu", "grain", "matplotlib", "pandas", "scipy", "sklearn", "tensorflow", "tensorflow_datasets"}
+    assert not slow & set(said.split()) and "ard_jax" in said.split()

@@ -10,9 +10,11 @@ from networks import draw_noise_and_labels
 from PIL import Image
 from pipeline_fixtures import STAGES, copy, done, files, sentence, smoke
 
+from ard_jax import drawing
 from ard_jax.build import make_solve, make_student, make_teacher
 from ard_jax.conditions import Labels
-from ard_jax.data import image_source, labels_and_images, stream, to_uint8
+from ard_jax.data import image_source, labels_and_images, to_uint8
+from ard_jax.data.stream import stream
 from ard_jax.diffusion.solvers import Solution
 from ard_jax.drawing import to_levels
 from ard_jax.errors import UserError
@@ -281,7 +283,7 @@ def test_samplers_take_parameters_as_numpy_arrays(teacher, student):
 
 def test_a_model_that_has_diverged_is_not_sampled(pipeline, tmp_path, monkeypatch):
     workdir = copy(pipeline, tmp_path, "teacher")
-    monkeypatch.setattr(sample, "sample_teacher", lambda *args: Solution(*[jnp.full((24, 1, *SHAPE), jnp.nan)] * 2))
+    monkeypatch.setattr(drawing, "sample_teacher", lambda *args: Solution(*[jnp.full((24, 1, *SHAPE), jnp.nan)] * 2))
     assert "pixels are NaN" in sentence(smoke("sample", workdir, TEACHER_ALONE), "sample")
     assert not (workdir / "sample" / "done.json").exists()
 

@@ -327,6 +327,7 @@ def test_online_rivals_and_fine_tune_with_captions(captioned, tmp_path):
     workdir = copy(captioned, tmp_path / "run", "captions", "teacher", "trajectories", "distill")
     assert stage("distill", workdir, "distill.online=True", "student.name=online").status == 0
     rivals = {"consistency": "stochastic", "progressive": "deterministic", "distribution_matching": "stochastic"}
+    rivals |= {"trajectory_matching": "deterministic", "mean_flow": "stochastic"}
     for objective, kind in rivals.items():
         settings = (f"student.kind={kind}", f"student.name={objective}", f"distill.objective={objective}")
         assert stage("distill", workdir, *settings).status == 0
@@ -385,7 +386,8 @@ def test_two_students_are_told_different_captions_apart(captioned):
 TINY = (
     "diffusion.solver=ddim", "diffusion.spacing=linspace", "diffusion.steps=4", "trajectories.points=(2,1,0)",
     "student.points=(2,1,0)", "student.history_layers=1", "student.target=xt", "distill.online=True",
-    "distill.steps=3", "distill.batch_size=4", "run.loggers=()", "sample.count=4", "sample.batch_size=4",
+    "distill.steps=3", "distill.batch_size=4", "run.loggers=()", "run.sample_every=3", "sample.count=4",
+    "sample.batch_size=4",
 )  # fmt: skip
 
 
@@ -415,6 +417,22 @@ def test_what_convert_says_and_writes(pixart):
     diffusion = config["diffusion"]
     assert (diffusion["solver"], diffusion["spacing"], diffusion["steps"]) == ("dpm++2m", "dpm", 20)
     assert (diffusion["guidance_scale"], diffusion["guided_channels"]) == (4.5, 0)
+
+
+def test_a_student_draws_captions_while_it_learns(pixart, tmp_path):
+    """The last picture has what `sample` draws of the five captions in turn."""
+    for folder in ("teacher", "captions", "vae", "distill"):
+        (tmp_path / folder).symlink_to(pixart / "run" / folder)
+    numbers = tuple(number * 5 // 16 for number in range(16))
+    more = (f"sample.labels={numbers}", "sample.count=16", "sample.models=('ard',)")
+    tiny = [f"--config.{setting}" for setting in (*TINY, *more)]
+    outcome = run("sample", "--config", str(pixart / "run" / "config.py"), "--workdir", str(tmp_path), *tiny)
+    assert outcome.status == 0, outcome.err
+    learned = pixart / "run" / "distill" / "ard" / "progress"
+    assert {path.name for path in learned.iterdir()} == {"0.png", "3.png"}
+    grid = np.asarray(Image.open(tmp_path / "sample" / "ard" / "grid.png").convert("RGB")).astype(int)
+    assert np.abs(np.asarray(Image.open(learned / "3.png")) - grid).max() <= 1
+    assert np.abs(np.asarray(Image.open(learned / "0.png")) - grid).max() > 1
 
 
 def test_the_authors_file(tmp_path):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from pipeline_fixtures import copy, done, finish, process, sentence, smoke
 
+from ard_jax.data import check_real
+from ard_jax.errors import UserError
 from ard_jax.files import read_json
 from ard_jax.parallel import make_mesh
-from ard_jax.stages import finetune
 from ard_jax.training import checkpoints, loop
 from ard_jax.workdir import load_student
 from configs import smoke as smoke_config
@@ -184,15 +185,15 @@ def test_real_data_that_do_not_fit_are_refused(real, trajectories, said):
     config = smoke_config.get_config()
     if "label" in said:
         config.data.num_classes = 3
-    with pytest.raises(finetune.UserError) as error:
-        finetune.check_real(real, trajectories, config)
+    with pytest.raises(UserError) as error:
+        check_real(real, trajectories, config)
     assert said in str(error.value)
 
 
 @pytest.mark.parametrize(("scale", "warned"), [(0.1, True), (0.4, False)])
 def test_a_teacher_out_of_scale_is_warned_of(caplog, scale, warned):
     """An untrained one puts out large numbers, so that is no error."""
-    finetune.check_real(Images(scale=scale), Trajectories(), smoke_config.get_config())
+    check_real(Images(scale=scale), Trajectories(), smoke_config.get_config())
     assert ("if the teacher is good, they are not of one scale" in caplog.text) == warned
 
 

@@ -5,6 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from pipeline_fixtures import done, sentence, smoke
 
 from ard_jax.convert import vae_to_diffusers
@@ -12,7 +13,11 @@ from ard_jax.data import to_uint8
 from ard_jax.files import read_json, write_json
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_images
+from ard_jax.parallel import make_mesh
+from ard_jax.report import image_grid
+from ard_jax.sampling import draw_noise, sample_student, sampling_key
 from ard_jax.weights.tensors import write_tensors
+from ard_jax.workdir import load_student
 
 STAGES = ("encode", "teacher", "trajectories", "distill", "sample", "evaluate", "report")
 
@@ -42,7 +47,7 @@ def latent_run(tmp_path_factory):
     overrides = (
         "data.source=tfds", f"data.dir={workdir / 'latents' / '1.0.0'}", "data.space=latent", "data.image_size=4",
         "data.channels=2", "encode.source=digits", "encode.image_size=8", "encode.horizontal_flip=False",
-        "encode.shard_size=600", "vae.batch_size=5",
+        "encode.shard_size=600", "vae.batch_size=5", "run.sample_every=20",
     )  # fmt: skip
     for stage in STAGES:
         outcome = smoke(stage, workdir, *overrides)
@@ -95,6 +100,16 @@ def test_images_are_measured_and_shown(latent_run):
             "noise": (4, 8, 8, 1), "teacher": (4, 3, 8, 8, 1), "ard": (4, 3, 8, 8, 1)
         }  # fmt: skip
     assert done(workdir / "latents")["records"] == 1797
+    student, weights, *_ = load_student(workdir / "distill" / "ard", make_mesh())
+    noise = draw_noise(sampling_key(1), np.arange(16), (4, 4, 2))
+
+    @jax.jit
+    def drawn():
+        return to_images(model, params, sample_student(student, weights, noise, np.arange(16) * 10 // 16)[:, -1])
+
+    shown = Image.open(workdir / "distill" / "ard" / "progress" / "20.png")
+    expected = np.asarray(image_grid(to_uint8(drawn()), columns=4).convert("RGB"))
+    assert np.abs(np.asarray(shown).astype(int) - expected).max() <= 1
     assert read_json(workdir / "teacher" / "labels.json") == [str(digit) for digit in range(10)]
 
 

@@ -49,6 +49,8 @@ def test_the_stages_run_as_documented(tmp_path, monkeypatch):
         assert set(found[name]["recall_at_5"]) == {"trained", "held_out"} and found[name]["fd"] > 0
     page = (tmp_path / "report" / "index.html").read_text()
     assert "Captions held out of training" in page
+    drawn = [f'alt="{title} after step {step}"' for title in ("Teacher", "ARD", "Step distillation") for step in (0, 3)]
+    assert all(page.count(picture) == 1 for picture in drawn)  # while they were trained
     gallery = read_npz(tmp_path / "evaluate" / "gallery.npz")
     assert gallery["real"].shape == gallery["ard"].shape == (8, 32, 32, 3)
 

@@ -23,7 +23,8 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from ard_jax import parallel
 from ard_jax.config import default_config
-from ard_jax.data import InMemory, stream
+from ard_jax.data import InMemory
+from ard_jax.data.stream import stream
 from ard_jax.errors import Preempted, UserError
 from ard_jax.files import read_json, tree_sha256
 from ard_jax.objectives import Joint, Method
@@ -66,7 +67,7 @@ def settings(**changes):
     return ml_collections.ConfigDict(values | changes)
 
 
-def fit(directory, source=None, loggers=(), log_every=2, method=None, keep=2, every=0, **changes):
+def fit(directory, source=None, loggers=(), log_every=2, method=None, keep=2, every=0, pictures=None, **changes):
     """Trains the small model; returns what `train` does."""
     run = ml_collections.ConfigDict(
         {"log_every": log_every, "keep_checkpoints": keep, "keep_every": every, "loggers": loggers}
@@ -80,6 +81,7 @@ def fit(directory, source=None, loggers=(), log_every=2, method=None, keep=2, ev
         seed=5,
         directory=directory,
         mesh=make_mesh(),
+        pictures=pictures,
     )
 
 

@@ -2,12 +2,13 @@
 
 A *source*, `Source`, is random-access as Grain's are: `len(source)` records, `source[i]` a dict of arrays.
 `image_source` makes one from digits, TFDS or a folder, with classes or captions; the trajectory store is another;
-`stream` batches any of them.
+`data.stream`, which alone imports Grain, batches any of them.
 """
 
 from ard_jax.data.captioned import read_lines, read_text
 from ard_jax.data.memory import InMemory, Source, check_records, in_memory
 from ard_jax.data.pixels import MODES, as_shown, center_crop, to_uint8
+from ard_jax.data.real import check_real, open_real
 from ard_jax.data.sources import (
     Identity,
     PixelRows,
@@ -17,26 +18,25 @@ from ard_jax.data.sources import (
     labels_and_images,
     tfds_texts,
 )
-from ard_jax.data.stream import Joined, stream
 
 __all__ = [
     "MODES",
     "Identity",
     "InMemory",
-    "Joined",
     "PixelRows",
     "Source",
     "as_shown",
     "captions_of",
     "center_crop",
+    "check_real",
     "check_records",
     "identify",
     "image_source",
     "in_memory",
     "labels_and_images",
+    "open_real",
     "read_lines",
     "read_text",
-    "stream",
     "tfds_texts",
     "to_uint8",
 ]

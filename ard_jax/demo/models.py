@@ -10,10 +10,10 @@ import ml_collections
 from ard_jax.build import example_shape
 from ard_jax.demo.runner import Runner
 from ard_jax.errors import UserError
+from ard_jax.files import find_repository
 from ard_jax.pipeline import ARDPipeline
 from ard_jax.workdir import read_done, recorded_config, teacher_folder
 
-SHIPPED = pathlib.Path(__file__).resolve().parents[2] / "pipelines"
 FIRST = ("openmoji-teacher", "openmoji-ard")  # what is shown where nothing is named
 
 
@@ -136,10 +136,11 @@ def find_models(workdir: pathlib.Path | None, folders: Sequence[pathlib.Path] = 
             raise UserError(f"there is no folder {workdir}: give the workdir of a run, or leave --workdir out.")
         return Models(_in_workdir(workdir))
     if not folders:
-        folders = [SHIPPED / name for name in FIRST]
+        shipped = find_repository() / "pipelines"
+        folders = [shipped / name for name in FIRST]
         if not all(folder.is_dir() for folder in folders):
             raise UserError(
-                f"the shipped models are not in {SHIPPED}, since ard_jax was installed without its repository: give "
+                f"the shipped models are not in {shipped}: start this in the folder of the repository, or give "
                 f"--pipeline FOLDER or --workdir DIR, such as that of launch/quickstart.sh."
             )
     names = {folder: _name(folder, folders) for folder in folders}

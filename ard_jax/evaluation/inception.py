@@ -257,13 +257,6 @@ def _refuse_other_inceptions(found: Mapping[str, tuple[int, ...]], path: pathlib
         )
 
 
-def is_inception(path: pathlib.Path) -> bool:
-    """Whether a file holds weights of some Inception v3, by the names of its arrays; UserError if it is damaged."""
-    if not (path.is_file() and path.suffix in WEIGHT_SUFFIXES):
-        return False
-    return any(name.startswith("Mixed_7c.") for name in open_tensors(path, leave_out=COUNTER).shapes)
-
-
 def cached_path(sha256: str) -> pathlib.Path:
     """Where the converted weights of a file of that hash are kept."""
     return cache_folder() / f"inception-{sha256}.safetensors"

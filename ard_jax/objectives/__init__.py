@@ -89,6 +89,8 @@ class Method(NamedTuple):
         optimizers: of a `Joint`, the settings of the other networks' optimisers by name.
         every: of a `Joint`, by a network's name, that it moves at every so-manieth step alone. Its optimiser does not
             see the steps in between, nor count them.
+        real: whether it is shown real images: the batch then has "trajectory", the records, and "real", as the
+            adversarial fine-tune's.
     """
 
     objective: Objective | Joint
@@ -97,9 +99,10 @@ class Method(NamedTuple):
     begin: Begin | None = None
     optimizers: Mapping[str, Any] = {}
     every: Mapping[str, int] = {}
+    real: bool = False
 
 
-METHODS = ("ard", "progressive", "consistency", "distribution_matching")
+METHODS = ("ard", "progressive", "consistency", "distribution_matching", "trajectory_matching", "mean_flow")
 
 
 def find_method(name: str) -> Callable[[Given], Method]:

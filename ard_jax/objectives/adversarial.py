@@ -73,6 +73,37 @@ def make_judge(teacher: Backbone, layers: tuple[int, ...], process: Process, sha
     return Judge(teacher, Discriminator(len(layers), dtype=teacher.dtype), layers, process, time)
 
 
+def begin_heads(
+    judge: Judge, frozen: Params, shape: tuple[int, int, int], key: jax.Array, rounds: int
+) -> tuple[Params, Vectors]:
+    """The heads before the first step, and their spectral vectors after so many power iterations."""
+    init_key, vector_key = jax.random.split(jax.random.fold_in(key, 2))
+    one = condition_like(judge.teacher, 1)
+    seen = judge.features(frozen, jnp.zeros((1, *shape)), one, key, jnp.zeros(1, jnp.int32))
+    heads = judge.heads.init(init_key, *seen)["params"]
+    return heads, power_iteration(heads, random_vectors(heads, vector_key), rounds)
+
+
+class JudgingFlops(NamedTuple):
+    """FLOPs an example, 2 a multiply-accumulate for a forward pass and for each of its gradients.
+
+    Attributes:
+        features: the teacher sees real and fake.
+        heads: learn from both, and hand a gradient back to the fake's tokens.
+        pull: the teacher hands it on to the fake.
+    """
+
+    features: float
+    heads: float
+    pull: float
+
+
+def judging_flops(judge: Judge, shape: tuple[int, int, int]) -> JudgingFlops:
+    """What it costs to judge a real and a fake example of (height, width, channel)."""
+    teacher = teacher_macs(judge.teacher, shape) * (max(judge.layers) + 1) / judge.teacher.depth
+    return JudgingFlops(4 * teacher, 14 * discriminator_macs(judge.teacher, len(judge.layers), shape), 2 * teacher)
+
+
 def adversarial_method(
     student: ARDStudent,
     judge: Judge,
@@ -97,17 +128,11 @@ def adversarial_method(
     """
 
     def begin(params, frozen, key):
-        init_key, vector_key = jax.random.split(jax.random.fold_in(key, 2))
-        one = condition_like(judge.teacher, 1)
-        seen = judge.features(frozen, jnp.zeros((1, *shape)), one, key, jnp.zeros(1, jnp.int32))
-        heads = judge.heads.init(init_key, *seen)["params"]
-        return {DISCRIMINATOR: heads}, power_iteration(heads, random_vectors(heads, vector_key), spectral_rounds)
+        heads, vectors = begin_heads(judge, frozen, shape, key, spectral_rounds)
+        return {DISCRIMINATOR: heads}, vectors
 
-    teacher_cost = teacher_macs(judge.teacher, shape) * (max(judge.layers) + 1) / judge.teacher.depth
-    # 2 a multiply-accumulate for a forward pass and for each of its gradients: the teacher sees real and fake and hands
-    # a gradient back to the fake; so do the heads, which learn from both beside it
-    flops = 6 * student_macs(student, shape) + 6 * teacher_cost
-    flops += 14 * discriminator_macs(judge.teacher, len(judge.layers), shape)
+    judging = judging_flops(judge, shape)
+    flops = 6 * student_macs(student, shape) + judging.features + judging.pull + judging.heads
     objective = adversarial(
         student, judge, target=target, columns=columns, horizontal_flip=horizontal_flip, weight=weight, warmup=warmup
     )
@@ -146,15 +171,10 @@ def adversarial(
         images = flip_at_random(flip_key, real["position"], real["image"]) if horizontal_flip else real["image"]
 
         student_pass = _student_forward(student, networks[STUDENT], trajectory, target, columns)
-        tokens, pull_features, summary = jax.vjp(
-            lambda fake: judge.features(frozen, fake, trajectory["condition"], fake_key, trajectory["position"]),
-            student_pass.fake,
-            has_aux=True,
-        )
-        seen = judge.features(frozen, images, real["condition"], real_key, real["position"])
-        params = networks[DISCRIMINATOR]
-        heads, to_tokens, judged = _discriminator_gradient(judge, params, vectors, seen, (tokens, summary))
-        (to_fake,) = pull_features(to_tokens)
+        params, seen = networks[DISCRIMINATOR], {**real, "image": images}
+        shown = {**trajectory, "image": student_pass.fake}
+        heads, pull, judged = judge_both(judge, params, vectors, frozen, (seen, real_key), (shown, fake_key))
+        to_fake = pull()
         gradient, factor = _combine_gradients(student_pass, to_fake, weight * (step >= warmup))
         loss = student_pass.loss + factor * judged["loss_generator"]
         regression = {"loss_regression": student_pass.loss, **student_pass.metrics}
@@ -162,6 +182,35 @@ def adversarial(
         return {STUDENT: gradient, DISCRIMINATOR: heads}, vectors, metrics
 
     return Joint(gradients)
+
+
+def judge_both(
+    judge: Judge,
+    params: Params,
+    vectors: Vectors,
+    frozen: Params,
+    real: tuple[Batch, jax.Array],
+    fake: tuple[Batch, jax.Array],
+) -> tuple[Params, Callable[[], jax.Array], Metrics]:
+    """Shows both to the teacher and the heads.
+
+    Args:
+        judge, params, vectors: the heads' parameters and spectral vectors.
+        frozen: the teacher's parameters.
+        real, fake: "image" (batch, height, width, channel), "condition" and "position", and a key for noise.
+
+    Returns:
+        The gradient of L_D at the heads' parameters, a function that makes that of L_G at the fake images by a backward
+        pass through the teacher, and the metrics.
+    """
+
+    def look(image, rows, key):
+        return judge.features(frozen, image, rows["condition"], key, rows["position"])
+
+    tokens, pull, summary = jax.vjp(lambda image: look(image, *fake), fake[0]["image"], has_aux=True)
+    seen = look(real[0]["image"], *real)
+    heads, to_tokens, metrics = _discriminator_gradient(judge, params, vectors, seen, (tokens, summary))
+    return heads, lambda: pull(to_tokens)[0], metrics
 
 
 def _discriminator_gradient(

@@ -65,7 +65,7 @@ def consistency(given: Given) -> Joint:
     "position" (batch,).
     """
     options, process, guidance = given.options, few_step_process(given.solve.process), given.solve.guidance
-    grid, student = fine_grid(given), cast(Backbone, given.student)  # of the kind "stochastic"
+    grid, student = fine_grid(given, "consistency"), cast(Backbone, given.student)  # of the kind "stochastic"
 
     def loss(params, target, frozen, batch, key):
         x0, condition = teacher_samples(given, batch), batch["condition"]
@@ -75,7 +75,7 @@ def consistency(given: Given) -> Joint:
         following = at_node(*teacher(x, node), grid, node + 1)
         aim = teacher_predictor(student, target, condition, grid, process, NO_GUIDANCE)(following, node + 1).x0
         prediction = teacher_predictor(student, params, condition, grid, process, NO_GUIDANCE)(x, node).x0
-        return jnp.mean(_distance(prediction, aim, options["huber"]))
+        return jnp.mean(distance(prediction, aim, options["huber"]))
 
     def gradients(networks, memory, frozen, batch, key, step):
         memory = _follow(memory, networks[STUDENT], options["decay"], step)
@@ -85,8 +85,10 @@ def consistency(given: Given) -> Joint:
     return Joint(gradients)
 
 
-def fine_grid(given: Given) -> Grid:
+def fine_grid(given: Given, name: str) -> Grid:
     """The grid of K steps, and the data itself as its last node, where x̂_0 is the state whatever the network says.
+
+    K is `grid` of the options of the method `name`.
 
     Raises:
         UserError: K is no multiple of the student's steps, whose nodes would not all be trained then.
@@ -95,7 +97,7 @@ def fine_grid(given: Given) -> Grid:
     count = count or -(-given.solve.steps // steps) * steps
     if count % steps:
         raise UserError(
-            f"distill.consistency.grid is {count}, which is no multiple of the student's {steps} steps: "
+            f"distill.{name}.grid is {count}, which is no multiple of the student's {steps} steps: "
             f"choose one that is, or 0 for the first from the teacher's steps on."
         )
     process = few_step_process(given.solve.process)
@@ -103,7 +105,7 @@ def fine_grid(given: Given) -> Grid:
     return grid._replace(times=np.append(grid.times, process.data_time))
 
 
-def _distance(left: jax.Array, right: jax.Array, huber: float) -> jax.Array:
+def distance(left: jax.Array, right: jax.Array, huber: float) -> jax.Array:
     """Pseudo-Huber distance √(m + c²) − c of the rows, m being their mean square and c `huber`; m itself if that is 0.
 
     Song and Dhariwal (2024), section 3.3, divided by the square root of the number of dimensions, as c is.

@@ -1,5 +1,7 @@
 """What the methods share whose students are told the time: states at the nodes of a grid, and what is seen there."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -10,10 +12,10 @@ from ard_jax.types import Batch
 
 
 def require_store(given: Given) -> None:
-    """Raises UserError if there are no stored samples of the teacher to add noise to."""
+    """Raises UserError if there are no stored samples of the teacher."""
     if given.columns is None:
         raise UserError(
-            "distill.online is set, but this objective adds noise to the samples of a trajectory store: set "
+            "distill.online is set, but this objective reads the samples of a trajectory store: set "
             "distill.online=False and run the stage 'trajectories' first."
         )
 
@@ -29,8 +31,15 @@ def calls_of(guidance: Guidance) -> int:
     return 1 if guidance.scale == 1 else 2
 
 
+class Span(NamedTuple):
+    """A range whose ends are known when the program runs alone."""
+
+    start: jax.Array
+    stop: jax.Array
+
+
 def draw_nodes(
-    key: jax.Array, positions: jax.Array, nodes: range, shape: tuple[int, int, int]
+    key: jax.Array, positions: jax.Array, nodes: range | Span, shape: tuple[int, int, int]
 ) -> tuple[jax.Array, jax.Array]:
     """A node, uniform over `nodes`, and noise for each example, functions of the key and its position alone.
 

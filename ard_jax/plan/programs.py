@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_rollout, make_run_mesh, make_solve, make_student, make_teacher
+from ard_jax.build import (
+    example_shape,
+    make_rollout,
+    make_run_mesh,
+    make_solve,
+    make_student,
+    make_teacher,
+    remat_policy,
+)
+from ard_jax.chips import Chip
 from ard_jax.config import WORDLLAMA
 from ard_jax.convert.families.folders import PART, read_description
 from ard_jax.convert.t5 import t5_model
@@ -51,11 +60,14 @@ class Work(NamedTuple):
     flops: float
 
 
-def for_platform(config: ml_collections.ConfigDict, platform: str) -> ml_collections.ConfigDict:
-    """A copy of the config in which "auto" is what it means on that platform, whatever this machine has."""
+def for_platform(
+    config: ml_collections.ConfigDict, platform: str, chip: Chip | None = None
+) -> ml_collections.ConfigDict:
+    """A copy of the config in which "auto" is what it means on that platform and chip, whatever this machine has."""
     config = config.copy_and_resolve_references()
     if config.model.dtype == "auto":
         config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
+    config.model.remat = remat_policy(config.model.remat, chip)
     return config
 
 
@@ -70,6 +82,8 @@ def training_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     start_steps = 2 * len(config.student.points) if settings.start else None
     method = make_method(config, make_student(config), teacher, columns, start_steps)
     frozen = {"": None, "teacher": network_shapes(teacher), "start": params}[method.reads]
+    if method.real:
+        record = _beside_real(record, config, settings.batch_size)
     return _step_of("distill", method, config, frozen, record, where)
 
 
@@ -82,10 +96,14 @@ def finetune_step(config: ml_collections.ConfigDict, where: Slice) -> Work:
     settings, teacher = config.finetune, make_teacher(config)
     trajectory, columns = _stored_record(config, settings.batch_size)
     method = make_finetune_method(finetuned_config(config, config), teacher, columns)
-    labels = {name: trajectory[name] for name in ("label", "position", "condition")}
-    real = {"image": _rows_of(settings.batch_size, example_shape(config), "float32"), **labels}
-    batch = {"trajectory": trajectory, "real": real}
+    batch = _beside_real(trajectory, config, settings.batch_size)
     return _step_of("finetune", method, config, network_shapes(teacher), batch, where)
+
+
+def _beside_real(trajectory: Batch, config: ml_collections.ConfigDict, rows: int) -> Batch:
+    """A batch of trajectories and as many real images."""
+    labels = {name: trajectory[name] for name in ("label", "position", "condition")}
+    return {"trajectory": trajectory, "real": {"image": _rows_of(rows, example_shape(config), "float32"), **labels}}
 
 
 def _stored_record(config: ml_collections.ConfigDict, rows: int) -> tuple[Batch, tuple[int, ...]]:

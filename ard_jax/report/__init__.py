@@ -2,6 +2,16 @@
 
 from ard_jax.report.comparison import build_comparison, markdown
 from ard_jax.report.figures import captioned_rows, image_grid, teaser
+from ard_jax.report.film import chosen as film_steps
 from ard_jax.report.page import build_curve, build_report
 
-__all__ = ["build_comparison", "build_curve", "build_report", "captioned_rows", "image_grid", "markdown", "teaser"]
+__all__ = [
+    "build_comparison",
+    "build_curve",
+    "build_report",
+    "captioned_rows",
+    "film_steps",
+    "image_grid",
+    "markdown",
+    "teaser",
+]

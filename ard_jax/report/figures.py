@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
@@ -115,9 +116,9 @@ def _shrink(image: np.ndarray, side: int = SHOWN_SIDE) -> np.ndarray:
     return np.asarray(picture).reshape(picture.height, picture.width, image.shape[-1])
 
 
-def cell_png(image: np.ndarray) -> bytes:
+def cell_png(image: np.ndarray, side: int = SHOWN_SIDE) -> bytes:
     """PNG of one picture (H, W, C) for the page: tiny ones enlarged by whole pixels, large ones reduced."""
-    return _png_bytes(_pil(_enlarge(_shrink(check_images(image[None])[0])[None], 64)[0]))
+    return _png_bytes(_pil(_enlarge(_shrink(check_images(image[None])[0], side)[None], 64)[0]))
 
 
 def shown(images: np.ndarray) -> int:
@@ -242,21 +243,22 @@ def block_maps(name: str, mass: np.ndarray) -> str:
         axes = figure.subplots(down, across, squeeze=False).reshape(-1)
         for layer, own in enumerate(axes):
             if layer < layers:
-                _block_map(own, mass[layer], f"layer {layer + 1}")
+                block_map(own, mass[layer], f"layer {layer + 1}")
             else:
                 own.set_axis_off()
         return _inline_svg(figure, name, f"attention of {steps} blocks to each other in {layers} layers, in percent")
 
 
-def _block_map(axes, mass: np.ndarray, title: str) -> None:
+def block_map(axes: Axes, mass: np.ndarray, title: str, written: bool = True) -> None:
+    """Draws (query block, key block) as cells, with their shares in percent if they are to be written."""
     ink, soft, paper, fill = (PALETTE[name][0] for name in ("ink", "soft", "paper", "ard"))
     for query, key in zip(*np.nonzero(mass > 0), strict=True):
         share = float(mass[query, key])
         axes.add_patch(
             Rectangle((key, query), 0.96, 0.96, facecolor=fill, alpha=min(0.08 + 0.92 * share, 1.0), linewidth=0)
         )
-        colour = paper if share > 0.5 else ink
-        axes.text(key + 0.48, query + 0.48, f"{100 * share:.0f}", ha="center", va="center", size=10, color=colour)
+        colour, said = paper if share > 0.5 else ink, f"{100 * share:.0f}" if written else ""
+        axes.text(key + 0.48, query + 0.48, said, ha="center", va="center", size=10, color=colour)
     steps = len(mass)
     names = ["noise", *(str(step) for step in range(1, steps))]
     axes.set(xlim=(0, steps), ylim=(steps, 0), aspect="equal")
@@ -299,7 +301,7 @@ def line_chart(
             style: dict[str, Any] = {"linestyle": (0, (4, 2.4)) if line.dashed else "-"}
             style["marker"] = "o" if markers else None
             axes.plot(line.x, line.y, color=PALETTE[line.colour][0], linewidth=1.7, markersize=4.5, **style)
-        _dress(axes, xlabel, ylabel, log, markers)
+        dress(axes, xlabel, ylabel, log, markers)
         return _inline_svg(figure, name, f"{ylabel} by {xlabel}: {', '.join(line.label for line in kept)}")
 
 
@@ -309,7 +311,7 @@ def _drawable(line: Series, log: bool) -> Series:
     return line._replace(x=x[keep], y=y[keep])
 
 
-def _dress(axes, xlabel: str, ylabel: str, log: bool, whole: bool) -> None:
+def dress(axes: Axes, xlabel: str, ylabel: str, log: bool, whole: bool) -> None:
     """Axes that stay behind the data: no frame, thin rules, plain numbers."""
     ink, soft, rule = (PALETTE[name][0] for name in ("ink", "soft", "rule"))
     axes.set_xlabel(xlabel, color=soft)

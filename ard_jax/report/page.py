@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ard_jax.report import captions, checkpoints, figures, measures, pieces, steps, words
+from ard_jax.report import captions, checkpoints, figures, film, measures, pieces, steps, words
 from ard_jax.report.figures import Series, thin
 from ard_jax.report.pieces import Chart, FinalImages, PictureGrid
 from ard_jax.report.render import render
@@ -35,6 +35,7 @@ def build_report(
     edits: Mapping[str, np.ndarray] | None = None,
     gallery: Mapping[str, np.ndarray] | None = None,
     curve: Sequence[Mapping[str, Any]] = (),
+    progress: Mapping[str, Mapping[int, np.ndarray]] | None = None,
 ) -> str:
     """The whole report as one self-contained HTML page.
 
@@ -53,6 +54,7 @@ def build_report(
       gallery: samples of captions: `label` (n,) their words, `held_out` (n,) whether they were held out of training;
         and uint8 (n, H, W, C) under each model's name, and under `real` the data's own picture of each caption.
       curve: lines of what `watch` measured of checkpoints, as `ard_jax.curve` has them.
+      progress: as `film.strips` takes it.
 
     Raises:
       UserError: if a picture is not uint8 or not of the stated shape.
@@ -85,6 +87,7 @@ def build_report(
         edits=_edits(models, edits or {}),
         losses=_losses(models, curves),
         rates=_rates(models, curves),
+        strips=film.strips(models, progress or {}),
         checkpoints=checkpoints.charts(curve, _colours({**checkpoints.models_of(curve), **models})),
         times=_times(results.seconds),
     )

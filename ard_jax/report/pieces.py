@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ard_jax.report import figures, words
-from ard_jax.report.figures import Series
+from ard_jax.report.figures import SHOWN_SIDE, Series
 from ard_jax.results import Measured
 
 DIFFERENCE_GAIN = 3  # an error of 10 in 255 is plain in numbers and invisible on a screen
@@ -53,9 +53,9 @@ class PictureGrid(NamedTuple):
     rows: Sequence[tuple[str | None, Sequence[Picture | None]]]
 
 
-def picture(image: np.ndarray, alt: str) -> Picture:
-    """Of a uint8 image (H, W, C)."""
-    return Picture(f"data:image/png;base64,{base64.b64encode(figures.cell_png(image)).decode('ascii')}", alt)
+def picture(image: np.ndarray, alt: str, side: int = SHOWN_SIDE) -> Picture:
+    """Of a uint8 image (H, W, C), which is reduced to `side` pixels where it is larger."""
+    return Picture(f"data:image/png;base64,{base64.b64encode(figures.cell_png(image, side)).decode('ascii')}", alt)
 
 
 def charts(drawn: Mapping[str, tuple[str, Sequence[Series]]], xlabel: str, ylabel: str, **options: bool) -> list[Chart]:

@@ -18,6 +18,8 @@ RIVALS = {
     "progressive": "Progressive distillation",
     "consistency": "Consistency distillation",
     "distribution_matching": "Distribution matching",
+    "trajectory_matching": "Trajectory matching",
+    "mean_flow": "Mean flow",
 }
 
 

@@ -43,12 +43,10 @@ from ard_jax.convert.sources import open_source
 from ard_jax.convert.vae import vae_from_diffusers, vae_to_diffusers
 from ard_jax.convert.write import files_sha256, save_parameters
 from ard_jax.errors import UserError
-from ard_jax.evaluation import InceptionFeatures
-from ard_jax.evaluation.inception import PUBLISHED_SHA256, cached_path, is_inception
 from ard_jax.files import file_sha256, read_json, require_finite, write_json, write_npz, write_text
 from ard_jax.models import MASKS, Backbone
 from ard_jax.progress import Stopwatch
-from ard_jax.weights.tensors import open_tensors, to_float32, write_tensors
+from ard_jax.weights.tensors import WEIGHT_SUFFIXES, open_tensors, to_float32, write_tensors
 from ard_jax.workdir import (
     check_same_config,
     merge_done,
@@ -137,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
     watch = Stopwatch()
     hints = Hints(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Hints)})
     path = fetch_source(args.source)
-    if is_inception(path):
+    if _is_inception(path):
         return _cache_inception(path, args.dry_run)
     source = open_source(path, hints)
     if source.config is not None:
@@ -162,8 +160,25 @@ def run(args: argparse.Namespace) -> None:
     _finish(folders, source, args)
 
 
+def _is_inception(path: pathlib.Path) -> bool:
+    """Whether a file holds weights of some Inception v3, by the names of its arrays."""
+    if not (path.is_file() and path.suffix in WEIGHT_SUFFIXES):
+        return False
+    try:
+        names = open_tensors(path, leave_out=".num_batches_tracked").shapes
+    except UserError:  # damaged, or arrays lie deeper in it: `open_source` says or knows
+        return False
+    return any(name.startswith("Mixed_7c.") for name in names)
+
+
 def _cache_inception(path: pathlib.Path, dry_run: bool) -> None:
     """Converts FID's Inception for `evaluate`, which is given its file and finds this by its hash."""
+    try:  # what measures wants more than the base requirements, which are enough for all else here
+        from ard_jax.evaluation.inception import PUBLISHED_SHA256, InceptionFeatures, cached_path
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"FID's Inception needs {error.name}, which is not installed: install ard_jax with its extra train."
+        ) from None
     sha256 = file_sha256(path)
     kind = "the published weights" if sha256 == PUBLISHED_SHA256 else "other than the published weights"
     print(f"{path}: FID's Inception, {kind}\n  goes to     {cached_path(sha256)}", flush=True)

@@ -12,10 +12,11 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.build import make_run_mesh, make_student
+from ard_jax.build import make_rollout, make_run_mesh, make_student
 from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
 from ard_jax.conditions import draw_numbers
-from ard_jax.data import InMemory, Source
+from ard_jax.data import InMemory, Source, identify, open_real
+from ard_jax.drawing import make_pictures, student_sampler
 from ard_jax.errors import UserError
 from ard_jax.methods import columns_of, make_method
 from ard_jax.models import init_from_teacher
@@ -27,6 +28,7 @@ from ard_jax.trajectories.store import open_store, store_hash
 from ard_jax.types import Params
 from ard_jax.workdir import (
     claim,
+    keep_identity,
     load_student,
     load_teacher,
     merge_done,
@@ -60,10 +62,17 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         columns = columns_of(manifest["points"], config)
         inputs["store"] = store_hash(manifest)
     method = make_method(config, student, teacher, columns, start)
+    real = open_real(source, config) if method.real else None
     # a store's own bounds are part of its hash
     claim(directory, config, "distill", **inputs, max_abs=str(config.trajectories.max_abs) if settings.online else "")
+    records: Source | dict[str, Source] = source
+    if real is not None:
+        keep_identity(directory, identify(config.data, real))
+        records = {"trajectory": source, "real": real}
     frozen = {"": None, "teacher": teacher_params, "start": params}[method.reads]
-    made = fit(Task(source, method, conditions, frozen, numbers), params, config, settings, directory, mesh, watch)
+    task = Task(records, method, conditions, frozen, numbers)
+    pictures = make_pictures(student_sampler(make_rollout(config, student)), conditions, config, workdir, mesh)
+    made = fit(task, params, config, settings, directory, mesh, watch, pictures)
     write_done(directory, **made, teacher=teacher_hash)
     if is_first():
         merge_done(workdir / "distill", {config.student.name: made})

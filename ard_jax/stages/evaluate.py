@@ -26,13 +26,16 @@ With `sample.prompts`, measures how well the images of that list fit their promp
 writes `prompts/NAME/evaluate/adherence.json`.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import logging
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
@@ -110,19 +113,28 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     yardstick = open_yardstick(config, real_images, vae, conditions, parts / "reference")
     occupy(directory)
     paired = Paired(config, teacher, students, conditions, make_decoder(vae, config, mesh), mesh)
-    measured = {
-        name: Measured(
-            **own.facts,
-            **yardstick.measure(own, parts / name),
-            kind="teacher" if name == "teacher" else "student",
-        )
-        for name, own in samples.items()
-    }
-    pictures = paired.teacher_pictures(config.evaluate.pictures)
-    edits = paired.edit_sources(config.evaluate.pictures)
-    for name, student in students.items():
-        of = {"config": plain(config), "teacher": teacher.sha256, "student": student.sha256}
-        errors, shown = _beside_teacher(paired, student, parts / "paired" / f"{name}.npz", of)
+
+    def beside_teacher(name):
+        of = {"config": plain(config), "teacher": teacher.sha256, "student": students[name].sha256}
+        return _beside_teacher(paired, students[name], parts / "paired" / f"{name}.npz", of)
+
+    # on a laptop small networks are compiled for longer than they run, one core a program; elsewhere memory is dearer,
+    # and programs of several devices would wait for each other
+    at_once = mesh.size == 1 and jax.default_backend() == "cpu"
+    with _threads(2) as pool:
+        beside = (pool.map if at_once else map)(beside_teacher, students)
+        measured = {
+            name: Measured(
+                **own.facts,
+                **yardstick.measure(own, parts / name),
+                kind="teacher" if name == "teacher" else "student",
+            )
+            for name, own in samples.items()
+        }
+        pictures = paired.teacher_pictures(config.evaluate.pictures)
+        edits = paired.edit_sources(config.evaluate.pictures)
+        found = dict(zip(students, beside, strict=True))
+    for name, (errors, shown) in found.items():
         measured[name] = dataclasses.replace(measured[name], **errors)
         pictures[name] = shown["pictures"]
         if "edits" in shown:
@@ -155,6 +167,16 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         write_npz(directory / "gallery.npz", **pictures)
         files.append("gallery.npz")
     write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[concurrent.futures.Executor]:
+    """Threads that work beside the body; where that ends early, they do not begin with what is left."""
+    pool = concurrent.futures.ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _models(config: ml_collections.ConfigDict, workdir: pathlib.Path, asked: Collection[str]) -> list[str]:

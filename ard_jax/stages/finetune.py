@@ -5,16 +5,14 @@ writes `distill/<finetune.name>/`, as the distill stage does, so that it is samp
 student. Started again, it goes on where it stopped. The losses are in ard_jax/objectives/adversarial.py.
 """
 
-import logging
 import pathlib
 
 import ml_collections
-import numpy as np
 
-from ard_jax.build import make_run_mesh
+from ard_jax.build import make_rollout, make_run_mesh
 from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
-from ard_jax.data import Source, identify, image_source
-from ard_jax.errors import UserError
+from ard_jax.data import identify, open_real
+from ard_jax.drawing import make_pictures, student_sampler
 from ard_jax.methods import columns_of, finetuned_config, make_finetune_method
 from ard_jax.parallel import check_batch, is_first
 from ard_jax.progress import Stopwatch
@@ -31,11 +29,6 @@ from ard_jax.workdir import (
     write_done,
 )
 
-log = logging.getLogger("ard_jax")
-
-LOOKED_AT = 64  # records of the real and the trajectory data that are compared before the training
-FACTOR = 3.0  # by which their scales may differ
-
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Trains the student on, to `config.finetune.steps`.
@@ -48,55 +41,21 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     check_batch(settings, mesh, "finetune")
     teacher, teacher_params, teacher_hash, _ = load_teacher(config, workdir, mesh)
     start = workdir / "distill" / (settings.start or config.student.name)
-    _, params, start_hash, before = load_student(start, mesh)
+    student, params, start_hash, before = load_student(start, mesh)
     check_same_config(network_settings(before), network_settings(config), ("data", "model", "diffusion"), start)
     config = finetuned_config(config, before)
     source, manifest = open_store(config, workdir, teacher_hash)
     conditions = load_conditions(config, workdir)
     check_text_encoder(config, workdir, conditions)
-    real = image_source(config.data)
-    check_real(real, source, config)
+    real = open_real(source, config)
     directory = workdir / "distill" / settings.name
     inputs = {"teacher": teacher_hash, "start": start_hash, "store": store_hash(manifest), **inputs_of(conditions)}
     claim(directory, config, "finetune", **inputs)
     keep_identity(directory, identify(config.data, real))
     method = make_finetune_method(config, teacher, columns_of(manifest["points"], config))
     task = Task({"trajectory": source, "real": real}, method, conditions, teacher_params)
-    made = fit(task, params, config, settings, directory, mesh, watch)
+    pictures = make_pictures(student_sampler(make_rollout(config, student)), conditions, config, workdir, mesh)
+    made = fit(task, params, config, settings, directory, mesh, watch, pictures)
     write_done(directory, **made, teacher=teacher_hash)
     if is_first():
         merge_done(workdir / "distill", {settings.name: made})
-
-
-def check_real(real: Source, trajectories: Source, config: ml_collections.ConfigDict) -> None:
-    """Compares some real examples with the teacher's samples in the store.
-
-    Raises:
-        UserError: they differ in shape, the real ones are of a larger scale, or the trajectories have labels that the
-            data have not.
-    """
-    images = np.stack([real[row]["image"] for row in _spread(len(real))])
-    records = [trajectories[row] for row in _spread(len(trajectories))]
-    samples = np.stack([np.asarray(record["x0"])[-1] for record in records]).astype(np.float32)
-    labels = max(int(record["label"]) for record in records)
-    remedy = "use the data that the teacher was trained on, and a store of its trajectories"
-    if images.shape[1:] != samples.shape[1:]:
-        raise UserError(
-            f"the real data are {images.shape[1:]} and the store's trajectories {samples.shape[1:]} (height, width, "
-            f"channel): {remedy}."
-        )
-    if labels >= (config.data.num_classes or np.inf):
-        raise UserError(
-            f"the store has the label {labels}, but data.num_classes is {config.data.num_classes}: {remedy}."
-        )
-    ours, theirs = (float(np.sqrt(np.mean(np.square(part)))) for part in (images, samples))
-    said = f"the real data have a root mean square of {ours:.3g}, the teacher's samples in the store of {theirs:.3g}"
-    if not ours < FACTOR * theirs:  # nor if it is NaN
-        raise UserError(f"{said}, so they are not of one scale: {remedy}.")
-    if theirs > FACTOR * ours:  # which a teacher that has hardly been trained does too
-        log.warning("%s: if the teacher is good, they are not of one scale.", said)
-
-
-def _spread(length: int) -> np.ndarray:
-    """Rows spread evenly over a source."""
-    return np.unique(np.linspace(0, length - 1, LOOKED_AT).astype(int))

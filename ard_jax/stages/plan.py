@@ -41,7 +41,7 @@ def run(
             that can be fine-tuned.
     """
     where = find_slice(topology)
-    config = for_platform(config, where.platform)
+    config = for_platform(config, where.platform, where.chip)
     works = {stage: MAKERS[stage](config, where) for stage in ("distill", *(["finetune"] if finetune else []))}
     for stage, work in works.items():
         check_batch(config[stage], work.mesh, stage)

@@ -36,17 +36,18 @@ from ard_jax.drawing import (
     checked_levels,
     choose_numbers,
     drawable,
+    in_order,
     make_decoder,
     make_drawing,
+    numbered_batch,
     to_levels,
 )
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, file_sha256, join_npz, read_npz, to_host, write_json, write_npz
-from ard_jax.parallel import batch_shards, is_first, put_batch
+from ard_jax.parallel import batch_shards, is_first
 from ard_jax.progress import Stopwatch, progress_bar
 from ard_jax.prompted import Listed, lay_out, open_list
 from ard_jax.report import image_grid
-from ard_jax.types import PyTree
 from ard_jax.workdir import (
     config_differences,
     find_vae,
@@ -178,10 +179,9 @@ def _draw(
         return images if is_latent else to_levels(images), *rest
 
     def batch_of(first):
-        """This process's rows; indices beyond the count fill the last batch up."""
-        index = np.array_split(np.arange(first, first + batch_size), jax.process_count())[jax.process_index()]
-        numbers = choose_numbers(settings, index, conditions)
-        return put_batch({"index": index, "label": numbers, "condition": conditions.rows(numbers)}, mesh)
+        """Indices beyond the count fill the last batch up."""
+        index = np.arange(first, first + batch_size)
+        return numbered_batch(index, choose_numbers(settings, index, conditions), conditions, mesh)
 
     batch_size = settings.batch_size * batch_shards(mesh)
     is_latent = config.data.space == "latent" and decoder is None
@@ -198,7 +198,7 @@ def _draw(
         for begin in range(start, settings.count, rows):
             images, labels, started = [], [], time.perf_counter()
             for first in range(begin, min(begin + rows, settings.count), batch_size):
-                image, label = _in_order(*jax.tree.map(to_host, sample(batch_of(first))))
+                image, label = in_order(*jax.tree.map(to_host, sample(batch_of(first))))
                 images.append(_checked_latents(image) if is_latent else checked_levels(*image))
                 labels.append(label)
                 bar.update(min(batch_size, settings.count - first))
@@ -212,12 +212,6 @@ def _draw(
 
 def _parts(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(folder.glob("[0-9]*.npz"))
-
-
-def _in_order(images: PyTree, label: np.ndarray, index: np.ndarray) -> tuple[PyTree, np.ndarray]:
-    """Rows in the order of their indices: which host has which rows of a batch is up to the mesh."""
-    order = np.argsort(index)
-    return jax.tree.map(lambda rows: rows[order], images), label[order]
 
 
 def _checked_latents(latents: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Trains the diffusion teacher on images.
 
 Reads the images of `data` and writes `teacher/`: Orbax checkpoints (parameters, running average, optimiser, place in
-the data), metrics.jsonl, TensorBoard files, labels.json (names of the classes) and done.json. Started again, it goes
-on where it stopped.
+the data), metrics.jsonl, TensorBoard files, labels.json (names of the classes), with `run.sample_every` pictures in
+progress/, and done.json. Started again, it goes on where it stopped.
 """
 
 import pathlib
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_process, make_run_mesh, make_teacher
+from ard_jax.build import example_shape, make_process, make_run_mesh, make_solve, make_teacher
 from ard_jax.captions.conditions import inputs_of, load_conditions
 from ard_jax.data import check_records, identify, image_source
+from ard_jax.drawing import make_pictures, teacher_sampler
 from ard_jax.keys import make_key
 from ard_jax.models import Backbone
 from ard_jax.models.backbone import condition_like
@@ -49,7 +50,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = 
         model, make_process(config), label_dropout=settings.label_dropout, horizontal_flip=data.horizontal_flip
     )
     task = Task(source, Method(objective, flops=6 * teacher_macs(model, shape)), conditions)
-    write_done(directory, **fit(task, params, config, settings, directory, mesh, watch))
+    pictures = make_pictures(teacher_sampler(model, make_solve(config)), conditions, config, workdir, mesh)
+    write_done(directory, **fit(task, params, config, settings, directory, mesh, watch, pictures))
 
 
 def init_parameters(model: Backbone, shape: tuple[int, int, int], seed: int, mesh: Mesh) -> Params:

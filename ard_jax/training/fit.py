@@ -11,10 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ard_jax.conditions import Conditions, with_conditions
-from ard_jax.data import InMemory, Joined, Source, in_memory, stream
+from ard_jax.data import InMemory, Source, in_memory
+from ard_jax.data.stream import Joined, stream
 from ard_jax.files import tree_sha256
 from ard_jax.objectives import Method
 from ard_jax.training.loop import train
+from ard_jax.training.pictures import Pictures
 from ard_jax.types import Batches, Params, PyTree
 
 
@@ -44,6 +46,7 @@ def fit(
     directory: pathlib.Path,
     mesh: Mesh,
     watch: Callable[[], float],
+    pictures: Pictures | None = None,
 ) -> dict[str, Any]:
     """Trains to the last step, from the newest checkpoint in `directory` if there is one.
 
@@ -55,6 +58,7 @@ def fit(
         directory: of the run.
         mesh: of devices.
         watch: seconds since the stage started.
+        pictures: as `train` takes them.
 
     Returns:
         What `write_done` takes: "sha256" of the parameters and their average, "seconds", "step", and what the training
@@ -70,6 +74,7 @@ def fit(
         directory=directory,
         mesh=mesh,
         frozen=task.frozen,
+        pictures=pictures,
     )
     state = trained.state
     examples = settings.batch_size * int(state.step)

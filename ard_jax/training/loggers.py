@@ -1,6 +1,7 @@
-"""Where metrics are shown beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow, by `run.loggers`."""
+"""Where metrics and pictures are shown beside the files of a run: TensorBoard, Weights & Biases, MLflow."""
 
 import concurrent.futures
+import functools
 import importlib.util
 import logging
 import os
@@ -10,6 +11,8 @@ import uuid
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, TypedDict
 
+import numpy as np
+
 from ard_jax.config import flatten
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import read_json, write_json
@@ -17,6 +20,7 @@ from ard_jax.files import read_json, write_json
 log = logging.getLogger("ard_jax")
 
 NOTES = "loggers.json"
+SAMPLES = "samples"  # what pictures are called at a logger
 PROJECT = "ard_jax"  # in which the runs of Weights & Biases and MLflow lie
 # The module that a logger needs, and how it is called; the extra that brings it.
 NEEDED = {
@@ -37,6 +41,9 @@ class Writer(Protocol):
     """What writes for a logger, as clu's metric writers do."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Each uint8 (height, width, 3)."""
 
     def close(self) -> None: ...
 
@@ -63,6 +70,10 @@ class Logger:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.last = self.thread.submit(lambda: self.writer.result().write_scalars(step, values))
 
+    def show(self, step: int, picture: np.ndarray) -> None:
+        """A picture, uint8 (height, width, 3)."""
+        self.last = self.thread.submit(lambda: self.writer.result().write_images(step, {SAMPLES: picture}))
+
     def close(self) -> None:
         """Waits for what is still to be written; raises what writing it raised."""
         self.last.result()
@@ -76,8 +87,8 @@ def open_loggers(names: Collection[str], directory: pathlib.Path, after: int) ->
     Args:
         names: of `NEEDED`.
         directory: of the training, which has TensorBoard's files and, in loggers.json, the ids of the others' runs.
-        after: the last step that they have been given. A training that was killed beyond its last checkpoint makes
-            later steps again, with the same metrics, and only TensorBoard can replace what it has.
+        after: the last step that they have been given, -1 if none. A training that was killed beyond its last
+            checkpoint makes later steps again, with the same metrics, and only TensorBoard can replace what it has.
 
     Raises:
         UserError: a package is not installed, or Weights & Biases or MLflow cannot be reached.
@@ -102,7 +113,7 @@ def _note_given(directory: pathlib.Path, after: int) -> int:
 
 def _read_notes(directory: pathlib.Path) -> Notes:
     path = directory / NOTES
-    return read_json(path, Notes) if path.exists() else {"given": 0, "runs": {}}
+    return read_json(path, Notes) if path.exists() else {"given": -1, "runs": {}}
 
 
 def tensorboard(directory: pathlib.Path) -> Logger:
@@ -159,6 +170,12 @@ class WandB:
         if step > self.after:
             self.run.log(dict(scalars), step=step)
 
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        import wandb
+
+        if step > self.after:
+            self.run.log({name: wandb.Image(image) for name, image in images.items()}, step=step)
+
     def close(self) -> None:
         self.run.finish()
 
@@ -190,6 +207,11 @@ class MLflow:
             now = int(1000 * time.time())
             metrics = [self.metric(key, value, now, step) for key, value in scalars.items()]
             self._tell(lambda: self.client.log_batch(self.run, metrics=metrics), f"step {step}")
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        for name, image in images.items() if step > self.after else ():
+            give = functools.partial(self.client.log_image, self.run, image, key=name, step=step)
+            self._tell(give, f"the picture of step {step}")
 
     def close(self) -> None:
         self._tell(lambda: self.client.set_terminated(self.run), "the end")

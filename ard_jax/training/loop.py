@@ -23,6 +23,7 @@ from ard_jax.parallel import is_first, put_batch
 from ard_jax.training import checkpoints
 from ard_jax.training.loggers import check_loggers
 from ard_jax.training.metrics import MetricLog
+from ard_jax.training.pictures import Pictures
 from ard_jax.training.reading import Reading
 from ard_jax.training.state import TrainState, init_state, make_step, optimizer_of
 from ard_jax.types import Batches, Params, PyTree
@@ -52,6 +53,7 @@ def train(
     directory: pathlib.Path,
     mesh: Mesh,
     frozen: PyTree = None,
+    pictures: Pictures | None = None,
 ) -> Trained:
     """Trains until `settings.steps`, from the newest checkpoint if there is one.
 
@@ -62,14 +64,15 @@ def train(
         settings: a stage's section of the config: steps, batch_size, accumulate, checkpoint_every, optimizer.
         run: the `run` section.
         seed: of the run.
-        directory: of the run: checkpoints/, metrics.jsonl and TensorBoard's files go there.
+        directory: of the run: checkpoints/, metrics.jsonl, progress/ and TensorBoard's files go there.
         mesh: of devices.
         frozen: parameters that the objective reads and that are not trained.
+        pictures: what is drawn of the average while it learns, if anything.
 
     Raises:
-        UserError: a logger of `run.loggers` cannot be had.
+        UserError: a logger of `run.loggers` cannot be had; or a record cannot be read, on whichever host, and the state
+            has been saved.
         NotFinite: a metric is; the last good checkpoint stays.
-        UserError: a record cannot be read, on whichever host; the state has been saved.
         Preempted: SIGTERM, SIGHUP or Ctrl-C came; the state has been saved.
     """
     check_loggers(run.loggers)
@@ -127,9 +130,18 @@ def train(
 
         metric_log = MetricLog(directory, int(state.step), settings.steps, run.loggers) if is_first() else None
         meter = Meter(settings.batch_size, method.flops, metric_log)
+
+        def show(state: TrainState, step: int) -> None:
+            if pictures and pictures.due(step, step == settings.steps):
+                picture = pictures.draw(state.ema)
+                if metric_log:
+                    metric_log.show(step, picture)
+
         try:
             with Preemption() as preemption:
                 unsealed = 0
+                if not int(state.step):
+                    show(state, 0)
                 for step in range(int(state.step) + 1, settings.steps + 1):
                     try:
                         with meter.waiting():
@@ -145,10 +157,11 @@ def train(
                     asked = preemption.asked(step)  # once a step: it may change at any time
                     saving = last or asked or step % settings.checkpoint_every == 0
                     if saving or step % run.log_every == 0:
-                        if not reading.is_whole():
+                        if not reading.is_whole() and (error := reading.met()):
                             save_last(state)
-                            reading.raise_if_broken()
+                            raise error
                         meter.report()  # raises before anything that is not finite is saved
+                    show(state, step)  # before the checkpoint, so that one that goes on from there has all of them
                     if saving:
                         save(state)
                         unsealed = step

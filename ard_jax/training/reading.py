@@ -15,7 +15,7 @@ from ard_jax.errors import UserError
 from ard_jax.hosts import gather_json
 from ard_jax.types import Batch, Batches, PyTree
 
-WHOLE = "whole"  # a batch's entry, (batch,) bool: whether all records are those of the step; a metric too
+WHOLE = "whole"  # a batch's entry, (batch,) bool: are the records those of the step; a metric: did it change the state
 
 
 class Reading:
@@ -50,8 +50,8 @@ class Reading:
                 self.last = next(self.batches)
             except UserError as error:
                 self.error = error
-        if first:  # nothing has been sent to the devices
-            self.raise_if_broken()
+        if first and (met := self.met()):  # nothing has been sent to the devices
+            raise met
         assert self.last is not None
         rows = len(jax.tree.leaves(self.last)[0])
         return {**self.last, WHOLE: np.full(rows, self.error is None)}
@@ -62,7 +62,7 @@ class Reading:
             self.pending.append((self.batches.get_state(), metrics.pop(WHOLE)))
 
     def is_whole(self) -> bool:
-        """Whether every host had its own records in all steps so far; all hosts ask after the same step."""
+        """Whether all steps so far changed the state; all hosts ask after the same step."""
         pending, self.pending = self.pending, []
         for position, whole in pending:
             if not jax.device_get(whole):
@@ -70,8 +70,9 @@ class Reading:
             self._position = position
         return True
 
-    def raise_if_broken(self) -> None:
-        """On all hosts, what one of them met; all of them ask."""
+    def met(self) -> UserError | None:
+        """What one of the hosts could not read, for all of them to raise; all of them ask."""
         for host, sentence in enumerate(gather_json(self.error and str(self.error))):
             if sentence:
-                raise self.error or UserError(f"host {host} stopped: {sentence}")
+                return self.error or UserError(f"host {host} stopped: {sentence}")
+        return None

@@ -222,7 +222,8 @@ def make_step(
         accumulate: microbatches a step, whose gradients, losses and metrics are averaged: less memory, the same step
             but for rounding.
 
-    A batch of several hosts says whether each had its own records (`reading.WHOLE`); unless all had, the state stays.
+    A batch of several hosts says whether each had its own records (`reading.WHOLE`); unless all had, and the gradient
+    is finite, the state stays.
     """
 
     gradients = objective.gradients if isinstance(objective, Joint) else _gradients_of(objective)
@@ -258,7 +259,8 @@ def make_step(
         norms = {"gradient_norm": optax.tree.norm(gradient), "parameter_norm": optax.tree.norm(params)}
         after = TrainState(state.step + 1, params, ema, opt_state, state.rng, others, memory)
         if whole is not None:
-            norms[WHOLE] = jnp.all(whole)
+            # after the norm: devices that meet in two places at once may wait for each other for ever
+            norms[WHOLE] = jnp.all(whole & jnp.isfinite(norms["gradient_norm"]))
             after = jax.tree.map(lambda new, old: jnp.where(norms[WHOLE], new, old), after, state)
         return after, metrics | norms
 

@@ -1,9 +1,10 @@
 """Learning rates of the rival methods, on digits
 
 What was tried for configs/compare_digits.py, at equal steps: consistency distillation, progressive distillation round
-by round, and distribution matching from the teacher and from a consistency student.
+by round, distribution matching without a discriminator from the teacher and from a consistency student, mean flow, and
+trajectory matching. configs/sweeps/matching.py has distribution matching with its discriminator.
 
-Twenty-five students of 600 steps: about 30 minutes on two CPU cores with the teacher and the store.
+Thirty-one students of 600 steps: about 38 minutes on two CPU cores with the teacher and the store.
 """
 
 EIGHT = (15, 13, 12, 10, 8, 5, 3, 0)
@@ -30,7 +31,17 @@ def progressive(steps: int, rate: float, start: str) -> dict:
 
 def matching(steps: int, rate: float, fake: float, start: str = "") -> dict:
     more = {"distill.distribution_matching.optimizer.learning_rate": fake, "distill.start": start}
+    more |= {"distill.distribution_matching.weight": 0.0}
     return student("stochastic", "distribution_matching", steps, rate, **more)
+
+
+def mean_flow(steps: int, rate: float) -> dict:
+    return student("deterministic", "mean_flow", steps, rate)
+
+
+def trajectory(steps: int, rate: float, fake: float, start: str) -> dict:
+    more = {"distill.trajectory_matching.optimizer.learning_rate": fake, "distill.start": start}
+    return student("deterministic", "trajectory_matching", steps, rate, **more)
 
 
 SWEEP = {
@@ -49,5 +60,8 @@ SWEEP = {
            for s in (4, 1) for rate in (1e-4, 3e-4, 1e-3)},
         **{f"matching_{s}_started_{rate:.4f}".replace(".", ""): matching(s, rate, fake, f"consistency_{s}_00015")
            for s in (4, 1) for rate, fake in ((3e-4, 3e-4), (1e-4, 1e-3))},
+        **{f"mean_flow_{s}_{rate:.4f}".replace(".", ""): mean_flow(s, rate) for s in (4, 1) for rate in (5e-4, 1.5e-3)},
+        **{f"trajectory_4_{rate:.5f}".replace(".", ""): trajectory(4, rate, 5e-4, "mean_flow_4_00015")
+           for rate in (1e-5, 5e-5)},
     },
 }  # fmt: skip

@@ -22,6 +22,7 @@ CONFIG, SETTINGS = "CONFIG.md", "ard_jax/config.py"
 PACKAGES = ("pipeline", "sampling", "evaluation", "models", "objectives", "convert")  # whose interface has a page
 ALSO = ("README.md", "benchmarks/RESULTS.md")  # pages of the site although nothing may link to them
 LANGUAGES = {".py": "python", ".sh": "bash", ".txt": "text"}
+BOOST = {"TROUBLESHOOTING.md": 20}  # so that words of a message lead to what it means, not to what prints it
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 
 
@@ -38,8 +39,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Leads links out of docs/ to their places on the site; mkdocs calls this by its name."""
+    """Leads links out of docs/ to where they are on the site, and ranks it in searches; mkdocs calls it by its name."""
     here = page.file.src_uri
+    page.meta["search"] = {"exclude": here.startswith("source/ard_jax"), "boost": BOOST.get(here, 1)}
     return rewrite(markdown, here, repository_path(here))
 
 
@@ -122,7 +124,8 @@ def _text(path: str) -> str:
 
 
 def _first_sentence(path: pathlib.Path) -> str:
-    return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
+    said = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
+    return said.replace("[", "\\[")  # of a command's flags, no link
 
 
 def _interface(name: str) -> str:
