@@ -111,6 +111,21 @@ def test_every_product_has_the_highest_precision():
     assert {v.aval.dtype for e in products for v in e.outvars} == {np.dtype(np.float32)}
 
 
+def test_bfloat16_is_of_the_convolutions_alone_and_near_what_float32_gives(features):
+    images = random_images(GOLDEN_SIDE, 2)
+    exact, rounded = features(images), features.over(jax.devices()[:1], "bfloat16")(images)
+    for name, limit in (("pool", 0.03), ("spatial", 0.05), ("logits", 0.03)):
+        a, b = getattr(exact, name), getattr(rounded, name)
+        assert b.dtype == np.float32 and 1e-4 < relative_error(b, a) < limit, name
+    program = jax.make_jaxpr(InceptionNet("bfloat16").apply)({"params": inception.parameter_shapes()}, images)
+    found = [equation for equation, _ in jaxprs.equations(program.jaxpr)]
+
+    def types(name):
+        return {operand.aval.dtype for e in found if e.primitive.name == name for operand in e.invars}
+
+    assert types("conv_general_dilated") == {jnp.bfloat16.dtype} and types("dot_general") == {np.dtype(np.float32)}
+
+
 def test_names_and_shapes_of_the_published_file():
     shapes = inception.published_shapes()
     # 94 convolutions with five arrays each, and the classifier's two; as many numbers as the 95,628,359 bytes hold
