@@ -9,6 +9,7 @@ Weights are random, images 256×256. `speed` needs what the extra `oracles` says
 import argparse
 import importlib
 import importlib.util
+import math
 import os
 import pathlib
 import sys
@@ -21,10 +22,12 @@ import numpy as np
 
 from ard_jax.evaluation import InceptionFeatures
 from ard_jax.evaluation.inception import BATCH_SIZE, forward, parameter_shapes, published_shapes, shardings_over
+from ard_jax.models import jaxprs
 from ard_jax.parallel import make_mesh
 from ard_jax.plan.cost import Cost, measure
 from ard_jax.plan.programs import Work
-from ard_jax.plan.topology import find_slice
+from ard_jax.plan.topology import Slice, find_slice
+from ard_jax.types import Params
 from ard_jax.weights.tensors import write_tensors
 from benchmarks.measure import in_turns, spread
 
@@ -79,7 +82,7 @@ def speed(seconds: float) -> None:
         print(f"largest difference of pool features: {np.abs(found.pool - expected).max():.1e} of {expected.max():.2f}")
         runs = {
             "ours": lambda: next(ours.stream([images], BATCH_SIZE)).pool,
-            "theirs": lambda: theirs(images)[0].numpy(),
+            "theirs": lambda: theirs(images)[0],
         }
         turns = in_turns(runs, jnp.float32, seconds)
     for name in runs:
@@ -87,15 +90,29 @@ def speed(seconds: float) -> None:
     print(f"ours to theirs: {spread(turns.ratio('theirs', 'ours'))}")
 
 
-def compiled_for(topology: str) -> Cost:
-    """The program of a batch as each host of a slice runs it on all its chips; statistics are the host's business."""
+def program_for(topology: str) -> tuple[Slice, Params, jax.ShapeDtypeStruct]:
+    """A slice, and what `forward` is given on all chips of one of its hosts, each of which does the same."""
     where = find_slice(topology)
     whole, split = shardings_over(where.host)
     rows = BATCH_SIZE * len(where.host)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), parameter_shapes())
-    images = jax.ShapeDtypeStruct((rows, SIDE, SIDE, 3), jnp.uint8, sharding=split)
-    work = Work("evaluator", forward, (params, images), make_mesh(devices=where.host), rows, 0.0)
-    return measure(work, where.chip)
+    return where, params, jax.ShapeDtypeStruct((rows, SIDE, SIDE, 3), jnp.uint8, sharding=split)
+
+
+def compiled_for(topology: str) -> Cost:
+    """The program of a batch, compiled; statistics are the host's business."""
+    where, params, images = program_for(topology)
+    flops = 2.0 * convolution_macs(params, images)
+    mesh = make_mesh(devices=where.host)
+    return measure(Work("evaluator", forward, (params, images), mesh, images.shape[0], flops), where.chip)
+
+
+def convolution_macs(params: Params, images: jax.ShapeDtypeStruct) -> int:
+    """Multiply-accumulates of the network's convolutions on a batch."""
+    found = [equation for equation, _ in jaxprs.equations(jax.make_jaxpr(forward)(params, images).jaxpr)]
+    found = [equation for equation in found if equation.primitive.name == "conv_general_dilated"]
+    shapes = [(equation.outvars[0].aval.shape, equation.invars[1].aval.shape) for equation in found]
+    return sum(math.prod(result) * math.prod(kernel[:-1]) for result, kernel in shapes)
 
 
 def main() -> None:
@@ -107,11 +124,12 @@ def main() -> None:
     if args.what == "speed":
         return speed(args.seconds)
     cost = compiled_for(args.topology)
+    size = cost.work.mesh.size
     assert cost.memory is not None, f"it does not fit: {cost.needed / 1e9:.2f} GB"
     print(
-        f"{args.topology}: {cost.work.rows} images on the {cost.work.mesh.size} chips of a host; a chip holds "
+        f"{args.topology}: {cost.work.rows} images on the {size} chips of a host; a chip holds "
         f"{cost.memory.arguments / 1e9:.3f} GB of arguments and {cost.memory.temporaries / 1e9:.3f} GB of temporaries, "
-        f"moves {cost.bytes / 1e9:.2f} GB and computes {cost.flops / 1e12:.3f} TFLOP a batch; "
+        f"moves {cost.bytes / 1e9:.2f} GB and computes {cost.work.flops / size / 1e12:.3f} TFLOP a batch; "
         f"traffic between chips {', '.join(cost.traffic) or 'none'}; compiled in {cost.compile_seconds:.0f} s"
     )
 
