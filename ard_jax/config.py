@@ -371,6 +371,8 @@ SETTINGS: dict[str, Any] = {
         "weights": Setting("", RESULTS),  # of Inception: its file
         "reference": Setting("", RESULTS),  # for Inception: ADM's file, or one of evaluate --make-reference
         "split": Setting(5000, RESULTS, at_least(1)),  # images of a split of the Inception score
+        # that Inception computes in; bfloat16 is faster on accelerators, and its numbers compare with no published ones
+        "dtype": Setting("float32", RESULTS, one_of("float32", "bfloat16")),
         # of precision and recall in Inception's features, the type
         "distances": Setting("float16", RESULTS, one_of("float16", "float32")),
         "clip": Setting("", RESULTS),  # folder of a CLIP that judges the images of sample.prompts

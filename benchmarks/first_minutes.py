@@ -61,16 +61,8 @@ def main() -> None:
     with clock.part("an environment"):
         subprocess.run([sys.executable, "-m", "venv", home / ".venv"], check=True)
     with clock.part("pip install '.[demo,emoji]'"):
-        install = [
-            commands / "python",
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            ".[demo,emoji]",
-        ]
-        subprocess.run(install, cwd=home, check=True, stderr=subprocess.DEVNULL)
+        pip = [commands / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, ".[demo,emoji]"], cwd=home, check=True, stderr=subprocess.DEVNULL)
     demo = subprocess.Popen([commands / "ard-jax", "demo"], cwd=home, stdout=subprocess.PIPE, text=True)
     try:
         with clock.part("ard-jax demo, until it says where it is"):
@@ -101,27 +93,30 @@ def play(browser, address: str, clock: Clock, args: argparse.Namespace) -> None:
         page.wait_for_selector("#draw")
     with clock.part("first pictures: a cat face"):
         draw(page, "cat face")
-    with clock.part("the next: a red heart"):
-        draw(page, "red heart")
-    keep(page, args, "tour_draw")
-    with clock.part("edited: a blue heart"):
+    keep(page, args, "demo")
+    with clock.part("the next: the flag of France"):
+        draw(page, "flag of France")
+    with clock.part("edited: the flag of Italy"):
         page.get_by_role("tab", name="Edit a picture").click()
-        page.click("#take")
-        page.wait_for_selector("#picture img")
-        page.fill("#edit-told textarea", "blue heart")
-        page.click("#edit")
-        page.wait_for_selector("#edit-status:has-text('Done.')")
+        edit(page, "flag of Italy")
     with clock.part("saved"):
         shown = page.wait_for_selector("#edit-pictures .ard-model figure img").get_attribute("src")
         picture = Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2])))
         picture.save(args.folder / "edited.png")
-    red, _, blue = picture.convert("RGB").resize((1, 1), Image.Resampling.BOX, box=(11, 10, 21, 16)).getpixel((0, 0))
-    print(f"the edited picture: {args.folder / 'edited.png'}, {picture.size}; its middle has red {red}, blue {blue}")
+    left = picture.convert("RGB").resize((1, 1), Image.Resampling.BOX, box=(4, 12, 9, 20)).getpixel((0, 0))
+    print(f"the edited picture: {args.folder / 'edited.png'}, {picture.size}; its left, blue before, is {left} (RGB)")
     keep(page, args, "tour_edit")
     page.fill("#edit-told textarea", "heart " * 400)
     page.click("#edit")
     page.wait_for_selector("#edit-status .ard-error")
     keep(page, args, "tour_error")
+    if args.pictures:
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.get_by_role("tab", name="Draw").click()
+        draw(page, "red heart")
+        page.get_by_role("tab", name="Edit a picture").click()
+        edit(page, "broken heart")
+        keep(page, args, "demo_phone")
     browser.close()
 
 
@@ -131,6 +126,18 @@ def draw(page: Page, caption: str) -> None:
     page.click("#draw")
     page.wait_for_function("before => document.querySelector('#draw-pictures').innerHTML !== before", arg=before)
     page.wait_for_selector("#draw-status .ard-done:has-text('Done.')")
+
+
+def edit(page: Page, caption: str) -> None:
+    """Edits what was drawn last."""
+    before = page.inner_html("#edit-pictures")
+    page.click("#take")
+    page.wait_for_selector("#edit-status:has-text('is taken.')")
+    page.wait_for_selector("#picture img")
+    page.fill("#edit-told textarea", caption)
+    page.click("#edit")
+    page.wait_for_function("before => document.querySelector('#edit-pictures').innerHTML !== before", arg=before)
+    page.wait_for_selector("#edit-status .ard-done:has-text('Done.')")
 
 
 def keep(page: Page, args: argparse.Namespace, name: str) -> None:

@@ -91,6 +91,7 @@ CHOICES = {
     "student.target": ("x0", "xt"),
     "evaluate.features": ("classifier", "inception"),
     "evaluate.distances": ("float16", "float32"),
+    "evaluate.dtype": ("float32", "bfloat16"),
     "sample.labels": ("uniform", "balanced", (), (0, 3), [1], 2),
     "run.loggers": ((), ("wandb",), ("tensorboard", "wandb", "mlflow")),
 }
@@ -242,6 +243,7 @@ def test_choices(key):
         "student.target": "choose x0 (predicted x0) or xt (noisy points)",
         "evaluate.features": "choose classifier or inception (of `weights`, against `reference`)",
         "evaluate.distances": "choose float16 or float32",
+        "evaluate.dtype": "choose float32 or bfloat16",
         "sample.labels": "give uniform, balanced, or numbers such as (0, 1)",
         "run.loggers": "give some of ('tensorboard', 'wandb', 'mlflow') as a tuple, or () for none",
     }.get(key, "choose float16, bfloat16 or float32")

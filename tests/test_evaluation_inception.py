@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import logging
+import re
 import sys
 
 import jax
@@ -23,6 +24,7 @@ from ard_jax.evaluation.inception_net import (
 )
 from ard_jax.files import file_sha256, tree_sha256
 from ard_jax.models import jaxprs
+from benchmarks.inception import convolution_macs, program_for
 
 GOLDEN_SIDE = 64
 
@@ -107,6 +109,21 @@ def test_every_product_has_the_highest_precision():
     assert len(products) == 94 + 3  # convolutions; the resize's two matrices and the classifier
     assert all(set(np.atleast_1d(e.params["precision"])) == {jax.lax.Precision.HIGHEST} for e in products)
     assert {v.aval.dtype for e in products for v in e.outvars} == {np.dtype(np.float32)}
+
+
+def test_bfloat16_is_of_the_convolutions_alone_and_near_what_float32_gives(features):
+    images = random_images(GOLDEN_SIDE, 2)
+    exact, rounded = features(images), features.over(jax.devices()[:1], "bfloat16")(images)
+    for name, limit in (("pool", 0.03), ("spatial", 0.05), ("logits", 0.03)):
+        a, b = getattr(exact, name), getattr(rounded, name)
+        assert b.dtype == np.float32 and 1e-4 < relative_error(b, a) < limit, name
+    program = jax.make_jaxpr(InceptionNet("bfloat16").apply)({"params": inception.parameter_shapes()}, images)
+    found = [equation for equation, _ in jaxprs.equations(program.jaxpr)]
+
+    def types(name):
+        return {operand.aval.dtype for e in found if e.primitive.name == name for operand in e.invars}
+
+    assert types("conv_general_dilated") == {jnp.bfloat16.dtype} and types("dot_general") == {np.dtype(np.float32)}
 
 
 def test_names_and_shapes_of_the_published_file():
@@ -355,3 +372,18 @@ def test_the_golden_file_is_torch_fidelitys(oracle, golden):
         ("pool", "spatial", "logits"), run_oracle(oracle[0], random_images(GOLDEN_SIDE)), strict=True
     ):
         np.testing.assert_allclose(array[:, ::16], expected[name], rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- on TPUs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, the compiler for TPUs")
+def test_a_slice_s_host_multiplies_in_float32_on_all_its_chips():
+    """Compiling it takes minutes: `python -m benchmarks.inception compile` does."""
+    _, params, images = program_for("v5e:2x2")
+    assert images.shape == (4 * inception.BATCH_SIZE, 256, 256, 3) and images.sharding.num_devices == 4
+    assert 5.5e9 < convolution_macs(params, images) / len(images.sharding.device_set) / inception.BATCH_SIZE < 6.5e9
+    text = inception.forward.lower(params, images).as_text()
+    convolutions = re.findall(r"stablehlo.convolution.*", text)
+    assert len(convolutions) == 94 and all("HIGHEST" in line and "bf16" not in line for line in convolutions)

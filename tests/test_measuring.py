@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from inception_fixtures import random_images, write_weights
+from PIL import Image
 from pipeline_fixtures import ROOT, SMOKE, copy, done, files, run, sentence, smoke
 
 from ard_jax.captions.conditions import load_conditions
@@ -39,14 +40,15 @@ WIDTHS = (12, 6, 5)  # of pool features, spatial ones and logits, in place of th
 class Projection:
     """A network that is a matrix a layer, on averages of four pixels by four, and counts what it is shown."""
 
-    is_published, sha256 = True, "ab" * 32
+    is_published, sha256, dtype = True, "ab" * 32, "float32"
 
     def __init__(self):
         rng = np.random.default_rng(5)
         self.weights = [rng.normal(size=(4 * 4 * 3, width)) / 255 for width in WIDTHS]
         self.seen = 0
 
-    def over(self, devices):
+    def over(self, devices, dtype):
+        self.dtype = dtype
         return self
 
     def stream(self, batches, batch_size):
@@ -312,6 +314,18 @@ def test_a_reference_of_our_own_is_what_numpy_makes_of_the_images(tmp_path, netw
 # ------------------------------------------------------------------------------------------------------ in a run
 
 
+def test_bfloat16_is_said_to_compare_with_nothing_and_parts_of_float32_are_not_taken_for_it(tmp_path, network, caplog):
+    save(tmp_path, random_images(8, 50, seed=1), "reference.npz")
+    samples = opened(save(tmp_path, random_images(8, 60)))
+    open_inception(settings(tmp_path, 60), (8, 8, 3), tmp_path / "reference").measure(samples, tmp_path / "parts")
+    assert network.seen == 110 and not [m for m in caplog.messages if "computes in" in m]
+    rounded = open_inception(settings(tmp_path, 60, dtype="bfloat16"), (8, 8, 3), tmp_path / "reference")
+    assert network.dtype == rounded.facts["dtype"] == "bfloat16" and "not comparable" in rounded.about
+    assert "computes in bfloat16: these numbers compare with no published ones" in caplog.text
+    rounded.measure(samples, tmp_path / "parts")
+    assert network.seen == 220
+
+
 @pytest.fixture
 def measured(pipeline, tmp_path, network):
     """A run of the smoke config, measured against a reference of its own."""
@@ -499,6 +513,17 @@ def test_settings_that_do_not_go_together(pipeline, network, tmp_path, monkeypat
 def test_references_that_cannot_be_made(network, tmp_path, name, overrides, said):
     ended = smoke("evaluate", tmp_path, *overrides, flags=["--make-reference", tmp_path / name])
     assert said in sentence(ended, "evaluate") and not (tmp_path / name).exists()
+
+
+def test_a_reference_of_a_folder_with_a_broken_picture_names_it(network, tmp_path):
+    pictures = tmp_path / "pictures" / "a"
+    pictures.mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(random_images(8, 1, seed=number)[0]).save(pictures / f"{number}.png")
+    (pictures / "1.png").write_bytes(b"broken")
+    given = ("data.source=folder", f"data.dir={pictures.parent}", "data.num_classes=1", "evaluate.weights=w.pth")
+    outcome = smoke("evaluate", tmp_path / "run", *given, flags=["--make-reference", tmp_path / "x.npz"])
+    assert str(pictures / "1.png") in sentence(outcome, "evaluate", last=True) and not (tmp_path / "x.npz").exists()
 
 
 # ----------------------------------------------------------------------------------------------------- several hosts

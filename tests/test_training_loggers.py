@@ -1,11 +1,16 @@
 """Metrics beside metrics.jsonl: every step once, in one run, over all starts of a training."""
 
 import importlib.util
+import itertools
 import pathlib
+import re
+import shlex
 import struct
+import time
+import types
 
 import pytest
-from pipeline_fixtures import sentence, smoke
+from pipeline_fixtures import ROOT, run, sentence, smoke
 from test_training import at_step, fit, lines, quick_peak, terminate  # noqa: F401 (fixtures)
 
 from ard_jax.errors import Preempted, UserError
@@ -17,13 +22,21 @@ BLOCK = 2**15
 STEPS = [2, 3, 4, 6, 8, 9, 10, 12]  # that a training of `test_training` reports
 
 
-def needs(module: str) -> pytest.MarkDecorator:
+def needs(module: str):
+    """Of a test that CI runs in its second round, which has the extras."""
     reason = f"needs {module}: pip install -e '.[{module}]'"
-    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=reason)
+    skip = pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=reason)
+    return lambda test: pytest.mark.slow(skip(test))
 
 
 @pytest.fixture
 def offline_wandb(monkeypatch):
+    """Its clock goes a second a reading, since it names the folder of a start by the second."""
+    from wandb.sdk import wandb_init
+
+    readings = itertools.count()
+    clock = vars(time) | {"time": lambda: time.time() + next(readings)}
+    monkeypatch.setattr(wandb_init, "time", types.SimpleNamespace(**clock))
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
@@ -52,8 +65,10 @@ def logged(path: pathlib.Path) -> list[bytes]:
 
 def wandb_history(directory):
     """(id, [(step, loss)]) of every start, as their files have it."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # its process may still be writing the end of a run that is finished
     found = []
     for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
         histories = [record.history for record in map(Record.FromString, logged(path)) if record.HasField("history")]
@@ -97,6 +112,16 @@ def test_wandb_has_every_step_once_in_one_run(offline_wandb, at_step, tmp_path):
     assert {run for run, _ in starts} == {read_json(tmp_path / "loggers.json")["runs"]["wandb"]} and len(starts) == 3
     assert [step for step, _ in losses(tmp_path)] == STEPS
     assert [row for _, steps in starts for row in steps] == losses(tmp_path)
+
+
+@needs("wandb")
+def test_the_command_of_the_page(offline_wandb, tmp_path):
+    (line,) = re.findall(r"^python -m ard_jax (.*)$", (ROOT / "docs" / "LOGGERS.md").read_text(), re.MULTILINE)
+    words = shlex.split(line.replace(" runs/smoke", f" {tmp_path}"))
+    outcome = run(*words)
+    assert outcome.status == 0, outcome.err
+    ((_, steps),) = wandb_history(tmp_path / "teacher")
+    assert steps == losses(tmp_path / "teacher") and list((tmp_path / "teacher").glob("events.out*"))
 
 
 @needs("mlflow")

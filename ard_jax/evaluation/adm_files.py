@@ -154,6 +154,11 @@ def warn_of_other_numbers(network: InceptionFeatures, count: int) -> None:
         log.warning(
             "Inception's weights are not those of %s, so these numbers compare with no published ones.", PUBLISHED_NAME
         )
+    if network.dtype != "float32":
+        log.warning(
+            "Inception computes in %s: these numbers compare with no published ones, which are of float32.",
+            network.dtype,
+        )
     if count != USUAL_COUNT:
         log.warning("FID depends on how many samples there are: published ones are of 50,000, this of %d.", count)
 

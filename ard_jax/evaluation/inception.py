@@ -55,11 +55,13 @@ class InceptionFeatures:
         params: of an `InceptionNet`.
         sha256: of the file that they come from.
         batches: how the devices share a batch; None for one device.
+        dtype: that the network computes in: "float32", or "bfloat16", whose numbers compare with no published ones.
     """
 
     params: Params
     sha256: str
     batches: Sharding | None = None
+    dtype: str = "float32"
 
     @property
     def is_published(self) -> bool:
@@ -89,10 +91,10 @@ class InceptionFeatures:
             _write_cached(cached, params)
         return cls(jax.device_put(params), sha256)
 
-    def over(self, devices: Sequence[jax.Device]) -> "InceptionFeatures":
+    def over(self, devices: Sequence[jax.Device], dtype: str = "float32") -> "InceptionFeatures":
         """The same on several devices, of which each takes its share of a batch: give `stream` a multiple of them."""
         whole, split = shardings_over(devices)
-        return dataclasses.replace(self, params=jax.device_put(self.params, whole), batches=split)
+        return dataclasses.replace(self, params=jax.device_put(self.params, whole), batches=split, dtype=dtype)
 
     def __call__(self, images: np.ndarray, batch_size: int = BATCH_SIZE) -> Features:
         """Features of images.
@@ -117,7 +119,7 @@ class InceptionFeatures:
         for images in batches:
             padding = [(0, batch_size - len(images))] + [(0, 0)] * 3
             batch = np.pad(images, padding)
-            outputs = jax.device_get(forward(self.params, jax.device_put(batch, self.batches)))
+            outputs = jax.device_get(forward(self.params, jax.device_put(batch, self.batches), self.dtype))
             yield Features(*(output[: len(images)] for output in outputs))
 
 
@@ -127,10 +129,10 @@ def shardings_over(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedS
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
 
 
-@jax.jit
-def forward(params: Params, images: jax.Array) -> Any:
+@functools.partial(jax.jit, static_argnames="dtype")
+def forward(params: Params, images: jax.Array, dtype: str = "float32") -> Any:
     """The arrays of `Features` on the device, of images (batch, height, width, 3) uint8."""
-    return InceptionNet().apply({"params": params}, images)
+    return InceptionNet(dtype).apply({"params": params}, images)
 
 
 def batch_size_for(count: int, most: int = BATCH_SIZE) -> int:

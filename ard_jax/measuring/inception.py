@@ -64,8 +64,10 @@ class Inception:
     @property
     def about(self) -> str:
         weights = "the published ones" if self.network.is_published else "other than the published ones"
+        dtype = self.network.dtype
+        how = "by ADM's definitions" + ("" if dtype == "float32" else f" but in {dtype}, not comparable with any other")
         return (
-            f"features of {NETWORK} (weights {self.network.sha256[:8]}, {weights}), by ADM's definitions, against "
+            f"features of {NETWORK} (weights {self.network.sha256[:8]}, {weights}), {how}, against "
             f"{self.reference.path.name} ({self.reference_sha256[:8]})"
         )
 
@@ -75,6 +77,7 @@ class Inception:
             "features": "inception-2015-12-05",
             "sha256": self.network.sha256,
             "published_weights": self.network.is_published,
+            "dtype": self.network.dtype,
             "reference": self.reference.path.name,
             "reference_sha256": self.reference_sha256,
             "distances": "float16" if self.half else "float32",
@@ -118,7 +121,7 @@ class Inception:
 
     def _see(self, images: ImageRows, sha256: str, folder: pathlib.Path, split_size: int | None = None) -> Seen:
         """Images of that hash, in parts."""
-        of = {"sha256": self.network.sha256, "images": sha256}
+        of = {"sha256": self.network.sha256, "dtype": self.network.dtype, "images": sha256}
         batch = batch_size()
         parts = make_parts(functools.partial(look, self.network), images, folder, of, batch)
         found = (Features(**part) for part in read_parts(parts))
@@ -147,13 +150,13 @@ def in_colour(images: np.ndarray) -> np.ndarray:
     return np.broadcast_to(images, (*images.shape[:3], CHANNELS))
 
 
-def load_network(config: ml_collections.ConfigDict) -> InceptionFeatures:
-    """The network whose weights `evaluate.weights` names, on all devices of this process.
+def load_network(config: ml_collections.ConfigDict, dtype: str = "float32") -> InceptionFeatures:
+    """The network whose weights `evaluate.weights` names, on all devices of this process, computing in `dtype`.
 
     Raises:
         UserError: what `InceptionFeatures.from_file` raises, or there is no name.
     """
-    return InceptionFeatures.from_file(_named(config, "weights")).over(jax.local_devices())
+    return InceptionFeatures.from_file(_named(config, "weights")).over(jax.local_devices(), dtype)
 
 
 def open_inception(config: ml_collections.ConfigDict, shape: tuple[int, ...], folder: pathlib.Path) -> Inception:
@@ -172,7 +175,7 @@ def open_inception(config: ml_collections.ConfigDict, shape: tuple[int, ...], fo
     path, _ = local_path(_named(config, "reference")), _named(config, "weights")
     reference = open_reference(path, shape, "The images of this run")
     check_counts(config.sample.count, reference, settings.split, settings.neighbours)
-    network = load_network(config)
+    network = load_network(config, settings.dtype)
     if reference.about and reference.about["weights_sha256"] != network.sha256:
         raise UserError(
             f"evaluate.reference {path} was made with weights {reference.about['weights_sha256'][:8]}, but "

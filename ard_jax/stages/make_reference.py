@@ -4,8 +4,9 @@
 
 OUT.npz has what ADM's reference files have: `mu`, `sigma`, `mu_s`, `sigma_s` of all images that `data` names (for
 models of latents, those that `encode` names) and `arr_0`, 10,000 of them; and `about`, JSON: the images' hash and
-number, the weights' hash, and the distances of two halves of the images. `evaluate.weights` names the weights. Stopped
-and started again, it goes on with the images that it has not looked at.
+number, the weights' hash, and the distances of two halves of the images. `evaluate.weights` names the weights, which
+compute in float32 whatever `evaluate.dtype` is: a reference is kept. Stopped and started again, it goes on with the
+images that it has not looked at.
 """
 
 import pathlib
