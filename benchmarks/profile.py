@@ -4,12 +4,12 @@ sampler   the cached sampler's S steps, at batch 8
 alone     the same without history layers
 training  a training step, at batch 4
 
-Two tables for each, by XLA's own profiler. The first has the clock's time by kind of operation, where
-products come first if several are at work. The second has its
-products, those that take longest first, beside the same product in a program of its own, which is what XLA has for that
-shape. XLA fuses some products with the softmax between them; their time has that in it. Then comes the utilisation that
-the program would have if it were nothing but its products, each as fast as it is alone: more is out of this code's
-reach. Utilisation is as in `benchmarks.speed`; weights are random.
+Two tables for each, by XLA's own profiler. The first has the clock's time by kind of operation; where several are at
+work at once, it is the products'. The second has its products, those that take longest first, beside the same product
+in a program of its own, which is what XLA has for that shape. XLA fuses some products with the softmax between them;
+their time has that in it. Then comes the utilisation that the program would have if it were nothing but its products,
+each as fast as it is alone: more is out of this code's reach. Utilisation is as in `benchmarks.speed`; weights are
+random.
 """
 
 import bisect
