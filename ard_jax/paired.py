@@ -9,13 +9,14 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_rollout, make_solve
+from ard_jax.build import example_shape, make_process, make_solve
 from ard_jax.conditions import Conditions, draw_numbers
 from ard_jax.data import to_uint8
+from ard_jax.diffusion import Process
 from ard_jax.drawing import Decoder
 from ard_jax.errors import UserError
 from ard_jax.evaluation import exposure_bias, mean_squared_error_per_step, psnr
-from ard_jax.models import ARDStudent, Condition
+from ard_jax.models import ARDStudent, Condition, Network
 from ard_jax.objectives.ard import teacher_forcing
 from ard_jax.parallel import batch_shards, equal_batches, on_mesh, put_batch, run_batches
 from ard_jax.sampling import (
@@ -24,6 +25,7 @@ from ard_jax.sampling import (
     sample_student_among,
     sample_teacher,
     sampling_key,
+    student_rollout,
     take_points,
 )
 from ard_jax.types import Params, PyTree
@@ -49,6 +51,8 @@ class Paired:
         how, shape = make_solve(config), example_shape(config)
         self.config, self.decoder, self.mesh, self.conditions = config, decoder, mesh, conditions
         self.size = config.sample.batch_size * batch_shards(mesh)
+        # students of one architecture share their programs: one trace and one compilation for all of them
+        self.program = functools.cache(functools.partial(_program, mesh))
         every = {*config.student.points}.union(*(student.config.student.points for student in students.values()))
         self.kept_points = tuple(sorted(every, reverse=True))
         key = sampling_key(config.sample.seed)
@@ -118,7 +122,7 @@ class Paired:
         model, params, _, config = student
         target = config.student.target
         noise, condition, points = self.rows["noise"], self.condition(), self.points(self.rows[target], config)
-        roll = jax.jit(on_mesh(self.mesh)(make_rollout(config, model)))
+        roll = self.program(_roll, config.student.kind, model, len(config.student.points), make_process(config))
         rollout = self.batches(functools.partial(roll, params), noise, condition)
         image_mse = self.image_error(rollout, points)
         errors = {
@@ -137,7 +141,7 @@ class Paired:
     ) -> dict[str, Any]:
         """What an ARD student makes of the points before a step: the teacher's `points`, or its own `rollout`."""
         noise, condition = self.rows["noise"], self.condition()
-        force = jax.jit(on_mesh(self.mesh)(functools.partial(teacher_forcing, model)))
+        force = self.program(teacher_forcing, model)
         forced = self.batches(functools.partial(force, params), noise, points, condition)
         bias = exposure_bias(points, forced, rollout)
         found = {
@@ -148,15 +152,15 @@ class Paired:
             "given_psnr": self.given_psnr(model, params, points),
         }
         if model.layers_with_history:
-            weigh = jax.jit(on_mesh(self.mesh)(functools.partial(model.apply, method="attention_mass")))
+            weigh = self.program(_weigh, model)
             inputs = np.concatenate([noise[:, None], rollout[:, :-1]], axis=1)
-            mass = self.batches(functools.partial(weigh, {"params": params}), inputs, condition)
+            mass = self.batches(functools.partial(weigh, params), inputs, condition)
             found["attention_mass"] = mass.mean(axis=0, dtype=np.float64).tolist()
         return found
 
     def given_psnr(self, model: ARDStudent, params: Params, points: np.ndarray) -> list[float]:
         """PSNR of the final image to the teacher's when the first k points are the teacher's, for k = 0 … S−1."""
-        roll = jax.jit(on_mesh(self.mesh)(functools.partial(sample_student_among, model)))
+        roll = self.program(sample_student_among, model)
         steps, found = np.arange(model.steps), []
         for first in range(model.steps):
             among = functools.partial(roll, params, steps < first)
@@ -187,7 +191,7 @@ class Paired:
         condition = self.conditions.rows(self.other_condition(self.rows["label"][:count]))
         # the noise of another row, since a real image's own is not known
         noise = np.roll(self.rows["noise"], 1, axis=0)[:count]
-        roll = jax.jit(on_mesh(self.mesh)(functools.partial(sample_student_among, model)))
+        roll = self.program(sample_student_among, model)
         steps, sources = np.arange(model.steps), np.repeat(source, model.steps, axis=1)
         finals = [
             self.batches(functools.partial(roll, params, steps == step - 1), noise, condition, sources)[:, -1]
@@ -200,6 +204,22 @@ class Paired:
         parts = [slice(first, first + self.size) for first in range(0, len(points), self.size)]
         errors = [mean_squared_error_per_step(self.images(rollout[part]), self.images(points[part])) for part in parts]
         return np.average(errors, axis=0, weights=[len(points[part]) for part in parts])
+
+
+def _program(mesh: Mesh, function: Callable[..., PyTree], *of: Any) -> Callable[..., PyTree]:
+    """The jitted function of what follows `of`, which are no arrays: a model, how it is sampled."""
+    return jax.jit(on_mesh(mesh)(functools.partial(function, *of)))
+
+
+def _roll(
+    kind: str, model: Network, steps: int, process: Process, params: Params, noise: jax.Array, condition: Condition
+) -> jax.Array:
+    """A student's points, (batch, step, …); the first four as in `student_rollout`."""
+    return student_rollout(kind, model, steps, process)(params, noise, condition)
+
+
+def _weigh(model: ARDStudent, params: Params, points: jax.Array, condition: Condition) -> jax.Array:
+    return model.apply({"params": params}, points, condition, method="attention_mass")  # type: ignore[return-value]
 
 
 def can_edit(student: Loaded) -> bool:

@@ -31,7 +31,7 @@ from ard_jax.measuring.inception import open_inception
 from ard_jax.paired import Paired
 from ard_jax.parallel import local_mesh
 from ard_jax.stages import evaluate
-from ard_jax.workdir import load_student
+from ard_jax.workdir import load_student, load_teacher
 from configs import smoke as smoke_config
 
 WIDTHS = (12, 6, 5)  # of pool features, spatial ones and logits, in place of thousands
@@ -393,6 +393,20 @@ def test_a_killed_evaluation_looks_at_nothing_again(pipeline, tmp_path, monkeypa
     results, expected = (read_json(folder / "evaluate" / "results.json") for folder in (workdir, pipeline))
     assert results == expected
     assert files(workdir / "evaluate") == files(pipeline / "evaluate")
+
+
+def test_students_that_are_alike_share_their_programs(pipeline, compilations):
+    config, mesh = smoke_config.get_config(), local_mesh(smoke_config.get_config().mesh)
+    teacher = load_teacher(config, pipeline, mesh)
+    first, second = (load_student(pipeline / "distill" / "ard", mesh) for _ in range(2))
+    second = second._replace(params=jax.tree.map(lambda leaf: leaf / 2, second.params))
+    paired = Paired(config, teacher, {"first": first}, load_conditions(config, pipeline), None, mesh)
+    errors, pictures = paired.compare(first, 2)
+    before = compilations.count
+    assert before and paired.compare(second, 2)[0] != errors
+    again, same = paired.compare(first, 2)
+    assert compilations.count == before
+    assert again == errors and np.array_equal(same, pictures)
 
 
 def measured_with(workdir):
