@@ -1,35 +1,18 @@
-"""Who may import whom: docs/ARCHITECTURE.md's rooms, held against the imports that the code has."""
+"""Who may import whom: the contracts in pyproject.toml, which docs/ARCHITECTURE.md shows as a table of rooms."""
 
 import ast
 import pathlib
+import re
+import subprocess
+import sys
+import tomllib
 
 from pipeline_fixtures import ROOT
 
-# From the ground up: a room may import those on lines before its own, and what stands on one line knows each other not.
-FLOORS = (
-    ("errors", "keys", "types", "version"),
-    ("config", "progress", "chips", "conditions"),
-    ("files",),
-    ("doctor", "results", "sharded", "weights"),
-    ("models", "data", "hosts", "evaluation", "report", "curve"),
-    ("diffusion", "text"),
-    ("parallel",),
-    ("sampling",),
-    ("objectives",),
-    ("training",),
-    ("build",),
-    ("checks", "convert"),
-    ("methods", "text_encoders", "workdir"),
-    ("captions", "drawing", "snapshots", "trajectories"),
-    ("completion", "measuring", "paired", "plan", "pipeline"),
-    ("demo", "runner"),
-    ("entries", "prompted"),
-    ("stages",),
-    ("command_line",),
-    ("shell", "sweep"),
-    ("__main__", "__init__"),
-)
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+CONTRACTS = {
+    contract["id"]: contract
+    for contract in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+}
 
 
 def modules() -> dict[str, pathlib.Path]:
@@ -58,35 +41,27 @@ def arrows(anywhere: bool = True) -> dict[str, set[str]]:
     return {name: imports(path, set(known), anywhere) - {name} for name, path in known.items()}
 
 
-def room(module: str) -> str:
-    return module.split(".")[0]
+def test_the_contracts_hold():
+    lint = [pathlib.Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
+    outcome = subprocess.run(lint, cwd=ROOT, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stdout
+    assert f"Contracts: {len(CONTRACTS)} kept, 0 broken." in outcome.stdout
 
 
-def test_every_room_has_its_floor():
-    assert {room(module) for module in modules()} == set(FLOOR)
+def test_the_page_shows_the_floors_of_the_contract():
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", (ROOT / "docs" / "ARCHITECTURE.md").read_text(), re.MULTILINE)
+    shown = [{name.rstrip("/") for name in re.findall(r"`(\w+)/?`", rooms)} for _, rooms in rows]
+    assert [int(number) for number, _ in rows] == [*reversed(range(len(rows)))]
+    assert shown == [set(layer.split(" | ")) for layer in CONTRACTS["floors"]["layers"]]
 
 
-def test_no_arrow_goes_up():
-    upward = [
-        f"{module} imports {other}"
-        for module, others in arrows().items()
-        for other in others
-        if room(module) != room(other) and FLOOR[room(other)] >= FLOOR[room(module)]
-    ]
-    assert not upward
-
-
-def test_there_is_no_circle():
+def test_there_is_no_circle_of_a_package_and_its_modules():
+    """Either it gathers them, or they read it; the contracts compare siblings alone."""
     graph = arrows()
     while free := [module for module, others in graph.items() if not others & graph.keys()]:
         for module in free:
             del graph[module]
-    # a package and its modules: the package gathers them, and they never read it
     assert not graph
-
-
-def test_nobody_imports_a_stage():
-    assert not [module for module, others in arrows().items() if any(room(other) == "stages" for other in others)]
 
 
 def test_config_stands_alone():
