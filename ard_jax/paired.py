@@ -218,8 +218,8 @@ def _roll(
     return student_rollout(kind, model, steps, process)(params, noise, condition)
 
 
-def _weigh(model: ARDStudent, params: Params, points: jax.Array, condition: Condition) -> jax.Array:
-    return model.apply({"params": params}, points, condition, method="attention_mass")  # type: ignore[return-value]
+def _weigh(model: ARDStudent, params: Params, points: jax.Array, condition: Condition) -> PyTree:
+    return model.apply({"params": params}, points, condition, method="attention_mass")
 
 
 def can_edit(student: Loaded) -> bool:

@@ -50,5 +50,7 @@ def is_of_paper(measured_with: Mapping[str, Any], config: Mapping[str, Any] | No
     data = (config or {}).get("data")
     if not measured_with.get("published_weights") or not isinstance(data, Mapping):
         return False
+    if measured_with.get("dtype", "float32") != "float32":
+        return False
     side = {"latent": 32, "pixel": 256}.get(data.get("space", ""))
     return data.get("num_classes") == 1000 and data.get("image_size") == side
