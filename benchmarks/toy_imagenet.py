@@ -35,7 +35,7 @@ from ard_jax.models import AutoencoderKL, parameter_shapes
 from ard_jax.models.layers import position_table
 from ard_jax.progress import Stopwatch
 from ard_jax.weights.tensors import write_tensors
-from benchmarks.inception import random_weights
+from benchmarks.inception import random_state_dict
 from benchmarks.measure import table
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -81,7 +81,7 @@ def write_files(folder: pathlib.Path, size: Size) -> None:
     dit["pos_embed"] = position_table(size.latent // 2, size.latent // 2, WIDTH)[None]
     for name, arrays in {
         "DiT-XL-2-256x256.pt": dit,
-        "weights-inception-2015-12-05-6726825d.pth": random_weights(),
+        "weights-inception-2015-12-05-6726825d.pth": random_state_dict(),
     }.items():
         torch.save({key: torch.from_numpy(np.float32(array)) for key, array in arrays.items()}, folder / name)
     vae = AutoencoderKL(block_out_channels=(8,) * size.levels, layers_per_block=1, norm_num_groups=2, latent_channels=4)

@@ -4,24 +4,8 @@ import pathlib
 
 import numpy as np
 
-from ard_jax.evaluation.inception import published_shapes
 from ard_jax.weights.tensors import write_tensors
-
-
-def random_state_dict(seed: int = 0) -> dict[str, np.ndarray]:
-    """A state dict with the published names, of a scale that neither dies out nor grows from layer to layer."""
-    rng = np.random.RandomState(seed)  # its numbers never change, and tests/golden has what comes of them
-
-    def draw(name, shape):
-        if name.endswith("conv.weight"):
-            return rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))
-        if name.startswith("fc."):
-            return rng.normal(size=shape) * (0.05 if name == "fc.weight" else 1)
-        if name.endswith(("bn.weight", "running_var")):
-            return rng.uniform(0.7, 1.3, shape)
-        return rng.normal(size=shape) * 0.2  # biases and running means
-
-    return {name: draw(name, shape).astype(np.float32) for name, shape in sorted(published_shapes().items())}
+from benchmarks.inception import random_state_dict
 
 
 def write_weights(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:

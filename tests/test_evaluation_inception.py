@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from inception_fixtures import random_images, random_state_dict, write_weights
+from inception_fixtures import random_images, write_weights
 from pipeline_fixtures import run
 from safetensors.numpy import load_file, save_file
 
@@ -24,7 +24,7 @@ from ard_jax.evaluation.inception_net import (
 )
 from ard_jax.files import file_sha256, tree_sha256
 from ard_jax.models import jaxprs
-from benchmarks.inception import convolution_macs, program_for
+from benchmarks.inception import convolution_macs, program_for, random_state_dict
 
 GOLDEN_SIDE = 64
 
