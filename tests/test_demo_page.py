@@ -1,6 +1,7 @@
 """The demo's page in a real browser: Chromium without a head, and nothing on the net to ask."""
 
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -302,6 +303,30 @@ def test_the_shipped_models_offline_on_a_phone(browser):
             server.send_signal(signal.SIGTERM)
             rest = server.communicate()[0]
     assert server.returncode == 0 and rest == "demo: closed.\n"
+
+
+@pytest.mark.parametrize("flag", ["--workdir", "--pipeline"])
+def test_the_commands_of_the_page_start_it_with_their_models(workdir, flag):
+    (line,) = re.findall(
+        rf"^(python -m ard_jax demo {flag} .*?) *#", (ROOT / "docs" / "DEMO.md").read_text(), re.MULTILINE
+    )
+    words = line.replace("runs/quickstart", str(workdir)).replace("FOLDER", str(ROOT / "pipelines" / "openmoji-ard"), 1)
+    words = words.replace("FOLDER", str(ROOT / "pipelines" / "openmoji-teacher")).split()
+    server = subprocess.Popen([sys.executable, "-u", *words[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        shown = list(
+            itertools.takewhile(lambda said: not said.startswith("demo: open http://127.0.0.1:"), server.stdout)
+        )
+    finally:
+        server.send_signal(signal.SIGTERM)
+        rest = server.communicate()[0]
+    assert server.returncode == 0 and rest == "demo: closed.\n"
+    if flag == "--pipeline":
+        assert shown == ["demo: Teacher openmoji-teacher\n", "demo: Student openmoji-ard\n"]
+    else:
+        assert shown[:2] == ["demo: Teacher\n", "demo: Student ard\n"]
+        (left_out,) = [said for said in shown if " is left out: " in said]
+        assert left_out.startswith("demo: Student half is left out: ")
 
 
 def _on_a_phone(browser, address: str) -> None:
