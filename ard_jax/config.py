@@ -288,6 +288,12 @@ SETTINGS: dict[str, Any] = {
         "accumulate": Setting(1, NOTHING, at_least(1)),  # microbatches a step: less memory for the same batch
         "checkpoint_every": Setting(5000, NOTHING, at_least(1)),  # steps; with fewer, less is lost by a crash
         "optimizer": _averaged_optimizer(DISTILLED),
+        "ard": {
+            # of the steps' losses, in the order of `student.points`; () for equal ones
+            "weights": Setting((), DISTILLED),
+            # constant of a pseudo-Huber distance; 0 for the mean square, as in the paper and in the fine-tune
+            "huber": Setting(0.0, DISTILLED, at_least(0)),
+        },
         "consistency": {
             # steps of the teacher's that a trajectory has; 0 for the teacher's own number, made a multiple of the
             # student's

@@ -33,7 +33,9 @@ def get_config(argument: str = ""):
         config.distill.update(steps=1200, batch_size=32, checkpoint_every=500)
         config.distill.optimizer.update(learning_rate=1.5e-3, schedule="cosine", ema=0.995)
         # real digits have 17 grey levels, which would give them away: a little noise hides that
-        config.finetune.update(steps=460, batch_size=32, checkpoint_every=200, warmup=20, weight=3.0, feature_time=0.03)
+        config.finetune.update(steps=460, batch_size=32, checkpoint_every=200, warmup=20, feature_time=0.03)
+        # x0 points have more to win back, at a tenth of precision; noisy ones are near the teacher as they are
+        config.finetune.weight = 1.0 if config.student.target == "xt" else 3.0
         config.finetune.optimizer.update(learning_rate=1e-4, ema=0.98)
         # with AdamW the two run away from the data, see configs/sweeps/adversarial.py
         config.finetune.discriminator_optimizer.update(name="rmsprop", learning_rate=2e-3)

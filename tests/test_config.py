@@ -71,6 +71,7 @@ RANGES = {
     **{f"{optimizer}.learning_rate": (0, 1000) for optimizer in OPTIMIZERS},
     **{f"{optimizer}.weight_decay": (0, 1000) for optimizer in OPTIMIZERS},
     **{f"{stage}.optimizer.ema": (0, 1) for stage in ("teacher", "distill", "finetune")},
+    "distill.ard.huber": (0, math.inf),
     "distill.consistency.grid": (0, math.inf),
     "distill.consistency.decay": (0, 1),
     "distill.consistency.huber": (0, math.inf),

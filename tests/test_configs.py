@@ -10,7 +10,7 @@ import pytest
 
 from ard_jax.build import example_shape, make_student, make_teacher
 from ard_jax.checks import validate
-from ard_jax.config import config_arguments
+from ard_jax.config import config_arguments, flatten
 from ard_jax.entries import entries_of
 from ard_jax.errors import UserError
 from ard_jax.methods import training_flops
@@ -34,11 +34,13 @@ def get_config(name, argument=""):
         ("imagenet256", ""),
         ("imagenet256", "steps=2,mask=diagonal"),
         ("imagenet256", "steps=1"),
+        ("imagenet256", "recipe=default"),
         ("smoke_captions", "process=flow"),
         ("shapes", "student=step"),
         ("openmoji", ""),
         ("openmoji", "told=groups"),
         ("openmoji", "told=subgroups,student=step,budget=quick"),
+        ("openmoji", "student=ard_noisy,target=xt,budget=cpu"),
         ("pixart_sigma_1024", ""),
         ("pixart_sigma_1024", "steps=2,history_layers=28,mask=diagonal"),
         ("pixart_alpha_512", ""),
@@ -52,7 +54,7 @@ def test_every_config_is_valid(name, argument):
     ("argument", "said"),
     [
         ("told=classes", "told is 'classes': choose one of captions, groups, subgroups"),
-        ("budget=huge", "budget is 'huge': choose one of full, quick"),
+        ("budget=huge", "budget is 'huge': choose one of full, cpu, quick"),
     ],
 )
 def test_openmoji_says_what_it_can_be(argument, said):
@@ -160,6 +162,19 @@ def test_what_is_compiled_does_not_grow_with_depth():
     assert operations(28) == operations(14)
 
 
+def test_the_default_recipe_on_imagenet_differs_from_the_paper_s_in_what_the_page_says_alone():
+    paper, ours = (flatten(get_config("imagenet256", argument).to_dict()) for argument in ("", "recipe=default"))
+    changed = {key: value for key, value in ours.items() if paper[key] != value}
+    assert changed == {
+        "trajectories.keep_noisy": True,
+        "student.name": "ard_noisy",
+        "student.target": "xt",
+        "finetune.weight": 1.0,
+        "finetune.feature_time": 0.03,
+        "finetune.discriminator_optimizer.name": "rmsprop",
+    }
+
+
 def test_config_arguments_are_typed_as_their_defaults():
     assert config_arguments("steps=2,mask=window", steps=4, mask="causal") == {"steps": 2, "mask": "window"}
     assert config_arguments(None, steps=4) == {"steps": 4}
@@ -171,6 +186,7 @@ def test_config_arguments_are_typed_as_their_defaults():
         ("imagenet256", "step=2", "config argument 'step' does not exist: this config has steps, mask"),
         ("imagenet256", "steps=two", "config argument steps is 'two', which is no int"),
         ("imagenet256", "steps=3", "config argument steps is 3: the paper's recipe has 4, 2 and 1"),
+        ("imagenet256", "recipe=best", "config argument recipe is 'best': choose one of paper, default"),
         ("digits", "students=ard", "config argument 'students' does not exist"),
     ],
 )

@@ -12,11 +12,13 @@ from ard_jax.config import default_config
 from ard_jax.convert import from_torch
 from ard_jax.diffusion import FlowMatching, LinearVP
 from ard_jax.errors import UserError
+from ard_jax.methods import training_flops
 from ard_jax.models import DiT, parameter_shapes
 from ard_jax.objectives.ard import ard, online_ard
 from ard_jax.objectives.denoising import denoising
 from ard_jax.sampling import is_within_bounds, sample_teacher, take_points, trajectory_key
 from ard_jax.training.state import learning_rate, make_optimizer
+from configs import digits
 
 OPTIMIZER = default_config().distill.optimizer.to_dict()
 
@@ -44,6 +46,31 @@ def test_ard_loss_equals_the_published_implementation(golden):
             expected = np.mean((prediction.astype(np.float64) - point) ** 2)
             np.testing.assert_allclose(metrics[f"loss_step_{step}"], expected, rtol=1e-5)
         assert len(metrics) == 4
+
+
+def test_steps_may_weigh_more_and_errors_be_less_than_square(golden):
+    arrays = golden("ard_tiny")
+    student, params = from_torch(arrays.state_dict(), num_heads=2, history_layers=2)
+    names = ("z15", "z10", "z5", "z0")
+    points = np.stack([arrays.images(name) for name in names], axis=1)
+    predictions = np.stack([arrays.images(f"forward/n2/pred_{name}")[..., :4] for name in names], axis=1)
+    square = np.mean((predictions.astype(np.float64) - points) ** 2, axis=(2, 3, 4))
+    steps = np.mean(np.sqrt(square + 0.5**2) - 0.5, axis=0)
+    batch = {"noise": arrays.images("zT"), "x0": points, "condition": arrays["y"]}
+    objective = ard(student, target="x0", columns=(0, 1, 2, 3), weights=(8.0, 4.0, 0.5, 2.0), huber=0.5)
+    loss, metrics = quick_jit(objective)(params, None, batch, KEY)
+    np.testing.assert_allclose([metrics[f"loss_step_{step}"] for step in (1, 2, 3, 4)], steps, rtol=1e-5)
+    np.testing.assert_allclose(loss, (8 * steps[0] + 4 * steps[1] + steps[2] / 2 + 2 * steps[3]) / 14.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 2.0), (1.0, 0.0, 1.0, 1.0)])
+def test_weights_that_are_not_one_for_each_step_are_refused(weights):
+    config = digits.get_config()
+    config.distill.ard.weights = weights
+    with pytest.raises(
+        UserError, match=r"distill.ard.weights is \(1.0, .*, but the student has 4 steps: give a number"
+    ):
+        training_flops(config)
 
 
 SHAPE = (4, 4, 2)

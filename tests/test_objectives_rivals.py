@@ -53,7 +53,7 @@ from ard_jax.objectives import (
 )
 from ard_jax.objectives.adversarial import DISCRIMINATOR, judging_flops, make_judge
 from ard_jax.objectives.denoising import denoising
-from ard_jax.objectives.few_steps import draw_nodes
+from ard_jax.objectives.few_steps import draw_nodes, mix_noise
 from ard_jax.parallel import make_mesh
 from ard_jax.sampling import NO_GUIDANCE, fresh_noise, student_rollout, teacher_predictor
 from ard_jax.training.state import init_state, make_step, optimizer_of
@@ -378,8 +378,8 @@ def test_scores_need_a_time(interval, grid):
 
 def test_the_discriminator_s_share_of_a_gradient():
     change, other = jnp.array([[3.0, 0.0], [0.0, 4.0]]), jnp.array([[0.0, 0.2], [0.0, 0.0]])
-    np.testing.assert_allclose(distribution_matching.add_in_proportion(change, other, 2.0), [[3, 10], [0, 4]])
-    np.testing.assert_allclose(distribution_matching.add_in_proportion(change, 0 * other, 2.0), change)
+    np.testing.assert_allclose(scores.add_in_proportion(change, other, 2.0), [[3, 10], [0, 4]])
+    np.testing.assert_allclose(scores.add_in_proportion(change, 0 * other, 2.0), change)
 
 
 @pytest.mark.slow
@@ -443,7 +443,7 @@ def test_noise_is_mixed_as_the_process_would_go_on(process):
     own, fresh, x0 = (np.random.default_rng(seed).normal(size=(ROWS, *SHAPE)).astype(np.float32) for seed in range(3))
     fine, steps = process.grid(50), few_step_process(process).grid(2)
     later = np.arange(ROWS) % 20 + 3  # of the first step, nearer to the noise than node 1
-    mixed, weight = trajectory_matching.mix_noise(jnp.asarray(own), jnp.asarray(fresh), steps, 1, fine, later)
+    mixed, weight = mix_noise(jnp.asarray(own), jnp.asarray(fresh), steps, 1, fine, later)
     arrived = steps.alpha[1] * x0 + steps.sigma[1] * own
     ratio = row(fine.alpha, later) / steps.alpha[1]
     added = np.sqrt(row(fine.sigma, later) ** 2 - (ratio * steps.sigma[1]) ** 2)
@@ -452,7 +452,7 @@ def test_noise_is_mixed_as_the_process_would_go_on(process):
     lengths = [np.mean(np.asarray(part, np.float64) ** 2, axis=(1, 2, 3)) for part in (mixed, fresh)]
     np.testing.assert_allclose(weight, np.exp(-lengths[0] / 2) / np.exp(-lengths[1] / 2), rtol=1e-4)
     # after the last step there is no noise of the student's own
-    last, weight = trajectory_matching.mix_noise(jnp.asarray(own), jnp.asarray(fresh), steps, 2, fine, later)
+    last, weight = mix_noise(jnp.asarray(own), jnp.asarray(fresh), steps, 2, fine, later)
     np.testing.assert_allclose(last, fresh, rtol=1e-6)
     np.testing.assert_allclose(weight, 1, rtol=1e-6)
     spans = trajectory_matching.spans_of_steps(built, fine)

@@ -1,7 +1,8 @@
 """Autoregressive distillation: L = 1/S · Σ_s mean‖G(x_{τS:s}, s) − x_{τs−1}‖² (ARD, section 3.1).
 
-With one block it is knowledge distillation; with the diagonal mask or no history layers it is step distillation, the
-baseline.
+`distill.ard` may give the steps weights, and a pseudo-Huber distance in the place of the mean square, which the paper
+does not. With one block it is knowledge distillation; with the diagonal mask or no history layers it is step
+distillation, the baseline.
 """
 
 from typing import cast
@@ -9,9 +10,11 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
+from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, Backbone, Condition
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.objectives import Given, Method, Metrics, Objective, require_kind
+from ard_jax.objectives.few_steps import distance
 from ard_jax.sampling import (
     Solve,
     draw_noise,
@@ -25,12 +28,24 @@ from ard_jax.types import Params
 
 
 def build(given: Given) -> Method:
-    """ARD from a store, or with the teacher inside the training step where there is none."""
+    """ARD from a store, or with the teacher inside the training step where there is none; for its options see
+    `distill.ard`.
+
+    Raises:
+        UserError: another kind of student, or weights that are not one above 0 for each of its steps.
+    """
     require_kind(given, "history")
+    weights, huber = tuple(given.options["weights"]), given.options["huber"]
+    if weights and (len(weights) != len(given.points) or min(weights) <= 0):
+        raise UserError(
+            f"distill.ard.weights is {weights}, but the student has {len(given.points)} steps: give a number above 0 "
+            "for each of them, or () for equal ones."
+        )
     student = cast(ARDStudent, given.student)
     flops = 6 * student_macs(student, given.shape)
     if given.columns is not None:
-        return Method(ard(student, target=given.target, columns=given.columns), flops)
+        objective = ard(student, target=given.target, columns=given.columns, weights=weights, huber=huber)
+        return Method(objective, flops)
     objective = online_ard(
         student,
         given.teacher,
@@ -40,6 +55,8 @@ def build(given: Given) -> Method:
         seed=given.seed,
         max_abs=given.max_abs,
         how=given.solve,
+        weights=weights,
+        huber=huber,
     )
     flops += 2 * network_calls(given.solve) * teacher_macs(given.teacher, given.shape)
     return Method(objective, flops, reads="teacher")
@@ -64,25 +81,42 @@ def teacher_forcing(
 
 
 def _loss_per_step(
-    student: ARDStudent, params: Params, noise: jax.Array, points: jax.Array, condition: Condition, weight: jax.Array
+    student: ARDStudent,
+    params: Params,
+    noise: jax.Array,
+    points: jax.Array,
+    condition: Condition,
+    kept: jax.Array,
+    huber: float,
 ) -> jax.Array:
-    """Mean squared error of each step over the rows, weighted, (step,); see `teacher_forcing`."""
-    error = teacher_forcing(student, params, noise, points, condition).astype(jnp.float32) - points
-    per_row = jnp.mean(error**2, axis=(2, 3, 4))
-    return jnp.sum(per_row * weight[:, None], axis=0) / jnp.maximum(jnp.sum(weight), 1.0)
+    """Error of each step, the mean of the rows that are kept (1, else 0), (step,); see `teacher_forcing`."""
+    prediction = teacher_forcing(student, params, noise, points, condition).astype(jnp.float32)
+    per_row = distance(prediction, points, huber)
+    return jnp.sum(per_row * kept[:, None], axis=0) / jnp.maximum(jnp.sum(kept), 1.0)
 
 
-def summarise(per_step: jax.Array) -> tuple[jax.Array, Metrics]:
-    return jnp.mean(per_step), {f"loss_step_{step + 1}": value for step, value in enumerate(per_step)}
+def summarise(per_step: jax.Array, weights: tuple[float, ...] = ()) -> tuple[jax.Array, Metrics]:
+    """The steps' mean, weighted if there are weights, and each step's for the log."""
+    loss = jnp.average(per_step, weights=jnp.asarray(weights)) if weights else jnp.mean(per_step)
+    return loss, {f"loss_step_{step + 1}": value for step, value in enumerate(per_step)}
 
 
-def ard(student: ARDStudent, *, target: str, columns: tuple[int, ...]) -> Objective:
+def ard(
+    student: ARDStudent,
+    *,
+    target: str,
+    columns: tuple[int, ...],
+    weights: tuple[float, ...] = (),
+    huber: float = 0.0,
+) -> Objective:
     """Builds the objective on stored trajectories.
 
     Args:
         student: the student.
         target: "x0" or "xt", which of the record's arrays to learn.
         columns: where the student's points stand among the record's.
+        weights: of the steps' losses, of which only the proportions tell; () for equal ones.
+        huber: constant of the pseudo-Huber distance; 0 for the mean square.
 
     The batch holds "noise" (batch, height, width, channel), `target` (batch, point, height, width, channel) and
     "condition" (leaves (batch, …)).
@@ -91,7 +125,8 @@ def ard(student: ARDStudent, *, target: str, columns: tuple[int, ...]) -> Object
     def loss(params, frozen, batch, key):
         noise = batch["noise"].astype(jnp.float32)
         points = batch[target][:, jnp.asarray(columns)].astype(jnp.float32)
-        return summarise(_loss_per_step(student, params, noise, points, batch["condition"], jnp.ones(len(noise))))
+        kept = jnp.ones(len(noise))
+        return summarise(_loss_per_step(student, params, noise, points, batch["condition"], kept, huber), weights)
 
     return loss
 
@@ -106,6 +141,8 @@ def online_ard(
     seed: int,
     max_abs: float,
     how: Solve,
+    weights: tuple[float, ...] = (),
+    huber: float = 0.0,
 ) -> Objective:
     """Builds the objective whose teacher runs inside the training step; no store is needed.
 
@@ -117,6 +154,7 @@ def online_ard(
         seed: of the trajectories: position i is the trajectory that the job would store as record i.
         max_abs: trajectories that leave [-max_abs, max_abs] get no weight; 0 keeps all.
         how: the teacher is sampled.
+        weights, huber: as in `ard`.
 
     The batch holds "position" (batch,) and "condition" (leaves (batch, …)).
     """
@@ -128,6 +166,7 @@ def online_ard(
         states = take_points(getattr(solution, target), points, how.steps)
         # a dropped row may hold anything, and 0 · inf is not 0
         states = jnp.where(kept[:, None, None, None, None], jax.lax.stop_gradient(states), 0.0)
-        return summarise(_loss_per_step(student, params, noise, states, condition, kept.astype(jnp.float32)))
+        kept = kept.astype(jnp.float32)
+        return summarise(_loss_per_step(student, params, noise, states, condition, kept, huber), weights)
 
     return loss

@@ -29,7 +29,7 @@ from ard_jax.errors import UserError
 from ard_jax.models import Backbone
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import STUDENT, Given, Joint, Method, require_kind
-from ard_jax.objectives.few_steps import at_node, calls_of, draw_nodes, require_store, teacher_samples
+from ard_jax.objectives.few_steps import at_node, calls_of, distance, draw_nodes, require_store, teacher_samples
 from ard_jax.sampling import NO_GUIDANCE, teacher_predictor
 
 
@@ -103,15 +103,3 @@ def fine_grid(given: Given, name: str) -> Grid:
     process = few_step_process(given.solve.process)
     grid = process.grid(count)
     return grid._replace(times=np.append(grid.times, process.data_time))
-
-
-def distance(left: jax.Array, right: jax.Array, huber: float) -> jax.Array:
-    """Pseudo-Huber distance √(m + c²) − c of the rows, m being their mean square and c `huber`; m itself if that is 0.
-
-    Song and Dhariwal (2024), section 3.3, divided by the square root of the number of dimensions, as c is.
-
-    Returns:
-        (batch,).
-    """
-    square = jnp.mean((left - right) ** 2, axis=(1, 2, 3))
-    return jnp.sqrt(square + huber**2) - huber if huber else square

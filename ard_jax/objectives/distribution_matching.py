@@ -24,18 +24,12 @@ import jax.numpy as jnp
 from ard_jax.models.discriminator import power_iteration
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import STUDENT, Given, Joint, Method, Metrics, require_kind
-from ard_jax.objectives.adversarial import (
-    DISCRIMINATOR,
-    Judge,
-    begin_heads,
-    judge_both,
-    judging_flops,
-    make_judge,
-)
+from ard_jax.objectives.adversarial import DISCRIMINATOR, Judge, begin_heads, judge_both, judging_flops, make_judge
 from ard_jax.objectives.denoising import denoising
 from ard_jax.objectives.few_steps import at_node, draw_nodes, require_store
 from ard_jax.objectives.scores import (
     FAKE,
+    add_in_proportion,
     begin_fake,
     few_step_predictor,
     own_state,
@@ -122,9 +116,3 @@ def distribution_matching(given: Given, judge: Judge | None = None) -> Joint:
         return gradient, memory, {"loss": value, **metrics}
 
     return Joint(gradients)
-
-
-def add_in_proportion(change: jax.Array, other: jax.Array, weight: float) -> jax.Array:
-    """change + λ·other, where λ·other is `weight` times as long as `change`; of any one shape."""
-    length = jnp.linalg.norm(other.reshape(-1))
-    return change + weight * jnp.linalg.norm(change.reshape(-1)) / jnp.maximum(length, 1e-12) * other

@@ -1,4 +1,4 @@
-"""What the methods share whose students are told the time: states at the nodes of a grid, and what is seen there."""
+"""What few-step objectives share: a distance; and of students that are told the time, states at the nodes of a grid."""
 
 from typing import NamedTuple
 
@@ -24,6 +24,22 @@ def teacher_samples(given: Given, batch: Batch) -> jax.Array:
     """The teacher's samples, the last point of the store's records, (batch, height, width, channel) float32."""
     assert given.columns is not None  # see `require_store`
     return batch["x0"][:, given.columns[-1]].astype(jnp.float32)
+
+
+def distance(left: jax.Array, right: jax.Array, huber: float) -> jax.Array:
+    """Pseudo-Huber distance √(m + c²) − c of the rows, m being their mean square and c `huber`; m itself if that is 0.
+
+    Song and Dhariwal (2024), section 3.3, divided by the square root of the number of dimensions, as c is.
+
+    Args:
+        left, right: (…, height, width, channel).
+        huber: c.
+
+    Returns:
+        (…).
+    """
+    square = jnp.mean((left - right) ** 2, axis=(-3, -2, -1))
+    return jnp.sqrt(square + huber**2) - huber if huber else square
 
 
 def calls_of(guidance: Guidance) -> int:
@@ -70,3 +86,21 @@ def at_node(x0: jax.Array, noise: jax.Array, grid: Grid, node: jax.Array) -> jax
     """
     alpha, sigma = (per_row(jnp.asarray(values, x0.dtype)[node], x0) for values in (grid.alpha, grid.sigma))
     return alpha * x0 + sigma * noise
+
+
+def mix_noise(
+    own: jax.Array, fresh: jax.Array, steps: Grid, node: jax.Array, grid: Grid, later: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Trajectory matching's ε' of x_τ = α_τ·x̂_0 + σ_τ·ε', and the rows' importance weights (batch,).
+
+    Args:
+        own, fresh: the noise ε̂ in what a step arrives at, and that to be added, (batch, height, width, channel).
+        steps, node: the student's grid, and where its step arrives.
+        grid, later: where τ is; `later` is (batch,).
+    """
+    alpha, sigma = (jnp.asarray(values, own.dtype) for values in (grid.alpha, grid.sigma))
+    kept = alpha[later] / jnp.asarray(steps.alpha, own.dtype)[node] * jnp.asarray(steps.sigma, own.dtype)[node]
+    added = jnp.sqrt(jnp.maximum(sigma[later] ** 2 - kept**2, 0.0))
+    mixed = (per_row(kept, own) * own + per_row(added, own) * fresh) / per_row(sigma[later], own)
+    ours, theirs = (jnp.mean(noise**2, axis=(1, 2, 3)) for noise in (mixed, fresh))
+    return mixed, jnp.exp((theirs - ours) / 2)

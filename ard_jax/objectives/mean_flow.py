@@ -33,8 +33,8 @@ from ard_jax.diffusion.processes import Prediction
 from ard_jax.models import Backbone
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import Given, Method, Objective, require_kind
-from ard_jax.objectives.consistency import distance, fine_grid
-from ard_jax.objectives.few_steps import at_node, calls_of, draw_nodes, require_store, teacher_samples
+from ard_jax.objectives.consistency import fine_grid
+from ard_jax.objectives.few_steps import at_node, calls_of, distance, draw_nodes, require_store, teacher_samples
 from ard_jax.sampling import NO_GUIDANCE, teacher_predictor
 
 

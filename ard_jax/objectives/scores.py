@@ -114,6 +114,12 @@ def matching_gradient(fake: jax.Array, real: jax.Array, images: jax.Array) -> ja
     return (fake - real) / jnp.maximum(scale, 1e-6)  # where the student is perfect, both are 0
 
 
+def add_in_proportion(change: jax.Array, other: jax.Array, weight: float) -> jax.Array:
+    """change + λ·other, where λ·other is `weight` times as long as `change`; of any one shape."""
+    length = jnp.linalg.norm(other.reshape(-1))
+    return change + weight * jnp.linalg.norm(change.reshape(-1)) / jnp.maximum(length, 1e-12) * other
+
+
 def scored_nodes(given: Given, name: str) -> range:
     """Nodes of the grid at which scores are compared, those in `interval` of the options of the method `name`.
 

@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ard_jax.diffusion import Grid, few_step_process, per_row
+from ard_jax.diffusion import Grid, few_step_process
 from ard_jax.diffusion.processes import Prediction
 from ard_jax.errors import UserError
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import STUDENT, Given, Joint, Method, require_kind
-from ard_jax.objectives.few_steps import Span, at_node, draw_nodes
+from ard_jax.objectives.few_steps import Span, at_node, draw_nodes, mix_noise
 from ard_jax.objectives.scores import (
     FAKE,
     begin_fake,
@@ -112,21 +112,3 @@ def spans_of_steps(given: Given, grid: Grid) -> np.ndarray:
             )
         spans.append((inside[0], inside[-1] + 1))
     return np.array(spans)
-
-
-def mix_noise(
-    own: jax.Array, fresh: jax.Array, steps: Grid, node: jax.Array, grid: Grid, later: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """ε' of x_τ = α_τ·x̂_0 + σ_τ·ε', and the rows' importance weights (batch,).
-
-    Args:
-        own, fresh: the noise ε̂ in what a step arrives at, and that to be added, (batch, height, width, channel).
-        steps, node: the student's grid, and where its step arrives.
-        grid, later: where τ is; `later` is (batch,).
-    """
-    alpha, sigma = (jnp.asarray(values, own.dtype) for values in (grid.alpha, grid.sigma))
-    kept = alpha[later] / jnp.asarray(steps.alpha, own.dtype)[node] * jnp.asarray(steps.sigma, own.dtype)[node]
-    added = jnp.sqrt(jnp.maximum(sigma[later] ** 2 - kept**2, 0.0))
-    mixed = (per_row(kept, own) * own + per_row(added, own) * fresh) / per_row(sigma[later], own)
-    ours, theirs = (jnp.mean(noise**2, axis=(1, 2, 3)) for noise in (mixed, fresh))
-    return mixed, jnp.exp((theirs - ours) / 2)
