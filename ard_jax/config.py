@@ -290,7 +290,7 @@ SETTINGS: dict[str, Any] = {
         "optimizer": _averaged_optimizer(DISTILLED),
         "ard": {
             # of the steps' losses, in the order of `student.points`; () for equal ones
-            "weights": Setting((), DISTILLED),
+            "step_weights": Setting((), DISTILLED),
             # constant of a pseudo-Huber distance; 0 for the mean square, as in the paper and in the fine-tune
             "huber": Setting(0.0, DISTILLED, at_least(0)),
         },

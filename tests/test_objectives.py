@@ -66,9 +66,9 @@ def test_steps_may_weigh_more_and_errors_be_less_than_square(golden):
 @pytest.mark.parametrize("weights", [(1.0, 2.0), (1.0, 0.0, 1.0, 1.0)])
 def test_weights_that_are_not_one_for_each_step_are_refused(weights):
     config = digits.get_config()
-    config.distill.ard.weights = weights
+    config.distill.ard.step_weights = weights
     with pytest.raises(
-        UserError, match=r"distill.ard.weights is \(1.0, .*, but the student has 4 steps: give a number"
+        UserError, match=r"distill.ard.step_weights is \(1.0, .*, but the student has 4 steps: give a number"
     ):
         training_flops(config)
 

@@ -21,8 +21,9 @@ from ard_jax.command_line import FLAGS, known_keys, parse_config
 from ard_jax.files import read_json
 from ard_jax.plan.topology import SHAPES
 
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("STAGES", "RIVALS", "OWN_TEACHER", "PLAN", "PODS")))
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("STAGES", "RIVALS", "RECIPES", "OWN_TEACHER", "PLAN", "PODS")))
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
+TRAINED = ("distill", "finetune")
 FEWER = {  # settings that make a command of the README short, by stage
     "trajectories": ("trajectories.count=16", "trajectories.batch_size=16"),
     "distill": ("distill.steps=3", "distill.batch_size=4"),
@@ -158,16 +159,18 @@ def test_planning_as_written(tmp_path, monkeypatch):
 
 
 def test_comparing_and_sweeping_as_written(monkeypatch):
-    """Both take minutes, so of the comparison the words alone, and of the sweep what it would run."""
+    """All take minutes, so of the comparison the words alone, and of the sweeps what they would run."""
     monkeypatch.chdir(ROOT)
     (words,) = [words[1:] for words in commands("python -m ard_jax ") if words[0] == "compare"]
     config, workdir, quick = parse_config(words, FLAGS["compare"])
     assert len(config.compare.methods) == 9 and (str(workdir), quick) == ("runs/compare", True)
-    (words,) = commands("python launch/sweep.py ")
-    said = subprocess.run(
-        [sys.executable, "launch/sweep.py", *words, "--print", "python"], capture_output=True, text=True, check=True
-    ).stdout
-    assert [shlex.split(line)[3] for line in said.splitlines() if "distill" in line.split()] == ["distill"] * 4
+    trained = []
+    for words in commands("python launch/sweep.py "):
+        said = subprocess.run(
+            [sys.executable, "launch/sweep.py", *words, "--print", "python"], capture_output=True, text=True, check=True
+        ).stdout
+        trained.append([stage for line in said.splitlines() if (stage := shlex.split(line)[3]) in TRAINED])
+    assert trained == [["distill"] * 4, ["distill"] + ["finetune"] * 5]  # the masks', and the default recipe's
 
 
 def test_the_maps_of_names_work_as_written(golden):

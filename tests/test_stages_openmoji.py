@@ -29,17 +29,22 @@ FEWER = {  # settings that make a command short, by stage
 EVERY = [f"--config.{setting}" for settings in (SMALL, *FEWER.values()) for setting in settings]
 
 
-@pytest.mark.slow
-def test_the_stages_run_as_documented(tmp_path, monkeypatch):
+def run_documented(name, workdir, monkeypatch, settings):
+    """Runs the page's commands whose workdir is runs/`name` in `workdir`; returns their stages."""
     monkeypatch.chdir(ROOT)
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL) for line in block.splitlines()]
     ran = []
-    for line in lines:
-        stage, *flags = shlex.split(line.removeprefix("python -m ard_jax "))
-        flags[flags.index("--workdir") + 1] = str(tmp_path)
-        outcome = run(stage, *flags, *EVERY)
+    for line in re.findall(rf"^python -m ard_jax (.* --workdir runs/{name}(?: .*)?)$", DOCUMENT, re.MULTILINE):
+        stage, *flags = shlex.split(line)
+        flags[flags.index("--workdir") + 1] = str(workdir)
+        outcome = run(stage, *flags, *(settings if stage != "convert" else ()))
         assert outcome.status == 0, outcome.err
         ran.append(stage)
+    return ran
+
+
+@pytest.mark.slow
+def test_the_stages_run_as_documented(tmp_path, monkeypatch):
+    ran = run_documented("openmoji", tmp_path, monkeypatch, EVERY)
     assert ran == ["captions", "teacher", "trajectories", "distill", "distill", "sample", "evaluate", "report"]
     labels = read_npz(tmp_path / "sample" / "ard" / "samples.npz")["labels"]
     assert labels[:80].max() < 3749 and labels[80:].tolist() == [*range(3749, 3759)]
@@ -53,6 +58,14 @@ def test_the_stages_run_as_documented(tmp_path, monkeypatch):
     assert all(page.count(picture) == 1 for picture in drawn)  # while they were trained
     gallery = read_npz(tmp_path / "evaluate" / "gallery.npz")
     assert gallery["real"].shape == gallery["ard"].shape == (8, 32, 32, 3)
+
+
+@pytest.mark.slow
+def test_students_of_the_shipped_teacher_are_trained_as_documented(tmp_path, monkeypatch):
+    few = [f"--config.{setting}" for stage in ("trajectories", "distill") for setting in FEWER[stage]]
+    assert run_documented("openmoji_cpu", tmp_path, monkeypatch, few) == ["convert", "run", "distill", "distill"]
+    masks = [read_json(tmp_path / "distill" / name / "config.json")["student"]["mask"] for name in ("ard", "step")]
+    assert masks == ["causal", "diagonal"]
 
 
 @pytest.mark.slow

@@ -35,11 +35,11 @@ def build(given: Given) -> Method:
         UserError: another kind of student, or weights that are not one above 0 for each of its steps.
     """
     require_kind(given, "history")
-    weights, huber = tuple(given.options["weights"]), given.options["huber"]
+    weights, huber = tuple(given.options["step_weights"]), given.options["huber"]
     if weights and (len(weights) != len(given.points) or min(weights) <= 0):
         raise UserError(
-            f"distill.ard.weights is {weights}, but the student has {len(given.points)} steps: give a number above 0 "
-            "for each of them, or () for equal ones."
+            f"distill.ard.step_weights is {weights}, but the student has {len(given.points)} steps: give a number "
+            "above 0 for each of them, or () for equal ones."
         )
     student = cast(ARDStudent, given.student)
     flops = 6 * student_macs(student, given.shape)
