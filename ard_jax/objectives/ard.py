@@ -97,7 +97,7 @@ def _loss_per_step(
 
 def summarise(per_step: jax.Array, weights: tuple[float, ...] = ()) -> tuple[jax.Array, Metrics]:
     """The steps' mean, weighted if there are weights, and each step's for the log."""
-    loss = jnp.average(per_step, weights=jnp.asarray(weights)) if weights else jnp.mean(per_step)
+    loss = jnp.average(per_step, weights=jnp.asarray(weights, per_step.dtype)) if weights else jnp.mean(per_step)
     return loss, {f"loss_step_{step + 1}": value for step, value in enumerate(per_step)}
 
 
