@@ -211,7 +211,7 @@ def test_a_student_is_distilled_and_sampled(config, teacher, trajectories, tmp_p
         start=None,
         max_abs=0.0,
         seed=0,
-        options={},
+        options=config.distill.ard,
     )
     method = find_method("ard")(given)
     assert method.flops == 6 * student_macs(student, SHAPE) > 0
