@@ -3,7 +3,8 @@
 On two CPU cores the quickstart's nine stages take 5.3 minutes: teacher 52 s, 4,352 trajectories 18 s, a student 42–59 s
 each, sampling 16 s, evaluation 17 s. Fréchet distances at seed 0 (classifier features): teacher 7.08, step distillation
 15.66, ARD 8.36; degradation ratio 6.7 (7.2 and 7.5 at seeds 1 and 2). With noisy points: 7.44 and 7.52. The adversarial
-fine-tune brings ARD to 6.68 (7.20 and 7.35 at seeds 1 and 2, teachers 7.51 and 7.68).
+fine-tune brings ARD to 6.68 (7.20 and 7.35 at seeds 1 and 2, teachers 7.51 and 7.68), and with noisy points, which is
+the default recipe of docs/RECIPES.md, to 6.59 (7.05 and 7.28).
 
 --config configs/digits.py[:student=ard|step|ard_noisy|step_noisy]
 """
