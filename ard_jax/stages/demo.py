@@ -9,8 +9,10 @@ machine. If the port is taken, the next free one is. Needs gradio: pip install '
 """
 
 import argparse
+import contextlib
 import importlib.util
 import pathlib
+import signal
 import threading
 
 from ard_jax.demo.models import find_models
@@ -30,6 +32,13 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("the demo needs gradio, which is not installed: pip install '.[demo]'.")
     if not 1 <= args.port <= 65535:
         raise UserError(f"--port is {args.port}: give a number from 1 to 65535.")
+    with contextlib.suppress(KeyboardInterrupt, Preempted):
+        _show(args)
+    print("demo: closed.", flush=True)
+
+
+def _show(args: argparse.Namespace) -> None:
+    """Serves the page until a signal comes."""
     models = find_models(args.workdir, [local_path(folder) for folder in args.pipeline or ()])
     for model in models.every:
         print(f"demo: {model.title}{f' is left out: {model.why_not}' if model.why_not else ''}", flush=True)
@@ -37,13 +46,15 @@ def run(args: argparse.Namespace) -> None:
 
     page = make_page(models)
     address, port = serve(page, args.host, args.port)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            # raises nothing: it may come between any two lines, and in a garbage collection Python drops what is raised
+            signal.signal(number, lambda *_: ended.set())
     taken = f" (port {args.port} is taken)" if port != args.port else ""
     print(f"demo: open {address}{taken}; Ctrl-C ends it.", flush=True)
-    try:
-        threading.Event().wait()
-    except (KeyboardInterrupt, Preempted):
-        page.close(verbose=False)
-        print("demo: closed.", flush=True)
+    ended.wait()
+    page.close(verbose=False)
 
 
 FLAGS = {

@@ -240,7 +240,7 @@ class Preemption:
     """
 
     def __init__(self):
-        self.noted, self.alone = 0, jax.process_count() == 1
+        self.noted, self.at_once, self.alone = 0, False, jax.process_count() == 1
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
@@ -252,12 +252,15 @@ class Preemption:
     def note(self, number: int, _: object) -> None:
         if number == signal.SIGINT:
             if self.noted:
+                self.at_once = True
                 raise KeyboardInterrupt
             log.warning("stopping after this step, once its state is saved; Ctrl-C again ends at once.")
         self.noted = number
 
     def asked(self, step: int) -> bool:
         """Whether to stop after this step; every host asks after every step."""
+        if self.at_once:  # what a signal raises within a garbage collection Python drops
+            raise KeyboardInterrupt
         return bool(self.noted) if self.alone else multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *_: object) -> None:
