@@ -18,7 +18,8 @@ Stages, in the order of a run:
     doctor         say what this machine is, what would go wrong on it, and what to run next (no flags)
     plan           say what all of it will cost on a TPU slice, which it does not need (--topology, no --workdir)
 Several in one process, which starts and imports once:
-    python -m ard_jax run STAGE[,STAGE…] ARGUMENTS [then STAGE[,STAGE…] ARGUMENTS] …
+    python -m ard_jax run STAGE[,STAGE…] ARGUMENTS [then|beside STAGE[,STAGE…] ARGUMENTS] …
+What stands beside each other does not need each other: on a CPU it runs at the same time, on processors of its own.
 Tab completion of stages, flags and settings: `eval "$(ard-jax completion bash)"`, or zsh.
 `python -m ard_jax STAGE --help` explains a stage; configs/ has the configs.
 """
@@ -56,36 +57,60 @@ def main(arguments: list[str]) -> int:
 
 
 def run_in_turn(arguments: list[str]) -> int:
-    """Runs stages one after another in this process, each as its own command would.
+    """Runs stages one after another in this process, each as its own command would; on a CPU some beside each other.
 
     Args:
-        arguments: STAGE,… and what follows a stage on its command line; after the word "then", the same again.
+        arguments: STAGE,… and what follows a stage on its command line; after the word "then", the same again; after
+            the word "beside" too, which need not wait for what is before it.
 
     Returns:
         The exit status of the first that does not end with 0, or that is preempted; there is no other after it.
     """
-    parts: list[list[str]] = [[]]
-    for argument in arguments:
-        if argument == "then":
-            parts.append([])
-        else:
-            parts[-1].append(argument)
-    commands = [(stage, part[1:]) for part in parts for stage in "".join(part[:1]).split(",")]
-    for stage, _ in commands:
+    parts = [_split(part, "beside") for part in _split(arguments, "then")]
+    groups = [[[[stage, *words[1:]] for stage in "".join(words[:1]).split(",")] for words in part] for part in parts]
+    every = [command for group in groups for commands in group for command in commands]
+    for stage, *_ in every:
         if stage not in IN_TURN:
             print(f"ard_jax run: there is no {stage!r} to run: choose some of {','.join(IN_TURN)}.", file=sys.stderr)
             return 2
     import jax
 
-    from ard_jax import command_line
+    from ard_jax import beside, command_line
 
-    for number, (stage, given) in enumerate(commands, start=1):
-        print(f"== {stage} ({number} of {len(commands)})", flush=True)
-        status = command_line.run_stage(stage, given)
-        if status or command_line.stopped.is_set():
-            return status
-        jax.clear_caches()  # the next one has programs of its own, and wants the memory
+    number = 0
+    for group in groups:
+        if len(group) > 1 and beside.is_possible(arguments):
+            labelled: list[tuple[str, list[str]]] = []
+            for commands in group:
+                of, first = ",".join(stage for stage, *_ in commands), number + 1
+                print(f"== {of} ({first} of {len(every)}){', beside others' if labelled else ''}", flush=True)
+                labelled.append((f"{first}: ", commands[0] if len(commands) == 1 else ["run", of, *commands[0][1:]]))
+                number += len(commands)
+            status, stopped = beside.run_beside(labelled)
+            if stopped:
+                command_line.stopped.set()
+            if status or stopped:
+                return status
+            continue
+        for stage, *given in (command for commands in group for command in commands):
+            number += 1
+            print(f"== {stage} ({number} of {len(every)})", flush=True)
+            status = command_line.run_stage(stage, given)
+            if status or command_line.stopped.is_set():
+                return status
+            jax.clear_caches()  # the next one has programs of its own, and wants the memory
     return 0
+
+
+def _split(words: list[str], word: str) -> list[list[str]]:
+    """The lists between the occurrences of a word."""
+    parts: list[list[str]] = [[]]
+    for each in words:
+        if each == word:
+            parts.append([])
+        else:
+            parts[-1].append(each)
+    return parts
 
 
 def print_completion(shell: str = "") -> int:

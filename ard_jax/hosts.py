@@ -75,6 +75,15 @@ def place_by_flags(coordinator: str | None, count: str | None, index: str | None
     return ProcessPlace(int(index), int(count), coordinator)
 
 
+def is_one_of_several(arguments: list[str]) -> bool:
+    """Whether a command line or this process's environment says that there are other hosts, rightly or not."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    try:
+        return bool(given & set(FLAGS)) or place_by_environment() is not None
+    except UserError:
+        return True
+
+
 def place_by_environment() -> ProcessPlace | None:
     """This process's place on Slurm (in a step of several tasks) or on a Cloud TPU of several hosts, or None.
 

@@ -39,8 +39,9 @@ echo "emoji: first pictures after $((SECONDS - started)) seconds; look at $workd
 "$python" -m ard_jax convert --source pipelines/openmoji-teacher --workdir "$workdir"
 "$python" -m ard_jax convert --source pipelines/openmoji-ard --workdir "$workdir" --name shipped
 config=configs/openmoji.py:budget=quick,student
-"$python" -m ard_jax run captions,trajectories,distill --config "$config=ard" --workdir "$workdir" "${flags[@]}" \
-  then distill --config "$config=step" --workdir "$workdir" "${flags[@]}" \
+"$python" -m ard_jax run captions,trajectories --config "$config=ard" --workdir "$workdir" "${flags[@]}" \
+  then distill --config "$config=ard" --workdir "$workdir" "${flags[@]}" \
+  beside distill --config "$config=step" --workdir "$workdir" "${flags[@]}" \
   then sample,evaluate,report --config "$config=ard" --workdir "$workdir" "${flags[@]}" \
   "--config.sample.models=('teacher', 'ard', 'step', 'shipped')"
 "$python" -m examples.draw_emoji --out "$workdir/all.png" --workdir "$workdir" "${prompts[@]}"

@@ -13,8 +13,10 @@ fi
 started=$SECONDS
 students=(ard step ard_noisy step_noisy)
 commands=(teacher,trajectories --config configs/digits.py:student=ard --workdir "$workdir" "$@")
+word=then
 for student in "${students[@]}"; do
-  commands+=(then distill --config "configs/digits.py:student=$student" --workdir "$workdir" "$@")
+  commands+=("$word" distill --config "configs/digits.py:student=$student" --workdir "$workdir" "$@")
+  word=beside
 done
 commands+=(then sample,evaluate,report --config configs/digits.py:student=ard --workdir "$workdir" "$@")
 "$python" -m "${ARD_MODULE:-ard_jax}" run "${commands[@]}" "--config.sample.models=('teacher', 'ard', 'step', 'ard_noisy', 'step_noisy')"

@@ -30,6 +30,7 @@ def get_config(name, argument=""):
     [
         ("digits", ""),
         ("digits", "student=step_noisy"),
+        ("digits", "recipe=default"),
         ("smoke", "process=flow,target=xt"),
         ("imagenet256", ""),
         ("imagenet256", "steps=2,mask=diagonal"),
@@ -169,10 +170,19 @@ def test_the_default_recipe_on_imagenet_differs_from_the_paper_s_in_what_the_pag
         "trajectories.keep_noisy": True,
         "student.name": "ard_noisy",
         "student.target": "xt",
-        "finetune.weight": 1.0,
+        "distill.ard.huber": 0.03,
+        "finetune.weight": 0.6,
         "finetune.feature_time": 0.03,
         "finetune.discriminator_optimizer.name": "rmsprop",
     }
+
+
+def test_the_default_recipe_on_digits_differs_from_noisy_points_in_its_distance_and_weight_alone():
+    noisy, ours = (
+        flatten(get_config("digits", argument).to_dict()) for argument in ("student=ard_noisy", "recipe=default")
+    )
+    changed = {key: value for key, value in ours.items() if noisy[key] != value}
+    assert changed == {"distill.ard.huber": 0.03, "finetune.weight": 0.6}
 
 
 def test_config_arguments_are_typed_as_their_defaults():
@@ -188,6 +198,8 @@ def test_config_arguments_are_typed_as_their_defaults():
         ("imagenet256", "steps=3", "config argument steps is 3: the paper's recipe has 4, 2 and 1"),
         ("imagenet256", "recipe=best", "config argument recipe is 'best': choose one of paper, default"),
         ("digits", "students=ard", "config argument 'students' does not exist"),
+        ("digits", "recipe=best", "config argument recipe is 'best': choose one of paper, default"),
+        ("digits", "recipe=default,student=ard", "give student=ard_noisy or step_noisy, not 'ard'"),
     ],
 )
 def test_wrong_config_arguments_are_refused(name, argument, sentence):

@@ -58,6 +58,30 @@ def test_splash_is_the_reference_forward_and_backward(mask, steps):
         np.testing.assert_allclose(ours, reference, atol=2e-5)
 
 
+@pytest.mark.parametrize("tokens", [64, 128, 300])  # all keys at once, two pieces, one a block
+@pytest.mark.parametrize("mask", MASKS)
+def test_blocks_in_pieces_are_a_dense_softmax_forward_and_backward(mask, tokens, x64):
+    steps = 4
+    q, k, v = inputs(steps, "float64", (tokens,) * 3)
+    seen = dense_mask(mask, steps, tokens)
+
+    def dense(q, k, v):
+        q, k, v = (x.reshape(1, steps * tokens, HEADS, WIDTH) for x in (q, k, v))
+        logits = jnp.einsum("rqhd,rkhd->rhqk", q, k) / WIDTH**0.5
+        weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf))
+        return jnp.einsum("rhqk,rkhd->rqhd", weights, v).reshape(steps, tokens, HEADS, WIDTH)
+
+    def run(attend):
+        def loss(q, k, v):
+            out = attend(q, k, v)
+            return (jnp.sin(out) * (1 + out)).sum(), out
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+    ours, reference = run(lambda *given: block_attention(*given, mask, steps, "xla")), run(dense)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), ours, reference)
+
+
 def test_splash_in_bfloat16_is_the_reference_within_rounding():
     q, k, v = inputs(2, "bfloat16")
     exact = block_attention(*(x.astype("float32") for x in (q, k, v)), "causal", 2, "xla")

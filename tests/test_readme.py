@@ -170,7 +170,7 @@ def test_comparing_and_sweeping_as_written(monkeypatch):
             [sys.executable, "launch/sweep.py", *words, "--print", "python"], capture_output=True, text=True, check=True
         ).stdout
         trained.append([stage for line in said.splitlines() if (stage := shlex.split(line)[3]) in TRAINED])
-    assert trained == [["distill"] * 4, ["distill"] + ["finetune"] * 5]  # the masks', and the default recipe's
+    assert trained == [["distill"] * 4, ["distill"] + ["finetune"] * 6]  # the masks', and the default recipe's
 
 
 def test_the_maps_of_names_work_as_written(golden):

@@ -11,6 +11,7 @@ Backends, chosen by `model.attention`:
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from ard_jax.models.masks import TILES, visible_blocks
 
 BACKENDS = ("auto", "xla", "cudnn", "splash", "splash_interpreted")
 LONG = 1024  # tokens from which "auto" takes the TPU kernel
+KEYS = 256  # at once on a CPU, where XLA makes one operation of both products and the softmax while these fit its cache
 
 
 def _why_unsupported(backend: str, platform: str, dtype: jnp.dtype, tokens: int, head_dim: int) -> str | None:
@@ -138,8 +140,9 @@ def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: str, steps: 
     Raises:
         UserError: what `choose_backend` raises.
     """
-    tokens = q.shape[1]
-    if choose_backend(backend, target_platform(), q.dtype, tokens, q.shape[-1]).startswith("splash"):
+    tokens, platform = q.shape[1], target_platform()
+    backend = choose_backend(backend, platform, q.dtype, tokens, q.shape[-1])
+    if backend.startswith("splash"):
         from ard_jax.models.splash import BlockMask, splash_attention
 
         q_rows, k_rows, v_rows = (x.reshape(-1, steps * tokens, *x.shape[2:]) for x in (q, k, v))
@@ -147,12 +150,16 @@ def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: str, steps: 
         interpret = backend == "splash_interpreted"
         return splash_attention(q_rows, k_rows, v_rows, blocks, interpret).reshape(q.shape)
     q, k, v = (x.reshape(-1, steps, *x.shape[1:]) for x in (q, k, v))
+    at_once = max(1, KEYS // tokens) if (backend, platform) == ("xla", "cpu") else steps
     outputs = []
     for block in range(steps):
         seen = visible_blocks(mask, block)
-        keys = jnp.concatenate([k[:, b] for b in seen], axis=1)
-        values = jnp.concatenate([v[:, b] for b in seen], axis=1)
-        outputs.append(attention(q[:, block], keys, values, backend))
+        groups = [seen[i : i + at_once] for i in range(0, len(seen), at_once)]
+        keys, values = ([jnp.concatenate([x[:, b] for b in group], axis=1) for group in groups] for x in (k, v))
+        if backend == "xla":
+            outputs.append(_xla_attention(q[:, block], list(zip(keys, values, strict=True))))
+        else:
+            outputs.append(attention(q[:, block], keys[0], values[0], backend))
     return jnp.stack(outputs, axis=1).reshape(-1, *q.shape[2:])
 
 
@@ -204,16 +211,7 @@ def cached_attention(
         return attention(q, keys, values, backend), own
     # block by block, so that the cache is neither put together nor turned around in each step
     q = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)
-    at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
-    logits = [jnp.einsum("rhqd,rhkd->rhqk", q, keys, preferred_element_type=at_least_float32) for keys, _ in seen]
-    highest = functools.reduce(jnp.maximum, [block.max(axis=-1, keepdims=True) for block in logits])
-    weights = [jnp.exp(block - highest) for block in logits]
-    total = sum(block.sum(axis=-1, keepdims=True) for block in weights)
-    output: jax.Array = sum(  # type: ignore[assignment]  # there is at least the block's own
-        jnp.einsum("rhqk,rhkd->rhqd", block.astype(values.dtype), values, preferred_element_type=at_least_float32)
-        for block, (_, values) in zip(weights, seen, strict=True)
-    )
-    return (output / total).astype(v.dtype).swapaxes(1, 2), own
+    return _weigh([(_logits(q, keys), values) for keys, values in seen]).swapaxes(1, 2), own
 
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
@@ -222,13 +220,40 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array |
     The softmax is at least float32, and float64 for float64 inputs, which `jax.nn.dot_product_attention` is not: the
     reference numbers are checked in float64.
     """
-    at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
-    scale = q.shape[-1] ** -0.5
+    return _xla_attention(q, [(k, v)], lengths)
+
+
+def _xla_attention(
+    q: jax.Array, pieces: Sequence[tuple[jax.Array, jax.Array]], lengths: jax.Array | None = None
+) -> jax.Array:
+    """`xla_attention` to keys and values that come in pieces, pairs (k, v); `lengths` are of a single piece."""
     # heads before tokens: XLA's CPU backend is up to four times slower when a product's batch axes are apart
-    q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
-    logits = jnp.einsum("rhqd,rhkd->rhqk", q, k, preferred_element_type=at_least_float32)
+    q = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)
+    logits = [_logits(q, k.swapaxes(1, 2)) for k, _ in pieces]
     if lengths is not None:
-        is_padding = jnp.arange(k.shape[2]) >= lengths[:, None]
-        logits = jnp.where(is_padding[:, None, None], -jnp.inf, logits)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("rhqk,rhkd->rhqd", weights, v).swapaxes(1, 2)
+        is_padding = jnp.arange(logits[0].shape[-1]) >= lengths[:, None]
+        logits = [jnp.where(is_padding[:, None, None], -jnp.inf, logits[0])]
+    values = [v.swapaxes(1, 2) for _, v in pieces]
+    return _weigh(list(zip(logits, values, strict=True))).swapaxes(1, 2)
+
+
+def _logits(q: jax.Array, k: jax.Array) -> jax.Array:
+    """q · kᵀ, (rows, heads, query, key), at least float32, of (rows, heads, token, head width)."""
+    at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.einsum("rhqd,rhkd->rhqk", q, k, preferred_element_type=at_least_float32)
+
+
+def _weigh(blocks: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """Softmax over the keys of all blocks, times their values: of pairs (logits, values), (rows, heads, query, width).
+
+    The sum of the weights divides the output, which is smaller than they are: one pass over all pairs less.
+    """
+    highest = functools.reduce(jnp.maximum, [logits.max(axis=-1, keepdims=True) for logits, _ in blocks])
+    weights = [jnp.exp(logits - jax.lax.stop_gradient(highest)) for logits, _ in blocks]
+    total = sum(block.sum(axis=-1, keepdims=True) for block in weights)
+    dtype = blocks[0][1].dtype
+    output: jax.Array = sum(  # type: ignore[assignment]  # there is one block at least
+        jnp.einsum("rhqk,rhkd->rhqd", block.astype(dtype), values, preferred_element_type=block.dtype)
+        for block, (_, values) in zip(weights, blocks, strict=True)
+    )
+    return (output / total).astype(dtype)
