@@ -6,6 +6,7 @@ on its share of the processors; what it prints comes out line by line, with its 
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -77,9 +78,10 @@ async def _run(commands: Sequence[tuple[str, Sequence[str]]]) -> Ended:
     for share in shares(processors(), len(commands)):
         free.put_nowait(share)
 
-    def hand_on(number: int) -> None:
-        for process in running:
-            process.send_signal(number)
+    def hand_on(number: int, *to: asyncio.subprocess.Process) -> None:
+        for process in to or running:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                process.send_signal(number)
 
     def stop(number: int) -> None:
         asked.append(number)
@@ -104,7 +106,7 @@ async def _run(commands: Sequence[tuple[str, Sequence[str]]]) -> Ended:
                 if hasattr(os, "sched_setaffinity"):
                     os.sched_setaffinity(process.pid, share)
                 if asked or failed:  # while it was being started
-                    process.send_signal((asked or [signal.SIGTERM])[0])
+                    hand_on((asked or [signal.SIGTERM])[0], process)
                 await asyncio.gather(
                     _hand_through(process.stdout, label, sys.stdout), _hand_through(process.stderr, label, sys.stderr)
                 )
@@ -125,6 +127,7 @@ async def _run(commands: Sequence[tuple[str, Sequence[str]]]) -> Ended:
     try:
         statuses = await asyncio.gather(*(run(label, words) for label, words in commands))
     finally:
+        hand_on(signal.SIGTERM)  # none is left running, whatever was raised
         for number in numbers:
             loop.remove_signal_handler(number)
     if failed:

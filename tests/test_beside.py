@@ -1,9 +1,9 @@
 """Stages beside each other: at the same time, on their share of the processors, and stopped together."""
 
-import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from pipeline_fixtures import SMOKE, copy, done
@@ -11,12 +11,14 @@ from pipeline_fixtures import SMOKE, copy, done
 from ard_jax import beside
 from ard_jax.__main__ import main
 
+FIRST = beside.processors()[0]
 # A config that says that it is there, waits for others that say so, and does then what its argument says.
 WAITING = """
 import pathlib, signal, time
 from ard_jax.errors import UserError
 
 def get_config(argument):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it wherever it is
     own, others, then = argument.split(",")
     here = pathlib.Path(__file__).parent
     (here / own).touch()
@@ -49,7 +51,7 @@ def test_each_has_its_share_of_the_processors(every, count, expected):
 
 def test_they_run_at_once_and_one_that_fails_stops_the_others(waiting, monkeypatch, capsys):
     """Neither would end if the other had not begun, and the second and third only by a signal."""
-    monkeypatch.setattr(beside, "processors", lambda: sorted(os.sched_getaffinity(0)) * 3)
+    monkeypatch.setattr(beside, "processors", lambda: [FIRST] * 3)
     commands = [
         ("a: ", waiting("a", "b+c", "fail")),
         ("b: ", waiting("b", "a", "pause")),
@@ -60,7 +62,7 @@ def test_they_run_at_once_and_one_that_fails_stops_the_others(waiting, monkeypat
 
 
 def test_what_has_not_begun_does_not_after_a_failure(waiting, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(beside, "processors", lambda: [min(os.sched_getaffinity(0))])
+    monkeypatch.setattr(beside, "processors", lambda: [FIRST])
     commands = [("a: ", waiting("a", "a", "fail")), ("b: ", waiting("b", "b", "fail"))]
     assert beside.run_beside(commands) == (2, False)
     assert capsys.readouterr() == ("", "a: ard_jax distill: a has met a\n") and not (tmp_path / "b").exists()
@@ -70,11 +72,12 @@ def test_what_has_not_begun_does_not_after_a_failure(waiting, monkeypatch, capsy
 def test_a_signal_stops_all_of_them(waiting, tmp_path, number, status):
     words = [*waiting("a", "b", "pause"), "beside", *waiting("b", "a", "pause")]
     # as where the tests have one processor: a run has to have two for anything to stand beside
-    code = "import sys; from ard_jax import __main__, beside; beside.processors = lambda: [0, 0]"
+    code = f"import sys; from ard_jax import __main__, beside; beside.processors = lambda: {[FIRST, FIRST]}"
     program = [sys.executable, "-c", f"{code}; sys.exit(__main__.main(sys.argv[1:]))"]
     process = subprocess.Popen([*program, "run", *words], stdout=subprocess.PIPE, text=True)
     while not all((tmp_path / name).exists() for name in "ab"):
         assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(number)
     out, _ = process.communicate()
     assert process.returncode == status
@@ -82,7 +85,7 @@ def test_a_signal_stops_all_of_them(waiting, tmp_path, number, status):
 
 
 def test_on_one_processor_they_run_in_turn_in_this_process(waiting, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(beside, "processors", lambda: [0])
+    monkeypatch.setattr(beside, "processors", lambda: [FIRST])
     monkeypatch.setattr(beside, "run_beside", None)
     assert main(["run", *waiting("a", "a", "fail"), "beside", *waiting("b", "b", "fail")]) == 2
     out, err = capsys.readouterr()
