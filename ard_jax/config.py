@@ -293,6 +293,9 @@ SETTINGS: dict[str, Any] = {
             "step_weights": Setting((), DISTILLED),
             # constant of a pseudo-Huber distance; 0 for the mean square, as in the paper and in the fine-tune
             "huber": Setting(0.0, DISTILLED, at_least(0)),
+            # the student's own points of the moment are its history, as in sampling, instead of the teacher's: a third
+            # more FLOPs a step
+            "own_history": Setting(False, DISTILLED),
         },
         "consistency": {
             # steps of the teacher's that a trajectory has; 0 for the teacher's own number, made a multiple of the

@@ -72,8 +72,9 @@ def test_what_has_not_begun_does_not_after_a_failure(waiting, monkeypatch, capsy
 def test_a_signal_stops_all_of_them(waiting, tmp_path, number, status):
     words = [*waiting("a", "b", "pause"), "beside", *waiting("b", "a", "pause")]
     # as where the tests have one processor: a run has to have two for anything to stand beside
-    code = f"import sys; from ard_jax import __main__, beside; beside.processors = lambda: {[FIRST, FIRST]}"
-    program = [sys.executable, "-c", f"{code}; sys.exit(__main__.main(sys.argv[1:]))"]
+    code = f"import signal, sys; from ard_jax import __main__, beside; beside.processors = lambda: {[FIRST, FIRST]}"
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # some shells ignore it
+    program = [sys.executable, "-c", f"{code}; {heard}; sys.exit(__main__.main(sys.argv[1:]))"]
     process = subprocess.Popen([*program, "run", *words], stdout=subprocess.PIPE, text=True)
     while not all((tmp_path / name).exists() for name in "ab"):
         assert process.poll() is None

@@ -16,7 +16,7 @@ from ard_jax.methods import training_flops
 from ard_jax.models import DiT, parameter_shapes
 from ard_jax.objectives.ard import ard, online_ard
 from ard_jax.objectives.denoising import denoising
-from ard_jax.sampling import is_within_bounds, sample_teacher, take_points, trajectory_key
+from ard_jax.sampling import is_within_bounds, sample_student, sample_teacher, take_points, trajectory_key
 from ard_jax.training.state import learning_rate, make_optimizer
 from configs import digits
 
@@ -70,6 +70,15 @@ def test_weights_that_are_not_one_for_each_step_are_refused(weights):
     with pytest.raises(
         UserError, match=r"distill.ard.step_weights is \(1.0, .*, but the student has 4 steps: give a number"
     ):
+        training_flops(config)
+
+
+def test_own_history_needs_one():
+    config = digits.get_config()
+    config.distill.ard.own_history = True
+    assert training_flops(config) == 8 / 6 * training_flops(digits.get_config())
+    config.student.points = (0,)
+    with pytest.raises(UserError, match="own_history is True, but a student of one step has no history"):
         training_flops(config)
 
 
@@ -291,3 +300,25 @@ def test_bad_optimisers(changed):
 def test_warm_up_then_constant():
     rate = learning_rate(settings(warmup_steps=4, learning_rate=1.0), 10)
     np.testing.assert_allclose([rate(step) for step in range(7)], [0, 0.25, 0.5, 0.75, 1, 1, 1], rtol=1e-6)
+
+
+def test_own_history_is_the_error_of_the_rollout_whose_points_are_data_to_the_gradient(networks):
+    _, student, _, params = networks
+    rng = np.random.default_rng(1)
+    noise, states = rng.normal(size=(2, *SHAPE)), rng.normal(size=(2, 3, *SHAPE))
+    batch = {"noise": noise, "x0": states, "condition": jnp.asarray([0, 2])}
+    batch = jax.tree.map(jnp.asarray, batch)
+    objective = ard(student, target="x0", columns=(0, 1, 2), own_history=True)
+    (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(params, None, batch, None)
+
+    own = sample_student(student, params, batch["noise"].astype("float32"), batch["condition"])
+    errors = np.mean((np.asarray(own) - states) ** 2, axis=(0, 2, 3, 4))
+    np.testing.assert_allclose([metrics[f"loss_step_{step + 1}"] for step in range(3)], errors, rtol=1e-5)
+    np.testing.assert_allclose(loss, errors.mean(), rtol=1e-5)
+
+    def given_own(params):  # the rollout as data
+        inputs = jnp.concatenate([batch["noise"][:, None].astype("float32"), own[:, :-1]], axis=1)
+        return jnp.mean((student.apply({"params": params}, inputs, batch["condition"]) - batch["x0"]) ** 2)
+
+    expected = jax.grad(given_own)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, expected)

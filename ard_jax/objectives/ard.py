@@ -1,8 +1,8 @@
 """Autoregressive distillation: L = 1/S · Σ_s mean‖G(x_{τS:s}, s) − x_{τs−1}‖² (ARD, section 3.1).
 
-`distill.ard` may give the steps weights, and a pseudo-Huber distance in the place of the mean square, which the paper
-does not. With one block it is knowledge distillation; with the diagonal mask or no history layers it is step
-distillation, the baseline.
+`distill.ard` may give the steps weights, a pseudo-Huber distance in the place of the mean square, and the student's own
+points as its history in the place of the teacher's, which the paper does not. With one block it is knowledge
+distillation; with the diagonal mask or no history layers it is step distillation, the baseline.
 """
 
 from typing import cast
@@ -20,6 +20,7 @@ from ard_jax.sampling import (
     draw_noise,
     is_within_bounds,
     network_calls,
+    sample_student,
     sample_teacher,
     take_points,
     trajectory_key,
@@ -35,16 +36,19 @@ def build(given: Given) -> Method:
         UserError: another kind of student, or weights that are not one above 0 for each of its steps.
     """
     require_kind(given, "history")
-    weights, huber = tuple(given.options["step_weights"]), given.options["huber"]
+    weights, own_history = tuple(given.options["step_weights"]), given.options["own_history"]
     if weights and (len(weights) != len(given.points) or min(weights) <= 0):
         raise UserError(
             f"distill.ard.step_weights is {weights}, but the student has {len(given.points)} steps: give a number "
             "above 0 for each of them, or () for equal ones."
         )
+    if own_history and len(given.points) == 1:
+        raise UserError("distill.ard.own_history is True, but a student of one step has no history: set it to False.")
+    options = dict(weights=weights, huber=given.options["huber"], own_history=own_history)
     student = cast(ARDStudent, given.student)
-    flops = 6 * student_macs(student, given.shape)
+    flops = (8 if own_history else 6) * student_macs(student, given.shape)  # forward 2, backward 4
     if given.columns is not None:
-        objective = ard(student, target=given.target, columns=given.columns, weights=weights, huber=huber)
+        objective = ard(student, target=given.target, columns=given.columns, **options)
         return Method(objective, flops)
     objective = online_ard(
         student,
@@ -55,8 +59,7 @@ def build(given: Given) -> Method:
         seed=given.seed,
         max_abs=given.max_abs,
         how=given.solve,
-        weights=weights,
-        huber=huber,
+        **options,
     )
     flops += 2 * network_calls(given.solve) * teacher_macs(given.teacher, given.shape)
     return Method(objective, flops, reads="teacher")
@@ -88,9 +91,16 @@ def _loss_per_step(
     condition: Condition,
     kept: jax.Array,
     huber: float,
+    own_history: bool,
 ) -> jax.Array:
-    """Error of each step, the mean of the rows that are kept (1, else 0), (step,); see `teacher_forcing`."""
-    prediction = teacher_forcing(student, params, noise, points, condition).astype(jnp.float32)
+    """Error of each step, the mean of the rows that are kept (1, else 0), (step,); see `teacher_forcing`.
+
+    With `own_history` the predictions are from the student's own earlier points, which are taken as given.
+    """
+    history = points
+    if own_history:
+        history = jax.lax.stop_gradient(sample_student(student, params, noise, condition))
+    prediction = teacher_forcing(student, params, noise, history, condition).astype(jnp.float32)
     per_row = distance(prediction, points, huber)
     return jnp.sum(per_row * kept[:, None], axis=0) / jnp.maximum(jnp.sum(kept), 1.0)
 
@@ -108,6 +118,7 @@ def ard(
     columns: tuple[int, ...],
     weights: tuple[float, ...] = (),
     huber: float = 0.0,
+    own_history: bool = False,
 ) -> Objective:
     """Builds the objective on stored trajectories.
 
@@ -117,6 +128,7 @@ def ard(
         columns: where the student's points stand among the record's.
         weights: of the steps' losses, of which only the proportions tell; () for equal ones.
         huber: constant of the pseudo-Huber distance; 0 for the mean square.
+        own_history: predict from the student's own points, by its parameters of the moment, instead of the teacher's.
 
     The batch holds "noise" (batch, height, width, channel), `target` (batch, point, height, width, channel) and
     "condition" (leaves (batch, …)).
@@ -126,7 +138,8 @@ def ard(
         noise = batch["noise"].astype(jnp.float32)
         points = batch[target][:, jnp.asarray(columns)].astype(jnp.float32)
         kept = jnp.ones(len(noise))
-        return summarise(_loss_per_step(student, params, noise, points, batch["condition"], kept, huber), weights)
+        per_step = _loss_per_step(student, params, noise, points, batch["condition"], kept, huber, own_history)
+        return summarise(per_step, weights)
 
     return loss
 
@@ -143,6 +156,7 @@ def online_ard(
     how: Solve,
     weights: tuple[float, ...] = (),
     huber: float = 0.0,
+    own_history: bool = False,
 ) -> Objective:
     """Builds the objective whose teacher runs inside the training step; no store is needed.
 
@@ -154,7 +168,7 @@ def online_ard(
         seed: of the trajectories: position i is the trajectory that the job would store as record i.
         max_abs: trajectories that leave [-max_abs, max_abs] get no weight; 0 keeps all.
         how: the teacher is sampled.
-        weights, huber: as in `ard`.
+        weights, huber, own_history: as in `ard`.
 
     The batch holds "position" (batch,) and "condition" (leaves (batch, …)).
     """
@@ -167,6 +181,7 @@ def online_ard(
         # a dropped row may hold anything, and 0 · inf is not 0
         states = jnp.where(kept[:, None, None, None, None], jax.lax.stop_gradient(states), 0.0)
         kept = kept.astype(jnp.float32)
-        return summarise(_loss_per_step(student, params, noise, states, condition, kept, huber), weights)
+        per_step = _loss_per_step(student, params, noise, states, condition, kept, huber, own_history)
+        return summarise(per_step, weights)
 
     return loss
