@@ -16,6 +16,8 @@ from typing import NamedTuple, TextIO
 import jax
 
 from ard_jax import hosts
+from ard_jax.command_line import check_devices
+from ard_jax.errors import UserError
 from ard_jax.parallel import set_up_libtpu
 
 LONGEST_LINE = 2**20  # bytes
@@ -49,9 +51,10 @@ def is_possible(arguments: list[str]) -> bool:
         return False
     set_up_libtpu()
     try:
-        return jax.default_backend() == "cpu"
-    except Exception:  # no device at all, which a stage says in a sentence
+        check_devices()
+    except UserError:  # which a stage says
         return False
+    return jax.default_backend() == "cpu"
 
 
 def run_beside(commands: Sequence[tuple[str, Sequence[str]]]) -> Ended:

@@ -112,7 +112,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
             else:
                 workdir = where
                 hosts.start(place or hosts.place_by_environment(), workdir / ".joining", config.run.join_timeout)
-                _check_devices()
+                check_devices()
                 validate(config)
                 hosts.check_same_settings(flatten(plain(config)))
         module = _stage_module(stage)
@@ -145,7 +145,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
     return 0
 
 
-def _check_devices() -> None:
+def check_devices() -> None:
     """Raises UserError if JAX finds no device, as where JAX_PLATFORMS asks for one that is not there."""
     try:
         jax.devices()

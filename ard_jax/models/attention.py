@@ -157,7 +157,7 @@ def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: str, steps: 
         groups = [seen[i : i + at_once] for i in range(0, len(seen), at_once)]
         keys, values = ([jnp.concatenate([x[:, b] for b in group], axis=1) for group in groups] for x in (k, v))
         if backend == "xla":
-            outputs.append(_xla_attention(q[:, block], list(zip(keys, values, strict=True))))
+            outputs.append(_xla_attention(q[:, block], keys, values))
         else:
             outputs.append(attention(q[:, block], keys[0], values[0], backend))
     return jnp.stack(outputs, axis=1).reshape(-1, *q.shape[2:])
@@ -211,7 +211,7 @@ def cached_attention(
         return attention(q, keys, values, backend), own
     # block by block, so that the cache is neither put together nor turned around in each step
     q = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)
-    return _weigh([(_logits(q, keys), values) for keys, values in seen]).swapaxes(1, 2), own
+    return _weigh([_logits(q, keys) for keys, _ in seen], [values for _, values in seen]).swapaxes(1, 2), own
 
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
@@ -220,21 +220,20 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array |
     The softmax is at least float32, and float64 for float64 inputs, which `jax.nn.dot_product_attention` is not: the
     reference numbers are checked in float64.
     """
-    return _xla_attention(q, [(k, v)], lengths)
+    return _xla_attention(q, [k], [v], lengths)
 
 
 def _xla_attention(
-    q: jax.Array, pieces: Sequence[tuple[jax.Array, jax.Array]], lengths: jax.Array | None = None
+    q: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], lengths: jax.Array | None = None
 ) -> jax.Array:
-    """`xla_attention` to keys and values that come in pieces, pairs (k, v); `lengths` are of a single piece."""
+    """`xla_attention` to keys and values that come in pieces; `lengths` are of a single piece."""
     # heads before tokens: XLA's CPU backend is up to four times slower when a product's batch axes are apart
     q = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)
-    logits = [_logits(q, k.swapaxes(1, 2)) for k, _ in pieces]
+    logits = [_logits(q, k.swapaxes(1, 2)) for k in keys]
     if lengths is not None:
         is_padding = jnp.arange(logits[0].shape[-1]) >= lengths[:, None]
         logits = [jnp.where(is_padding[:, None, None], -jnp.inf, logits[0])]
-    values = [v.swapaxes(1, 2) for _, v in pieces]
-    return _weigh(list(zip(logits, values, strict=True))).swapaxes(1, 2)
+    return _weigh(logits, [v.swapaxes(1, 2) for v in values]).swapaxes(1, 2)
 
 
 def _logits(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -243,17 +242,16 @@ def _logits(q: jax.Array, k: jax.Array) -> jax.Array:
     return jnp.einsum("rhqd,rhkd->rhqk", q, k, preferred_element_type=at_least_float32)
 
 
-def _weigh(blocks: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """Softmax over the keys of all blocks, times their values: of pairs (logits, values), (rows, heads, query, width).
+def _weigh(logits: Sequence[jax.Array], values: Sequence[jax.Array]) -> jax.Array:
+    """Softmax over the keys of all pieces, times their values, (rows, heads, query, width).
 
     The sum of the weights divides the output, which is smaller than they are: one pass over all pairs less.
     """
-    highest = functools.reduce(jnp.maximum, [logits.max(axis=-1, keepdims=True) for logits, _ in blocks])
-    weights = [jnp.exp(logits - jax.lax.stop_gradient(highest)) for logits, _ in blocks]
-    total = sum(block.sum(axis=-1, keepdims=True) for block in weights)
-    dtype = blocks[0][1].dtype
-    output: jax.Array = sum(  # type: ignore[assignment]  # there is one block at least
-        jnp.einsum("rhqk,rhkd->rhqd", block.astype(dtype), values, preferred_element_type=block.dtype)
-        for block, (_, values) in zip(weights, blocks, strict=True)
-    )
-    return (output / total).astype(dtype)
+    highest = functools.reduce(jnp.maximum, [piece.max(axis=-1, keepdims=True) for piece in logits])
+    weights = [jnp.exp(piece - jax.lax.stop_gradient(highest)) for piece in logits]
+    total = functools.reduce(jnp.add, [piece.sum(axis=-1, keepdims=True) for piece in weights])
+    products = [
+        jnp.einsum("rhqk,rhkd->rhqd", piece.astype(v.dtype), v, preferred_element_type=piece.dtype)
+        for piece, v in zip(weights, values, strict=True)
+    ]
+    return (functools.reduce(jnp.add, products) / total).astype(values[0].dtype)
