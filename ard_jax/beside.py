@@ -16,6 +16,7 @@ from typing import NamedTuple, TextIO
 import jax
 
 from ard_jax import hosts
+from ard_jax.chips import processors
 from ard_jax.command_line import check_devices
 from ard_jax.errors import UserError
 from ard_jax.parallel import set_up_libtpu
@@ -29,13 +30,6 @@ class Ended(NamedTuple):
 
     status: int
     stopped: bool
-
-
-def processors() -> list[int]:
-    """Those that this process may run on, by number."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def shares(every: Sequence[int], count: int) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """What one chip can do at best: of the accelerators that we know, by their data sheets; of others, measured."""
 
+import os
 import time
 from typing import NamedTuple
 
@@ -111,3 +112,10 @@ def peak_flops() -> float:
         return chip.flops * jax.device_count()
     # a CPU's devices share its cores
     return measured_matmul_rate() * (jax.process_count() if device.platform == "cpu" else jax.device_count())
+
+
+def processors() -> list[int]:
+    """Those that this process may run on, by number."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

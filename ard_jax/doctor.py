@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from ard_jax.chips import processors
 from ard_jax.errors import first_line
 from ard_jax.files import find_repository
 from ard_jax.version import __version__
@@ -78,7 +79,7 @@ def examine() -> Facts:
         versions={"ard_jax": __version__, "Python": platform.python_version(), **found},
         **_devices(),
         driver=_driver(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=len(processors()),
         memory=memory.get("MemTotal", 0),
         memory_free=memory.get("MemAvailable", 0),
         disk=disk.total,
