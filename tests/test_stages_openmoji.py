@@ -24,7 +24,7 @@ FEWER = {  # settings that make a command short, by stage
     "trajectories": ("trajectories.count=16", "trajectories.batch_size=8"),
     "distill": ("distill.steps=3", "distill.batch_size=4", "distill.optimizer.warmup_steps=0"),
     "sample": ("sample.count=90", "sample.held_out=10"),
-    "evaluate": ("evaluate.paired=8", "evaluate.pictures=4", "evaluate.judge_steps=3"),
+    "evaluate": ("evaluate.paired=8", "evaluate.pictures=4", "evaluate.judge_steps=3", "evaluate.feature_steps=3"),
 }
 EVERY = [f"--config.{setting}" for settings in (SMALL, *FEWER.values()) for setting in settings]
 
