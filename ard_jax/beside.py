@@ -21,6 +21,7 @@ from ard_jax.command_line import check_devices
 from ard_jax.errors import UserError
 from ard_jax.parallel import set_up_libtpu
 
+MODULE = "ard_jax"  # that takes the commands
 LONGEST_LINE = 2**20  # bytes
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -90,7 +91,7 @@ async def _run(commands: Sequence[tuple[str, Sequence[str]]]) -> Ended:
             if asked or failed:
                 return 0
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "ard_jax", *words),
+                *(sys.executable, "-m", MODULE, *words),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,

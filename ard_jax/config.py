@@ -503,9 +503,13 @@ def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def config_arguments(text: str | None, **defaults: Any) -> dict[str, Any]:
     """Parses what follows the colon of `--config FILE:key=value,key=value`, typed as the defaults are.
 
+    A tuple in place of a default has all words that may be given, the default first.
+
     Raises:
-        UserError: a key that the file does not have, or a value of the wrong type.
+        UserError: a key that the file does not have, or a value of the wrong type or that is none of the choices.
     """
+    choices = {key: default for key, default in defaults.items() if isinstance(default, tuple)}
+    defaults |= {key: words[0] for key, words in choices.items()}
     values = dict(defaults)
     for part in filter(None, (text or "").split(",")):
         key, _, value = part.partition("=")
@@ -516,4 +520,6 @@ def config_arguments(text: str | None, **defaults: Any) -> dict[str, Any]:
         except ValueError:
             expected = type(defaults[key]).__name__
             raise UserError(f"config argument {key} is {value!r}, which is no {expected}: give one.") from None
+        if key in choices and value not in choices[key]:
+            raise UserError(f"config argument {key} is {value!r}: choose one of {', '.join(choices[key])}.")
     return values

@@ -3,16 +3,18 @@
 ARD_MODULE=benchmarks.parts launch/quickstart.sh WORKDIR   # the quickstart
 
 A second is counted once, in the innermost of the parts that it lies in, and on the main thread alone: what goes on
-beside it, such as a checkpoint on its way to the disk, shows where it is waited for. Stages that would run beside each
-other run in turn, all in this process. Linux only.
+beside it, such as a checkpoint on its way to the disk, shows where it is waited for. Of stages that run beside each
+other the rows have all seconds of each, and the sums the mean over as many processes as run at once. Linux only.
 """
 
 import contextlib
 import functools
 import importlib
+import json
 import os
 import pathlib
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -22,7 +24,8 @@ from typing import Any, NamedTuple
 import jax
 
 import ard_jax.__main__
-from ard_jax import command_line
+from ard_jax import beside, command_line
+from ard_jax.chips import processors
 from ard_jax.training.loop import Meter
 from benchmarks.measure import table
 
@@ -52,6 +55,7 @@ FUNCTIONS = {
     ("ard_jax.measuring.classifier.Classifier", "measure"): "distances",
 }
 LEAST = 2e-4  # seconds; most imports find what is there already
+FOLDER = "ARD_PARTS"  # of the environment: where stages beside each other leave what they found
 START = ("import", "trace", "lower", "compile")
 PARTS = (*START, "steps", "input wait", "checkpoints", "sampling", "classifier", "distances", "paired", "rest")
 
@@ -159,13 +163,16 @@ def since_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
-def report(found: dict[str, dict[str, float]]) -> str:
-    """The table, with sums, and the share of what is no work."""
-    shown = [part for part in PARTS if any(parts.get(part, 0) >= 0.05 for parts in found.values())]
-    total = {part: sum(parts.get(part, 0.0) for parts in found.values()) for part in PARTS}
+def report(found: dict[str, dict[str, float]], others: dict[str, dict[str, float]] | None = None) -> str:
+    """The table, with sums, and the share of what is no work; `others` are stages that ran beside each other."""
+    others = others or {}
+    at_once, every = min(len(processors()), len(others)), found | others
+    shown = [part for part in PARTS if any(parts.get(part, 0) >= 0.05 for parts in every.values())]
+    weighted = [(parts, 1) for parts in found.values()] + [(parts, at_once) for parts in others.values()]
+    total = {part: sum(parts.get(part, 0.0) / share for parts, share in weighted) for part in PARTS}
     rows = [
         [stage, *(f"{parts.get(part, 0.0):.1f}" for part in shown), f"{sum(parts.values()):.1f}"]
-        for stage, parts in {**found, "all": total}.items()
+        for stage, parts in {**every, "all": total}.items()
     ]
     share = sum(total[part] for part in START) / sum(total.values())
     return table(["seconds", *shown, "sum"], rows) + f"\n\nPython, import, trace, lowering, compiling: {share:.1%}"
@@ -175,8 +182,19 @@ def main(arguments: list[str]) -> int:
     recorder = Recorder()
     recorder.install()
     before = since_start()
-    status = ard_jax.__main__.main(["then" if word == "beside" else word for word in arguments])
-    print(report({"start of Python": {"import": before}, **by_stage(recorder.stages, recorder.spans)}), flush=True)
+    if FOLDER in os.environ:  # one of several, which the first reports
+        status = ard_jax.__main__.main(arguments)
+        ((stage, parts),) = by_stage(recorder.stages, recorder.spans).items()
+        parts["import"] += before
+        pathlib.Path(os.environ[FOLDER], f"{stage}.json").write_text(json.dumps(parts))
+        return status
+    beside.MODULE = "benchmarks.parts"
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[FOLDER] = folder
+        status = ard_jax.__main__.main(arguments)
+        of_others = {path.stem: json.loads(path.read_text()) for path in sorted(pathlib.Path(folder).iterdir())}
+    own = {"start of Python": {"import": before}, **by_stage(recorder.stages, recorder.spans)}
+    print(report(own, of_others), flush=True)
     return status
 
 

@@ -14,13 +14,9 @@ recipe=default is docs/RECIPES.md's: noisy points, a pseudo-Huber distance, a li
 from ard_jax.config import config_arguments, default_config
 from ard_jax.errors import UserError
 
-RECIPES = ("paper", "default")
-
 
 def get_config(argument: str = ""):
-    given = config_arguments(argument, student="", recipe="paper")
-    if given["recipe"] not in RECIPES:
-        raise UserError(f"config argument recipe is {given['recipe']!r}: choose one of {', '.join(RECIPES)}.")
+    given = config_arguments(argument, student="", recipe=("paper", "default"))
     is_default = given["recipe"] == "default"
     student = given["student"] or ("ard_noisy" if is_default else "ard")
     if is_default and not student.endswith("noisy"):

@@ -12,7 +12,6 @@ Wants the extra `emoji`.
 """
 
 from ard_jax.config import config_arguments, default_config
-from ard_jax.errors import UserError
 
 # The pipelines that are shipped, and the SHA-256 of the weights in them.
 SHIPPED = {
@@ -23,10 +22,9 @@ CLASSES = {"captions": 0, "groups": 10, "subgroups": 101}
 
 
 def get_config(argument: str = ""):
-    given = config_arguments(argument, student="ard", target="x0", told="captions", budget="full")
-    for name, known in {"told": CLASSES, "target": ("x0", "xt"), "budget": ("full", "cpu", "quick")}.items():
-        if given[name] not in known:
-            raise UserError(f"the config's {name} is {given[name]!r}: choose one of {', '.join(known)}.")
+    given = config_arguments(
+        argument, student="ard", target=("x0", "xt"), told=(*CLASSES,), budget=("full", "cpu", "quick")
+    )
     student, classes = given["student"], CLASSES[given["told"]]
     config = default_config()
     with config.unlocked():

@@ -45,6 +45,16 @@ def test_the_table_has_sums_and_the_share_of_what_is_no_work():
     assert share.endswith(": 20.0%")
 
 
+def test_what_ran_beside_each_other_counts_once(monkeypatch):
+    monkeypatch.setattr(parts, "processors", lambda: [0, 1])
+    text = parts.report(
+        {"teacher": {"steps": 6.0}}, {"distill ard": {"compile": 1.0, "steps": 3.0}, "distill step": {"steps": 4.0}}
+    )
+    *_, ard, step, total, _, share = text.splitlines()
+    assert ard == "| distill ard | 1.0 | 3.0 | 4.0 |" and step == "| distill step | 0.0 | 4.0 | 4.0 |"
+    assert total == "| all | 0.5 | 9.5 | 10.0 |" and share.endswith(": 5.0%")
+
+
 def test_all_of_its_functions_are_there():
     for place, name in parts.FUNCTIONS:
         assert callable(getattr(parts.find(place), name))
