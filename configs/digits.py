@@ -2,8 +2,9 @@
 
 On two cores of a Xeon the quickstart's nine stages take 6.5 minutes: teacher 77 s, 4,352 trajectories 24 s, students,
 two at a time, 104–125 s each, sampling 26 s, evaluation 25 s. Fréchet distances at seed 0 (classifier features):
-teacher 7.08, step distillation 15.66, ARD 8.36; degradation ratio 6.7 (7.2 and 7.5 at seeds 1 and 2). With noisy points:
-7.44 and 7.52. The adversarial fine-tune brings ARD to 6.68 (7.20 and 7.35 at seeds 1 and 2, teachers 7.51 and 7.68).
+teacher 7.08, step distillation 15.66, ARD 8.36; degradation ratio 6.7 (7.2 and 7.5 at seeds 1 and 2). With noisy
+points: 7.44 and 7.52. The adversarial fine-tune brings ARD to 6.68 (7.20 and 7.35 at seeds 1 and 2, teachers 7.51 and
+7.68).
 
 --config configs/digits.py[:student=ard|step|ard_noisy|step_noisy,recipe=paper|default]
 
