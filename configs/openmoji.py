@@ -23,7 +23,7 @@ CLASSES = {"captions": 0, "groups": 10, "subgroups": 101}
 
 def get_config(argument: str = ""):
     given = config_arguments(
-        argument, student="ard", target=("x0", "xt"), told=(*CLASSES,), budget=("full", "cpu", "quick")
+        argument, student="ard", target=("x0", "xt"), told=tuple(CLASSES), budget=("full", "cpu", "quick")
     )
     student, classes = given["student"], CLASSES[given["told"]]
     config = default_config()

@@ -9,7 +9,7 @@ import time
 import pytest
 from pipeline_fixtures import STAGES, copy, done, finish, process, smoke
 
-KILLS = 12
+KILLS = 20
 
 
 def made(workdir):
