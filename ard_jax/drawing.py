@@ -94,7 +94,10 @@ def drawable(config: ml_collections.ConfigDict, loaded: Loaded, is_teacher: bool
     return Drawable(sampler, loaded.params, facts)
 
 
+@functools.cache
 def student_sampler(rollout: Rollout) -> Sampler:
+    """A student's images; one function for one rollout, as `student_rollout` is one for equal students."""
+
     def sampler(params, noise, condition):
         return rollout(params, noise, condition)[:, -1]
 

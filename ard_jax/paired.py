@@ -9,23 +9,20 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.build import example_shape, make_process, make_solve
+from ard_jax.build import example_shape, make_rollout, make_solve
 from ard_jax.conditions import Conditions, draw_numbers
 from ard_jax.data import to_uint8
-from ard_jax.diffusion import Process
 from ard_jax.drawing import Decoder
 from ard_jax.errors import UserError
 from ard_jax.evaluation import exposure_bias, mean_squared_error_per_step, psnr
-from ard_jax.models import ARDStudent, Condition, Network
-from ard_jax.objectives.ard import teacher_forcing
+from ard_jax.models import ARDStudent, Condition
 from ard_jax.parallel import batch_shards, equal_batches, on_mesh, put_batch, run_batches
 from ard_jax.sampling import (
     draw_noise,
     is_within_bounds,
-    sample_student_among,
+    predict_student,
     sample_teacher,
     sampling_key,
-    student_rollout,
     take_points,
 )
 from ard_jax.types import Params, PyTree
@@ -77,11 +74,14 @@ class Paired:
             )
         self.rows, self.count = {name: array[kept] for name, array in rows.items()}, int(kept.sum())
 
-    def batches(self, function: Callable[..., PyTree], *arrays: PyTree) -> PyTree:
-        """A jitted function of rows of arrays, or of pytrees of them, called in batches of one size; NumPy arrays."""
+    def batches(self, function: Callable[..., PyTree], *arrays: PyTree, as_for: int = 0) -> PyTree:
+        """A jitted function of rows of arrays, or of pytrees of them, called in batches of one size; NumPy arrays.
+
+        The size is that for their number of rows, or for another, so that one program serves for both.
+        """
         count = len(jax.tree.leaves(arrays)[0])
         shards = batch_shards(self.mesh)
-        size = min(self.size, -(-count // shards) * shards)
+        size = min(self.size, -(-(as_for or count) // shards) * shards)
 
         def run(rows):
             return function(*put_batch(jax.tree.map(lambda array: array[rows], arrays), self.mesh))
@@ -119,11 +119,14 @@ class Paired:
 
     def compare(self, student: Loaded, pictures: int) -> tuple[dict[str, Any], np.ndarray]:
         """A student's errors, and the pictures of its steps."""
-        model, params, _, config = student
-        target = config.student.target
-        noise, condition, points = self.rows["noise"], self.condition(), self.points(self.rows[target], config)
-        roll = self.program(_roll, config.student.kind, model, len(config.student.points), make_process(config))
-        rollout = self.batches(functools.partial(roll, params), noise, condition)
+        _, params, _, config = student
+        target, is_history = config.student.target, config.student.kind == "history"
+        points = self.points(self.rows[target], config)
+        if is_history:
+            rollout = self.predictions(student, points, 0)
+        else:
+            roll = self.program(make_rollout(config, student.model))
+            rollout = self.batches(functools.partial(roll, params), self.rows["noise"], self.condition())
         image_mse = self.image_error(rollout, points)
         errors = {
             "objective": config.distill.objective,
@@ -132,40 +135,39 @@ class Paired:
             "mse_per_step": mean_squared_error_per_step(rollout, points).tolist(),
             "psnr_per_step": [float(psnr(step)) for step in image_mse],
         }
-        if config.student.kind == "history":
-            errors |= self.use_of_history(model, params, points, rollout)
+        if is_history:
+            errors |= self.use_of_history(student, points, rollout)
         return errors, to_uint8(self.images(rollout[:pictures]))
 
-    def use_of_history(
-        self, model: ARDStudent, params: Params, points: np.ndarray, rollout: np.ndarray
-    ) -> dict[str, Any]:
+    def predictions(self, student: Loaded, points: np.ndarray, first: int) -> np.ndarray:
+        """What an ARD student's steps predict where the `first` points, S − 1 at most, are the teacher's `points`."""
+        is_given = np.broadcast_to(np.arange(points.shape[1]) < first, points.shape[:2])
+        return self.predict(student, self.rows["noise"], self.condition(), points, is_given)
+
+    def predict(self, student: Loaded, *rows: PyTree) -> np.ndarray:
+        """`predict_student` of the rows of its arguments, by one program however many they are."""
+        program = self.program(predict_student, student.model)
+        return self.batches(functools.partial(program, student.params), *rows, as_for=self.count)
+
+    def use_of_history(self, student: Loaded, points: np.ndarray, rollout: np.ndarray) -> dict[str, Any]:
         """What an ARD student makes of the points before a step: the teacher's `points`, or its own `rollout`."""
-        noise, condition = self.rows["noise"], self.condition()
-        force = self.program(teacher_forcing, model)
-        forced = self.batches(functools.partial(force, params), noise, points, condition)
+        model, steps = student.model, points.shape[1]
+        forced = self.predictions(student, points, steps - 1)
+        between = [self.predictions(student, points, first)[:, -1:] for first in range(1, steps - 1)]
+        finals = [rollout[:, -1:], *between, forced[:, -1:]][:steps]
         bias = exposure_bias(points, forced, rollout)
         found = {
             "mask": model.mask,
             "history_layers": model.layers_with_history,
             "forced_mse": np.asarray(bias.forced).tolist(),
             "rollout_mse": np.asarray(bias.rollout).tolist(),
-            "given_psnr": self.given_psnr(model, params, points),
+            "given_psnr": [float(psnr(self.image_error(final, points[:, -1:])[0])) for final in finals],
         }
         if model.layers_with_history:
             weigh = self.program(_weigh, model)
-            inputs = np.concatenate([noise[:, None], rollout[:, :-1]], axis=1)
-            mass = self.batches(functools.partial(weigh, params), inputs, condition)
+            inputs = np.concatenate([self.rows["noise"][:, None], rollout[:, :-1]], axis=1)
+            mass = self.batches(functools.partial(weigh, student.params), inputs, self.condition())
             found["attention_mass"] = mass.mean(axis=0, dtype=np.float64).tolist()
-        return found
-
-    def given_psnr(self, model: ARDStudent, params: Params, points: np.ndarray) -> list[float]:
-        """PSNR of the final image to the teacher's when the first k points are the teacher's, for k = 0 … S−1."""
-        roll = self.program(sample_student_among, model)
-        steps, found = np.arange(model.steps), []
-        for first in range(model.steps):
-            among = functools.partial(roll, params, steps < first)
-            final = self.batches(among, self.rows["noise"], self.condition(), points)[:, -1:]
-            found.append(float(psnr(self.image_error(final, points[:, -1:])[0])))
         return found
 
     def edit_sources(self, count: int) -> dict[str, np.ndarray]:
@@ -186,18 +188,15 @@ class Paired:
 
     def edits(self, student: Loaded, count: int) -> np.ndarray:
         """Pictures (image, S, height, width, channel): without the source, then with it after step 1, …, S−1."""
-        model, params = student.model, student.params
-        source = self.rows["x0"][:count, -1:]
-        condition = self.conditions.rows(self.other_condition(self.rows["label"][:count]))
+        steps = len(student.config.student.points)
         # the noise of another row, since a real image's own is not known
         noise = np.roll(self.rows["noise"], 1, axis=0)[:count]
-        roll = self.program(sample_student_among, model)
-        steps, sources = np.arange(model.steps), np.repeat(source, model.steps, axis=1)
-        finals = [
-            self.batches(functools.partial(roll, params, steps == step - 1), noise, condition, sources)[:, -1]
-            for step in range(model.steps)
-        ]
-        return to_uint8(self.images(np.stack(finals, axis=1)))
+        source, label = self.rows["x0"][:count, -1:], self.other_condition(self.rows["label"][:count])
+        noise, source, label = (np.repeat(rows, steps, axis=0) for rows in (noise, source, label))
+        is_given = np.tile(np.arange(steps) == np.arange(steps)[:, None] - 1, (len(noise) // steps, 1))
+        sources = np.repeat(source, steps, axis=1)
+        finals = self.predict(student, noise, self.conditions.rows(label), sources, is_given)[:, -1]
+        return to_uint8(self.images(finals.reshape(-1, steps, *finals.shape[1:])))
 
     def image_error(self, rollout: np.ndarray, points: np.ndarray) -> np.ndarray:
         """Mean squared error of each step's images, (step,); decoded a batch at a time, never all together."""
@@ -209,13 +208,6 @@ class Paired:
 def _program(mesh: Mesh, function: Callable[..., PyTree], *of: Any) -> Callable[..., PyTree]:
     """The jitted function of what follows `of`, which are no arrays: a model, how it is sampled."""
     return jax.jit(on_mesh(mesh)(functools.partial(function, *of)))
-
-
-def _roll(
-    kind: str, model: Network, steps: int, process: Process, params: Params, noise: jax.Array, condition: Condition
-) -> jax.Array:
-    """A student's points, (batch, step, …); the first four as in `student_rollout`."""
-    return student_rollout(kind, model, steps, process)(params, noise, condition)
 
 
 def _weigh(model: ARDStudent, params: Params, points: jax.Array, condition: Condition) -> PyTree:

@@ -208,26 +208,34 @@ def sample_student(
         (batch, steps, height, width, channel); the last step is the sample.
     """
     given = given or {}
-    return _run_steps(model, params, noise, condition, lambda step, prediction: given.get(step, prediction))
+    return _run_steps(model, params, noise, condition, lambda step, prediction: given.get(step, prediction))[1]
 
 
-def sample_student_among(
-    model: ARDStudent, params: Params, is_given: jax.Array, noise: jax.Array, condition: Condition, points: jax.Array
+def predict_student(
+    model: ARDStudent,
+    params: Params,
+    noise: jax.Array,
+    condition: Condition,
+    points: jax.Array,
+    is_given: jax.Array,
 ) -> jax.Array:
-    """`sample_student` where one compiled program serves whichever steps' points are given.
+    """What each step predicts where some of the points before it are given: one program for whichever they are.
+
+    With none given it is `sample_student`, with all of them `objectives.ard.teacher_forcing`, step by step.
 
     Args:
-        model, params, noise, condition: as there.
-        is_given: (step,), which of the student's own points are replaced.
-        points: by which, (batch, step, height, width, channel).
+        model, params, noise, condition: as in `sample_student`.
+        points: to stand in the place of the student's own, (batch, step, height, width, channel).
+        is_given: which of them do, (batch, step); whether the last does makes no difference.
+
+    Returns:
+        (batch, step, height, width, channel), the predictions and not what stood in their place.
     """
-    return _run_steps(
-        model,
-        params,
-        noise,
-        condition,
-        lambda step, prediction: jnp.where(is_given[step - 1], points[:, step - 1], prediction),
-    )
+
+    def choose(step, prediction):
+        return jnp.where(per_row(is_given[:, step - 1], prediction), points[:, step - 1], prediction)
+
+    return _run_steps(model, params, noise, condition, choose)[0]
 
 
 def _run_steps(
@@ -236,17 +244,18 @@ def _run_steps(
     noise: jax.Array,
     condition: Condition,
     choose: Callable[[int, jax.Array], jax.Array],
-) -> jax.Array:
-    """The sampler's loop; `choose` makes the next point of the step, 1 … S, and its prediction."""
+) -> tuple[jax.Array, jax.Array]:
+    """The sampler's loop; `choose` makes the next point of the step, 1 … S, and its prediction: predictions, points."""
     params, noise, condition = jax.tree.map(jnp.asarray, (params, noise, condition))
     condition = model.apply({"params": params}, condition, method="prepare")
     cache: PyTree = ()
-    points, x = [], noise
+    predictions, points, x = [], [], noise
     for step in range(1, model.steps + 1):
         prediction, cache = model.apply({"params": params}, x, condition, cache, method="step")
+        predictions.append(prediction.astype(noise.dtype))
         x = choose(step, prediction).astype(noise.dtype)
         points.append(x)
-    return jnp.stack(points, axis=1)
+    return jnp.stack(predictions, axis=1), jnp.stack(points, axis=1)
 
 
 # How a student is sampled, `config.student.kind`: an `ARDStudent` from its history; a network that is told the time by
@@ -257,8 +266,9 @@ KINDS = ("history", "deterministic", "stochastic")
 Rollout = Callable[[Params, jax.Array, Condition], jax.Array]
 
 
+@functools.cache
 def student_rollout(kind: str, model: Network, steps: int, process: Process) -> Rollout:
-    """How a kind of student is sampled.
+    """How a kind of student is sampled; one function for equal students, so that what is jitted of it is too.
 
     Args:
         kind: one of `KINDS`.

@@ -184,14 +184,16 @@ def pipeline(tmp_path_factory, compile_cache) -> pathlib.Path:
 
 
 class Compilations:
-    """How many programs were compiled since it was made, or fetched from the cache of compiled ones."""
+    """How many programs, and which, were compiled since it was made, or fetched from the cache of compiled ones."""
 
     def __init__(self):
-        self.count = 0
+        self.count, self.names = 0, []
         jax.monitoring.register_event_duration_secs_listener(self.hear)
 
-    def hear(self, event, *_, **__):
-        self.count += event == "/jax/core/compile/backend_compile_duration"
+    def hear(self, event, *_, fun_name="", **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1
+            self.names.append(fun_name)
 
 
 @pytest.fixture

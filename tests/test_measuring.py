@@ -403,6 +403,7 @@ def test_students_that_are_alike_share_their_programs(pipeline, compilations):
     paired = Paired(config, teacher, {"first": first}, load_conditions(config, pipeline), None, mesh)
     errors, pictures = paired.compare(first, 2)
     before = compilations.count
+    assert paired.edits(first, 2).shape == (2, 3, 8, 8, 1)  # of which there are fewer rows
     assert before and paired.compare(second, 2)[0] != errors
     again, same = paired.compare(first, 2)
     assert compilations.count == before

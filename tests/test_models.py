@@ -29,7 +29,7 @@ from ard_jax.models import (
 from ard_jax.models.layers import layer_norm, position_table
 from ard_jax.objectives.ard import ard
 from ard_jax.parallel import make_mesh
-from ard_jax.sampling import sample_student, sample_student_among
+from ard_jax.sampling import predict_student, sample_student
 from ard_jax.training.state import init_state, make_step
 
 FLOAT32_TOLERANCE = {"tiny": 3e-6, "strong": 1e-3}  # tests/golden/README.md
@@ -312,27 +312,26 @@ def test_a_student_without_history_has_no_attention_mass():
             model.apply({"params": params}, points[:, :-1], y, method="attention_mass")
 
 
-def test_given_points_take_the_place_of_the_students_own(x64):
-    """From the plain rollout, where none are given, to the teacher-forced last step, where all before it are."""
+@pytest.mark.parametrize("mask", MASKS)
+def test_given_points_take_the_place_of_the_students_own(x64, mask):
+    """From the plain rollout, where none are given, to teacher forcing, where all are; each row has its own."""
     steps = 3
-    points, y = student_inputs(steps, batch=ROWS)
-    some = slice(ROWS // steps)
-    model = ard_student(**SMALL, steps=steps, history_layers=1)
+    points, y = student_inputs(steps, batch=ROWS)  # as many rows of a step as of the training forward, of `full`
+    none, one, full = (slice(first, None, steps) for first in range(steps))
+    model = ard_student(**SMALL, steps=steps, history_layers=1, mask=mask)
     params = random_params(model)
+    is_given = jnp.arange(steps) < jnp.arange(ROWS)[:, None] % steps
     with jax.disable_jit():
+        forced = forward(model, params, points[full, :-1], y[full])
         rollout = sample_student(model, params, points[:, 0], y)
-        forced = forward(model, params, points[some, :-1], y[some])
-        for first in range(steps):
-            is_given = jnp.arange(steps) < first
-            among = sample_student_among(model, params, is_given, points[:, 0], y, points[:, 1:])
-            given = {step: points[:, step] for step in range(1, first + 1)}
-            np.testing.assert_array_equal(among, sample_student(model, params, points[:, 0], y, given))
-            np.testing.assert_array_equal(among[:, :first], points[:, 1 : first + 1])
-            if first == 0:
-                np.testing.assert_array_equal(among, rollout)
-            else:
-                assert np.abs(among[:, -1] - rollout[:, -1]).max() > 1e-3
-    assert_close(among[some, -1], forced[:, -1], 1e-12)
+        first = sample_student(model, params, points[:, 0], y, {1: points[:, 1]})
+        got = predict_student(model, params, points[:, 0], y, points[:, 1:], is_given)
+    np.testing.assert_array_equal(first[:, 0], points[:, 1])
+    np.testing.assert_array_equal(got[none], rollout[none])
+    np.testing.assert_array_equal(got[:, 0], rollout[:, 0])
+    np.testing.assert_array_equal(got[one, 1:], first[one, 1:])
+    assert_close(got[full], forced, 1e-12)
+    assert np.abs(got[one, 1:] - rollout[one, 1:]).max(axis=(0, 2, 3, 4)).min() > 1e-3
 
 
 def test_visible_blocks():

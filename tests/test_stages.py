@@ -1,6 +1,7 @@
 """The whole pipeline on configs/smoke.py: what every stage leaves behind, and that its numbers are what they say."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +176,15 @@ def test_samples_do_not_depend_on_the_batch(pipeline, tmp_path):
     few, many = (np.load(folder / "sample" / "teacher" / "samples.npz") for folder in (workdir, pipeline))
     for name in ("arr_0", "labels"):  # 30 is no multiple of the batch of 24
         np.testing.assert_array_equal(few[name], many[name][:30])
+
+
+def test_students_that_are_alike_are_drawn_by_one_program(pipeline, tmp_path, compilations):
+    workdir = copy(pipeline, tmp_path, "teacher", "distill")
+    shutil.copytree(workdir / "distill" / "ard", workdir / "distill" / "twin")
+    assert smoke("sample", workdir, "sample.models=('ard', 'twin')").status == 0
+    assert compilations.names.count("jit(drawn)") == 1
+    first, twin = (read_npz(workdir / "sample" / name / "samples.npz") for name in ("ard", "twin"))
+    np.testing.assert_array_equal(first["arr_0"], twin["arr_0"])
 
 
 def test_labels_are_drawn_in_turn_where_they_are_given(pipeline, tmp_path):

@@ -12,11 +12,13 @@ With `sample.prompts`, a benchmark's list of prompts is drawn in `prompts/NAME/`
 are laid out there as `sample.layout` says, so that the benchmark's own tool scores them (docs/EVALUATION.md).
 """
 
+import functools
 import importlib
 import logging
 import pathlib
 import shutil
 import time
+from collections.abc import Callable
 
 import jax
 import ml_collections
@@ -48,6 +50,7 @@ from ard_jax.parallel import batch_shards, is_first
 from ard_jax.progress import Stopwatch, progress_bar
 from ard_jax.prompted import Listed, lay_out, open_list
 from ard_jax.report import image_grid
+from ard_jax.types import Batch
 from ard_jax.workdir import (
     config_differences,
     find_vae,
@@ -85,11 +88,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     check_labels(config.sample, conditions)
     missing = [name for name in config.sample.models if not _is_finished(config, workdir, name, vae is not None)]
     loaded = {name: _load(config, workdir, name, mesh) for name in missing}
+    programs = functools.cache(functools.partial(make_drawing, config=config, mesh=mesh))  # one for equal students
     for name, model in loaded.items():
         watch, directory = Stopwatch(), workdir / "sample" / name
         occupy(directory)
         _begin(directory, config, model.facts["ema_sha256"])
-        _draw(model, conditions, decoder, config, mesh, directory / "parts")
+        drawn = functools.partial(programs(model.sampler), model.params)
+        _draw(drawn, conditions, decoder, config, mesh, directory / "parts")
         if not is_first():
             continue
         files, seconds_per_image = _join(directory, config.sample)
@@ -159,7 +164,7 @@ def _load(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, m
 
 
 def _draw(
-    model: Drawable,
+    drawn: Callable[[Batch], tuple[jax.Array, jax.Array, jax.Array]],
     conditions: Conditions,
     decoder: Decoder | None,
     config: ml_collections.ConfigDict,
@@ -168,13 +173,13 @@ def _draw(
 ) -> None:
     """Writes images 0 … count−1 with their labels in parts, from the first that is not there.
 
-    A part is an npz file with "arr_0" (uint8), or without a decoder "latents" (float32), "labels", and the "seconds"
-    that an image took once compiled.
+    `drawn` is `make_drawing`'s, of a model. A part is an npz file with "arr_0" (uint8), or without a decoder "latents"
+    (float32), "labels", and the "seconds" that an image took once compiled.
     """
-    settings, drawn = config.sample, make_drawing(model.sampler, config, mesh)
+    settings = config.sample
 
     def sample(batch):
-        images, *rest = drawn(model.params, batch)
+        images, *rest = drawn(batch)
         images = decoder(images) if decoder else images
         return images if is_latent else to_levels(images), *rest
 
