@@ -23,7 +23,7 @@ from ard_jax.models import AutoencoderKL, Backbone, Condition, Network, count_pa
 from ard_jax.models.flops import student_macs, teacher_macs
 from ard_jax.models.vae import to_images
 from ard_jax.parallel import batch_shards, in_turns, on_mesh, put_batch, replicated_sharding
-from ard_jax.report import image_grid
+from ard_jax.picture_grid import image_grid
 from ard_jax.sampling import Rollout, Solve, draw_noise, network_calls, sample_teacher, sampling_key
 from ard_jax.training.pictures import Pictures
 from ard_jax.types import Batch, Params, PyTree

@@ -13,7 +13,8 @@ from PIL import Image
 
 from ard_jax import report
 from ard_jax.errors import UserError
-from ard_jax.report import image_grid, words
+from ard_jax.picture_grid import image_grid
+from ard_jax.report import words
 from ard_jax.report.figures import GUTTER, PALETTE, Series, block_maps, line_chart, thin
 from ard_jax.report.page import build_sweep
 from ard_jax.results import Measured, Results

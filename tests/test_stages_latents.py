@@ -14,7 +14,7 @@ from ard_jax.files import read_json, write_json
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_images
 from ard_jax.parallel import make_mesh
-from ard_jax.report import image_grid
+from ard_jax.picture_grid import image_grid
 from ard_jax.sampling import draw_noise, sample_student, sampling_key
 from ard_jax.weights.tensors import write_tensors
 from ard_jax.workdir import load_student

@@ -1,7 +1,7 @@
 """Results made visible: picture grids, charts, and one self-contained HTML page."""
 
 from ard_jax.report.comparison import build_comparison, markdown
-from ard_jax.report.figures import captioned_rows, image_grid, teaser
+from ard_jax.report.figures import captioned_rows, teaser
 from ard_jax.report.film import chosen as film_steps
 from ard_jax.report.page import build_curve, build_report
 
@@ -11,7 +11,6 @@ __all__ = [
     "build_report",
     "captioned_rows",
     "film_steps",
-    "image_grid",
     "markdown",
     "teaser",
 ]

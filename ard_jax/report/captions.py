@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ard_jax.report import figures, pieces, words
+from ard_jax.picture_grid import check_images
+from ard_jax.report import pieces, words
 from ard_jax.report.pieces import FinalImages, Row
 from ard_jax.results import Measured, Results
 
@@ -34,7 +35,7 @@ def gallery(models: Mapping[str, Measured], drawn: Mapping[str, np.ndarray]) -> 
 
 
 def _row(title: str, model: Measured | None, images: np.ndarray, labels: list[str]) -> Row:
-    pictures = zip(figures.check_images(images), labels, strict=True)
+    pictures = zip(check_images(images), labels, strict=True)
     return Row(
         title, model.fd if model else None, [pieces.picture(image, f"{title}: {label}") for image, label in pictures]
     )

@@ -1,4 +1,4 @@
-"""Picture grids (Pillow) and charts (matplotlib, as SVG that follows the page's colours)."""
+"""Pictures of a page (Pillow) and charts (matplotlib, as SVG that follows the page's colours)."""
 
 import io
 import textwrap
@@ -16,10 +16,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from PIL import Image
 
 from ard_jax.errors import UserError
+from ard_jax.picture_grid import GUTTER, check_images, enlarge, image_grid, to_pillow
 from ard_jax.report import words
 from ard_jax.results import Measured, Results
 
-GUTTER = 2
 CURVE_POINTS = 300  # more cannot be told apart at the width of a chart
 SHOWN_SIDE = 160  # pictures on the page are never drawn larger, and the page has to stay mailable
 
@@ -50,57 +50,6 @@ class Series(NamedTuple):
     dashed: bool = False
 
 
-def check_images(images: np.ndarray) -> np.ndarray:
-    """Returns `images` as an array if it is uint8 (N, H, W, C) with N ≥ 1 and C of 1 or 3.
-
-    Raises:
-      UserError: if it is anything else.
-    """
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
-        raise UserError(
-            f"Pictures of type {images.dtype} and shape {images.shape} cannot be shown: hand over uint8 pictures "
-            "(number, height, width, channel) with 1 or 3 channels."
-        )
-    return images
-
-
-def _enlarge(images: np.ndarray, side: int) -> np.ndarray:
-    """Repeats pixels of (N, H, W, C) by the smallest whole factor that brings the longer side to `side` or more."""
-    factor = max(1, -(-side // max(images.shape[1:3])))
-    return images.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-def image_grid(images: np.ndarray, columns: int, side: int = 64) -> Image.Image:
-    """Lays pictures out in rows, left to right and top to bottom, with thin white gutters between them.
-
-    Args:
-      images: uint8 (N, H, W, C), C = 1 gray or 3 RGB.
-      columns: pictures in a row; the last row may be short.
-      side: small pictures are enlarged by whole pixels until their longer side has at least so many.
-
-    Raises:
-      UserError: if `images` or `columns` cannot be laid out.
-    """
-    images = check_images(images)
-    if columns < 1:
-        raise UserError(f"A grid of {columns} columns holds no picture: ask for 1 column or more.")
-    images = _enlarge(images, side)
-    count, height, width, channels = images.shape
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    down, across = height + GUTTER, width + GUTTER
-    canvas = np.full((rows * down - GUTTER, columns * across - GUTTER, channels), 255, np.uint8)
-    for index, image in enumerate(images):
-        top, left = index // columns * down, index % columns * across
-        canvas[top : top + height, left : left + width] = image
-    return _pil(canvas)
-
-
-def _pil(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
 def _png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
@@ -111,14 +60,14 @@ def _shrink(image: np.ndarray, side: int = SHOWN_SIDE) -> np.ndarray:
     """(H, W, C) with its longer side brought down to `side`; smaller pictures stay as they are."""
     if max(image.shape[:2]) <= side:
         return image
-    picture = _pil(image)
+    picture = to_pillow(image)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     return np.asarray(picture).reshape(picture.height, picture.width, image.shape[-1])
 
 
 def cell_png(image: np.ndarray, side: int = SHOWN_SIDE) -> bytes:
     """PNG of one picture (H, W, C) for the page: tiny ones enlarged by whole pixels, large ones reduced."""
-    return _png_bytes(_pil(_enlarge(_shrink(check_images(image[None])[0], side)[None], 64)[0]))
+    return _png_bytes(to_pillow(enlarge(_shrink(check_images(image[None])[0], side)[None], 64)[0]))
 
 
 def shown(images: np.ndarray) -> int:

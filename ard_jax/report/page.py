@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ard_jax.picture_grid import check_images
 from ard_jax.report import captions, checkpoints, figures, film, measures, pieces, steps, words
 from ard_jax.report.figures import Series, thin
 from ard_jax.report.pieces import Chart, FinalImages, PictureGrid
@@ -341,7 +342,7 @@ def _edits(models: Mapping[str, Measured], edits: Mapping[str, np.ndarray]) -> d
     if not names or "source" not in edits:
         return {}
     titles = words.titles({name: models.get(name, Measured()) for name in (*models, *names)})
-    sources = figures.check_images(edits["source"])[:8]
+    sources = check_images(edits["source"])[:8]
     grids = {}
     for name in names:
         images = np.asarray(edits[name])

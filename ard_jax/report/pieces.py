@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ard_jax.picture_grid import check_images
 from ard_jax.report import figures, words
 from ard_jax.report.figures import SHOWN_SIDE, Series
 from ard_jax.results import Measured
@@ -80,11 +81,7 @@ def final_images(
       UserError: if a picture is not uint8 or not of the stated shape.
     """
     titles = words.titles(models)
-    finals = {
-        name: figures.check_images(np.asarray(pictures[name])[:, -1])
-        for name in ("teacher", *names)
-        if name in pictures
-    }
+    finals = {name: check_images(np.asarray(pictures[name])[:, -1]) for name in ("teacher", *names) if name in pictures}
     columns = min(figures.shown(images) for images in finals.values())
     rows = []
     for name, images in finals.items():

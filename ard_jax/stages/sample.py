@@ -47,9 +47,9 @@ from ard_jax.drawing import (
 from ard_jax.errors import UserError
 from ard_jax.files import atomic_write, file_sha256, join_npz, read_npz, to_host, write_json, write_npz
 from ard_jax.parallel import batch_shards, is_first
+from ard_jax.picture_grid import image_grid
 from ard_jax.progress import Stopwatch, progress_bar
 from ard_jax.prompted import Listed, lay_out, open_list
-from ard_jax.report import image_grid
 from ard_jax.types import Batch
 from ard_jax.workdir import (
     config_differences,
