@@ -71,7 +71,9 @@ def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, stage: str
             _note_change(directory, before, now, changed)
     elif is_first():
         write_json(path, now)
-        log.info("config:\n%s", config)
+        shown = config_differences(plain(default_config()), now).items()
+        lines = "".join(f"\n  {key}={value!r}" for key, (_, value) in shown if key.split(".")[0] in SECTIONS[stage])
+        log.info("%s, besides the defaults (%s has all):%s", stage, path, lines)
 
 
 _held = contextlib.ExitStack()
