@@ -503,13 +503,13 @@ def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def config_arguments(text: str | None, **defaults: Any) -> dict[str, Any]:
     """Parses what follows the colon of `--config FILE:key=value,key=value`, typed as the defaults are.
 
-    A tuple in place of a default has all words that may be given, the default first.
+    A tuple in place of a default has all values that may be given, the default first.
 
     Raises:
         UserError: a key that the file does not have, or a value of the wrong type or that is none of the choices.
     """
     choices = {key: default for key, default in defaults.items() if isinstance(default, tuple)}
-    defaults |= {key: words[0] for key, words in choices.items()}
+    defaults |= {key: allowed[0] for key, allowed in choices.items()}
     values = dict(defaults)
     for part in filter(None, (text or "").split(",")):
         key, _, value = part.partition("=")
@@ -520,6 +520,7 @@ def config_arguments(text: str | None, **defaults: Any) -> dict[str, Any]:
         except ValueError:
             expected = type(defaults[key]).__name__
             raise UserError(f"config argument {key} is {value!r}, which is no {expected}: give one.") from None
-        if key in choices and value not in choices[key]:
-            raise UserError(f"config argument {key} is {value!r}: choose one of {', '.join(choices[key])}.")
+        if key in choices and values[key] not in choices[key]:
+            allowed = ", ".join(map(str, choices[key]))
+            raise UserError(f"config argument {key} is {values[key]!r}: choose one of {allowed}.")
     return values

@@ -13,17 +13,14 @@ twice as much, and a fine-tune whose discriminator has no momentum.
 """
 
 from ard_jax.config import config_arguments, default_config
-from ard_jax.errors import UserError
 
 POINTS = {4: (15, 10, 5, 0), 2: (10, 0), 1: (0,)}
 BATCH_SIZES = {4: 64, 2: 128, 1: 256}
 
 
 def get_config(argument: str = ""):
-    given = config_arguments(argument, steps=4, mask="causal", recipe=("paper", "default"))
+    given = config_arguments(argument, steps=tuple(POINTS), mask="causal", recipe=("paper", "default"))
     steps = given["steps"]
-    if steps not in POINTS:
-        raise UserError(f"config argument steps is {steps}: the paper's recipe has 4, 2 and 1.")
     config = default_config()
     with config.unlocked():
         config.model.name = "DiT-XL/2"

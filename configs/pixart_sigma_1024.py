@@ -13,9 +13,8 @@ from captions alone, S = 3, N = 1, noisy points, regression only, 15 k iteration
 """
 
 from ard_jax.config import config_arguments, default_config
-from ard_jax.errors import UserError
 
-POINTS = {4: (36, 24, 12, 0), 3: (32, 16, 0), 2: (24, 0), 1: (0,)}  # of 48 steps
+POINTS = {3: (32, 16, 0), 4: (36, 24, 12, 0), 2: (24, 0), 1: (0,)}  # of 48 steps; the first is the recipe's
 NAME, SIDE, LENGTH, CLEANING = "PixArt-Sigma-XL-2-1024-MS", 1024, 300, "none"
 
 
@@ -24,9 +23,7 @@ def get_config(argument: str = ""):
 
 
 def recipe(argument: str, name: str, side: int, length: int, cleaning: str):
-    given = config_arguments(argument, steps=3, history_layers=1, mask="causal")
-    if given["steps"] not in POINTS:
-        raise UserError(f"config argument steps is {given['steps']}: choose 1, 2, 3 or 4.")
+    given = config_arguments(argument, steps=tuple(POINTS), history_layers=1, mask="causal")
     points = POINTS[given["steps"]]
     config = default_config()
     with config.unlocked():

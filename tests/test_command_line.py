@@ -253,7 +253,7 @@ def test_a_copied_config_that_builds_on_another_says_so(tmp_path):
         (SMOKE, "student=../ard", "student.name is '../ard', which cannot name a student's folder"),
         (SMOKE, "student=teacher", "student.name is 'teacher', which cannot name a student's folder"),
         (SMOKE, "student=seconds", "student.name is 'seconds', which cannot name a student's folder"),
-        (IMAGENET, "steps=3", "config argument steps is 3: the paper's recipe has 4, 2 and 1."),
+        (IMAGENET, "steps=3", "config argument steps is 3: choose one of 4, 2, 1."),
         (IMAGENET, "steps=four", "config argument steps is 'four', which is no int: give one."),
     ],
 )

@@ -195,7 +195,8 @@ def test_config_arguments_are_typed_as_their_defaults():
     [
         ("imagenet256", "step=2", "config argument 'step' does not exist: this config has steps, mask"),
         ("imagenet256", "steps=two", "config argument steps is 'two', which is no int"),
-        ("imagenet256", "steps=3", "config argument steps is 3: the paper's recipe has 4, 2 and 1"),
+        ("imagenet256", "steps=3", "config argument steps is 3: choose one of 4, 2, 1."),
+        ("pixart_sigma_1024", "steps=5", "config argument steps is 5: choose one of 3, 4, 2, 1."),
         ("imagenet256", "recipe=best", "config argument recipe is 'best': choose one of paper, default"),
         ("digits", "students=ard", "config argument 'students' does not exist"),
         ("digits", "recipe=best", "config argument recipe is 'best': choose one of paper, default"),
