@@ -114,7 +114,8 @@ def test_the_resolved_config_lies_beside_what_it_made(pipeline, folder):
 def test_the_log_shows_config_parameters_and_speed(pipeline):
     log = (pipeline / "teacher.log").read_text()
     said = log.partition("besides the defaults")[2].partition("\n")[2].partition("\n0")[0].splitlines()
-    assert {"  teacher.optimizer.learning_rate=0.002", "  model.depth=2", "  model.learn_sigma=False"} <= set(said)
+    of_optimizer = {f"  teacher.optimizer.{setting}" for setting in ("learning_rate=0.002", "schedule='cosine'")}
+    assert of_optimizer | {"  model.depth=2", "  model.learn_sigma=False"} <= set(said)
     assert not {"  teacher.optimizer.name='adamw'", "  distill.batch_size=8"} & set(said)  # the default, and not asked
     assert "blocks/qkv/kernel" in log and "(2, 16, 48)" in log and "Total: 14,948" in log
     assert all(word in log for word in ("step 20/20", "steps_per_s", "samples_per_s", "utilisation"))
