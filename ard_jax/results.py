@@ -37,6 +37,7 @@ class Measured:
         given_psnr: of the image when the first 0, 1, …, S−1 points are the teacher's, dB, (S,).
         attention_mass: (layer, query block, key block).
         degradation: Fréchet distance less the teacher's.
+        degradation_interval: where 95 % of draws of its samples and the teacher's, in pairs, have it, by bootstrap.
         title: what a page calls it, if not as its other fields say.
     """
 
@@ -70,6 +71,7 @@ class Measured:
     given_psnr: list[float] | None = None
     attention_mass: list[list[list[float]]] | None = None
     degradation: float | None = None
+    degradation_interval: tuple[float, float] | None = None
     title: str | None = None
 
     @property

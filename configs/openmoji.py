@@ -1,12 +1,14 @@
 """OpenMoji, 32×32 in colour: a teacher that draws what a caption says, and students of it.
 
---config configs/openmoji.py[:student=NAME,target=x0|xt,told=captions|groups|subgroups,budget=full|cpu|quick]
+--config configs/openmoji.py[:student=NAME,steps=4|2|1,target=x0|xt,told=captions|groups|subgroups,
+budget=full|cpu|quick]
 
-The student is called NAME; one whose name begins with "step" is step distillation, any other ARD.
+The student is called NAME; one whose name begins with "step" is step distillation, any other ARD. It draws in `steps`
+calls; one of fewer is trained for more updates, at the same FLOPs.
 
 3,953 pictures with captions; a tenth of the compositions of a figure and skin tones is held out of training
 (ard_jax/data/openmoji_held_out.txt). With told=groups or subgroups, a DiT is told one of Unicode's 10 groups or 101
-sub-groups. With budget=cpu, students of half as many pictures, an hour each on a core of its own; with
+sub-groups. With budget=cpu, students of half as many pictures, an hour or two each on a core of its own; with
 budget=quick, what launch/emoji.sh makes in some ten minutes. Both want the shipped teacher in the workdir.
 Wants the extra `emoji`.
 """
@@ -19,13 +21,19 @@ SHIPPED = {
     "pipelines/openmoji-ard/student": "61cabf15ebf9d3bcda76db6d30088a53dd74636c6195fd8db5b37d0413c85821",
 }
 CLASSES = {"captions": 0, "groups": 10, "subgroups": 101}
+POINTS = {4: (15, 10, 5, 0), 2: (10, 0), 1: (0,)}
 
 
 def get_config(argument: str = ""):
     given = config_arguments(
-        argument, student="ard", target=("x0", "xt"), told=tuple(CLASSES), budget=("full", "cpu", "quick")
+        argument,
+        student="ard",
+        steps=tuple(POINTS),
+        target=("x0", "xt"),
+        told=tuple(CLASSES),
+        budget=("full", "cpu", "quick"),
     )
-    student, classes = given["student"], CLASSES[given["told"]]
+    student, classes, points = given["student"], CLASSES[given["told"]], POINTS[given["steps"]]
     config = default_config()
     with config.unlocked():
         config.data.update(source="openmoji", image_size=32, channels=3, num_classes=classes, space="pixel")
@@ -39,8 +47,8 @@ def get_config(argument: str = ""):
         config.teacher.update(steps=13000, batch_size=512, checkpoint_every=2000)
         # by its loss, four steps of muon do what five of adamw do at its best rate; each costs a seventh more
         config.teacher.optimizer.update(name="muon", learning_rate=2e-3, schedule="cosine", warmup_steps=200, ema=0.999)
-        config.trajectories.update(count=8192, points=(15, 10, 5, 0), batch_size=256, shard_size=1024, keep_noisy=True)
-        config.student.update(name=student, points=(15, 10, 5, 0), history_layers=2)
+        config.trajectories.update(count=8192, points=POINTS[4], batch_size=256, shard_size=1024, keep_noisy=True)
+        config.student.update(name=student, points=points, history_layers=2)
         config.student.target = given["target"]
         config.student.mask = "diagonal" if student.startswith("step") else "causal"
         config.distill.update(steps=1000, batch_size=128, checkpoint_every=500)
@@ -60,5 +68,6 @@ def get_config(argument: str = ""):
             config.sample.count = 460
             config.run.sample_every = 0  # a sampler takes longer to compile than a hundredth of the training
             config.evaluate.update(paired=128, judge_steps=500)
+        config.distill.steps = config.distill.steps * len(POINTS[4]) // len(points)
         config.report.title = "OpenMoji, 32×32"
     return config

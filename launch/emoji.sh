@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Coloured pictures from words on a laptop's CPU: the shipped teacher and its student of four calls draw what captions
-# say; then ARD and step distillation are distilled from the teacher's own trajectories for some ten minutes, and all
-# are measured and shown.
+# say; then students of two calls are distilled from the teacher's own trajectories, by ARD and by step distillation, for
+# some ten minutes, and all are measured and shown.
 #   launch/emoji.sh [WORKDIR] [--prompt "woman astronaut dark skin tone"] … [--config.key=value …]
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -38,7 +38,7 @@ started=$SECONDS
 echo "emoji: first pictures after $((SECONDS - started)) seconds; look at $workdir/first.png"
 "$python" -m ard_jax convert --source pipelines/openmoji-teacher --workdir "$workdir"
 "$python" -m ard_jax convert --source pipelines/openmoji-ard --workdir "$workdir" --name shipped
-config=configs/openmoji.py:budget=quick,student
+config=configs/openmoji.py:budget=quick,steps=2,target=xt,student
 "$python" -m ard_jax run captions,trajectories --config "$config=ard" --workdir "$workdir" "${flags[@]}" \
   then distill --config "$config=ard" --workdir "$workdir" "${flags[@]}" \
   beside distill --config "$config=step" --workdir "$workdir" "${flags[@]}" \

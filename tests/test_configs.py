@@ -40,7 +40,7 @@ def get_config(name, argument=""):
         ("shapes", "student=step"),
         ("openmoji", ""),
         ("openmoji", "told=groups"),
-        ("openmoji", "told=subgroups,student=step,budget=quick"),
+        ("openmoji", "told=subgroups,student=step,budget=quick,steps=2"),
         ("openmoji", "student=ard_noisy,target=xt,budget=cpu"),
         ("pixart_sigma_1024", ""),
         ("pixart_sigma_1024", "steps=2,history_layers=28,mask=diagonal"),
@@ -56,11 +56,21 @@ def test_every_config_is_valid(name, argument):
     [
         ("told=classes", "told is 'classes': choose one of captions, groups, subgroups"),
         ("budget=huge", "budget is 'huge': choose one of full, cpu, quick"),
+        ("steps=3", "steps is 3: choose one of 4, 2, 1"),
     ],
 )
 def test_openmoji_says_what_it_can_be(argument, said):
     with pytest.raises(UserError, match=said):
         get_config("openmoji", argument)
+
+
+@pytest.mark.parametrize("budget", ["full", "cpu", "quick"])
+def test_students_of_openmoji_have_one_budget_of_flops_and_one_store(budget):
+    """A network call of each point of each example: steps · batch · S, whatever S is."""
+    configs = [get_config("openmoji", f"budget={budget},steps={steps}") for steps in (4, 2, 1)]
+    assert [tuple(config.student.points) for config in configs] == [(15, 10, 5, 0), (10, 0), (0,)]
+    assert len({len(c.student.points) * c.distill.steps * c.distill.batch_size for c in configs}) == 1
+    assert len({str(config.trajectories) for config in configs}) == 1
 
 
 @pytest.mark.parametrize(

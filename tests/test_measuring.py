@@ -20,7 +20,16 @@ from ard_jax.config import default_config
 from ard_jax.data import InMemory, PixelRows, image_source, labels_and_images
 from ard_jax.drawing import drawable
 from ard_jax.errors import UserError
-from ard_jax.evaluation import FeatureExtractor, InceptionFeatures, adm, adm_files, distance_interval, features, frechet
+from ard_jax.evaluation import (
+    FeatureExtractor,
+    InceptionFeatures,
+    adm,
+    adm_files,
+    difference_interval,
+    distance_interval,
+    features,
+    frechet,
+)
 from ard_jax.evaluation.features import AT_ONCE, batch_size_of, train_feature_net
 from ard_jax.evaluation.inception import Features
 from ard_jax.evaluation.npz import NpzArray
@@ -130,11 +139,36 @@ def test_an_interval_has_as_many_other_samples_as_it_says():
         features = rng.normal(size=(400, 3)) + shift
         own = moments(features)
         distances.append(adm.frechet_distance(own, real))
-        low, high = distance_interval(distances[-1], real, own, features, draws=200)
+        low, high = distance_interval(distances[-1], frechet.influence(real, own, features), draws=200)
         assert low < distances[-1] < high
         widths.append((high - low) / 2)
     within = np.abs(distances - np.mean(distances)) <= np.mean(widths)
     assert 0.9 <= within.mean() <= 0.99
+
+
+def test_a_difference_of_paired_samples_is_known_better_than_either_distance():
+    """Of 200 pairs of sets with most of their noise in common, as many as it says; and wide where nothing is."""
+    rng = np.random.default_rng(2)
+    real = moments(rng.normal(size=(20_000, 3)))
+
+    def sets(common):
+        shared = rng.normal(size=(400, 3)) * common
+        return [np.array([1, 0, 0]) + shared + rng.normal(size=(400, 3)) * np.sqrt(1 - common**2) for _ in range(2)]
+
+    def draw(common):
+        pair = sets(common)
+        own = [moments(features) for features in pair]
+        distance = [adm.frechet_distance(one, real) for one in own]
+        parts = [frechet.influence(real, one, features) for one, features in zip(own, pair, strict=True)]
+        low, high = difference_interval(distance[0] - distance[1], parts[0] - parts[1], draws=200)
+        alone = distance_interval(distance[0], parts[0], draws=200)
+        return distance[0] - distance[1], (high - low) / 2, (alone[1] - alone[0]) / 2
+
+    differences, paired, alone = np.array([draw(0.95) for _ in range(200)]).T
+    within = np.abs(differences - differences.mean()) <= paired.mean()  # their true difference is 0, as is their bias
+    assert 0.9 <= within.mean() <= 0.99 and paired.mean() < alone.mean() / 2
+    _, apart, alone = draw(0)
+    assert apart == pytest.approx(np.sqrt(2) * alone, rel=0.2)
 
 
 def test_halves_are_as_far_apart_as_chance_has_them():
@@ -240,7 +274,8 @@ def test_inception_measures_as_the_files_do(tmp_path, network):
     statistics = {"mu": of_real.pool.mean(0), "sigma": np.cov(of_real.pool.T)}
     save(tmp_path, real, "reference.npz", **statistics)
     yardstick = open_inception(settings(tmp_path, 60), (8, 8, 3), tmp_path / "parts" / "reference")
-    got = yardstick.measure(opened(save(tmp_path, samples)), tmp_path / "parts" / "x")
+    held = yardstick.measure(opened(save(tmp_path, samples)), tmp_path / "parts" / "x")
+    got = held.numbers
     expected = adm_files.adm_metrics(tmp_path / "samples.npz", tmp_path / "reference.npz", network, split_size=20)
     assert expected.pop("sfid") is got["sfid"] is None
     assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-9)
@@ -256,7 +291,7 @@ def test_a_killed_measurement_goes_on(tmp_path, network, monkeypatch):
     samples = opened(save(tmp_path, random_images(8, 300)))
     monkeypatch.setattr(inception, "BATCH_SIZE", 4)
     monkeypatch.setattr("ard_jax.measuring.inception.make_parts", lambda *given: make_parts(*given, size=64))
-    whole = open_inception(settings(tmp_path, 300), (8, 8, 3), tmp_path / "a").measure(samples, tmp_path / "b")
+    whole = open_inception(settings(tmp_path, 300), (8, 8, 3), tmp_path / "a").measure(samples, tmp_path / "b").numbers
     before = network.seen
     stream = network.stream
 
@@ -272,7 +307,7 @@ def test_a_killed_measurement_goes_on(tmp_path, network, monkeypatch):
         yardstick.measure(samples, tmp_path / "d")
     monkeypatch.setattr(network, "stream", stream)
     there = network.seen
-    assert yardstick.measure(samples, tmp_path / "d") == whole
+    assert yardstick.measure(samples, tmp_path / "d").numbers == whole
     assert network.seen - there == 300 - 128  # of the reference and of two whole parts nothing
 
 
@@ -302,7 +337,7 @@ def test_a_reference_of_our_own_is_what_numpy_makes_of_the_images(tmp_path, netw
     assert again["images_sha256"] != about["images_sha256"]
     yardstick = open_inception(settings(tmp_path, 60), (8, 8, 3), tmp_path / "known")
     assert yardstick.halves == about["halves"] and yardstick.real_images == 100
-    got = yardstick.measure(opened(save(tmp_path, images)), tmp_path / "x")
+    got = yardstick.measure(opened(save(tmp_path, images)), tmp_path / "x").numbers
     assert got["fid"] == pytest.approx(0, abs=1e-3) and got["sfid"] == pytest.approx(0, abs=1e-3)
     network.sha256 = "cd" * 32
     with pytest.raises(UserError, match="was made with weights abababab, but evaluate.weights are cdcdcdcd: give"):

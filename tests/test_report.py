@@ -347,9 +347,9 @@ def test_table_cells(results):
     assert page.row("Teacher") == ["Teacher", "17.60", none, "0.934", "0.800", none, "50", "3.53", "4.10", "467,216"]
     ard = ["ARD", "22.91", "5.31", "0.910", "0.724", "26.1", "4", "0.0291", "0.312", "480,512"]
     assert page.row("ARD") == ard
-    assert page.row("Step distillation, noisy points")[:3] == ["Step distillation, noisy points", "18.30", "0.70"]
+    assert page.row("Step distillation, noisy points")[:3] == ["Step distillation, noisy points", "18.30", "0.700"]
     assert page.row("x0 points") == ["x0 points", "+41.92", "+5.31", "7.9"]
-    assert page.row("Noisy points") == ["Noisy points", "+0.70", "+0.30", "2.3"]
+    assert page.row("Noisy points") == ["Noisy points", "+0.700", "+0.300", "2.3"]
     assert page.row("distill/ard") == ["distill/ard", "", "40.0 s"]
     assert page.row("total") == ["total", "", "2 min 0 s"]
 
@@ -357,10 +357,15 @@ def test_table_cells(results):
 def test_noise_stands_in_the_table_beside_the_models(results):
     results["models"]["teacher"] |= {"fd_interval": [17.1, 18.2], "fd_halves": 1.25}
     results["halves"] = {"fd": 0.5}
+    results["models"]["ard"] |= {"degradation": 5.31, "degradation_interval": [4.5, 6.12]}
+    results["models"]["ard_noisy"] |= {"degradation": 0.4, "degradation_interval": [-0.125, 0.9]}
     page, none = Page(build_report("Digits", results, {}, {})), words.ABSENT
-    assert page.row("Model")[1:3] == ["FD\u00a0↓", "95 % interval"]
+    assert page.row("Model")[1:5] == ["FD\u00a0↓", "95 % interval", "Degradation\u00a0↓", "its 95 % interval"]
+    assert page.row("ARD")[3:5] == ["5.31", "4.50–6.12"]
+    assert page.row("ARD, noisy points")[4] == "\N{MINUS SIGN}0.125 to 0.900"
+    assert "pairs of the same noise and condition" in page.text["measurements"]
     assert page.row("Teacher")[1:3] == ["17.60", "17.10–18.20"] and page.row("ARD")[2] == none
-    assert page.row("Two halves of the real images") == ["Two halves of the real images", "0.50", *[none] * 9]
+    assert page.row("Two halves of the real images") == ["Two halves of the real images", "0.500", *[none] * 10]
     assert page.row("Two halves of the teacher’s samples")[:3] == ["Two halves of the teacher’s samples", "1.25", none]
     assert "are apart by chance alone" in page.text["measurements"] and "by bootstrap" in page.text["measurements"]
     assert "Paper: ARD, 4 steps" not in [row[0] for row in page.rows]

@@ -518,8 +518,8 @@ def test_intervals_and_halves_stand_in_the_table(comparison):
     lines = markdown(comparison).splitlines()
     assert lines[0].startswith("| Method | Steps | FD ↓ | 95 % interval | Precision ↑ |")
     assert lines[4].startswith("| ARD | 4 | 8.58 (8.36–8.80) | 7.00–9.50 | 0.900 |")
-    assert lines[6].startswith("| Two halves of the real images | – | 0.25 | – |")
-    assert lines[7].startswith("| Two halves of the teacher’s samples | – | 0.75 | – |")
+    assert lines[6].startswith("| Two halves of the real images | – | 0.250 | – |")
+    assert lines[7].startswith("| Two halves of the teacher’s samples | – | 0.750 | – |")
     assert "by bootstrap" in lines[-3] + lines[-5] + lines[-7]
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from pipeline_fixtures import STAGES, copy, done, finish, process, smoke
 
-KILLS = 20
+KILLS = 12
 
 
 def made(workdir):

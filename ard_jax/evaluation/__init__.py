@@ -16,10 +16,12 @@ from ard_jax.evaluation.clip_scores import (
 from ard_jax.evaluation.features import FeatureExtractor, FeatureNet, train_feature_net
 from ard_jax.evaluation.frechet import (
     FeatureStatistics,
+    difference_interval,
     distance_interval,
     distance_of_halves,
     feature_statistics,
     frechet_distance,
+    influence,
 )
 from ard_jax.evaluation.inception import InceptionFeatures
 from ard_jax.evaluation.judge import Judge, disturb, train_judge
@@ -38,6 +40,7 @@ __all__ = [
     "clip_score",
     "clip_similarity",
     "compbench_non_spatial",
+    "difference_interval",
     "distance_interval",
     "distance_of_halves",
     "disturb",
@@ -46,6 +49,7 @@ __all__ = [
     "frechet_distance",
     "hps_v2",
     "images_for_clip",
+    "influence",
     "mean_squared_error_per_step",
     "pick_score",
     "precision_recall",

@@ -96,31 +96,41 @@ class _Statistics(Protocol):
 
 
 def distance_interval(
-    distance: float,
-    real: _Statistics,
-    own: _Statistics,
-    features: np.ndarray,
-    draws: int = DRAWS,
-    share: float = SHARE,
+    distance: float, parts: np.ndarray, draws: int = DRAWS, share: float = SHARE
 ) -> tuple[float, float]:
     """Where the distance of as many other samples of the same model would lie: a bootstrap interval.
 
     Samples are drawn again with replacement, and the distance is followed to first order in what each of them
-    contributes (`influence`). Computing it anew from each draw would count its bias twice, since a draw has fewer
-    different samples: such intervals lie above the distance that they are of. The real images are held fixed.
+    contributes. Computing it anew from each draw would count its bias twice, since a draw has fewer different samples:
+    such intervals lie above the distance that they are of. The real images are held fixed.
 
     Args:
         distance: of the samples to the real images.
-        real: statistics of the real images' features.
-        own: statistics of the samples' features.
-        features: (N, F) of samples.
+        parts: `influence` of each of them on it (N,).
         draws: how often samples are drawn.
         share: of the draws that lie within.
     """
-    parts, rng = influence(real, own, features), np.random.default_rng(0)
+    low, high = difference_interval(distance, parts, draws, share)
+    return max(low, 0.0), high
+
+
+def difference_interval(
+    difference: float, parts: np.ndarray, draws: int = DRAWS, share: float = SHARE
+) -> tuple[float, float]:
+    """`distance_interval` of a distance less another one, of samples that are pairs, which are drawn together.
+
+    What both samples of a pair have in common, such as their noise and condition, then moves both distances alike and
+    their difference hardly: it is known far better than either of them.
+
+    Args:
+        difference: one distance less the other.
+        parts: `influence` of each pair on it (N,): that of its sample on the one less that on the other.
+        draws, share: as there.
+    """
+    rng = np.random.default_rng(0)
     means = [parts[rng.integers(0, len(parts), len(parts))].mean() for _ in range(draws)]
     low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
-    return max(distance + float(low), 0.0), distance + float(high)
+    return difference + float(low), difference + float(high)
 
 
 def influence(real: _Statistics, own: _Statistics, features: np.ndarray) -> np.ndarray:

@@ -27,12 +27,13 @@ from ard_jax.evaluation import (
     disturb,
     feature_statistics,
     frechet_distance,
+    influence,
     precision_recall,
     train_feature_net,
     train_judge,
 )
 from ard_jax.measuring.parts import make_parts, read_parts
-from ard_jax.measuring.samples import Samples
+from ard_jax.measuring.samples import Held, Samples
 from ard_jax.models import AutoencoderKL
 from ard_jax.types import Params
 
@@ -95,7 +96,7 @@ class Classifier:
         found = distance_of_halves(self.own)
         return {} if found is None else {"fd": found}
 
-    def measure(self, samples: Samples, folder: pathlib.Path) -> dict[str, Any]:
+    def measure(self, samples: Samples, folder: pathlib.Path) -> Held:
         """Fréchet distance to the real images, unless there are too few of either, precision and recall; of a judge
         the recall of captions. See `Yardstick`.
 
@@ -110,22 +111,24 @@ class Classifier:
         parts = make_parts(look, samples.images, folder, of, self.network.batch_size)
         features = np.concatenate([part["features"] for part in read_parts(parts)])
         is_trained = samples.labels < self.conditions.for_training
-        return self._distances(features[is_trained] if is_trained.any() else features) | self._recall(features, samples)
+        held = self._distances(features[is_trained] if is_trained.any() else features)
+        return held._replace(numbers=held.numbers | self._recall(features, samples))
 
-    def _distances(self, features: np.ndarray) -> dict[str, Any]:
+    def _distances(self, features: np.ndarray) -> Held:
         count = min(len(self.own), len(features), NEIGHBOUR_LIMIT)
         spread = np.linspace(0, len(self.own) - 1, count).astype(int)  # a folder's images come class by class
         precision, recall = precision_recall(self.own[spread], features[:count], k=self.neighbours)
         found: dict[str, Any] = {"precision": precision, "recall": recall}
         if not self._are_enough(min(len(self.own), len(features))):
-            return found
+            return Held(found)
         own = feature_statistics(features)
-        distance = frechet_distance(self.statistics, own)
-        return found | {
+        distance, parts = frechet_distance(self.statistics, own), influence(self.statistics, own, features)
+        found |= {
             "fd": distance,
-            "fd_interval": distance_interval(distance, self.statistics, own, features),
+            "fd_interval": distance_interval(distance, parts),
             "fd_halves": distance_of_halves(features),
         }
+        return Held(found, parts)
 
     @functools.cached_property
     def statistics(self) -> FeatureStatistics:

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from ard_jax.errors import UserError
-from ard_jax.evaluation import InceptionFeatures, distance_interval
+from ard_jax.evaluation import InceptionFeatures, distance_interval, influence
 from ard_jax.evaluation.adm_files import (
     Known,
     Reference,
@@ -28,7 +28,7 @@ from ard_jax.evaluation.adm_files import (
 from ard_jax.evaluation.inception import BATCH_SIZE, CHANNELS, Features
 from ard_jax.files import file_sha256, local_path
 from ard_jax.measuring.parts import make_parts, read_parts
-from ard_jax.measuring.samples import ImageRows, Samples
+from ard_jax.measuring.samples import Held, ImageRows, Samples
 
 log = logging.getLogger("ard_jax")
 
@@ -107,7 +107,7 @@ class Inception:
     def halves(self) -> dict[str, float]:
         return self._known[1]
 
-    def measure(self, samples: Samples, folder: pathlib.Path) -> dict[str, Any]:
+    def measure(self, samples: Samples, folder: pathlib.Path) -> Held:
         """FID (`fd` and `fid`), sFID, Inception score, precision and recall. See `Yardstick`."""
         known, _ = self._known
         seen = self._see(samples.images, samples.sha256, folder, self.split_size)
@@ -115,9 +115,10 @@ class Inception:
         halves = {f"{name}_halves": distance for name, distance in halves_of(seen).items()}
         pool, _ = statistics_of(self.reference, known)
         if pool is None:
-            return found | halves
-        interval = distance_interval(found["fid"], pool, seen.of_pool, seen.pool)
-        return found | halves | {"fd": found["fid"], "fd_interval": interval}
+            return Held(found | halves)
+        parts = influence(pool, seen.of_pool, seen.pool)
+        interval = distance_interval(found["fid"], parts)
+        return Held(found | halves | {"fd": found["fid"], "fd_interval": interval}, parts)
 
     def _see(self, images: ImageRows, sha256: str, folder: pathlib.Path, split_size: int | None = None) -> Seen:
         """Images of that hash, in parts."""

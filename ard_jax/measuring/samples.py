@@ -47,6 +47,19 @@ class Samples(NamedTuple):
     facts: Mapping[str, Any] = types.MappingProxyType({})
 
 
+class Held(NamedTuple):
+    """What a set of samples is, held against real images.
+
+    Attributes:
+        numbers: fields of `results.Measured`.
+        influence: of each sample on `fd`, to first order, in their order; those that have no part in it are left out.
+            None where there is no `fd`.
+    """
+
+    numbers: dict[str, Any]
+    influence: np.ndarray | None = None
+
+
 class Yardstick(Protocol):
     """Real images, and what they and samples are looked at with.
 
@@ -72,16 +85,13 @@ class Yardstick(Protocol):
     @property
     def examples(self) -> Mapping[str, np.ndarray]: ...
 
-    def measure(self, samples: Samples, folder: pathlib.Path) -> dict[str, Any]:
+    def measure(self, samples: Samples, folder: pathlib.Path) -> Held:
         """Measures one set of samples of one model.
 
         Args:
             samples: of it.
             folder: of its own, for what is found on the way: a measurement that was killed goes on from there. All
                 processes see the same folder, and all have to ask.
-
-        Returns:
-            Fields of `results.Measured`.
         """
 
 

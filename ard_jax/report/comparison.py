@@ -10,7 +10,7 @@ from ard_jax.report import measures, pieces, words
 from ard_jax.report.figures import Series
 from ard_jax.report.pieces import Chart, FinalImages
 from ard_jax.report.render import render
-from ard_jax.report.words import number
+from ard_jax.report.words import distance, number
 from ard_jax.results import Measured
 
 COST = (
@@ -146,7 +146,7 @@ def _worsened(comparison: Mapping) -> list[str]:
             continue
         before, after = start["mean"]["fd"], row["mean"]["fd"]
         if words.finite(before) and words.finite(after) and after > before:
-            said.append(f"{_titled(row)} ({number(after)}, from {number(before)} of {start['title']})")
+            said.append(f"{_titled(row)} ({distance(after)}, from {distance(before)} of {start['title']})")
     if not said:
         return []
     return [
@@ -187,7 +187,7 @@ def _steps(number: int) -> str:
 def _tiles(comparison: Mapping) -> list[tuple[str, str, str]]:
     colours = _colours(comparison)
     rows = [row for row in comparison["rows"] if row["kind"] == "teacher"] + _best(comparison)
-    return [(number(row["mean"]["fd"]), f"FD, {_titled(row)}", colours[row["method"]]) for row in rows]
+    return [(distance(row["mean"]["fd"]), f"FD, {_titled(row)}", colours[row["method"]]) for row in rows]
 
 
 def _colours(comparison: Mapping) -> dict[str, str]:

@@ -124,7 +124,7 @@ def teaser(
 
 def _row_note(model: Measured) -> str:
     calls, fd = model.network_calls, model.fd
-    parts = [f"{words.number(calls, ',.0f')} calls" if calls is not None else "", f"FD {words.number(fd, ',.1f')}"]
+    parts = [f"{words.number(calls, ',.0f')} calls" if calls is not None else "", f"FD {words.distance(fd)}"]
     return " · ".join(part for part in parts if part)
 
 

@@ -4,10 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # Columns that are left out where nothing was measured in them.
-OPTIONAL = ("fd_interval", "fid", "sfid", "inception_score", "recall_at_1", "recall_at_5")
+OPTIONAL = ("fd_interval", "degradation_interval", "fid", "sfid", "inception_score", "recall_at_1", "recall_at_5")
 INTERVAL = (
     "An interval is where 95 % of draws of as many samples of the same model have their distance, by bootstrap, with "
     "the real images held fixed."
+)
+PAIRED = (
+    "For that of a degradation, samples of the student and of the teacher are drawn in pairs of the same noise and "
+    "condition, so that it is narrower than either distance’s; one that holds 0 says that they cannot be told apart."
 )
 HALVES = (
     "Two halves of the same images, parted at random, are apart by chance alone, and as sets of half the size a little "

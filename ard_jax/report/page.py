@@ -11,7 +11,7 @@ from ard_jax.report import captions, checkpoints, figures, film, measures, piece
 from ard_jax.report.figures import Series, thin
 from ard_jax.report.pieces import Chart, FinalImages, PictureGrid
 from ard_jax.report.render import render
-from ard_jax.report.words import number, significant
+from ard_jax.report.words import distance, number, significant
 from ard_jax.results import Measured, Results
 
 MEASURED: tuple[str, ...] = (
@@ -21,6 +21,7 @@ MEASURED: tuple[str, ...] = (
     "sfid",
     "inception_score",
     "degradation",
+    "degradation_interval",
     "precision",
     "recall",
 )
@@ -222,7 +223,7 @@ def _tiles(results: Results, models: Mapping[str, Measured]) -> list[tuple[str, 
         if model.fd is not None:
             calls = model.network_calls
             said = f", {number(calls, ',.0f')} network calls" if calls is not None else ""
-            tiles.append((number(model.fd), f"FD of {of}{said}", colour))
+            tiles.append((distance(model.fd), f"FD of {of}{said}", colour))
     return tiles
 
 
@@ -262,6 +263,8 @@ def _notes(results: Results) -> list[str]:
     """What is to be said of the table's rows and columns."""
     models = results.models.values()
     notes = [measures.INTERVAL] if any(model.fd_interval for model in models) else []
+    if any(model.degradation_interval for model in models):
+        notes.append(measures.PAIRED)
     if measures.halves(results.halves, words.teacher_of(results.models).to_json()):
         notes.append(measures.HALVES)
     return notes
@@ -283,7 +286,7 @@ def _points(results: Results, models: Mapping[str, Measured]) -> dict[str, list[
             ratio = number(ratios.get(target), ",.1f")
         else:
             ratio = words.ABSENT if None in degradations else "none"
-        rows[target] = [_capital(word), *(number(value, "+,.2f") for value in degradations), ratio]
+        rows[target] = [_capital(word), *(distance(value, "+") for value in degradations), ratio]
     return rows
 
 

@@ -56,6 +56,11 @@ def significant(value: Any) -> str:
     return number(value, ",.0f" if size >= 100 else ",.1f" if size >= 10 else ",.2f" if size >= 1 else ",.3g")
 
 
+def distance(value: Any, sign: str = "") -> str:
+    """A Fréchet distance, or with the sign `+` a difference of two; those of small networks lie far below 1."""
+    return number(value, f"{sign},.2f" if not finite(value) or abs(value) >= 1 else f"{sign}.3f")
+
+
 def duration(seconds: Any) -> str:
     """Seconds as a person says them: `4.2 s`, `1 min 20 s`, `2 h 5 min`."""
     if not finite(seconds):
@@ -71,17 +76,21 @@ def duration(seconds: Any) -> str:
 
 def span(ends: Any) -> str:
     """Two ends of an interval; a dash where there is none."""
-    return ABSENT if ends is None else "–".join(map(number, ends))
+    if ends is None:
+        return ABSENT
+    low, high = map(distance, ends)
+    return f"{low} to {high}" if finite(ends[0]) and ends[0] < 0 else f"{low}–{high}"
 
 
 # Key of a model's measurements → the heading of their column, and how one is written.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "fd": ("FD ↓", number),
-    "fid": ("FID ↓", number),
+    "fd": ("FD ↓", distance),
+    "fid": ("FID ↓", distance),
     "fd_interval": ("95 % interval", span),
     "sfid": ("sFID ↓", number),
     "inception_score": ("IS ↑", partial(number, spec=",.1f")),
-    "degradation": ("Degradation ↓", number),
+    "degradation": ("Degradation ↓", distance),
+    "degradation_interval": ("its 95 % interval", span),
     "precision": ("Precision ↑", partial(number, spec=".3f")),
     "recall": ("Recall ↑", partial(number, spec=".3f")),
     "psnr": ("PSNR to teacher, dB ↑", partial(number, spec=".1f")),
@@ -180,8 +189,8 @@ def headline(results: Results) -> tuple[str, str]:
         reason = f"The degradation of step distillation is {_measured(by_step)}, that of ARD {_measured(by_ard)}."
         return "The two students cannot be compared here.", reason
     detail = (
-        f"In Fréchet distance (FD), step distillation stands at {number(by_step, '+,.2f')} against the teacher’s "
-        f"{_measured(teacher_of(models).fd)}, ARD at {number(by_ard, '+,.2f')}."
+        f"In Fréchet distance (FD), step distillation stands at {distance(by_step, '+')} against the teacher’s "
+        f"{_measured(teacher_of(models).fd)}, ARD at {distance(by_ard, '+')}."
     )
     ratio = results.degradation_ratio
     if min(by_step, by_ard) <= 0:
@@ -197,7 +206,7 @@ def _are(level: list[str]) -> str:
 
 
 def _measured(value: float | None) -> str:
-    return "not measured" if value is None else number(value)
+    return "not measured" if value is None else distance(value)
 
 
 def _compare(ratio: float, steps: int | None) -> str:

@@ -14,7 +14,8 @@ With `evaluate.features=inception`, which needs `evaluate.weights` and `evaluate
 evaluator gives for the samples, and nothing is trained. With `evaluate.draw` it draws the samples of `sample.models`
 itself while it looks at them, on all devices of all hosts, and keeps none: `sample` is not needed. Beside each Fréchet
 distance stand those of two halves of the same samples and of two halves of the real images, and its interval by
-bootstrap. It also measures each student's error to the teacher from the same noise, step by step; and of ARD students
+bootstrap; beside what a student's has over its teacher's, the interval of that, of pairs of the same noise and
+condition. It also measures each student's error to the teacher from the same noise, step by step; and of ARD students
 - the exposure bias, the error of each step with the teacher's history against its own;
 - `given_psnr`, of the final image to the teacher's when the first 0, 1, …, S−1 points are the teacher's;
 - `attention_mass` (layer, query block, key block), how a block shares its attention out, on the student's own points;
@@ -47,8 +48,9 @@ from ard_jax.config import plain
 from ard_jax.data import identify
 from ard_jax.drawing import drawable, make_decoder, open_real_images
 from ard_jax.errors import UserError
+from ard_jax.evaluation import difference_interval
 from ard_jax.files import file_sha256, read_npz, write_json, write_npz
-from ard_jax.measuring import Samples, draw_samples, forget_parts, open_yardstick, read_samples
+from ard_jax.measuring import Held, Samples, draw_samples, forget_parts, open_yardstick, read_samples
 from ard_jax.models import AutoencoderKL
 from ard_jax.paired import Paired, can_edit
 from ard_jax.parallel import is_first, local_mesh
@@ -123,23 +125,20 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     at_once = mesh.size == 1 and jax.default_backend() == "cpu"
     with _threads(2) as pool:
         beside = (pool.map if at_once else map)(beside_teacher, students)
-        measured = {
-            name: Measured(
-                **own.facts,
-                **yardstick.measure(own, parts / name),
-                kind="teacher" if name == "teacher" else "student",
-            )
-            for name, own in samples.items()
-        }
+        held = {name: yardstick.measure(own, parts / name) for name, own in samples.items()}
         pictures = paired.teacher_pictures(config.evaluate.pictures)
         edits = paired.edit_sources(config.evaluate.pictures)
         found = dict(zip(students, beside, strict=True))
+    measured = {
+        name: Measured(**own.facts, **held[name].numbers, kind="teacher" if name == "teacher" else "student")
+        for name, own in samples.items()
+    }
     for name, (errors, shown) in found.items():
         measured[name] = dataclasses.replace(measured[name], **errors)
         pictures[name] = shown["pictures"]
         if "edits" in shown:
             edits[name] = shown["edits"]
-    measured = add_degradation(measured)
+    measured = _add_intervals(add_degradation(measured), held)
     ratios = degradation_ratios(measured)
     results = Results(
         features=yardstick.about,
@@ -206,6 +205,21 @@ def _samples(
         name: draw_samples(drawable(config, loaded, name == "teacher"), conditions, vae, config, mesh)
         for name, loaded in models.items()
     }
+
+
+def _add_intervals(measured: Mapping[str, Measured], held: Mapping[str, Held]) -> dict[str, Measured]:
+    """Adds how well each degradation is known: samples of a student and the teacher are pairs of one noise."""
+
+    def add(name: str, model: Measured) -> Measured:
+        if model.degradation is None:
+            return model
+        own, teacher = held[name].influence, held["teacher"].influence
+        if own is None or teacher is None:
+            return model
+        interval = difference_interval(model.degradation, own - teacher)
+        return dataclasses.replace(model, degradation_interval=interval)
+
+    return {name: add(name, model) for name, model in measured.items()}
 
 
 def _beside_teacher(
