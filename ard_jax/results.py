@@ -24,6 +24,7 @@ class Measured:
         fd, precision, recall: of its samples to the real images, in the features of `Results.features`.
         fd_interval: where 95 % of draws of its samples have their fd, by bootstrap.
         fd_halves: fd of two halves of its samples, which is what is noise.
+        fd_least: fd of real images of its samples' captions, which a model has that draws every caption as it is.
         fid: the same as fd where the features are Inception's and the definitions ADM's.
         sfid, sfid_halves, inception_score: in these features alone.
         recall_at_1, recall_at_5: share of its samples whose caption is the first of all, or among the first five, by
@@ -50,6 +51,7 @@ class Measured:
     fd: float | None = None
     fd_interval: tuple[float, float] | None = None
     fd_halves: float | None = None
+    fd_least: float | None = None
     fid: float | None = None
     sfid: float | None = None
     sfid_halves: float | None = None

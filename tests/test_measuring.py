@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline_fixtures import ROOT, SMOKE, copy, done, files, run, sentence, smoke
 
 from ard_jax.captions.conditions import load_conditions
+from ard_jax.conditions import Labels
 from ard_jax.config import default_config
 from ard_jax.data import InMemory, PixelRows, image_source, labels_and_images
 from ard_jax.drawing import drawable
@@ -29,12 +30,14 @@ from ard_jax.evaluation import (
     distance_interval,
     features,
     frechet,
+    train_judge,
 )
 from ard_jax.evaluation.features import AT_ONCE, batch_size_of, train_feature_net
 from ard_jax.evaluation.inception import Features
 from ard_jax.evaluation.npz import NpzArray
 from ard_jax.files import file_sha256, read_json, read_npz
 from ard_jax.measuring import Samples, draw_samples, inception, make_parts, read_parts, reference
+from ard_jax.measuring.classifier import Classifier
 from ard_jax.measuring.drawn import Drawn
 from ard_jax.measuring.inception import open_inception
 from ard_jax.paired import Paired
@@ -169,6 +172,23 @@ def test_a_difference_of_paired_samples_is_known_better_than_either_distance():
     assert 0.9 <= within.mean() <= 0.99 and paired.mean() < alone.mean() / 2
     _, apart, alone = draw(0)
     assert apart == pytest.approx(np.sqrt(2) * alone, rel=0.2)
+
+
+def test_the_least_distance_is_that_of_the_real_pictures_of_the_captions_that_were_sampled(tmp_path):
+    conditions, real = Labels(90), random_images(8, 90)
+    words = [conditions.words(number) for number in range(90)]
+    judge = train_judge(real, words, steps=2)
+    looks = dict(zip(words, judge(real), strict=True))
+    yardstick = Classifier(judge(real), judge, "a judge", 120, conditions, 3, example_features=looks)
+    labels = np.random.default_rng(3).integers(0, 90, 120)
+
+    def measure(images, name):
+        samples = opened(save(tmp_path, images, name))._replace(labels=labels)
+        return yardstick.measure(samples, tmp_path / f"parts of {name}").numbers
+
+    perfect, poor = measure(real[labels], "perfect.npz"), measure(random_images(8, 120, seed=1), "poor.npz")
+    assert perfect["fd"] == pytest.approx(perfect["fd_least"], rel=1e-6) and perfect["fd_least"] > 1e-3
+    assert poor["fd_least"] == perfect["fd_least"] < poor["fd"]
 
 
 def test_halves_are_as_far_apart_as_chance_has_them():

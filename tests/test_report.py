@@ -355,7 +355,7 @@ def test_table_cells(results):
 
 
 def test_noise_stands_in_the_table_beside_the_models(results):
-    results["models"]["teacher"] |= {"fd_interval": [17.1, 18.2], "fd_halves": 1.25}
+    results["models"]["teacher"] |= {"fd_interval": [17.1, 18.2], "fd_halves": 1.25, "fd_least": 0.75}
     results["halves"] = {"fd": 0.5}
     results["models"]["ard"] |= {"degradation": 5.31, "degradation_interval": [4.5, 6.12]}
     results["models"]["ard_noisy"] |= {"degradation": 0.4, "degradation_interval": [-0.125, 0.9]}
@@ -367,6 +367,8 @@ def test_noise_stands_in_the_table_beside_the_models(results):
     assert page.row("Teacher")[1:3] == ["17.60", "17.10–18.20"] and page.row("ARD")[2] == none
     assert page.row("Two halves of the real images") == ["Two halves of the real images", "0.500", *[none] * 10]
     assert page.row("Two halves of the teacher’s samples")[:3] == ["Two halves of the teacher’s samples", "1.25", none]
+    assert page.row("Real pictures of the samples’ captions")[1:3] == ["0.750", none]
+    assert "draws that makes no mistake" in page.text["measurements"]
     assert "are apart by chance alone" in page.text["measurements"] and "by bootstrap" in page.text["measurements"]
     assert "Paper: ARD, 4 steps" not in [row[0] for row in page.rows]
 

@@ -58,6 +58,7 @@ class Classifier:
         neighbours: of precision and recall.
         judged: how well a judge knows the captions of real images, as `Results.judge` has it.
         examples: of a judge, an image of each caption.
+        example_features: of these (feature,).
     """
 
     own: np.ndarray
@@ -68,6 +69,7 @@ class Classifier:
     neighbours: int
     judged: Mapping[str, Any] | None = None
     examples: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    example_features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def about(self) -> str:
@@ -98,7 +100,7 @@ class Classifier:
 
     def measure(self, samples: Samples, folder: pathlib.Path) -> Held:
         """Fréchet distance to the real images, unless there are too few of either, precision and recall; of a judge
-        the recall of captions. See `Yardstick`.
+        the recall of captions, and the distance of real images of these captions. See `Yardstick`.
 
         Images of captions that are held out of training count for the recall of captions alone, as there may be more of
         them than in the data.
@@ -111,8 +113,16 @@ class Classifier:
         parts = make_parts(look, samples.images, folder, of, self.network.batch_size)
         features = np.concatenate([part["features"] for part in read_parts(parts)])
         is_trained = samples.labels < self.conditions.for_training
-        held = self._distances(features[is_trained] if is_trained.any() else features)
-        return held._replace(numbers=held.numbers | self._recall(features, samples))
+        compared = is_trained if is_trained.any() else np.full_like(is_trained, True)
+        held = self._distances(features[compared])
+        judge, captions = self.judge, self._captions(samples)
+        if judge is None or captions is None:
+            return held
+        numbers = held.numbers | _recall(judge, features, captions, is_trained)
+        if "fd" in numbers:
+            real = np.stack([self.example_features[caption] for caption in captions])
+            numbers["fd_least"] = frechet_distance(self.statistics, feature_statistics(real[compared]))
+        return held._replace(numbers=numbers)
 
     def _distances(self, features: np.ndarray) -> Held:
         count = min(len(self.own), len(features), NEIGHBOUR_LIMIT)
@@ -135,16 +145,15 @@ class Classifier:
         """Of the real images' features."""
         return feature_statistics(self.own)
 
-    def _recall(self, features: np.ndarray, samples: Samples) -> dict[str, Any]:
-        """How often a judge finds the right caption, if it knows those that were sampled."""
+    def _captions(self, samples: Samples) -> list[str] | None:
+        """Of each sample, if a judge knows them all."""
         if self.judge is None:
-            return {}
+            return None
         words = {int(number): self.conditions.words(int(number)) for number in np.unique(samples.labels)}
         if not set(words.values()) <= set(self.judge.captions):
             log.warning("the recall of captions is left out: some that were sampled are of no real image.")
-            return {}
-        captions = [words[int(number)] for number in samples.labels]
-        return _recall(self.judge, features, captions, samples.labels < self.conditions.for_training)
+            return None
+        return [words[int(number)] for number in samples.labels]
 
 
 def train_classifier(
@@ -189,7 +198,8 @@ def train_classifier(
     own = features[is_trained] if is_trained.any() else features
     words = "a small judge of images and captions, trained on the same images"
     first = {caption: row for row, caption in reversed(list(enumerate(captions)))}
-    return _said(Classifier(own, judge, words, **common, judged=judged, examples=_Examples(images, first)))
+    examples, looks = _Examples(images, first), {caption: features[row] for caption, row in first.items()}
+    return _said(Classifier(own, judge, words, **common, judged=judged, examples=examples, example_features=looks))
 
 
 def _said(classifier: Classifier) -> Classifier:

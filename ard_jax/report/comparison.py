@@ -101,15 +101,16 @@ def _cells(comparison: Mapping, spread: str) -> Iterable[Sequence[str]]:
             for key, mean, least, greatest in zip(columns, *measured, strict=True)
         ]
         yield [row["title"], str(row["steps"]), *cells]
-    for title, found in _halves(comparison):
+    for title, found in measures.halves(*_noise(comparison)):
         yield [title, words.ABSENT, *words.cells(found, columns)]
     for title, steps, found in measures.PAPER if _is_of_paper(comparison) else ():
         yield [title, str(steps), *words.cells(found, columns)]
 
 
-def _halves(comparison: Mapping) -> list[tuple[str, dict[str, Any]]]:
-    teacher: Mapping = next((row["mean"] for row in comparison["rows"] if row["kind"] == "teacher"), {})
-    return measures.halves(comparison.get("halves", {}), teacher)
+def _noise(comparison: Mapping) -> tuple[Mapping[str, float], Mapping[str, Any]]:
+    """What `measures.halves` asks for."""
+    teacher: Mapping[str, Any] = next((row["mean"] for row in comparison["rows"] if row["kind"] == "teacher"), {})
+    return comparison.get("halves", {}), teacher
 
 
 def _notes(comparison: Mapping) -> list[str]:
@@ -128,7 +129,7 @@ def _notes(comparison: Mapping) -> list[str]:
             f"Means over the seeds {', '.join(map(str, seeds))}, each with its own teacher; least–greatest with them."
         )
     intervals = [measures.INTERVAL] if "fd_interval" in _columns(comparison) else []
-    halves = [measures.HALVES] if _halves(comparison) else []
+    halves = measures.notes_on_halves(*_noise(comparison))
     notes = [fd, said, *intervals, *halves, *_worsened(comparison)]
     if comparison["quick"]:
         changes = ", ".join(f"{key} {value}" for key, value in comparison["quick"].items())

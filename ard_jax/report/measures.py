@@ -17,6 +17,10 @@ HALVES = (
     "Two halves of the same images, parted at random, are apart by chance alone, and as sets of half the size a little "
     "more than whole ones would be: differences between models that are smaller than that are noise."
 )
+LEAST = (
+    "Real pictures of the captions that were sampled are what a model draws that makes no mistake: what distance is "
+    "left comes of which captions were sampled, and how often."
+)
 # The paper's table of ImageNet 256×256 (arXiv 2504.11295), in the same features: title, steps, what was measured.
 REPORTED = ("fid", "inception_score", "precision", "recall")
 PAPER: tuple[tuple[str, int, dict[str, float]], ...] = tuple(
@@ -38,15 +42,25 @@ def columns(measured: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> tuple
 
 
 def halves(real: Mapping[str, float], teacher: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Rows of what is noise: title, distances.
+    """Rows of what is noise, and of captions the least that there is: title, distances.
 
     Args:
         real: `Results.halves`.
         teacher: what was measured of the teacher.
     """
     own = {name: teacher.get(f"{name}_halves") for name in ("fd", "sfid")}
-    rows = {"Two halves of the real images": real, "Two halves of the teacher’s samples": own}
+    rows = {
+        "Two halves of the real images": real,
+        "Two halves of the teacher’s samples": own,
+        "Real pictures of the samples’ captions": {"fd": teacher.get("fd_least")},
+    }
     return [(title, {**found, "fid": found["fd"]}) for title, found in rows.items() if found.get("fd") is not None]
+
+
+def notes_on_halves(real: Mapping[str, float], teacher: Mapping[str, Any]) -> list[str]:
+    """What is to be said of these rows."""
+    of_halves = bool(real) or teacher.get("fd_halves") is not None
+    return [HALVES] * of_halves + [LEAST] * (teacher.get("fd_least") is not None)
 
 
 def is_of_paper(measured_with: Mapping[str, Any], config: Mapping[str, Any] | None) -> bool:

@@ -265,9 +265,7 @@ def _notes(results: Results) -> list[str]:
     notes = [measures.INTERVAL] if any(model.fd_interval for model in models) else []
     if any(model.degradation_interval for model in models):
         notes.append(measures.PAIRED)
-    if measures.halves(results.halves, words.teacher_of(results.models).to_json()):
-        notes.append(measures.HALVES)
-    return notes
+    return notes + measures.notes_on_halves(results.halves, words.teacher_of(results.models).to_json())
 
 
 def _points(results: Results, models: Mapping[str, Measured]) -> dict[str, list[str]]:

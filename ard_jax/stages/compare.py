@@ -37,6 +37,7 @@ MEASURED: tuple[str, ...] = (
     "fid",
     "fd_interval",
     "fd_halves",
+    "fd_least",
     "sfid",
     "sfid_halves",
     "inception_score",
