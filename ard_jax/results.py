@@ -98,7 +98,7 @@ class Results:
         real_images, samples, paired: how many real images, samples of each model and paired trajectories there are.
         labels: how the conditions of samples were drawn: "uniform"ly, "balanced", or "chosen" by number.
         models: by name.
-        degradation_ratio: of the students with x0 points, that of step distillation over that of ARD.
+        degradation_ratio: of the students with `main_target`, that of step distillation over that of ARD.
         degradation_ratios: the same by target.
         measured_with: what numbers in these features depend on: "features", the network's "sha256", and more.
         halves: Fréchet distances of two halves of the real images, by the field of `Measured` that they stand beside.
@@ -160,6 +160,12 @@ def degradation_ratios(models: dict[str, Measured]) -> dict[str, float]:
         if ours and baseline and ours[0] > 0 and baseline[0] > 0:
             ratios[target] = baseline[0] / ours[0]
     return ratios
+
+
+def main_target(models: Mapping[str, Measured]) -> str:
+    """The kind of point that a run is about: "x0", the paper's, or "xt" where all students have noisy ones."""
+    targets = {model.target or "x0" for model in models.values() if not model.is_teacher}
+    return "xt" if targets == {"xt"} else "x0"
 
 
 def shares(found: Mapping[str, float] | None) -> str:

@@ -443,6 +443,18 @@ def test_missing_baseline_is_named(results):
     assert Page(build_report("Digits", results, {}, {})).row("x0 points") == ["x0 points", "–", "+5.31", "–"]
 
 
+def test_a_run_of_noisy_points_alone_is_about_them(results, pictures):
+    for name in ("ard", "step"):
+        del results["models"][name], pictures[name]
+    results["degradation_ratio"] = results["degradation_ratios"]["xt"]
+    page = Page(build_report("Digits", results, pictures, {}))
+    lead = "Distilled to 4 steps with noisy points, step distillation falls 2.3 times as far behind its teacher"
+    assert headline(results)[0] == f"{lead} as ARD does." and lead in page.text["top"]
+    assert "2.3×" in page.text["top"] and "18.30" in page.text["top"] and "17.90" in page.text["top"]
+    del results["models"]["step_noisy"]
+    assert headline(results)[0].startswith("These results hold no step distillation with noisy points, so")
+
+
 def test_all_text_is_escaped(results, pictures, curves):
     evil = '<script>alert("1")</script>&'
     results["features"] = results["models"]["ard"]["title"] = evil

@@ -12,7 +12,7 @@ from ard_jax.report.figures import Series, thin
 from ard_jax.report.pieces import Chart, FinalImages, PictureGrid
 from ard_jax.report.render import render
 from ard_jax.report.words import distance, number, significant
-from ard_jax.results import Measured, Results
+from ard_jax.results import Measured, Results, main_target
 
 MEASURED: tuple[str, ...] = (
     "fd",
@@ -213,7 +213,7 @@ def _tiles(results: Results, models: Mapping[str, Measured]) -> list[tuple[str, 
     """The few numbers that a reader came for: each with its words and its colour."""
     tiles = []
     ratio = results.degradation_ratio
-    pair = words.pair(models, "x0")
+    pair = words.pair(models, main_target(models))
     degradations = [None if name is None else words.degradation(models, name) for name in pair]
     if words.finite(ratio) and all(map(words.is_positive, degradations)):
         tiles.append((f"{number(ratio, ',.1f')}×", "degradation, step distillation over ARD", "ink"))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeGuard
 
-from ard_jax.results import Measured, Results, shares
+from ard_jax.results import Measured, Results, main_target, shares
 
 ABSENT = "–"
 TARGETS = {"x0": "x0 points", "xt": "noisy points"}
@@ -180,10 +180,11 @@ def pair(models: Mapping[str, Measured], target: str) -> tuple[str | None, str |
 def headline(results: Results) -> tuple[str, str]:
     """What the degradation ratio says, claiming no more than was measured: a sentence, and the numbers behind it."""
     models = results.models
-    step, ard = pair(models, "x0")
+    target = main_target(models)
+    step, ard = pair(models, target)
     if step is None or ard is None:
         missing = " and no ".join(word for word, name in (("step distillation", step), ("ARD", ard)) if name is None)
-        return f"These results hold no {missing} with x0 points, so the two cannot be compared here.", ""
+        return f"These results hold no {missing} with {TARGETS[target]}, so the two cannot be compared here.", ""
     by_step, by_ard = degradation(models, step), degradation(models, ard)
     if not (finite(by_step) and finite(by_ard)):
         reason = f"The degradation of step distillation is {_measured(by_step)}, that of ARD {_measured(by_ard)}."
@@ -198,7 +199,7 @@ def headline(results: Results) -> tuple[str, str]:
         return f"No degradation ratio can be given: {_are(level)} no worse than the teacher by this measure.", detail
     if not finite(ratio):
         return "No degradation ratio was computed for these results.", detail
-    return _compare(ratio, models[ard].steps), detail
+    return _compare(ratio, models[ard].steps, target), detail
 
 
 def _are(level: list[str]) -> str:
@@ -209,8 +210,9 @@ def _measured(value: float | None) -> str:
     return "not measured" if value is None else distance(value)
 
 
-def _compare(ratio: float, steps: int | None) -> str:
+def _compare(ratio: float, steps: int | None, target: str) -> str:
     start = f"Distilled to {steps} step{'s' * (steps != 1)}" if steps else "Distilled"
+    start += f" with {TARGETS[target]}" * (target != "x0")
     if 0.95 <= ratio <= 1.05:
         return f"{start}, ARD and step distillation fall about equally far behind their teacher."
     if ratio > 1:

@@ -56,7 +56,7 @@ from ard_jax.paired import Paired, can_edit
 from ard_jax.parallel import is_first, local_mesh
 from ard_jax.progress import Stopwatch
 from ard_jax.prompted import judge, open_list
-from ard_jax.results import Measured, Results, add_degradation, degradation_ratios
+from ard_jax.results import Measured, Results, add_degradation, degradation_ratios, main_target
 from ard_jax.types import Params
 from ard_jax.workdir import (
     Loaded,
@@ -147,7 +147,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         labels="chosen" if chosen else config.sample.labels or "uniform",
         paired=paired.count,
         models=measured,
-        degradation_ratio=ratios.get("x0"),
+        degradation_ratio=ratios.get(main_target(measured)),
         degradation_ratios=ratios,
         measured_with=yardstick.facts,
         halves=yardstick.halves,
