@@ -151,15 +151,40 @@ def add_degradation(models: dict[str, Measured]) -> dict[str, Measured]:
 
 def degradation_ratios(models: dict[str, Measured]) -> dict[str, float]:
     """Degradation of step distillation over that of ARD, for each kind of target that both were trained on."""
-    students = [(model, model.degradation) for model in models.values() if model.objective == "ard"]
     ratios = {}
     for target in ("x0", "xt"):
-        found = [(model, worse) for model, worse in students if worse is not None and model.target == target]
-        ours = [worse for model, worse in found if model.history_layers]
-        baseline = [worse for model, worse in found if not model.history_layers]
-        if ours and baseline and ours[0] > 0 and baseline[0] > 0:
-            ratios[target] = baseline[0] / ours[0]
+        step, ard = (models[name].degradation if name else None for name in pair(models, target))
+        if step is not None and ard is not None and step > 0 and ard > 0:
+            ratios[target] = step / ard
     return ratios
+
+
+def pair(models: Mapping[str, Measured], target: str) -> tuple[str | None, str | None]:
+    """Names of the step-distillation student and of the ARD student with this target, the first of each.
+
+    Students of other numbers of steps are no pair: it is the first ARD student's that both have, where any step
+    distillation has as many.
+    """
+    students = {
+        name: model
+        for name, model in models.items()
+        if not model.is_teacher and objective_of(model) == "ard" and (model.target or "x0") == target
+    }
+    steps = [name for name, model in students.items() if is_step_distillation(model)]
+    ours = [name for name in students if name not in steps]
+    pairs = [(step, ard) for ard in ours for step in steps if students[step].steps == students[ard].steps]
+    if pairs:
+        return pairs[0]
+    return (None, ours[0]) if ours else (next(iter(steps), None), None)
+
+
+def is_step_distillation(model: Measured) -> bool:
+    """A student without history: docs/METHOD.md section 1, mask M1 or no history layers."""
+    return model.mask == "diagonal" or model.history_layers == 0
+
+
+def objective_of(model: Measured) -> str:
+    return model.objective or "ard"
 
 
 def main_target(models: Mapping[str, Measured]) -> str:

@@ -14,9 +14,8 @@ from matplotlib.patches import FancyBboxPatch
 
 from ard_jax.files import atomic_write, read_npz
 from ard_jax.models.masks import MASKS, visible_blocks
-from ard_jax.report import words
 from ard_jax.report.figures import PALETTE, block_map, dress
-from ard_jax.results import Measured, Results, read_results
+from ard_jax.results import Measured, Results, pair, read_results
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "docs" / "figures"
 SAMPLE = 1  # whose pictures are shown
@@ -52,7 +51,7 @@ def save(figure: Figure, path: pathlib.Path) -> None:
 
 def students(results: Results) -> dict[str, Measured]:
     """Step distillation and ARD with x0 points, by what they are called."""
-    step, ard = words.pair(results.models, "x0")
+    step, ard = pair(results.models, "x0")
     if step is None or ard is None:
         sys.exit(f"the figures need step distillation and ARD with x0 points, but there are {sorted(results.models)}.")
     return {"step distillation": results.models[step], "ARD": results.models[ard]}
@@ -125,7 +124,7 @@ def attention(model: Measured) -> Figure:
 
 def student(results: Results, pictures: Mapping[str, np.ndarray]) -> Figure:
     """A student as it draws: a column a step, from the block that goes in to the prediction, which is the next one."""
-    _, name = words.pair(results.models, "x0")
+    _, name = pair(results.models, "x0")
     own = [pictures["noise"][SAMPLE], *pictures[name or ""][SAMPLE]]
     depth, history = (results.config or {})["model"]["depth"], students(results)["ARD"].history_layers
     steps = len(own) - 1

@@ -17,7 +17,7 @@ from ard_jax.picture_grid import image_grid
 from ard_jax.report import words
 from ard_jax.report.figures import GUTTER, PALETTE, Series, block_maps, line_chart, thin
 from ard_jax.report.page import build_sweep
-from ard_jax.results import Measured, Results
+from ard_jax.results import Measured, Results, pair
 
 
 def build_report(title, results, *shown):
@@ -639,7 +639,7 @@ def test_rivals_are_named_and_never_taken_for_ard(results, pictures):
     assert page.row("Consistency distillation")[1] == "20.00"
     assert page.row("Distribution matching")[1] == "21.00" and page.row("my.method")[1] == "22.00"
     assert page.row("ARD")[1] == "22.91"
-    assert words.pair(Results.from_json(results).models, "x0") == ("step", "ard")
+    assert pair(Results.from_json(results).models, "x0") == ("step", "ard")
     assert "step distillation falls 7.9 times as far behind" in headline(results)[0]
     assert "Consistency distillation, rollout" not in page.text["exposure"]
     assert "ARD, rollout" in page.text["exposure"]

@@ -6,7 +6,7 @@ import pytest
 
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, write_json
-from ard_jax.results import Measured, Results, read_results
+from ard_jax.results import Measured, Results, degradation_ratios, pair, read_results
 
 
 def test_what_evaluate_wrote_is_written_again_byte_for_byte(pipeline, tmp_path):
@@ -37,6 +37,21 @@ def test_an_earlier_file_opens(tmp_path):
     results = read_results(tmp_path)
     assert results == Results(samples=8, models={"teacher": Measured(kind="teacher", fd=1.5)})
     assert results.to_json()["degradation_ratio"] is None and "seconds" not in results.to_json()
+
+
+def test_only_students_of_as_many_steps_are_a_pair():
+    """One step has no history, and is no baseline of four."""
+    models = {
+        "teacher": Measured(kind="teacher", fd=1.0),
+        "one": Measured(kind="student", target="xt", history_layers=0, steps=1, degradation=3.0),
+        "ard": Measured(kind="student", target="xt", mask="causal", history_layers=2, steps=4, degradation=2.0),
+    }
+    assert pair(models, "xt") == (None, "ard") and pair(models, "x0") == (None, None)
+    assert degradation_ratios(models) == {}
+    models["step"] = Measured(kind="student", target="xt", mask="diagonal", history_layers=2, steps=4, degradation=5.0)
+    assert pair(models, "xt") == ("step", "ard") and degradation_ratios(models) == {"xt": 2.5}
+    del models["ard"]
+    assert pair(models, "xt") == ("one", None)
 
 
 @pytest.mark.parametrize("text", [None, "{", json.dumps([1]), json.dumps({"models": {"teacher": 3}})])

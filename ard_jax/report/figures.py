@@ -18,7 +18,7 @@ from PIL import Image
 from ard_jax.errors import UserError
 from ard_jax.picture_grid import GUTTER, check_images, enlarge, image_grid, to_pillow
 from ard_jax.report import words
-from ard_jax.results import Measured, Results, main_target
+from ard_jax.results import Measured, Results, main_target, objective_of, pair
 
 CURVE_POINTS = 300  # more cannot be told apart at the width of a chart
 SHOWN_SIDE = 160  # pictures on the page are never drawn larger, and the page has to stay mailable
@@ -103,9 +103,9 @@ def teaser(
             if name in gallery
         }
         return captioned_rows(rows, [str(label) for label in gallery["label"][columns]])
-    names = [name for name in ("teacher", *words.pair(models, main_target(models))) if name and name in pictures]
+    names = [name for name in ("teacher", *pair(models, main_target(models))) if name and name in pictures]
     if names == ["teacher"]:
-        rivals = (name for name, model in models.items() if words.objective_of(model) != "ard" and name in pictures)
+        rivals = (name for name, model in models.items() if objective_of(model) != "ard" and name in pictures)
         names += [*rivals][:1]
     if "teacher" not in names or len(names) < 2:
         raise UserError(

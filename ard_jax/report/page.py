@@ -12,7 +12,7 @@ from ard_jax.report.figures import Series, thin
 from ard_jax.report.pieces import Chart, FinalImages, PictureGrid
 from ard_jax.report.render import render
 from ard_jax.report.words import distance, number, significant
-from ard_jax.results import Measured, Results, main_target
+from ard_jax.results import Measured, Results, is_step_distillation, main_target, pair
 
 MEASURED: tuple[str, ...] = (
     "fd",
@@ -191,14 +191,14 @@ def _capital(phrase: str) -> str:
 def _students(models: Mapping[str, Measured], target: str) -> dict[str, Measured]:
     """Step distillation first: what ARD is compared with is read before it."""
     students = {n: m for n, m in models.items() if not m.is_teacher and (m.target or "x0") == target}
-    return dict(sorted(students.items(), key=lambda item: not words.is_step_distillation(item[1])))
+    return dict(sorted(students.items(), key=lambda item: not is_step_distillation(item[1])))
 
 
 def _colours(models: Mapping[str, Measured]) -> dict[str, str]:
     """A colour a model: the same for step distillation, and for the first ARD student, whatever the target."""
     colours = {name: "teacher" for name, model in models.items() if model.is_teacher}
     for target in words.TARGETS:
-        first = dict(zip(words.pair(models, target), ("step", "ard"), strict=True))
+        first = dict(zip(pair(models, target), ("step", "ard"), strict=True))
         rest = 0
         for name in _students(models, target):
             colours[name] = first.get(name) or f"other{rest % 3 + 1}"
@@ -213,11 +213,11 @@ def _tiles(results: Results, models: Mapping[str, Measured]) -> list[tuple[str, 
     """The few numbers that a reader came for: each with its words and its colour."""
     tiles = []
     ratio = results.degradation_ratio
-    pair = words.pair(models, main_target(models))
-    degradations = [None if name is None else words.degradation(models, name) for name in pair]
+    names = pair(models, main_target(models))
+    degradations = [None if name is None else words.degradation(models, name) for name in names]
     if words.finite(ratio) and all(map(words.is_positive, degradations)):
         tiles.append((f"{number(ratio, ',.1f')}×", "degradation, step distillation over ARD", "ink"))
-    step, ard = (models.get(name or "", Measured()) for name in pair)
+    step, ard = (models.get(name or "", Measured()) for name in names)
     shown = {"the teacher": (words.teacher_of(models), "teacher"), "step distillation": (step, "step")}
     for of, (model, colour) in (shown | {"ARD": (ard, "ard")}).items():
         if model.fd is not None:
@@ -276,10 +276,10 @@ def _points(results: Results, models: Mapping[str, Measured]) -> dict[str, list[
     ratios = results.degradation_ratios
     rows = {}
     for target, word in words.TARGETS.items():
-        pair = words.pair(models, target)
-        if pair == (None, None):
+        names = pair(models, target)
+        if names == (None, None):
             continue
-        degradations = [None if name is None else words.degradation(models, name) for name in pair]
+        degradations = [None if name is None else words.degradation(models, name) for name in names]
         if all(map(words.is_positive, degradations)):
             ratio = number(ratios.get(target), ",.1f")
         else:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeGuard
 
-from ard_jax.results import Measured, Results, main_target, shares
+from ard_jax.results import Measured, Results, is_step_distillation, main_target, objective_of, pair, shares
 
 ABSENT = "–"
 TARGETS = {"x0": "x0 points", "xt": "noisy points"}
@@ -115,15 +115,6 @@ def cells(measured: Mapping, keys: Iterable[str]) -> list[str]:
     return [COLUMNS[key][1](measured.get(key)) for key in keys]
 
 
-def is_step_distillation(model: Measured) -> bool:
-    """A student without history: docs/METHOD.md section 1, mask M1 or no history layers."""
-    return model.mask == "diagonal" or model.history_layers == 0
-
-
-def objective_of(model: Measured) -> str:
-    return model.objective or "ard"
-
-
 def _usual_title(model: Measured) -> str:
     """What a model is called that does not say so itself."""
     if model.is_teacher:
@@ -163,18 +154,6 @@ def degradation(models: Mapping[str, Measured], name: str) -> float | None:
     if student.fd is None or teacher.fd is None:
         return None
     return student.fd - teacher.fd
-
-
-def pair(models: Mapping[str, Measured], target: str) -> tuple[str | None, str | None]:
-    """Names of the step-distillation student and of the ARD student (the first of each) with this target."""
-    students = {
-        name: model
-        for name, model in models.items()
-        if not model.is_teacher and objective_of(model) == "ard" and (model.target or "x0") == target
-    }
-    step = next((name for name, model in students.items() if is_step_distillation(model)), None)
-    ard = next((name for name, model in students.items() if not is_step_distillation(model)), None)
-    return step, ard
 
 
 def headline(results: Results) -> tuple[str, str]:
