@@ -436,6 +436,18 @@ def test_headline_does_not_claim_more_than_there_is(results, changes, ratio, sai
         assert page.row("x0 points")[-1] == "none"
 
 
+@pytest.mark.parametrize(("levels", "said"), [(("ard",), "ARD"), (("step", "ard"), "step distillation and ARD")])
+def test_a_ratio_of_what_may_be_nothing_is_no_headline(results, levels, said):
+    for name in levels:
+        results["models"][name]["degradation_interval"] = [-0.5, 60.0]
+    page = Page(build_report("Digits", results, {}, {}))
+    lead = f"No degradation ratio can be given: {said} cannot be told from the teacher by these samples."
+    assert headline(results)[0] == lead and lead in page.text["top"] and "7.9×" not in page.text["top"]
+    for name in levels:
+        results["models"][name]["degradation_interval"] = [0.5, 60.0]
+    assert "7.9×" in Page(build_report("Digits", results, {}, {})).text["top"]
+
+
 def test_missing_baseline_is_named(results):
     del results["models"]["step"]
     lead, _ = headline(results)

@@ -215,9 +215,10 @@ def _tiles(results: Results, models: Mapping[str, Measured]) -> list[tuple[str, 
     ratio = results.degradation_ratio
     names = pair(models, main_target(models))
     degradations = [None if name is None else words.degradation(models, name) for name in names]
-    if words.finite(ratio) and all(map(words.is_positive, degradations)):
-        tiles.append((f"{number(ratio, ',.1f')}×", "degradation, step distillation over ARD", "ink"))
     step, ard = (models.get(name or "", Measured()) for name in names)
+    told_apart = all(map(words.is_positive, degradations)) and not (words.is_level(step) or words.is_level(ard))
+    if words.finite(ratio) and told_apart:
+        tiles.append((f"{number(ratio, ',.1f')}×", "degradation, step distillation over ARD", "ink"))
     shown = {"the teacher": (words.teacher_of(models), "teacher"), "step distillation": (step, "step")}
     for of, (model, colour) in (shown | {"ARD": (ard, "ard")}).items():
         if model.fd is not None:
@@ -271,7 +272,7 @@ def _notes(results: Results) -> list[str]:
 def _points(results: Results, models: Mapping[str, Measured]) -> dict[str, list[str]]:
     """By kind of point that there are students of: cells with their degradations and the ratio of these.
 
-    A ratio is only shown of two differences that are both above zero, else it means nothing.
+    A ratio is only shown of two differences that are both above zero for certain, else it means nothing.
     """
     ratios = results.degradation_ratios
     rows = {}
@@ -280,7 +281,8 @@ def _points(results: Results, models: Mapping[str, Measured]) -> dict[str, list[
         if names == (None, None):
             continue
         degradations = [None if name is None else words.degradation(models, name) for name in names]
-        if all(map(words.is_positive, degradations)):
+        told_apart = not any(words.is_level(models[name]) for name in names if name)
+        if all(map(words.is_positive, degradations)) and told_apart:
             ratio = number(ratios.get(target), ",.1f")
         else:
             ratio = words.ABSENT if None in degradations else "none"

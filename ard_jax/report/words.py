@@ -176,9 +176,17 @@ def headline(results: Results) -> tuple[str, str]:
     if min(by_step, by_ard) <= 0:
         level = [word for word, value in (("step distillation", by_step), ("ARD", by_ard)) if value <= 0]
         return f"No degradation ratio can be given: {_are(level)} no worse than the teacher by this measure.", detail
+    if level := [word for word, name in (("step distillation", step), ("ARD", ard)) if is_level(models[name])]:
+        unsure = f"{' and '.join(level)} cannot be told from the teacher by these samples"
+        return f"No degradation ratio can be given: {unsure}.", detail
     if not finite(ratio):
         return "No degradation ratio was computed for these results.", detail
     return _compare(ratio, models[ard].steps, target), detail
+
+
+def is_level(model: Measured) -> bool:
+    """Whether a student's distance may as well be its teacher's: the interval of its degradation holds 0."""
+    return model.degradation_interval is not None and model.degradation_interval[0] <= 0
 
 
 def _are(level: list[str]) -> str:
