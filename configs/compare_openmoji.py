@@ -24,7 +24,7 @@ def get_config(argument: str = ""):
         config.teacher.dir = given["teacher"]
         config.trajectories.update(count=2048, points=EIGHT)
         # with x0 points, as the methods that it is compared with have; some 20 minutes a method and S on two cores
-        config.distill.update(steps=500 * given["budget"], batch_size=32, checkpoint_every=250)
+        config.distill.update(steps=1000 * given["budget"], batch_size=16, checkpoint_every=500)
         config.run.sample_every = 0  # its page shows no training
         config.sample.count = 1024 + 204
         config.compare.points = ((0,), (10, 0), (15, 10, 5, 0), EIGHT)

@@ -60,11 +60,12 @@ def get_config(argument: str = ""):
         config.evaluate.update(paired=256, pictures=10)
         if given["budget"] == "cpu":
             config.trajectories.update(count=4096)
-            config.distill.update(steps=1800, batch_size=32, checkpoint_every=250)
+            # as many pictures in twice the updates of batch 32 draw far better: at one short budget 21.3 dB for 16.3
+            config.distill.update(steps=3600, batch_size=16, checkpoint_every=500)
             config.run.sample_every = 0
         if given["budget"] == "quick":
             config.trajectories.update(count=1024, batch_size=64)
-            config.distill.update(steps=340, batch_size=16, checkpoint_every=170)
+            config.distill.update(steps=240, batch_size=16, checkpoint_every=240)
             config.sample.count = 460
             config.run.sample_every = 0  # a sampler takes longer to compile than a hundredth of the training
             config.evaluate.update(paired=128, judge_steps=500)

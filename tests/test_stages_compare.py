@@ -523,10 +523,29 @@ def test_intervals_and_halves_stand_in_the_table(comparison):
     assert "by bootstrap" in lines[-3] + lines[-5] + lines[-7]
 
 
-def test_measurements_over_seeds_keep_an_interval_s_ends_apart():
-    found = [{"fd": 1.0, "fd_interval": (0.5, 2.0), "psnr": None}, {"fd": 2.0, "fd_interval": (1.5, 3.0), "psnr": 1.0}]
-    assert _over_seeds(found, np.mean) == {"fd": 1.5, "fd_interval": [1.0, 2.5], "psnr": None}
-    assert _over_seeds(found, np.min)["fd_interval"] == [0.5, 2.0]
+def test_degradations_and_captions_stand_in_the_table_where_they_were_measured(comparison):
+    for row_ in comparison["rows"][1:]:
+        for kind, value in (("mean", 0.5), ("least", -0.25), ("greatest", 0.75)):
+            row_[kind] |= {"degradation": value, "degradation_interval": [-0.125, 0.5]}
+            row_[kind]["recall_at_5"] = {"trained": 0.5, "held_out": 1.0}
+    lines = markdown(comparison).splitlines()
+    assert lines[0].startswith("| Method | Steps | FD ↓ | Degradation ↓ | its 95 % interval | Precision ↑ |")
+    assert "| PSNR to teacher, dB ↑ | Caption in first 5, trained / held out ↑ | Network calls |" in lines[0]
+    assert lines[2].startswith("| Teacher | 25 | 7.25 (7.00–7.50) | – | – | 0.900 | 0.724 | – | – | 50 |")
+    assert lines[4].startswith("| ARD | 4 | 8.58 (8.36–8.80) | 0.500 (−0.250 to 0.750) | −0.125 to 0.500 | 0.900 |")
+    assert "| 26.1 | 50 % / 100 % | 4 |" in lines[4]
+    assert "in pairs of the same noise" in markdown(comparison)
+
+
+def test_measurements_over_seeds_keep_an_interval_s_ends_and_the_kinds_of_captions_apart():
+    found = [
+        {"fd": 1.0, "fd_interval": (0.5, 2.0), "psnr": None, "recall_at_5": {"trained": 0.5, "held_out": 0.75}},
+        {"fd": 2.0, "fd_interval": (1.5, 3.0), "psnr": 1.0, "recall_at_5": {"trained": 0.75, "held_out": 0.25}},
+    ]
+    recall = {"trained": 0.625, "held_out": 0.5}
+    assert _over_seeds(found, np.mean) == {"fd": 1.5, "fd_interval": (1.0, 2.5), "psnr": None, "recall_at_5": recall}
+    assert _over_seeds(found, np.min)["fd_interval"] == (0.5, 2.0)
+    assert _over_seeds(found, np.max)["recall_at_5"] == {"trained": 0.75, "held_out": 0.75}
 
 
 def test_the_title_of_the_page_is_escaped(comparison, pictures):

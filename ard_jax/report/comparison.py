@@ -20,9 +20,12 @@ COST = (
 )
 
 
-MEASURED: tuple[str, ...] = ("fd", "fid", "fd_interval", "sfid", "inception_score", "precision", "recall", "psnr")
+MEASURED: tuple[str, ...] = ("fd", "fid", "fd_interval", "sfid", "inception_score", "degradation")
+MEASURED += ("degradation_interval", "precision", "recall", "psnr", "recall_at_1", "recall_at_5")
 MEASURED += ("network_calls", "gmac_per_image")
 MEASURED += ("training_examples", "training_flops", "training_seconds")
+# Of two values or of two kinds of captions: their means say enough.
+WITHOUT_SPREAD = ("fd_interval", "degradation_interval", "recall_at_1", "recall_at_5")
 
 
 def build_comparison(title: str, comparison: Mapping, pictures: Mapping[str, np.ndarray]) -> str:
@@ -97,7 +100,7 @@ def _cells(comparison: Mapping, spread: str) -> Iterable[Sequence[str]]:
     for row in _ranked(comparison):
         measured = (words.cells(row[kind], columns) for kind in ("mean", "least", "greatest"))
         cells = [
-            mean if least == greatest or key == "fd_interval" else mean + spread.format(f"{least}–{greatest}")
+            mean if least == greatest or key in WITHOUT_SPREAD else mean + spread.format(words.between(least, greatest))
             for key, mean, least, greatest in zip(columns, *measured, strict=True)
         ]
         yield [row["title"], str(row["steps"]), *cells]
@@ -115,12 +118,13 @@ def _noise(comparison: Mapping) -> tuple[Mapping[str, float], Mapping[str, Any]]
 
 def _notes(comparison: Mapping) -> list[str]:
     """What the numbers are, in sentences."""
+    columns = _columns(comparison)
     samples, real = (number(comparison[key], ",.0f") for key in ("samples", "real_images"))
     fd = (
         f"FD is the Fréchet distance between {samples} samples of each model and {real} real images, in "
         f"{str(comparison['features'][0]).rstrip('.')}."
     )
-    if "fid" not in _columns(comparison):
+    if "fid" not in columns:
         fd += " It ranks the models of this page and nothing else."
     seeds = comparison["seeds"]
     said = f"One seed, {seeds[0]}, so that differences of a few per cent may be chance."
@@ -128,7 +132,8 @@ def _notes(comparison: Mapping) -> list[str]:
         said = (
             f"Means over the seeds {', '.join(map(str, seeds))}, each with its own teacher; least–greatest with them."
         )
-    intervals = [measures.INTERVAL] if "fd_interval" in _columns(comparison) else []
+    notes_on = {"fd_interval": measures.INTERVAL, "degradation_interval": measures.PAIRED}
+    intervals = [note for key, note in notes_on.items() if key in columns]
     halves = measures.notes_on_halves(*_noise(comparison))
     notes = [fd, said, *intervals, *halves, *_worsened(comparison)]
     if comparison["quick"]:

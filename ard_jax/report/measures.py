@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # Columns that are left out where nothing was measured in them.
-OPTIONAL = ("fd_interval", "degradation_interval", "fid", "sfid", "inception_score", "recall_at_1", "recall_at_5")
+OPTIONAL: tuple[str, ...] = ("fd_interval", "degradation", "degradation_interval", "fid", "sfid", "inception_score")
+OPTIONAL += ("recall_at_1", "recall_at_5")
 INTERVAL = (
     "An interval is where 95 % of draws of as many samples of the same model have their distance, by bootstrap, with "
     "the real images held fixed."

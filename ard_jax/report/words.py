@@ -78,8 +78,12 @@ def span(ends: Any) -> str:
     """Two ends of an interval; a dash where there is none."""
     if ends is None:
         return ABSENT
-    low, high = map(distance, ends)
-    return f"{low} to {high}" if finite(ends[0]) and ends[0] < 0 else f"{low}–{high}"
+    return between(*map(distance, ends))
+
+
+def between(low: str, high: str) -> str:
+    """From one written number to another."""
+    return f"{low} to {high}" if low.startswith("−") else f"{low}–{high}"
 
 
 # Key of a model's measurements → the heading of their column, and how one is written.

@@ -41,6 +41,10 @@ MEASURED: tuple[str, ...] = (
     "sfid",
     "sfid_halves",
     "inception_score",
+    "degradation",
+    "degradation_interval",
+    "recall_at_1",
+    "recall_at_5",
 )
 MEASURED += ("precision", "recall", "psnr", "network_calls", "gmac_per_image", "seconds_per_image")
 TRAINED = ("examples", "flops", "seconds")  # of done.json, "training_" before them in compare.json
@@ -179,6 +183,12 @@ def _summarise_seeds(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]
 
 
 def _over_seeds(found: Sequence[Mapping[str, Any]], function: Callable[..., Any]) -> dict[str, Any]:
-    """What a function of NumPy makes of each measurement, an interval's ends apart; None where a seed has none."""
+    """What a function of NumPy makes of each measurement, an interval's ends and the kinds of captions apart.
+
+    None where a seed has none.
+    """
     columns = {key: [values.get(key) for values in found] for key in found[0]}
-    return {key: None if None in values else function(values, axis=0).tolist() for key, values in columns.items()}
+    return {
+        key: None if None in values else jax.tree.map(lambda *each: float(function(each)), *values)
+        for key, values in columns.items()
+    }
