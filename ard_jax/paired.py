@@ -170,6 +170,19 @@ class Paired:
             found["attention_mass"] = mass.mean(axis=0, dtype=np.float64).tolist()
         return found
 
+    def error_given(self, student: Loaded, noise: np.ndarray, label: np.ndarray, points: np.ndarray) -> list[float]:
+        """By step, an ARD student's error where all points before it are the teacher's, of any trajectories.
+
+        Args:
+            student: it.
+            noise: (row, height, width, channel).
+            label: numbers of conditions, (row,).
+            points: those of the student, (row, step, height, width, channel).
+        """
+        is_given = np.ones(points.shape[:2], bool)
+        found = self.predict(student, noise, self.conditions.rows(label), points, is_given)
+        return mean_squared_error_per_step(found, points).tolist()
+
     def edit_sources(self, count: int) -> dict[str, np.ndarray]:
         """The images that students edit, the teacher's last points, and the conditions that they turn them into."""
         source, label = self.rows["x0"][:count, -1:], self.rows["label"][:count]

@@ -35,6 +35,8 @@ class Measured:
         mse_per_step, psnr_per_step: the same by step, (S,).
         mask, history_layers: of an ARD student, the layers that look across blocks.
         forced_mse, rollout_mse: by step, with the teacher's history and with its own, (S,).
+        trained_mse: as forced_mse, of trajectories that it was trained on, (S,).
+        times_seen: how often its training saw each trajectory.
         given_psnr: of the image when the first 0, 1, …, S−1 points are the teacher's, dB, (S,).
         attention_mass: (layer, query block, key block).
         degradation: Fréchet distance less the teacher's.
@@ -70,6 +72,8 @@ class Measured:
     history_layers: int | None = None
     forced_mse: list[float] | None = None
     rollout_mse: list[float] | None = None
+    trained_mse: list[float] | None = None
+    times_seen: float | None = None
     given_psnr: list[float] | None = None
     attention_mass: list[list[list[float]]] | None = None
     degradation: float | None = None

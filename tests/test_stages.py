@@ -357,6 +357,35 @@ def test_errors_are_paired_with_the_teacher(pipeline, teacher, student):
     assert model["psnr"] == model["psnr_per_step"][-1]
 
 
+def test_errors_on_trajectories_of_the_training_stand_beside_those_on_fresh_noise(pipeline, student):
+    """Of as many of the store's records as trajectories are solved, evenly spread over it."""
+    model = read_json(pipeline / "evaluate" / "results.json")["models"]["ard"]
+    source = store.Store(pipeline / "trajectories", store.read_manifest(pipeline / "trajectories"))
+    records = [source[row * (len(source) - 1) // 7] for row in range(8)]
+    noise, x0, label = (jnp.asarray(np.stack([record[key] for record in records])) for key in ("noise", "x0", "label"))
+    points = x0[:, jnp.array([0, 2, 3])].astype(jnp.float32)  # 3, 1, 0 of the stored 3, 2, 1, 0
+    forced = jax.jit(lambda: teacher_forcing(*student, noise.astype(jnp.float32), points, label))()
+    mse = np.mean((np.asarray(forced, np.float64) - np.asarray(points)) ** 2, axis=(0, 2, 3, 4))
+    assert model["trained_mse"] == pytest.approx(mse, rel=1e-6)  # another point would be 1e-5 off
+    assert model["times_seen"] == done(pipeline / "distill" / "ard")["examples"] / len(source)
+
+
+@pytest.mark.parametrize("store_is", ["removed", "another"])
+def test_a_run_is_measured_without_the_trajectories_of_its_training(pipeline, tmp_path, store_is):
+    workdir = copy(pipeline, tmp_path, "teacher", "trajectories", "distill", "sample")
+    if store_is == "removed":
+        shutil.rmtree(workdir / "trajectories")
+    else:
+        path = workdir / "trajectories" / "manifest.json"
+        manifest = read_json(path)
+        manifest["shards"][0]["sha256"] = "0" * 64
+        path.write_text(json.dumps(manifest))
+    assert smoke("evaluate", workdir).status == 0
+    before, after = (read_json(at / "evaluate" / "results.json")["models"] for at in (pipeline, workdir))
+    assert before["ard"].pop("trained_mse") and before["ard"].pop("times_seen")
+    assert after == before
+
+
 def test_the_first_points_of_the_teacher_help_the_last(pipeline, teacher, student):
     """PSNR of the final image when the first k points are the teacher's: the plain rollout, …, the forced last step."""
     model = read_json(pipeline / "evaluate" / "results.json")["models"]["ard"]

@@ -84,6 +84,7 @@ def build_report(
         exposure=_by_step(
             models, "exposure", {"rollout_mse": ", rollout", "forced_mse": ", forced"}, "mean squared error", log=True
         ),
+        by_heart=words.learnt_by_heart(models),
         given=_given(models),
         attention=_attention(models),
         edits=_edits(models, edits or {}),

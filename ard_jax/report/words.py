@@ -86,6 +86,9 @@ def between(low: str, high: str) -> str:
     return f"{low} to {high}" if low.startswith("−") else f"{low}–{high}"
 
 
+# From this ratio of errors, on fresh noise to trajectories of the training, a page speaks of it; digits have up to 1.3.
+BY_HEART = 1.5
+
 # Key of a model's measurements → the heading of their column, and how one is written.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "fd": ("FD ↓", distance),
@@ -186,6 +189,26 @@ def headline(results: Results) -> tuple[str, str]:
     if not finite(ratio):
         return "No degradation ratio was computed for these results.", detail
     return _compare(ratio, models[ard].steps, target), detail
+
+
+def learnt_by_heart(models: Mapping[str, Measured]) -> list[str]:
+    """Says which students err far more on fresh noise than on trajectories that they were trained on."""
+    named, said = titles(models), []
+    for name, model in models.items():
+        ratios = [
+            fresh / trained
+            for fresh, trained in zip(model.forced_mse or (), model.trained_mse or (), strict=False)
+            if finite(fresh) and finite(trained) and trained > 0
+        ]
+        if max(ratios, default=0.0) < BY_HEART:
+            continue
+        often = f", each of which it saw {number(model.times_seen, '.1f')} times" if model.times_seen else ""
+        said.append(
+            f"{named[name]} errs {number(max(ratios), '.1f')} times as much on fresh noise, at step "
+            f"{ratios.index(max(ratios)) + 1}, as on trajectories that it was trained on{often}: more trajectories "
+            f"(trajectories.count) would help it more than more training."
+        )
+    return said
 
 
 def is_level(model: Measured) -> bool:

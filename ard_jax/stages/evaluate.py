@@ -17,6 +17,8 @@ distance stand those of two halves of the same samples and of two halves of the 
 bootstrap; beside what a student's has over its teacher's, the interval of that, of pairs of the same noise and
 condition. It also measures each student's error to the teacher from the same noise, step by step; and of ARD students
 - the exposure bias, the error of each step with the teacher's history against its own;
+- `trained_mse`, the former on trajectories that the student was trained on, if their store still lies in the workdir,
+  and `times_seen`, how often its training saw each: far smaller errors there mean that it has too few of them;
 - `given_psnr`, of the final image to the teacher's when the first 0, 1, …, S−1 points are the teacher's;
 - `attention_mass` (layer, query block, key block), how a block shares its attention out, on the student's own points;
 - in `edits.npz`, the teacher's images `source` turned into the class `label`, under the student's name (image, S,
@@ -51,12 +53,14 @@ from ard_jax.errors import UserError
 from ard_jax.evaluation import difference_interval
 from ard_jax.files import file_sha256, read_npz, write_json, write_npz
 from ard_jax.measuring import Held, Samples, draw_samples, forget_parts, open_yardstick, read_samples
+from ard_jax.methods import columns_of
 from ard_jax.models import AutoencoderKL
 from ard_jax.paired import Paired, can_edit
 from ard_jax.parallel import is_first, local_mesh
 from ard_jax.progress import Stopwatch
 from ard_jax.prompted import judge, open_list
 from ard_jax.results import Measured, Results, add_degradation, degradation_ratios, main_target
+from ard_jax.trajectories.store import Store, read_manifest, store_hash
 from ard_jax.types import Params
 from ard_jax.workdir import (
     Loaded,
@@ -66,6 +70,7 @@ from ard_jax.workdir import (
     load_teacher,
     occupy,
     require_done,
+    store_folder,
     teacher_folder,
     vae_folder,
     write_done,
@@ -118,7 +123,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
 
     def beside_teacher(name):
         of = {"config": plain(config), "teacher": teacher.sha256, "student": students[name].sha256}
-        return _beside_teacher(paired, students[name], parts / "paired" / f"{name}.npz", of)
+        return _beside_teacher(paired, name, students[name], workdir, of)
 
     # on a laptop small networks are compiled for longer than they run, one core a program; elsewhere memory is dearer,
     # and programs of several devices would wait for each other
@@ -223,22 +228,49 @@ def _add_intervals(measured: Mapping[str, Measured], held: Mapping[str, Held]) -
 
 
 def _beside_teacher(
-    paired: Paired, student: Loaded, path: pathlib.Path, of: Mapping[str, Any]
+    paired: Paired, name: str, student: Loaded, workdir: pathlib.Path, of: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A student's errors to its teacher, and its "pictures" and perhaps "edits".
 
     They are found once and kept in a file, which holds what they are `of`: a stage that was killed goes on from there.
     """
+    path = workdir / "evaluate" / "parts" / "paired" / f"{name}.npz"
     count, known = paired.config.evaluate.pictures, json.dumps(of, sort_keys=True)
     if path.exists():
         found = read_npz(path)
         if str(found.pop("of")) == known:
             return json.loads(str(found.pop("errors"))), found
     errors, pictures = paired.compare(student, count)
+    errors |= _on_trained(paired, name, student, workdir)
     shown = {"pictures": pictures} | ({"edits": paired.edits(student, count)} if can_edit(student) else {})
     if is_first():
         write_npz(path, of=np.array(known), errors=np.array(json.dumps(errors)), **shown)
     return errors, shown
+
+
+def _on_trained(paired: Paired, name: str, student: Loaded, workdir: pathlib.Path) -> dict[str, Any]:
+    """What `Measured` says of trajectories that an ARD student was trained on; {} where these no longer lie there."""
+    inputs, folder = student.config.get("inputs", {}), store_folder(paired.config, workdir)
+    if student.config.student.kind != "history" or not inputs.get("store"):
+        return {}
+    try:
+        manifest = read_manifest(folder)
+        if store_hash(manifest) != inputs["store"]:
+            return {}
+        store = Store(folder, manifest)
+        places = np.linspace(0, len(store) - 1, min(len(store), paired.count)).astype(int)
+        records = [store[place] for place in places.tolist()]
+    except UserError as error:  # whoever evaluates need not have them
+        log.info("%s has no errors on trajectories that it was trained on: %s", name, error)
+        return {}
+    columns = list(columns_of(manifest["points"], student.config))
+    noise = np.stack([record["noise"] for record in records]).astype(np.float32)
+    points = np.stack([record[student.config.student.target][columns] for record in records]).astype(np.float32)
+    label = np.array([record["label"] for record in records], np.int32)
+    # one that starts from another student has seen what that one saw, too
+    alone = "start" not in inputs
+    seen = require_done(workdir / "distill" / name, "distill")["examples"] / len(store) if alone else None
+    return {"trained_mse": paired.error_given(student, noise, label, points), "times_seen": seen}
 
 
 def _gallery(
