@@ -22,7 +22,7 @@ def get_config(argument: str = ""):
     config = openmoji.get_config()
     with config.unlocked():
         config.teacher.dir = given["teacher"]
-        config.trajectories.update(count=2048, points=EIGHT)
+        config.trajectories.update(count=8192, points=EIGHT)
         # with x0 points, as the methods that it is compared with have; some 20 minutes a method and S on two cores
         config.distill.update(steps=1000 * given["budget"], batch_size=16, checkpoint_every=500)
         config.run.sample_every = 0  # its page shows no training
