@@ -432,7 +432,7 @@ def test_a_run_is_measured_and_shown_by_inception(measured, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_evaluation_looks_at_nothing_again(pipeline, tmp_path, monkeypatch):
-    workdir = copy(pipeline, tmp_path, "teacher", "distill", "sample")
+    workdir = copy(pipeline, tmp_path, "teacher", "trajectories", "distill", "sample")
 
     def kill(*_, **__):
         raise KeyboardInterrupt
@@ -442,6 +442,7 @@ def test_a_killed_evaluation_looks_at_nothing_again(pipeline, tmp_path, monkeypa
         assert smoke("evaluate", workdir).status == 130
     assert sorted(path.name for path in (workdir / "evaluate" / "parts").iterdir()) == ["ard", "paired", "teacher"]
     monkeypatch.setattr(Paired, "compare", kill)
+    monkeypatch.setattr(Paired, "error_given", kill)
     monkeypatch.setattr(FeatureExtractor, "__call__", once := Once(FeatureExtractor.__call__))
     assert smoke("evaluate", workdir).status == 0
     assert once.shapes == [(1797, 8, 8, 1)]  # the real images, and no samples
