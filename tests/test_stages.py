@@ -370,6 +370,16 @@ def test_errors_on_trajectories_of_the_training_stand_beside_those_on_fresh_nois
     assert model["times_seen"] == done(pipeline / "distill" / "ard")["examples"] / len(source)
 
 
+def test_a_snapshot_which_does_not_say_what_it_took_has_errors_on_trajectories_too(pipeline, tmp_path):
+    """As `watch` measures one, of a store that lies elsewhere."""
+    workdir = copy(pipeline, tmp_path, "teacher", "distill", "sample")
+    path = workdir / "distill" / "ard" / "done.json"
+    path.write_text(json.dumps({key: value for key, value in read_json(path).items() if key != "examples"}))
+    assert smoke("evaluate", workdir, f"trajectories.dir={pipeline / 'trajectories'}").status == 0
+    before, after = (read_json(at / "evaluate" / "results.json")["models"]["ard"] for at in (pipeline, workdir))
+    assert after["trained_mse"] == before["trained_mse"] and "times_seen" not in after
+
+
 @pytest.mark.parametrize("store_is", ["removed", "another"])
 def test_a_run_is_measured_without_the_trajectories_of_its_training(pipeline, tmp_path, store_is):
     workdir = copy(pipeline, tmp_path, "teacher", "trajectories", "distill", "sample")

@@ -267,9 +267,9 @@ def _on_trained(paired: Paired, name: str, student: Loaded, workdir: pathlib.Pat
     noise = np.stack([record["noise"] for record in records]).astype(np.float32)
     points = np.stack([record[student.config.student.target][columns] for record in records]).astype(np.float32)
     label = np.array([record["label"] for record in records], np.int32)
+    examples = require_done(workdir / "distill" / name, "distill").get("examples")  # a snapshot's does not say
     # one that starts from another student has seen what that one saw, too
-    alone = "start" not in inputs
-    seen = require_done(workdir / "distill" / name, "distill")["examples"] / len(store) if alone else None
+    seen = None if examples is None or "start" in inputs else examples / len(store)
     return {"trained_mse": paired.error_given(student, noise, label, points), "times_seen": seen}
 
 
