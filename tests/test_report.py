@@ -660,13 +660,13 @@ def test_rivals_are_named_and_never_taken_for_ard(results, pictures):
 def test_the_page_says_which_students_have_learnt_their_trajectories_by_heart(results, pictures):
     results["models"]["ard"] |= {"trained_mse": [0.0019, 0.0004, 0.001, 0.0008], "times_seen": 9.37}
     results["models"]["step"] |= {"trained_mse": [0.0018, 0.0007, 0.001, 0.001]}  # 1.43 times at most
-    results["models"]["ard_noisy"] |= {"trained_mse": [0.0002, 0.0, None, 0.001], "times_seen": None}
+    results["models"]["ard_noisy"] |= {"trained_mse": [0.0, None, 0.0001, 0.001], "times_seen": None}
     said = Page(build_report("t", results, pictures, {})).text["exposure"]
     assert (
         "ARD errs 2.5 times as much on fresh noise, at step 2, as on trajectories that it was trained on, each of "
         "which it saw 9.4 times: more trajectories (trajectories.count) would help it more than more training."
     ) in said
-    assert "ARD, noisy points errs 10.0 times as much on fresh noise, at step 1, as on trajectories that it " in said
+    assert "ARD, noisy points errs 10.0 times as much on fresh noise, at step 3, as on trajectories that it " in said
     assert said.count("as much on fresh noise") == 2 and "trained on: more trajectories" in said
 
 

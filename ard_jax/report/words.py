@@ -195,18 +195,22 @@ def learnt_by_heart(models: Mapping[str, Measured]) -> list[str]:
     """Says which students err far more on fresh noise than on trajectories that they were trained on."""
     named, said = titles(models), []
     for name, model in models.items():
-        ratios = [
-            fresh / trained
-            for fresh, trained in zip(model.forced_mse or (), model.trained_mse or (), strict=False)
+        if not (model.forced_mse and model.trained_mse):
+            continue
+        by_step = enumerate(zip(model.forced_mse, model.trained_mse, strict=True), start=1)
+        known = [
+            (fresh / trained, step)
+            for step, (fresh, trained) in by_step
             if finite(fresh) and finite(trained) and trained > 0
         ]
-        if max(ratios, default=0.0) < BY_HEART:
+        ratio, step = max(known, default=(0.0, 0))
+        if ratio < BY_HEART:
             continue
         often = f", each of which it saw {number(model.times_seen, '.1f')} times" if model.times_seen else ""
         said.append(
-            f"{named[name]} errs {number(max(ratios), '.1f')} times as much on fresh noise, at step "
-            f"{ratios.index(max(ratios)) + 1}, as on trajectories that it was trained on{often}: more trajectories "
-            f"(trajectories.count) would help it more than more training."
+            f"{named[name]} errs {number(ratio, '.1f')} times as much on fresh noise, at step {step}, as on "
+            f"trajectories that it was trained on{often}: more trajectories (trajectories.count) would help it more "
+            f"than more training."
         )
     return said
 
