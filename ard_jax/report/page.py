@@ -215,10 +215,8 @@ def _tiles(results: Results, models: Mapping[str, Measured]) -> list[tuple[str, 
     tiles = []
     ratio = results.degradation_ratio
     names = pair(models, main_target(models))
-    degradations = [None if name is None else words.degradation(models, name) for name in names]
     step, ard = (models.get(name or "", Measured()) for name in names)
-    told_apart = all(map(words.is_positive, degradations)) and not (words.is_level(step) or words.is_level(ard))
-    if words.finite(ratio) and told_apart:
+    if words.finite(ratio) and words.has_ratio(models, names):
         tiles.append((f"{number(ratio, ',.1f')}×", "degradation, step distillation over ARD", "ink"))
     shown = {"the teacher": (words.teacher_of(models), "teacher"), "step distillation": (step, "step")}
     for of, (model, colour) in (shown | {"ARD": (ard, "ard")}).items():
@@ -282,8 +280,7 @@ def _points(results: Results, models: Mapping[str, Measured]) -> dict[str, list[
         if names == (None, None):
             continue
         degradations = [None if name is None else words.degradation(models, name) for name in names]
-        told_apart = not any(words.is_level(models[name]) for name in names if name)
-        if all(map(words.is_positive, degradations)) and told_apart:
+        if words.has_ratio(models, names):
             ratio = number(ratios.get(target), ",.1f")
         else:
             ratio = words.ABSENT if None in degradations else "none"

@@ -220,6 +220,13 @@ def is_level(model: Measured) -> bool:
     return model.degradation_interval is not None and model.degradation_interval[0] <= 0
 
 
+def has_ratio(models: Mapping[str, Measured], names: Iterable[str | None]) -> bool:
+    """Whether all these students are farther from the data than their teacher for certain, which a ratio wants."""
+    return all(
+        name is not None and is_positive(degradation(models, name)) and not is_level(models[name]) for name in names
+    )
+
+
 def _are(level: list[str]) -> str:
     return f"{' and '.join(level)} {'is' if len(level) == 1 else 'are'}"
 
