@@ -35,8 +35,8 @@ import dataclasses
 import json
 import logging
 import pathlib
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -120,10 +120,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     yardstick = open_yardstick(config, real_images, vae, conditions, parts / "reference")
     occupy(directory)
     paired = Paired(config, teacher, students, conditions, make_decoder(vae, config, mesh), mesh)
+    given = _trajectories(config, workdir, students.values(), paired.count)
 
     def beside_teacher(name):
         of = {"config": plain(config), "teacher": teacher.sha256, "student": students[name].sha256}
-        return _beside_teacher(paired, name, students[name], workdir, of)
+        return _beside_teacher(paired, name, students[name], given, workdir, of)
 
     # on a laptop small networks are compiled for longer than they run, one core a program; elsewhere memory is dearer,
     # and programs of several devices would wait for each other
@@ -227,8 +228,60 @@ def _add_intervals(measured: Mapping[str, Measured], held: Mapping[str, Held]) -
     return {name: add(name, model) for name, model in measured.items()}
 
 
+class _Trajectories(NamedTuple):
+    """Some of the run's trajectories: `records` spread evenly over a store of so `many`, its hash and its points."""
+
+    store: str
+    many: int
+    points: list[int]
+    records: list[dict[str, np.ndarray]]
+
+
+def _trajectories(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, students: Iterable[Loaded], count: int
+) -> _Trajectories | None:
+    """`count` trajectories of the store that some student was trained on; None where it no longer lies there."""
+    folder, wanted = store_folder(config, workdir), {_store_of(student) for student in students} - {""}
+    try:
+        if not wanted or (sha256 := store_hash(manifest := read_manifest(folder))) not in wanted:
+            return None
+        store = Store(folder, manifest)
+        places = np.linspace(0, len(store) - 1, min(len(store), count)).astype(int)
+        records = [store[place] for place in places.tolist()]
+    except UserError as error:  # whoever evaluates need not have them
+        log.info("errors on trajectories that students were trained on are not measured: %s", error)
+        return None
+    return _Trajectories(sha256, len(store), manifest["points"], records)
+
+
+def _store_of(student: Loaded) -> str:
+    """The hash of the store that an ARD student was trained on; "" where it has none, or is another kind."""
+    return student.config.get("inputs", {}).get("store", "") if student.config.student.kind == "history" else ""
+
+
+def _on_trained(
+    paired: Paired, name: str, student: Loaded, given: _Trajectories | None, workdir: pathlib.Path
+) -> dict[str, Any]:
+    """What `Measured` says of trajectories that a student was trained on; {} if it was not on those that are given."""
+    if given is None or _store_of(student) != given.store:
+        return {}
+    target, columns = student.config.student.target, list(columns_of(given.points, student.config))
+    noise = np.stack([record["noise"] for record in given.records]).astype(np.float32)
+    points = np.stack([record[target][columns] for record in given.records]).astype(np.float32)
+    label = np.array([record["label"] for record in given.records], np.int32)
+    examples = require_done(workdir / "distill" / name, "distill").get("examples")  # a snapshot's does not say
+    # one that starts from another student has seen what that one saw, too
+    seen = None if examples is None or "start" in student.config.inputs else examples / given.many
+    return {"trained_mse": paired.error_given(student, noise, label, points), "times_seen": seen}
+
+
 def _beside_teacher(
-    paired: Paired, name: str, student: Loaded, workdir: pathlib.Path, of: Mapping[str, Any]
+    paired: Paired,
+    name: str,
+    student: Loaded,
+    given: _Trajectories | None,
+    workdir: pathlib.Path,
+    of: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A student's errors to its teacher, and its "pictures" and perhaps "edits".
 
@@ -241,36 +294,11 @@ def _beside_teacher(
         if str(found.pop("of")) == known:
             return json.loads(str(found.pop("errors"))), found
     errors, pictures = paired.compare(student, count)
-    errors |= _on_trained(paired, name, student, workdir)
+    errors |= _on_trained(paired, name, student, given, workdir)
     shown = {"pictures": pictures} | ({"edits": paired.edits(student, count)} if can_edit(student) else {})
     if is_first():
         write_npz(path, of=np.array(known), errors=np.array(json.dumps(errors)), **shown)
     return errors, shown
-
-
-def _on_trained(paired: Paired, name: str, student: Loaded, workdir: pathlib.Path) -> dict[str, Any]:
-    """What `Measured` says of trajectories that an ARD student was trained on; {} where these no longer lie there."""
-    inputs, folder = student.config.get("inputs", {}), store_folder(paired.config, workdir)
-    if student.config.student.kind != "history" or not inputs.get("store"):
-        return {}
-    try:
-        manifest = read_manifest(folder)
-        if store_hash(manifest) != inputs["store"]:
-            return {}
-        store = Store(folder, manifest)
-        places = np.linspace(0, len(store) - 1, min(len(store), paired.count)).astype(int)
-        records = [store[place] for place in places.tolist()]
-    except UserError as error:  # whoever evaluates need not have them
-        log.info("%s has no errors on trajectories that it was trained on: %s", name, error)
-        return {}
-    columns = list(columns_of(manifest["points"], student.config))
-    noise = np.stack([record["noise"] for record in records]).astype(np.float32)
-    points = np.stack([record[student.config.student.target][columns] for record in records]).astype(np.float32)
-    label = np.array([record["label"] for record in records], np.int32)
-    examples = require_done(workdir / "distill" / name, "distill").get("examples")  # a snapshot's does not say
-    # one that starts from another student has seen what that one saw, too
-    seen = None if examples is None or "start" in inputs else examples / len(store)
-    return {"trained_mse": paired.error_given(student, noise, label, points), "times_seen": seen}
 
 
 def _gallery(
