@@ -152,7 +152,8 @@ class Paired:
     def use_of_history(self, student: Loaded, points: np.ndarray, rollout: np.ndarray) -> dict[str, Any]:
         """What an ARD student makes of the points before a step: the teacher's `points`, or its own `rollout`."""
         model, steps = student.model, points.shape[1]
-        forced = self.predictions(student, points, steps - 1)
+        # the first step sees the noise alone, the teacher's as its own
+        forced = rollout if steps == 1 else self.predictions(student, points, steps - 1)
         between = [self.predictions(student, points, first)[:, -1:] for first in range(1, steps - 1)]
         finals = [rollout[:, -1:], *between, forced[:, -1:]][:steps]
         bias = exposure_bias(points, forced, rollout)

@@ -8,7 +8,7 @@ calls; one of fewer is trained for more updates, at the same FLOPs.
 
 3,953 pictures with captions; a tenth of the compositions of a figure and skin tones is held out of training
 (ard_jax/data/openmoji_held_out.txt). With told=groups or subgroups, a DiT is told one of Unicode's 10 groups or 101
-sub-groups. With budget=cpu, students of half as many pictures, an hour or two each on a core of its own, after 40
+sub-groups. With budget=cpu, students of a third as many pictures, an hour and a half each on a core of its own, after 40
 minutes of trajectories on two; with budget=quick, what launch/emoji.sh makes in some ten minutes. Both want the shipped
 teacher in the workdir. Wants the extra `emoji`.
 """
@@ -61,7 +61,7 @@ def get_config(argument: str = ""):
         if given["budget"] == "cpu":
             # 4,096 were learnt by heart: two steps had 26 to 27 dB after 38,400 examples, and have 28.4 of these
             config.trajectories.update(count=12288)
-            config.distill.update(steps=3600, batch_size=16, checkpoint_every=500)
+            config.distill.update(steps=2400, batch_size=16, checkpoint_every=500)
             config.run.sample_every = 0
         if given["budget"] == "quick":
             config.trajectories.update(count=1024, batch_size=64)
