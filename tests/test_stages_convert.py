@@ -227,8 +227,58 @@ def test_a_student_of_another_teacher_is_refused(tmp_path, teacher_file, workdir
 def test_somebody_elses_config_is_not_replaced(teacher_file, workdir):
     workdir.mkdir(parents=True)
     (workdir / "config.py").write_text("mine")
-    assert "config.py was not written by convert, which would replace it" in refused(teacher_file, workdir, *TEACHER)
+    assert "config.py is not as convert wrote it, and this model's would" in refused(teacher_file, workdir, *TEACHER)
     assert files(workdir) == ["config.py"]
+
+
+EDITS = {
+    "a setting": lambda text: text.replace("    return config\n", "    config.seed = 3\n    return config\n"),
+    "a line at the end": lambda text: text + "MINE = 1\n",
+    "no hash": lambda text: "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#")) + "#",
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_a_config_that_somebody_changed_is_never_replaced(tmp_path, teacher_file, student_file, workdir, edit):
+    file, steps = workdir / "config.py", ((teacher_file, TEACHER), (student_file, STUDENT))
+    for source, flags in steps:
+        converted(source, workdir, *flags)
+    edited = edit(file.read_text())
+    assert edited != file.read_text()
+    file.write_text(edited)
+    for source, flags in steps:  # as a script does that is run again
+        assert "holds this already." in converted(source, workdir, *flags)
+        assert file.read_text() == edited
+    converted(write_vae(tmp_path / "sd-vae"), workdir)
+    before = everything(workdir)
+    said = refused(student_file, workdir, *STUDENT, "--name", "again")
+    assert f"{file} is not as convert wrote it, and this model's would replace it: move it away, run the same" in said
+    assert everything(workdir) == before and file.read_text() == edited
+    file.rename(workdir / "mine.py")
+    converted(student_file, workdir, *STUDENT, "--name", "again")
+    assert "models=('teacher', 'again')" in file.read_text()
+
+
+def test_a_config_of_an_older_version(teacher_file, student_file, workdir):
+    """It does not tell whether it was changed: another model's replaces it, the same model again does not."""
+    converted(teacher_file, workdir, *TEACHER)
+    old = '"""Written by `python -m ard_jax convert` from the source below, for the later stages"""\n'
+    (workdir / "config.py").write_text(old)
+    converted(teacher_file, workdir, *TEACHER)
+    assert (workdir / "config.py").read_text() == old
+    converted(student_file, workdir, *STUDENT)
+    assert "models=('teacher', 'ard')" in (workdir / "config.py").read_text()
+
+
+def test_a_run_that_was_killed_before_its_config(teacher_file, student_file, workdir):
+    """What it left is the teacher's, and as it was written."""
+    converted(teacher_file, workdir, *TEACHER)
+    left = (workdir / "config.py").read_bytes()
+    converted(student_file, workdir, *STUDENT)
+    expected = (workdir / "config.py").read_bytes()
+    (workdir / "config.py").write_bytes(left)
+    converted(student_file, workdir, *STUDENT)
+    assert left != expected == (workdir / "config.py").read_bytes()
 
 
 @pytest.mark.parametrize(

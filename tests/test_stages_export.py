@@ -21,11 +21,15 @@ from ard_jax import ARDPipeline
 from ard_jax.build import make_student, make_teacher
 from ard_jax.config import default_config, plain
 from ard_jax.convert import standalone, vae_to_diffusers
-from ard_jax.convert.card import choose_license
+from ard_jax.convert.card import Facts, choose_license
+from ard_jax.convert.card import results as card_results
 from ard_jax.convert.published import parameters
 from ard_jax.convert.vae import vae_shapes
 from ard_jax.files import file_sha256, read_json, tree_sha256, write_json
+from ard_jax.methods import finetuned_config
 from ard_jax.models import AutoencoderKL, init_from_teacher, network_shapes
+from ard_jax.report.words import distance
+from ard_jax.results import Measured, Results
 from ard_jax.training.checkpoints import make_manager
 from ard_jax.weights.tensors import open_tensors, read_tensors, write_tensors
 from ard_jax.workdir import network_settings, recorded_config
@@ -393,7 +397,8 @@ def test_the_card_of_a_student_trained_here(workdir, monkeypatch):
         facts = results["models"][name]
         psnr = f"{facts['psnr']:.2f}" if name == "ard" else ""
         calls = {"teacher": 10, "ard": 3}[name]
-        row = f"| {name} | {facts['fd']:.2f} | {facts['precision']:.3f} | {facts['recall']:.3f} | {psnr} | {calls} |"
+        fd = distance(facts["fd"])
+        row = f"| {name} | {fd} | {facts['precision']:.3f} | {facts['recall']:.3f} | {psnr} | {calls} |"
         assert row in body
     assert results["features"] in body
     assert "20 steps of batch 8, adamw, learning rate 0.0015 (cosine)" in body
@@ -410,14 +415,78 @@ def test_the_card_of_a_student_trained_here(workdir, monkeypatch):
 def test_results_of_other_weights_are_left_out(workdir):
     _, body = read_card(exported(workdir, "ard", "pipeline", "--weights", "params"))
     assert "These weights have not been measured" in body and "not averaged" in body
-    samples = workdir / "sample" / "done.json"
-    stale = read_json(samples)
-    stale["models"]["ard"]["ema_sha256"] = "0"
-    write_json(samples, stale)
+    measured_as(workdir, "ard", ema_sha256="0")  # though the samples are of the weights as they are now
     outcome = export(workdir, "ard", "pipeline")
+    assert "The results of ard in" in outcome.err
     assert "results.json are of older weights, and are left out of the card" in outcome.err
     _, body = read_card(workdir / "export" / "ard" / "pipeline")
     assert "These weights have not been measured" in body
+
+
+def measured_as(workdir, name, **changed):
+    """Changes what results.json says of a model."""
+    path = workdir / "evaluate" / "results.json"
+    found = read_json(path)
+    found["models"][name] |= changed
+    write_json(path, found)
+
+
+def test_results_of_an_older_teacher_are_left_out(workdir):
+    """Its student's stay; where the teacher is gone, nothing says that its own are older."""
+    measured_as(workdir, "teacher", ema_sha256="0")
+    outcome = export(workdir, "ard", "pipeline")
+    assert "The results of teacher in" in outcome.err
+    _, body = read_card(workdir / "export" / "ard" / "pipeline")
+    assert "| ard | " in body and "| teacher | " not in body
+    shutil.rmtree(workdir / "teacher")
+    _, body = read_card(exported(workdir, "ard", "pipeline"))
+    assert "| ard | " in body and "| teacher | " in body
+
+
+def test_results_need_no_samples(workdir):
+    """As with evaluate.draw, which keeps none."""
+    shutil.rmtree(workdir / "sample")
+    _, body = read_card(exported(workdir, "ard", "pipeline"))
+    assert "| ard | " in body and "| teacher | " in body
+
+
+@pytest.mark.parametrize("fd", [(0.137, 0.141), (0.9, 1.234), (23.456, 1234.5)])
+def test_distances_are_written_as_in_reports(fd):
+    models = {name: Measured(fd=value) for name, value in zip(("teacher", "ard"), fd, strict=True)}
+    table = results_section(Results(models=models, samples=8, real_images=9)).splitlines()
+    assert [line.split(" | ")[1] for line in table[2:4]] == [distance(value) for value in fd]
+    assert "of 8 samples to 9 real images; like" in table[-1]
+
+
+def test_a_reference_may_not_tell_how_many_images_it_is_of():
+    assert "of 8 samples to a reference; like" in results_section(Results(models={"ard": Measured()}, samples=8))
+
+
+def results_section(results):
+    """What the card of a student says of results."""
+    nothing = dict.fromkeys(("form", "config", "part", "sha256", "parameters", "images", "source", "license"))
+    return card_results(Facts("ard", is_student=True, converted=False, results=results, **nothing))
+
+
+@pytest.mark.parametrize("start", ["", "ard"])
+def test_the_card_of_a_fine_tuned_student_states_the_fine_tune(workdir, start):
+    """Under the name that was asked for, or that its hash has in the workdir."""
+    folder = workdir / "distill" / "ard_adversarial"
+    shutil.copytree(workdir / "distill" / "ard", folder)
+    before = recorded_config(folder)
+    config = finetuned_config(before, before)
+    config.finetune.update(start=start, steps=1000, batch_size=4, layers=(0, 1), weight=5.0, warmup=300)
+    config.finetune.optimizer.update(learning_rate=0.25, ema=0.5)
+    config.finetune.discriminator_optimizer.update(name="rmsprop", learning_rate=0.125)
+    sha256 = done(workdir / "distill" / "ard")["sha256"]["ema"]
+    write_json(folder / "config.json", plain(config) | {"inputs": {"start": sha256}})
+    _, body = read_card(exported(workdir, "ard_adversarial", "pipeline"))
+    assert "and then fine-tuned against a discriminator on that teacher's features." in body
+    assert f"| fine-tuned from | `ard`, SHA-256 of the arrays `{sha256}` |" in body
+    words = "1,000 steps of batch 4, adamw, learning rate 0.25 (constant), running average 0.5, seed 0"
+    assert f"| fine-tune | {words} |" in body and "| training |" not in body
+    heads = "heads on blocks 0, 1 of the teacher, weight 5 after 300 steps, rmsprop, learning rate 0.125 (constant)"
+    assert f"| discriminator | {heads} |" in body
 
 
 def test_the_licence_of_the_teachers_weights_is_passed_on(latents, workdir):

@@ -53,6 +53,7 @@ class Facts:
         notes: sentences on what is different in this form.
         repository: on the hub, ORG/NAME, where it will lie; "" for none.
         base_model: the repository of what it was made from, ORG/NAME, "" if that lies in none.
+        start: of a fine-tuned student, the name of the one that it started from, "" if unknown.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Facts:
     notes: Sequence[str] = ()
     repository: str = ""
     base_model: str = ""
+    start: str = ""
 
 
 def model_card(facts: Facts) -> str:
@@ -177,8 +179,15 @@ def _description(facts: Facts) -> str:
     )
     return (
         f"A {_network(facts)} of {facts.parameters:,} parameters that makes {what}, in {steps} of one network call "
-        f"each. It was distilled from a teacher of {teacher} by {method}."
+        f"each. It was distilled from a teacher of {teacher} by {method}{FINETUNED * _is_finetuned(facts)}."
     )
+
+
+FINETUNED = ", and then fine-tuned against a discriminator on that teacher's features"
+
+
+def _is_finetuned(facts: Facts) -> bool:
+    return facts.is_student and facts.config.distill.objective == "adversarial"  # see methods.finetuned_config
 
 
 def _network(facts: Facts) -> str:
@@ -259,28 +268,34 @@ def results(facts: Facts) -> str:
     models = facts.results.models
     if facts.name not in models:
         return "These weights have not been measured in the workdir that they were exported from."
-    columns = {  # heading: key, digits
-        "FD": ("fd", 2),
-        "precision": ("precision", 3),
-        "recall": ("recall", 3),
-        "PSNR to the teacher (dB)": ("psnr", 2),
-        "network calls": ("network_calls", 0),
+    columns = {  # heading: key, format
+        "FD": ("fd", _distance),
+        "precision": ("precision", "{:.3f}".format),
+        "recall": ("recall", "{:.3f}".format),
+        "PSNR to the teacher (dB)": ("psnr", "{:.2f}".format),
+        "network calls": ("network_calls", "{:.0f}".format),
     }
     judged = models[facts.name].recall_at_5
     heads = [*columns, *(["caption in first 5, trained / held out"] if judged else [])]
     rows = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for name in dict.fromkeys(("teacher", facts.name)):
         if name in models:
-            values = [getattr(models[name], key) for key, _ in columns.values()]
-            digits = [digits for _, digits in columns.values()]
-            cells = ["" if v is None else f"{v:.{d}f}" for v, d in zip(values, digits, strict=True)]
+            values = [(getattr(models[name], key), form) for key, form in columns.values()]
+            cells = ["" if value is None else form(value) for value, form in values]
             cells += [shares(models[name].recall_at_5)] if judged else []
             rows.append(f"| {name} | {' | '.join(cells)} |")
+    real = facts.results.real_images
     words = (
-        f"FD is the Fréchet distance of {facts.results.samples} samples to {facts.results.real_images} real "
-        f"images; like precision and recall, it is measured in {facts.results.features}."
+        f"FD is the Fréchet distance of {facts.results.samples} samples to "
+        f"{'a reference' if real is None else f'{real} real images'}; like precision and recall, it is measured in "
+        f"{facts.results.features}."
     )
     return "\n".join(rows) + f"\n\n{words}"
+
+
+def _distance(value: float) -> str:
+    """As `report.words.distance`, whose package wants more than the base requirements."""
+    return f"{value:,.{3 if abs(value) < 1 else 2}f}"
 
 
 def settings(facts: Facts) -> str:
@@ -303,15 +318,36 @@ def settings(facts: Facts) -> str:
             "mask, history layers, heads": f"{student.mask}, {student.history_layers}, {student.heads}",
         }
     if not facts.converted:
-        training = config.distill if facts.is_student else config.teacher
-        optimizer = training.optimizer
         images = CREDITS.get(config.data.source, config.data.source)
         rows["images"] = " ".join(filter(None, (images, config.data.name)))
-        rows["training"] = (
-            f"{_count(training.steps, 'step')} of batch {training.batch_size}, {optimizer.name}, learning rate "
-            f"{optimizer.learning_rate:g} ({optimizer.schedule}), running average {optimizer.ema:g}, seed {config.seed}"
-        )
+        rows |= _training(facts)
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _training(facts: Facts) -> dict[str, str]:
+    """Rows on how it was trained; of a fine-tuned student on the fine-tune, and what that began with."""
+    config, tuned = facts.config, _is_finetuned(facts)
+    training = config.finetune if tuned else config.distill if facts.is_student else config.teacher
+    words = (
+        f"{_count(training.steps, 'step')} of batch {training.batch_size}, {_optimizer(training.optimizer)}, running "
+        f"average {training.optimizer.ema:g}, seed {config.seed}"
+    )
+    if not tuned:
+        return {"training": words}
+    start = f"`{facts.start}`, " if facts.start else ""
+    blocks = f"blocks {', '.join(map(str, training.layers))}" if training.layers else "all blocks"
+    return {
+        "fine-tuned from": f"{start}SHA-256 of the arrays `{config.inputs.start}`",
+        "fine-tune": words,
+        "discriminator": (
+            f"heads on {blocks} of the teacher, weight {training.weight:g} after {_count(training.warmup, 'step')}, "
+            f"{_optimizer(training.discriminator_optimizer)}"
+        ),
+    }
+
+
+def _optimizer(settings: ml_collections.ConfigDict) -> str:
+    return f"{settings.name}, learning rate {settings.learning_rate:g} ({settings.schedule})"
 
 
 def _origin(facts: Facts) -> str:

@@ -9,7 +9,8 @@ Writes WORKDIR/teacher/ or WORKDIR/distill/NAME/ (checkpoints/, config.json, sou
 where the names of the classes are known, done.json), WORKDIR/vae/ where the source has a VAE, and WORKDIR/config.py:
     python -m ard_jax sample --config WORKDIR/config.py --workdir WORKDIR
 FID's Inception, as torch-fidelity and pytorch-fid publish it, goes into the user's cache folder, where `evaluate` finds
-it. All of it is whole or absent. A second source may join it, such as a student its teacher, or a teacher its VAE.
+it. All of it is whole or absent. A second source may join it, such as a student its teacher, or a teacher its VAE; a
+config.py that somebody has changed is never replaced.
 
 What a source does not tell is asked for: --num-heads of a model of no published size, --points of a student of neither
 4, 2 nor 1 steps (they also make a student of a file with a single final layer), --objective of a file that is not named
@@ -21,6 +22,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import math
 import os
@@ -60,7 +62,9 @@ from ard_jax.workdir import (
 log = logging.getLogger("ard_jax")
 
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
-WRITTEN_BY = '"""Written by `python -m ard_jax convert`'
+WRITTEN_BY = '"""Written for the later stages by `python -m ard_jax convert`; change what you like.'
+WRITTEN_BY_OLDER = '"""Written by `python -m ard_jax convert`'  # in versions without a seal
+SEAL = "# The SHA-256 of all above, as convert wrote it, by which it knows what you changed and leaves it alone: "
 # Sections of the config that the source settles, and what it settles of them.
 SETTLED = {
     "data": ("source", "name", "split", "image_size", "channels", "num_classes", "space", "horizontal_flip"),
@@ -157,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
         for part, folder in missing.items():
             folder.parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / part, folder)
-    _finish(folders, source, args)
+    _finish(folders, source, args, joins="model" in missing)
 
 
 def _is_inception(path: pathlib.Path) -> bool:
@@ -255,7 +259,7 @@ def _is_converted(part: str, folder: pathlib.Path, source: Source) -> bool:
 
 
 def _check_compatible(missing: dict[str, pathlib.Path], source: Source, args: argparse.Namespace) -> None:
-    """Raises UserError if a new model does not fit the models that are there, or a config.py is not ours to write."""
+    """Raises UserError if a new model does not fit the models that are there, or would replace a config.py not ours."""
     if "model" not in missing:
         return
     for folder in _models_of(args.workdir):
@@ -263,14 +267,42 @@ def _check_compatible(missing: dict[str, pathlib.Path], source: Source, args: ar
         found, given = network_settings(others), network_settings(source.config)
         check_same_config(found, given, ("data", "model", "diffusion"), folder)
     file = args.workdir / "config.py"
-    if file.exists() and not file.read_text(encoding="utf-8").startswith(WRITTEN_BY):
-        raise UserError(f"{file} was not written by convert, which would replace it: move it away.")
+    if _has_config(source, args.workdir) and _is_as_written(file) is False:
+        raise UserError(
+            f"{file} is not as convert wrote it, and this model's would replace it: move it away, run the same command "
+            f"again, and put what is yours into the new one."
+        )
 
 
 def _models_of(workdir: pathlib.Path) -> list[pathlib.Path]:
     """Folders of the finished models of a workdir."""
     folders = (workdir / "teacher", *sorted((workdir / "distill").glob("*")))
     return [folder for folder in folders if folder.is_dir() and read_done(folder)]
+
+
+def _has_config(source: Source, workdir: pathlib.Path) -> bool:
+    """Whether config.py is to be of this model: a student's serves its teacher too."""
+    students = [folder for folder in _models_of(workdir) if folder.parent.name == "distill"]
+    is_student = source.model is not None and source.model.is_student
+    return is_student or not students or not (workdir / "config.py").exists()
+
+
+def _is_as_written(file: pathlib.Path) -> bool | None:
+    """Whether convert may write a config.py: there is none, or it is as convert wrote it.
+
+    None for one of an older version, which does not tell whether it was changed.
+    """
+    if not file.exists():
+        return True
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if text.startswith(WRITTEN_BY_OLDER):
+        return None
+    return text == _sealed(text.rpartition(SEAL)[0])
+
+
+def _sealed(text: str) -> str:
+    """A config.py with its hash as the last line."""
+    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -327,8 +359,12 @@ def _write_source(folder: pathlib.Path, name: str, sha256: str, license: str | N
     write_json(folder / "source.json", {"source": name, "sha256": sha256, "license": license})
 
 
-def _finish(folders: dict[str, pathlib.Path], source: Source, args: argparse.Namespace) -> None:
-    """What lies outside the parts' folders: distill/done.json and config.py."""
+def _finish(folders: dict[str, pathlib.Path], source: Source, args: argparse.Namespace, joins: bool) -> None:
+    """What lies outside the parts' folders: distill/done.json, and config.py if the model has just joined.
+
+    A run that was killed may have left an older config.py beside a whole model, so one that nobody changed is written
+    again.
+    """
     folder = folders.get("model")
     if folder is None:
         print(f"done: {args.workdir / 'vae'}", flush=True)
@@ -336,9 +372,8 @@ def _finish(folders: dict[str, pathlib.Path], source: Source, args: argparse.Nam
     assert source.model is not None and source.config is not None
     if source.model.is_student:
         merge_done(args.workdir / "distill", {folder.name: require_done(folder, "convert")})
-    students = [folder for folder in _models_of(args.workdir) if folder.parent.name == "distill"]
     file = args.workdir / "config.py"
-    if source.model.is_student or not students or not file.exists():
+    if _has_config(source, args.workdir) and (joins or _is_as_written(file)):
         config = source.config.copy_and_resolve_references()
         config.sample.models = (*(("teacher",) if (args.workdir / "teacher").exists() else ()), *config.sample.models)
         config.sample.models = tuple(dict.fromkeys(config.sample.models))
@@ -348,8 +383,7 @@ def _finish(folders: dict[str, pathlib.Path], source: Source, args: argparse.Nam
 
 def _config_text(config: ConfigDict, name: str) -> str:
     """A config file for the later stages."""
-    lines = [f"{WRITTEN_BY} from the source below, for the later stages; change what you like."]
-    lines += ['"""', "", "from ard_jax.config import default_config", "", f"SOURCE = {name!r}", "", ""]
+    lines = [WRITTEN_BY, '"""', "", "from ard_jax.config import default_config", "", f"SOURCE = {name!r}", "", ""]
     lines += ["def get_config():", "    config = default_config()"]
     for section, every in SETTLED.items():
         usual = default_config()[section]
@@ -359,7 +393,7 @@ def _config_text(config: ConfigDict, name: str) -> str:
         lines.append(f"    config.{section}.update(")
         lines += [f"        {key}={config[section][key]!r}," for key in keys]
         lines.append("    )")
-    return "\n".join([*lines, "    return config", ""])
+    return _sealed("\n".join([*lines, "    return config", "", "", ""]))
 
 
 def _files_of(part: str, source: Source) -> tuple[pathlib.Path, ...]:

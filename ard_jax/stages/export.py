@@ -16,6 +16,7 @@ Writes WORKDIR/export/MODEL/FORMAT/ with a model card, and done.json last. Run a
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import pathlib
@@ -24,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from ard_jax.build import example_shape
 from ard_jax.config import plain
@@ -111,10 +113,11 @@ def _export(args: argparse.Namespace, output: pathlib.Path) -> None:
         converted=(folder / "source.json").exists(),
         source=source,
         license=license,
-        results=_measured(args),
+        results=_measured(args, config, done["sha256"]["ema"]),
         notes=notes,
         repository=args.push,
         base_model=base_model,
+        start=_start(config, args.workdir),
     )
     pipe.card = model_card(facts)
     with whole_folder(output) as temporary:
@@ -202,16 +205,25 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _measured(args: argparse.Namespace) -> Results:
-    """The workdir's results, none if they are not of these weights."""
-    results, samples = args.workdir / "evaluate" / "results.json", read_done(args.workdir / "sample")
-    if args.weights != "ema" or not results.exists() or samples is None:
+def _measured(args: argparse.Namespace, config: ml_collections.ConfigDict, ema: str) -> Results:
+    """The workdir's results, without those of other weights than the model (hash `ema`) and its teacher now have."""
+    path, teacher = args.workdir / "evaluate" / "results.json", read_done(teacher_folder(config, args.workdir))
+    if args.weights != "ema" or not path.exists():
         return Results()
-    folder = _model_folder(args.workdir, args.model)
-    if samples["models"].get(args.model, {}).get("ema_sha256") != require_done(folder, args.model)["sha256"]["ema"]:
-        log.warning("The results in %s are of older weights, and are left out of the card.", results)
-        return Results()
-    return read_results(args.workdir)
+    results = read_results(args.workdir)
+    now = ({"teacher": teacher["sha256"]["ema"]} if teacher else {}) | {args.model: ema}
+    older = [name for name in now if name in results.models and results.models[name].ema_sha256 != now[name]]
+    if older:
+        names = " and ".join(older)
+        log.warning("The results of %s in %s are of older weights, and are left out of the card.", names, path)
+    return dataclasses.replace(results, models={name: results.models[name] for name in results.models.keys() - older})
+
+
+def _start(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
+    """The name of the student that a fine-tuned one started from, as the config or the workdir tells; or else ""."""
+    students = (read_done(workdir / "distill") or {}).get("models", {})
+    names = {made["sha256"]["ema"]: name for name, made in students.items()}
+    return config.finetune.start or names.get(config.get("inputs", {}).get("start"), "")
 
 
 # --------------------------------------------------------------------------------------------------- the formats
@@ -276,10 +288,8 @@ def _write_stablehlo(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Nam
     generate = pipe.generate_function()
     decoding = {name: leaf for name, leaf in (pipe.vae_params or {}).items() if name in ("decoder", "post_quant_conv")}
 
-    weights, platforms = (
-        {"network": pipe.params} | ({"vae": decoding} if decoding else {}),
-        parse_platforms(args.platforms),
-    )
+    weights = {"network": pipe.params} | ({"vae": decoding} if decoding else {})
+    platforms = parse_platforms(args.platforms)
     told: Told = {"labels": ((), "int32", (0, pipe.config.data.num_classes - 1))}
     about = None
     if pipe.prompts is not None:
