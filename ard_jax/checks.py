@@ -30,10 +30,11 @@ def _check_interval(interval: tuple[float, ...], key: str) -> None:
         raise UserError(f"{key} is {tuple(interval)}: give two rising numbers from 0 (data) to 1 (noise).")
 
 
-# Keys that results.json, pictures.npz and edits.npz have beside the models' names.
+# Keys that results.json, pictures.npz, edits.npz and gallery.npz have beside the models' names.
 RESERVED = (
     "teacher", "config", "degradation_ratio", "degradation_ratios", "features", "halves", "judge", "labels",
     "measured_with", "paired", "real_images", "samples", "seconds", "label", "noise", "source", "teacher_xt",
+    "real", "held_out",
 )  # fmt: skip
 
 

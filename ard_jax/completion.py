@@ -11,9 +11,10 @@ import ml_collections
 
 from ard_jax.captions.conditions import inputs_of
 from ard_jax.captions.store import open_captions
-from ard_jax.config import keys_that_change, plain
+from ard_jax.config import keys_that_change, plain, with_defaults
 from ard_jax.methods import finetuned_config
 from ard_jax.results import Measured, read_results
+from ard_jax.sampled import drawn_otherwise
 from ard_jax.trajectories.store import read_manifest, store_hash
 from ard_jax.workdir import (
     SECTIONS,
@@ -28,8 +29,8 @@ from ard_jax.workdir import (
     teacher_folder,
 )
 
-# Settings by which a model's samples, and the measurements of them, come out the same.
-SAMPLED, MEASURED = keys_that_change("sample"), keys_that_change("evaluate")
+# Settings by which the measurements of samples come out the same.
+MEASURED = keys_that_change("evaluate")
 
 
 def is_complete(
@@ -104,7 +105,7 @@ def _is_sampled(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: 
     sampled = (read_done(workdir / "sample") or {"models": {}})["models"].get(name)
     if sampled is None or sampled["ema_sha256"] != _weights(config, workdir, name):
         return False
-    return _same_settings(read_config(workdir / "sample" / name / "config.json"), config, SAMPLED)
+    return not drawn_otherwise(workdir / "sample" / name, config, _captions(config, workdir))
 
 
 def _is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collection[str]) -> bool:
@@ -117,7 +118,7 @@ def _is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, model
         sampled = require_done(workdir / "sample", "sample")["models"]
         weights = {name: facts["ema_sha256"] for name, facts in sampled.items()}
     results = read_results(workdir)
-    return _same_settings(results.config or {}, config, MEASURED) and all(
+    return _same_settings(with_defaults(results.config or {}), config, MEASURED) and all(
         name in weights and results.models.get(name, Measured()).ema_sha256 == weights[name]
         for name in models or weights
     )
@@ -126,12 +127,3 @@ def _is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, model
 def _same_settings(recorded: Mapping[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> bool:
     """Whether two configs have the same values under keys that begin so."""
     return not any(key.startswith(keys) for key in config_differences(recorded, plain(config)))
-
-
-def other_settings(recorded: Mapping[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> list[str]:
-    """In words, where a recorded config has other values under keys that begin so; folders may have moved."""
-    return [
-        f"{key} {there!r} there, {here!r} here"
-        for key, (there, here) in config_differences(recorded, plain(config)).items()
-        if key.startswith(keys) and not key.endswith(".dir")
-    ]

@@ -500,6 +500,16 @@ def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def with_defaults(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that was written down, with the defaults, which do as before, of settings that came later."""
+
+    def fill(there: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+        both = {key: fill(there[key], value) for key, value in usual.items() if isinstance(there.get(key), dict)}
+        return {**usual, **there, **both}
+
+    return fill(recorded, plain(default_config()))
+
+
 def config_arguments(text: str | None, **defaults: Any) -> dict[str, Any]:
     """Parses what follows the colon of `--config FILE:key=value,key=value`, typed as the defaults are.
 

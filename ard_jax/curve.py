@@ -7,7 +7,7 @@ A line holds "model", "step", "checkpoint" (which one: `training.checkpoints.che
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ard_jax.errors import UserError
@@ -77,24 +77,32 @@ def named_metric(lines: Iterable[Line], metric: str) -> str:
     return "fid" if any("fid" in line for line in lines) else "fd"
 
 
-def best_line(lines: Iterable[Line], model: str, metric: str) -> Line | None:
-    """The line of a model's best checkpoint, of equals the earliest; None if none was measured by that metric."""
+def best_line(lines: Iterable[Line], model: str, metric: str, is_there: Callable[[Line], bool]) -> Line | None:
+    """The line of a model's best checkpoint, of equals the earliest; None if none was measured by that metric.
+
+    Args:
+        lines: of a curve.
+        model, metric: whose best, and by what.
+        is_there: whether the checkpoint of a line still is: that of the same step may be another training's. It may be
+            slow to answer, and is asked of the best first, until it says yes.
+    """
     own = [line for line in lines if line["model"] == model]
     key = named_metric(own, metric)
     own = [line for line in own if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])]
-    return BETTER[key](own, key=lambda line: line[key]) if own else None
+    ranked = sorted(own, key=lambda line: line[key], reverse=BETTER[key] is max)  # which leaves equals in their order
+    return next(filter(is_there, ranked), None)
 
 
-def require_best(workdir: pathlib.Path, model: str, metric: str) -> Line:
+def require_best(workdir: pathlib.Path, model: str, metric: str, is_there: Callable[[Line], bool]) -> Line:
     """The same of a workdir's curve.
 
     Raises:
-        UserError: nothing was measured by that metric.
+        UserError: nothing was measured by that metric of the checkpoints that are there.
     """
-    best = best_line(read_curve(workdir), model, metric)
+    best = best_line(read_curve(workdir), model, metric, is_there)
     if best is None:
         raise UserError(
-            f"{curve_path(workdir)} says nothing of {model!r} by {metric!r}, so none of its checkpoints is the best: "
-            f"run 'watch', or give a step, or another metric."
+            f"{curve_path(workdir)} says nothing of {model!r} by {metric!r} that is of a checkpoint which is there "
+            f"now, so none of these is the best: run 'watch', or give a step, or another metric."
         )
     return best

@@ -19,13 +19,13 @@ from jax.sharding import Mesh
 
 from ard_jax.build import make_student, make_teacher
 from ard_jax.convert.families.pixart import NULL_CAPTION_FILE
-from ard_jax.curve import require_best
+from ard_jax.curve import Line, require_best
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import require_finite, tree_sha256, whole_folder, write_json
 from ard_jax.hosts import wait_for_all
 from ard_jax.models import network_shapes
 from ard_jax.parallel import is_first, make_mesh, with_shardings
-from ard_jax.training.checkpoints import check_sealed, load_parameters, steps_in
+from ard_jax.training.checkpoints import check_sealed, checkpoint_sha256, load_parameters, steps_in
 from ard_jax.workdir import recorded_config, teacher_folder
 
 log = logging.getLogger("ard_jax")
@@ -39,6 +39,14 @@ TOLD = ("config.json", "data.json", "labels.json", "source.json", NULL_CAPTION_F
 def model_folder(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> pathlib.Path:
     """Where a model is trained: "teacher", or a student's name."""
     return teacher_folder(config, workdir) if name == "teacher" else workdir / "distill" / name
+
+
+def hash_there(folder: pathlib.Path, step: int) -> str | None:
+    """`checkpoint_sha256` of a model's folder; None if there is no checkpoint of that step, or no more."""
+    with contextlib.suppress(FileNotFoundError):
+        if step in steps_in(folder / "checkpoints"):
+            return checkpoint_sha256(folder / "checkpoints", step)
+    return None
 
 
 def take_snapshot(
@@ -100,15 +108,19 @@ def at_checkpoint(
 
     Args:
         folder, workdir: as `take_snapshot` takes them.
-        checkpoint: its step, or "best" by `metric` of those that `watch` measured.
+        checkpoint: its step, or "best" by `metric` of those that `watch` measured and that are still there.
         metric: a name in `curve.BETTER`.
         part: of the weights that has to be there beside "ema".
 
     Raises:
         UserError: there is no such checkpoint, or none is known to be the best.
     """
+
+    def is_there(line: Line) -> bool:
+        return hash_there(folder, line["step"]) == line["checkpoint"]
+
     if checkpoint == "best":
-        step = int(require_best(workdir, folder.name, metric)["step"])
+        step = int(require_best(workdir, folder.name, metric, is_there)["step"])
     elif checkpoint.isdecimal():
         step = int(checkpoint)
     else:

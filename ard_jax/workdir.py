@@ -22,7 +22,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ard_jax.build import make_process, make_student, make_teacher
-from ard_jax.config import ROWS, default_config, flatten, keys_that_change, plain, sections_that_change
+from ard_jax.config import ROWS, default_config, flatten, keys_that_change, plain, sections_that_change, with_defaults
 from ard_jax.convert.vae import open_vae
 from ard_jax.data import Identity
 from ard_jax.errors import UserError
@@ -313,7 +313,7 @@ def recorded_config(directory: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
-    """A config.json; UserError if it is damaged, or a value is of another kind than this version's."""
+    """A config.json, `with_defaults`; UserError if it is damaged, or a value is of another kind than this version's."""
     recorded, like = read_json(path, dict[str, Any]), flatten(default_config().to_dict())
     for key, value in flatten(recorded).items():
         of = like.get(key, value)
@@ -322,7 +322,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
         fits = fits or key in ROWS and ROWS[key].any_type
         if not fits or any(other.startswith(f"{key}.") for other in like):
             raise UserError(f"{path} is damaged ({key} is {value!r}): {AGAIN}.")
-    return recorded
+    return with_defaults(recorded)
 
 
 def network_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -301,9 +301,18 @@ def test_inception_measures_as_the_files_do(tmp_path, network):
     assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     assert got["fd"] == got["fid"] and got["fd_interval"][0] < got["fd"] < got["fd_interval"][1]
     assert got["fd_halves"] == pytest.approx(of_halves(network.of(samples).pool), rel=1e-4)
-    assert yardstick.halves["fd"] == pytest.approx(of_halves(network.of(real).pool), rel=1e-4)
     assert yardstick.facts["reference_sha256"] == file_sha256(tmp_path / "reference.npz")
-    assert "weights abababab, the published ones" in yardstick.about and yardstick.real_images == 50
+    assert "weights abababab, the published ones" in yardstick.about
+    # as in ADM's file: distances are to images that the file has not, and chance among the 50 it has is not theirs
+    assert yardstick.real_images is None and yardstick.halves == {}
+
+
+def test_a_file_of_images_alone_is_what_distances_are_to(tmp_path, network):
+    real = random_images(8, 50, seed=1)
+    save(tmp_path, real, "reference.npz")
+    yardstick = open_inception(settings(tmp_path, 60), (8, 8, 3), tmp_path / "parts")
+    assert yardstick.halves["fd"] == pytest.approx(of_halves(network.of(real).pool), rel=1e-4)
+    assert yardstick.real_images == 50
 
 
 def test_a_killed_measurement_goes_on(tmp_path, network, monkeypatch):

@@ -256,6 +256,28 @@ def test_pictures_stand_under_their_captions_those_held_out_apart(results, galle
     assert not Page(build_report("Digits", results, {}, {}, {})).text.get("captions")
 
 
+def test_distances_under_pictures_are_those_of_the_tables(results, pictures, gallery):
+    """Those of small networks lie far below 1: with two decimals models would look alike."""
+    for name, fd in {"teacher": 0.137, "step": 0.141, "ard": 0.1444, "ard_noisy": 1.444}.items():
+        results["models"][name]["fd"] = fd
+    page = Page(build_report("Emoji", results, pictures, {}, {}, gallery))
+    assert [page.row(title)[1] for title in ("Teacher", "Step distillation", "ARD")] == ["0.137", "0.141", "0.144"]
+    for section in ("pictures", "captions"):
+        assert {"FD 0.137", "FD 0.141", "FD 0.144"} <= {*re.findall(r"FD [\d.]+", page.text[section])}
+    assert "FD 1.44" in page.text["pictures"] and "FD 1.444" not in page.text["pictures"]
+
+
+@pytest.mark.parametrize(("count", "said"), [(1797, "1,797 real images"), (None, "real images")])
+def test_what_distances_are_between_is_said_whether_or_not_real_images_were_counted(results, count, said):
+    """Of ADM's reference file nobody says how many there were."""
+    results["real_images"] = count
+    text = Page(build_report("Digits", results, {}, {})).text["top"]
+    assert f"FD between 3,072 samples of each model and {said}, in 64 features" in text
+    compared = {"quick": {}, "seeds": [0], "features": ["f"], "samples": 3072, "rows": [], "config": {}}
+    text = report.markdown(compared | {"real_images": count})
+    assert f"between 3,072 samples of each model and {said}, in f." in text
+
+
 def test_the_recall_of_captions_stands_in_the_table(results):
     results["models"]["ard"] |= {"recall_at_1": {"trained": 0.314}, "recall_at_5": {"trained": 0.618, "held_out": 0.4}}
     results["judge"] = {
@@ -625,6 +647,14 @@ def test_teaser_of_captions_has_them_under_its_columns(results, pictures, galler
         np.testing.assert_array_equal(cell[8::16, 8::16], gallery[name][3])
     below = image[margin + 3 * strip + 2 * gap :, left + 3 * (strip + GUTTER) :][:, :strip]
     assert below.min() < 160  # the caption
+
+
+def test_what_people_write_is_drawn_as_they_wrote_it(results, pictures, gallery):
+    r"""Two dollars are no formula: \foo is none that matplotlib knows, and it would stop at it."""
+    plain = teaser(pictures, results, gallery)
+    gallery["label"] = np.array(["a $\\foo$ b", *gallery["label"][1:]])
+    results["models"]["ard"]["title"] = "ARD $\\foo$"
+    assert teaser(pictures, results, gallery) != plain and teaser(pictures, results)
 
 
 def test_teaser_without_a_student_says_what_it_needs(results, pictures):

@@ -20,7 +20,7 @@ from ard_jax.diffusion.solvers import Solution
 from ard_jax.drawing import to_levels
 from ard_jax.errors import UserError
 from ard_jax.evaluation import feature_statistics, frechet_distance, precision_recall, train_feature_net
-from ard_jax.files import file_sha256, join_npz, read_json, read_npz, tree_sha256, write_npz
+from ard_jax.files import file_sha256, join_npz, read_json, read_npz, tree_sha256, write_json, write_npz
 from ard_jax.models import init_from_teacher
 from ard_jax.objectives.ard import ard, online_ard, teacher_forcing
 from ard_jax.parallel import make_mesh
@@ -268,6 +268,37 @@ def test_parts_of_other_settings_are_not_joined(pipeline, tmp_path):
     assert "holds samples of other settings (sample.count 72 there, 4 here)" in said
 
 
+def test_samples_of_other_settings_are_not_evaluated(pipeline, tmp_path):
+    """The degradation's interval is of pairs of one noise and condition, and the page says what was asked for."""
+    workdir = copy(pipeline, tmp_path, "teacher", "distill", "sample")
+    shutil.rmtree(workdir / "sample" / "ard")
+    assert smoke("sample", workdir, "sample.models=('ard',)", "sample.seed=2").status == 0
+    said = sentence(smoke("evaluate", workdir), "evaluate")
+    assert f"{workdir / 'sample' / 'ard'} holds samples of other settings (sample.seed 2 there, " in said
+    said = sentence(smoke("evaluate", workdir, "sample.labels=balanced", "sample.seed=2"), "evaluate")
+    assert f"{workdir / 'sample' / 'teacher'} holds samples of other settings (sample.labels" in said
+    assert not (workdir / "evaluate").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("inputs", "teacher", "0" * 64, "a teacher of hash 00000000 there, "),
+        ("diffusion", "guidance_scale", 9.0, "diffusion.guidance_scale 9.0 there, "),
+        ("diffusion", "steps", 11, "diffusion.steps 11 there, 5 here"),
+    ],
+)
+def test_students_of_another_teacher_are_not_evaluated_beside_this_one(pipeline, tmp_path, section, key, value, said):
+    workdir = copy(pipeline, tmp_path, "teacher", "distill", "sample")
+    path = workdir / "distill" / "ard" / "config.json"
+    config = read_json(path)
+    config[section][key] = value
+    write_json(path, config)
+    found = sentence(smoke("evaluate", workdir), "evaluate")
+    assert f"ard was distilled from another teacher or solver than this config's ({said}" in found
+    assert not (workdir / "evaluate").exists()
+
+
 def test_parts_are_joined_to_what_one_file_would_be(tmp_path):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 255, (7, 4, 4, 1), dtype=np.uint8), np.arange(7, dtype=np.int32)
@@ -461,6 +492,19 @@ def test_few_samples_or_other_ones_are_refused(pipeline, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- other settings
+
+
+def test_what_was_begun_before_a_setting_came_goes_on_as_by_its_default(pipeline, tmp_path):
+    workdir = copy(pipeline, tmp_path, "teacher", "trajectories", "distill", "sample")
+    for folder in ("distill/ard", "sample/ard", "sample/teacher"):
+        path = workdir / folder / "config.json"
+        config = read_json(path)
+        del config["distill"]["ard"]["own_history"], config["sample"]["held_out"]
+        write_json(path, config)
+    assert smoke("distill", workdir).status == 0
+    said = sentence(smoke("distill", workdir, "distill.ard.own_history=True"), "distill")
+    assert "belongs to another config (distill.ard.own_history False there, True here)" in said
+    assert "ard has been sampled already." in smoke("sample", workdir).err
 
 
 @pytest.mark.parametrize("solver", ["heun", "dpm++2m"])

@@ -16,12 +16,14 @@ from pixart_fixtures import small_pixart, write_pixart, write_text_encoder
 
 from ard_jax import ARDPipeline
 from ard_jax.captions import texts as caption_texts
+from ard_jax.captions.conditions import check_texts
 from ard_jax.captions.store import open_captions
+from ard_jax.config import plain
 from ard_jax.convert import pixart_to_published
 from ard_jax.convert.published import NULL_CAPTION
 from ard_jax.data import image_source
 from ard_jax.errors import UserError
-from ard_jax.files import read_json, read_npz
+from ard_jax.files import read_json, read_npz, write_json
 from ard_jax.models import network_shapes
 from ard_jax.text_encoders import open_text_encoder
 from ard_jax.weights.tensors import read_tensors, write_tensors
@@ -305,6 +307,56 @@ def test_captions_of_another_encoder_are_refused_by_whoever_learned_others(capti
     for name in ("trajectories", "distill", "sample"):
         said = sentence(stage(name, workdir, "captions.length=12"), name)
         assert "were made by another text encoder" in said and "with the same encoder, length and cleaning" in said
+
+
+def test_what_numbers_captions_is_refused_with_other_captions(captioned, tmp_path):
+    """Trajectories and samples keep a caption's number alone, whose words another store of the same encoder has."""
+    workdir = copy(captioned, tmp_path / "run", "captions", "teacher", "trajectories", "distill", "sample")
+    (workdir / "captions").rename(workdir / "before")
+    texts = tmp_path / "reversed.txt"
+    texts.write_text("\n".join(reversed(caption_texts.read_texts(captions_config()).texts)))
+    other = "captions.source=file", f"captions.path={texts}"
+    assert stage("captions", workdir, *other).status == 0
+    for name in ("distill", "finetune"):
+        said = sentence(stage(name, workdir, *other), name)
+        assert "the trajectory store was made of other captions (hash" in said and "make a store with this" in said
+    before = {path: path.read_bytes() for path in (workdir / "sample").rglob("*.npz")}
+    for name in ("sample", "evaluate"):
+        said = sentence(stage(name, workdir, *other), name)
+        assert f"{workdir / 'sample' / 'teacher'} holds samples of other settings (captions of hash" in said
+    assert before == {path: path.read_bytes() for path in before}
+    assert not (workdir / "evaluate").exists()
+
+
+def test_pictures_are_trained_on_with_their_own_captions_alone(captioned, tmp_path):
+    folder = imagefolder(tmp_path / "pictures", ["black", "brown", "maroon", "red"])
+    workdir, data = tmp_path / "run", ("data.source=imagefolder", f"data.dir={folder}")
+    assert stage("captions", workdir, *data).status == 0
+    file = folder / "metadata.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(reversed(lines)))
+    said = sentence(stage("teacher", workdir, *data), "teacher")
+    assert f"the captions in {workdir / 'captions'} are not those of these pictures (texts of hash" in said
+    file.write_text("\n".join([*lines, lines[0]]))
+    said = sentence(stage("teacher", workdir, *data), "teacher")
+    assert "the last of the 5 pictures of `data` has the caption of number 4, but" in said and "holds 4: give" in said
+    assert not (workdir / "teacher").exists()
+    file.write_text("\n".join(lines))
+    assert stage("teacher", workdir, *data).status == 0
+    # nor are captions met that are held out
+    workdir = copy(captioned, tmp_path / "held", "captions")
+    hold_out(workdir, 3)
+    said = sentence(stage("teacher", workdir), "teacher")
+    assert "has the caption of number 95, but" in said and "holds 96, of which 3 are held out of training: give" in said
+
+
+def test_captions_of_another_split_of_a_dataset_are_not_its_pictures(tmp_path):
+    config = captions_config(data={"source": "tfds", "name": "pictures", "split": "train"})
+    write_json(tmp_path / "captions" / "config.json", plain(config))
+    check_texts(config, tmp_path, [])
+    config.data.split = "test"
+    with pytest.raises(UserError, match="not those of these pictures \\(data.split 'train' there, 'test' here\\)"):
+        check_texts(config, tmp_path, [])
 
 
 def test_networks_and_data_must_agree_on_what_is_told(tmp_path):

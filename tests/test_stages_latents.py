@@ -6,16 +6,17 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline_fixtures import done, sentence, smoke
+from pipeline_fixtures import copy, done, files, sentence, smoke
 
 from ard_jax.convert import vae_to_diffusers
 from ard_jax.data import to_uint8
-from ard_jax.files import read_json, write_json
+from ard_jax.files import read_json, read_npz, write_json
 from ard_jax.models import AutoencoderKL
 from ard_jax.models.vae import to_images
 from ard_jax.parallel import make_mesh
 from ard_jax.picture_grid import image_grid
 from ard_jax.sampling import draw_noise, sample_student, sampling_key
+from ard_jax.stages import sample
 from ard_jax.weights.tensors import write_tensors
 from ard_jax.workdir import load_student
 
@@ -85,6 +86,29 @@ def test_samples_are_decoded(latent_run, tmp_path):
     assert smoke("sample", workdir, *overrides).status == 0
     with np.load(workdir / "sample" / "ard" / "samples.npz", allow_pickle=False) as file:
         np.testing.assert_array_equal(file["arr_0"], images)
+
+
+@pytest.mark.slow
+def test_what_was_begun_without_a_vae_is_drawn_anew_and_another_one_s_is_refused(latent_run, tmp_path, monkeypatch):
+    source, overrides, *_ = latent_run
+    workdir, alone = copy(source, tmp_path / "run", "teacher"), "sample.models=('teacher',)"
+    write = sample.write_npz
+
+    def interrupted(path, **arrays):
+        write(path, **arrays)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "write_npz", interrupted)
+    assert smoke("sample", workdir, *overrides, alone).status == 130
+    monkeypatch.setattr(sample, "write_npz", write)
+    assert files(workdir / "sample" / "teacher") == ["config.json", "parts/000000000.npz"]
+    shutil.copytree(source / "vae", workdir / "vae")
+    assert smoke("sample", workdir, *overrides, alone).status == 0
+    found, known = (read_npz(run / "sample" / "teacher" / "samples.npz")["arr_0"] for run in (workdir, source))
+    np.testing.assert_array_equal(found, known)
+    write_vae(tmp_path / "other", widths=(8, 16))
+    said = sentence(smoke("sample", workdir, *overrides, alone, f"vae.dir={tmp_path / 'other'}"), "sample")
+    assert "sample/teacher holds samples of other settings (vae of hash" in said
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from ard_jax.files import read_json, write_json
 from ard_jax.parallel import make_mesh
 from ard_jax.report import build_curve, build_report, checkpoints
 from ard_jax.results import Results
+from ard_jax.snapshots import at_checkpoint
 from ard_jax.stages import watch
 from ard_jax.training.checkpoints import load_parameters, read_wanted, seal, steps_in
 from ard_jax.workdir import load_student, make_student, recorded_config
@@ -160,6 +161,27 @@ def test_checkpoints_that_cannot_be_exported(watched, asked, said):
     assert not [name for name in files(watched) if ".partial" in name]
 
 
+def train_anew(folder, step):
+    """Puts a checkpoint of another training in the place of that of a step, and its hashes."""
+    (folder / "checkpoints" / str(step) / "more").write_text("of another training")
+    (folder / "checksums" / f"{step}.json").unlink()
+    seal(folder / "checkpoints", last=step)
+
+
+def test_the_best_of_an_earlier_training_is_not_exported(watched, tmp_path):
+    """The lines stay where a training was moved away and another one begun under its name."""
+    workdir = copy(watched, tmp_path, "teacher", "distill", "evaluate")
+    folder = workdir / "distill" / "ard"
+    assert min(read_curve(workdir), key=lambda line: line["fd"])["step"] == 20
+    train_anew(folder, 20)
+    with at_checkpoint(folder, workdir, "best", "fd", "ema") as view:
+        assert steps_in(view / "distill" / "ard" / "checkpoints") == [15]
+    train_anew(folder, 15)
+    asked = ["--workdir", workdir, "--model", "ard", "--format", "pipeline", "--checkpoint", "best"]
+    said = "says nothing of 'ard' by 'frechet' that is of a checkpoint which is there now, so none of these is the best"
+    assert said in sentence(run("export", *asked), "export")
+
+
 # -------------------------------------------------------------------------------------------------- what it waits for
 
 
@@ -244,13 +266,28 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(quick, training):
 def test_a_training_that_was_begun_anew_is_measured_anew(quick, training):
     assert look_on(training, ARD).status == 0
     (before,) = read_curve(training)
-    hashes = training / "distill" / "ard" / "checksums" / "15.json"
-    (training / "distill" / "ard" / "checkpoints" / "15" / "more").write_text("of another training")
-    hashes.unlink()
-    seal(hashes.parent.parent / "checkpoints", last=15)
+    train_anew(training / "distill" / "ard", 15)
     assert look_on(training, ARD).status == 0
     (after,) = read_curve(training)
     assert after["step"] == before["step"] == 15 and after["checkpoint"] != before["checkpoint"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_the_best_of_an_earlier_training_is_not_asked_for(quick, training, there):
+    """Its step is not there, or is another training's that cannot be read: either way the best is another."""
+    folder = training / "distill" / "ard"
+    seal(folder / "checkpoints")
+    assert look_on(training, ARD).status == 0
+    assert read_wanted(folder) == [15]
+    train_anew(folder, 20)
+    if there:
+        train_anew(folder, 15)
+        (folder / "checkpoints" / "15" / "more").write_text("damaged")
+    else:
+        shutil.rmtree(folder / "checkpoints" / "15")
+        (folder / "checksums" / "15.json").unlink()
+    assert look_on(training, ARD).status == 0
+    assert places(training) == [("ard", 15), ("ard", 20)] and read_wanted(folder) == [20]
 
 
 def test_a_converted_model_that_has_no_hashes_is_measured(quick, training):

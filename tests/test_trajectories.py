@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import tqdm
 from array_record.python import array_record_data_source
 from networks import draw_noise_and_labels
 from pipeline_fixtures import ROOT, copy, done, files, sentence, smoke
@@ -305,6 +306,19 @@ def test_trajectories_out_of_bounds_are_counted_and_the_others_keep_their_number
     manifest = read_json(workdir / "trajectories" / "manifest.json")
     assert (manifest["tried"], manifest["kept"], manifest["dropped"]) == (24, 24 - len(expected), len(expected))
     assert [done(workdir / "trajectories")[key] for key in ("kept", "dropped")] == [manifest["kept"], len(expected)]
+
+
+def test_one_trajectory_that_is_nan_is_dropped_though_it_is_solved_alone():
+    def solved(broken):
+        for number in range(12):
+            x0 = np.full((1, 2, 2, 2, 1), np.nan if number in broken else 0.0)
+            yield {"x0": x0, "index": np.array([number])}, np.array([number not in broken])
+
+    dropped = []
+    kept = list(generate.drop_out_of_bounds(solved({0, 5}), dropped, tqdm.tqdm(disable=True)))
+    assert dropped == [0, 5] and [int(record["index"]) for record in kept] == [1, 2, 3, 4, *range(6, 12)]
+    with pytest.raises(UserError, match="trajectories are NaN: it has diverged"):
+        list(generate.drop_out_of_bounds(solved(range(4, 12)), [], tqdm.tqdm(disable=True)))
 
 
 def test_a_teacher_that_gives_nothing_finite_gives_no_store(pipeline, tmp_path, teacher, monkeypatch):

@@ -6,9 +6,12 @@ import ml_collections
 
 from ard_jax.build import make_teacher
 from ard_jax.captions.store import Captions, open_captions
+from ard_jax.captions.texts import texts_of_data, texts_sha256
 from ard_jax.conditions import Conditions, Labels
+from ard_jax.config import plain
+from ard_jax.data import Source
 from ard_jax.errors import UserError
-from ard_jax.workdir import captions_folder, read_config, teacher_folder
+from ard_jax.workdir import captions_folder, config_differences, read_config, teacher_folder
 
 
 def load_conditions(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Conditions:
@@ -45,4 +48,56 @@ def check_text_encoder(config: ml_collections.ConfigDict, workdir: pathlib.Path,
         raise UserError(
             f"the captions in {captions_folder(config, workdir)} were made by another text encoder (hash {ours[:12]}…) "
             f"than the teacher's ({theirs[:12]}…): encode them with the same encoder, length and cleaning."
+        )
+
+
+def check_pictures(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, conditions: Conditions, pictures: Source
+) -> None:
+    """Looks whether pictures to train on, whose labels are numbers of captions, go with the captions of the store.
+
+    Raises:
+        UserError: a picture has no caption, or one that is held out of training, or those of `data` have changed.
+    """
+    if not isinstance(conditions, Captions):
+        return
+    last = int(pictures[len(pictures) - 1]["label"])  # they are numbered in their order
+    if last >= conditions.for_training:
+        held_out = f", of which {conditions.held_out} are held out of training" if conditions.held_out else ""
+        raise UserError(
+            f"the last of the {len(pictures)} pictures of `data` has the caption of number {last}, but "
+            f"{conditions.directory} holds {len(conditions)}{held_out}: give pictures and captions of one set, such as "
+            f"data.split=train."
+        )
+    if config.data.space == "pixel":
+        check_texts(config, workdir, pictures)
+
+
+def check_texts(config: ml_collections.ConfigDict, workdir: pathlib.Path, pictures: Source) -> None:
+    """Raises UserError if captions that were read of pictures (captions.source=data) are no longer theirs.
+
+    Args:
+        config, workdir: the run's.
+        pictures: those of `data`, or that `encode` makes latents of. The captions of a TFDS dataset are not read for
+            this, which takes minutes, but told apart by its name and split.
+    """
+    folder = captions_folder(config, workdir)
+    if config.data.num_classes or not (folder / "config.json").exists():
+        return
+    recorded, section = read_config(folder / "config.json"), "encode" if config.data.space == "latent" else "data"
+    if recorded["captions"]["source"] != "data":
+        return
+    if config[section].source == "tfds":
+        keys = (f"{section}.name", f"{section}.split", "data.caption_key")
+        found = config_differences(recorded, plain(config))
+        other = [f"{key} {found[key][0]!r} there, {found[key][1]!r} here" for key in keys if key in found]
+    else:
+        there = recorded.get("inputs", {}).get("texts", "")
+        here = texts_sha256(texts_of_data(config, pictures).texts)
+        other = [] if there in ("", here) else [f"texts of hash {there:.8} there, {here:.8} here"]
+    if other:
+        raise UserError(
+            f"the captions in {folder} are not those of these pictures ({'; '.join(other)}), so that pictures would "
+            f"have others' captions: move that folder away and run 'captions' again, or give the pictures it was made "
+            f"with."
         )

@@ -1,5 +1,7 @@
 """Where captions come from: the data that a teacher is trained on, a file, a TFDS dataset, or the config itself."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,6 +55,11 @@ def texts_of_data(config: ConfigDict, source: Source | None = None) -> Texts:
     with data.unlocked():
         data.update(num_classes=0, space="pixel", channels=3, caption_key=config.data.caption_key)
     return Texts(*captions_of(data, image_source(data) if source is None else source))
+
+
+def texts_sha256(texts: list[str]) -> str:
+    """By which captions in their order are known again."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def _of_file(config: ConfigDict) -> Texts:

@@ -9,8 +9,9 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from ard_jax.captions.conditions import inputs_of
 from ard_jax.conditions import Conditions
-from ard_jax.config import flatten, keys_that_change, plain
+from ard_jax.config import flatten, plain
 from ard_jax.drawing import (
     Drawable,
     check_labels,
@@ -21,10 +22,10 @@ from ard_jax.drawing import (
     make_drawing,
     to_levels,
 )
-from ard_jax.files import tree_sha256
 from ard_jax.measuring.samples import Samples
 from ard_jax.models import AutoencoderKL
 from ard_jax.parallel import batch_shards, equal_batches, put_batch, run_batches
+from ard_jax.sampled import SAMPLED, drawn_with
 from ard_jax.types import Params
 
 
@@ -103,8 +104,8 @@ def draw_samples(
         UserError: `sample.labels` or `sample.held_out` ask for what is not there.
     """
     check_labels(config.sample, conditions)
-    drawn = {key: value for key, value in flatten(plain(config)).items() if key.startswith(keys_that_change("sample"))}
-    of = {**drawn, "ema": model.facts["ema_sha256"], "vae": tree_sha256(vae[1]) if vae else None}
+    drawn = {key: value for key, value in flatten(plain(config)).items() if key.startswith(SAMPLED)}
+    of = {**drawn, **drawn_with(inputs_of(conditions), vae, config.data.space), "ema": model.facts["ema_sha256"]}
     sha256 = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
     labels = choose_numbers(config.sample, np.arange(config.sample.count), conditions)
     return Samples(Drawn(model, conditions, vae, config, mesh), labels, sha256, model.facts)

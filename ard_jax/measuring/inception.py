@@ -89,19 +89,28 @@ class Inception:
     def real_images(self) -> int | None:
         if self.reference.about:
             return self.reference.about["images"]
-        return None if self.reference.images is None else len(self.reference.images)
+        return None if self.reference.images is None or self._has_others else len(self.reference.images)
+
+    @property
+    def _has_others(self) -> bool:
+        """Whether distances are to statistics of other images than the file's own, of how many nobody knows.
+
+        So it is in ADM's file, whose images are some of those, and serve precision and recall alone.
+        """
+        return self.reference.has_statistics and not self.reference.about
 
     @functools.cached_property
     def _known(self) -> tuple[Known | None, dict[str, float]]:
         """What is kept of the reference's images, if it has some, and the distances of two halves of real images.
 
-        These are as a reference of ours says; else of the file's own images, which are few.
+        These are as a reference of ours says; of another's, they can be had where distances are to its own images.
         """
         images, about = self.reference.images, self.reference.about
+        halves = about["halves"] if about else {}
         if images is None:
-            return None, about["halves"] if about else {}
+            return None, halves
         seen = self._see(images, self.reference_sha256, self.folder)
-        return know(seen, self.reference), about["halves"] if about else halves_of(seen)
+        return know(seen, self.reference), halves if about or self._has_others else halves_of(seen)
 
     @property
     def halves(self) -> dict[str, float]:

@@ -10,8 +10,11 @@ import numpy as np
 
 from ard_jax.errors import UserError
 from ard_jax.evaluation.npz import NpzArray, array_names, read_array
+from ard_jax.sampled import SAMPLED, drawn_otherwise
 
 IMAGES, LABELS = "arr_0", "labels"
+# Settings that samples of one evaluation share, else its pairs are none.
+DRAWN = tuple(key for key in SAMPLED if not key.startswith("data."))
 # What the stage `sample` says of a model that is a field of `results.Measured`.
 KEPT = ("ema_sha256", "steps", "network_calls", "parameters", "gmac_per_image", "seconds_per_image")
 
@@ -96,7 +99,11 @@ class Yardstick(Protocol):
 
 
 def read_samples(
-    directory: pathlib.Path, facts: dict[str, Any], sha256: str, config: ml_collections.ConfigDict
+    directory: pathlib.Path,
+    facts: dict[str, Any],
+    sha256: str,
+    config: ml_collections.ConfigDict,
+    inputs: Mapping[str, str],
 ) -> Samples:
     """A model's samples.
 
@@ -104,10 +111,11 @@ def read_samples(
         directory: where they lie.
         facts: what `done.json` says of them.
         sha256: of the model's weights as they are now.
-        config: `sample.count` counts.
+        config: the run's; they may be held against other data than the models are of.
+        inputs: `sampled.drawn_with` what they would be made now.
 
     Raises:
-        UserError: they were drawn from other weights, or there are more or fewer than the config says.
+        UserError: they were drawn from other weights, by other settings or of other captions than the config says.
     """
     if facts["ema_sha256"] != sha256:
         raise UserError(f"the samples in {directory} are of older weights: run 'sample' again.")
@@ -119,6 +127,11 @@ def read_samples(
         raise UserError(
             f"{directory} holds {len(images)} images, but sample.count is {config.sample.count}: "
             f"run 'sample' again with this config."
+        )
+    if other := drawn_otherwise(directory, config, inputs, DRAWN):
+        raise UserError(
+            f"{directory} holds samples of other settings ({'; '.join(other[:3])}): give 'evaluate' those settings, or "
+            f"move that folder away and run 'sample' again with these."
         )
     kept = {name: facts[name] for name in KEPT}
     return Samples(images, read_array(path, LABELS, remedy), facts["sha256"]["samples.npz"], kept)

@@ -119,9 +119,11 @@ def _noise(comparison: Mapping) -> tuple[Mapping[str, float], Mapping[str, Any]]
 def _notes(comparison: Mapping) -> list[str]:
     """What the numbers are, in sentences."""
     columns = _columns(comparison)
-    samples, real = (number(comparison[key], ",.0f") for key in ("samples", "real_images"))
+    samples, real = number(comparison["samples"], ",.0f"), "real images"
+    if comparison["real_images"] is not None:  # of ADM's reference file nobody says
+        real = f"{number(comparison['real_images'], ',.0f')} {real}"
     fd = (
-        f"FD is the Fréchet distance between {samples} samples of each model and {real} real images, in "
+        f"FD is the Fréchet distance between {samples} samples of each model and {real}, in "
         f"{str(comparison['features'][0]).rstrip('.')}."
     )
     if "fid" not in columns:

@@ -165,12 +165,14 @@ def _titled_rows(titles: Sequence[tuple[str, str]], strips: Sequence[np.ndarray]
         figure.figimage(strip, left, bottom)
         middle = (bottom + height / 2) / full_height
         ink, soft = PALETTE["ink"][0], PALETTE["soft"][0]
-        figure.text(margin / full_width, middle + 4 / full_height, title, size=11.5, weight="bold", color=ink)
-        figure.text(margin / full_width, middle - 6 / full_height, note, size=9.5, va="top", color=soft)
+        left_edge = margin / full_width
+        figure.text(left_edge, middle + 4 / full_height, title, size=11.5, weight="bold", color=ink, parse_math=False)
+        figure.text(left_edge, middle - 6 / full_height, note, size=9.5, va="top", color=soft, parse_math=False)
     for column, said in enumerate(feet):
         middle = (left + (column + 0.5) * (width + GUTTER) / len(feet)) / full_width
         top = (margin + foot - 6) / full_height
-        figure.text(middle, top, said, size=8, ha="center", va="top", color=PALETTE["soft"][0])
+        soft = PALETTE["soft"][0]
+        figure.text(middle, top, said, size=8, ha="center", va="top", color=soft, parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()

@@ -28,6 +28,7 @@ _ENVIRONMENT = Environment(
 _ENVIRONMENT.filters |= {
     "number": words.number,
     "significant": words.significant,
+    "distance": words.distance,
     "duration": words.duration,
     "json": _json,
 }

@@ -6,8 +6,6 @@ them, padded to the same number of tokens wherever they stand. Started again, on
 shards that are missing, truncated or altered.
 """
 
-import hashlib
-import json
 import logging
 import pathlib
 from typing import Any
@@ -18,7 +16,7 @@ import numpy as np
 
 from ard_jax.build import compute_dtype
 from ard_jax.captions.store import LAYOUT, NULL, record_features
-from ard_jax.captions.texts import read_texts
+from ard_jax.captions.texts import read_texts, texts_sha256
 from ard_jax.config import plain
 from ard_jax.convert.families.pixart import NULL_CAPTION_FILE
 from ard_jax.errors import UserError
@@ -45,7 +43,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     texts, held_out = read_texts(config)
     dtype = compute_dtype(config.model.dtype)
     encoder = open_text_encoder(settings.encoder, settings.length, settings.cleaning, dtype, mesh)
-    claim(directory, config, "captions", encoder=encoder.sha256, texts=_sha256(texts))
+    claim(directory, config, "captions", encoder=encoder.sha256, texts=texts_sha256(texts))
     ids, cut = encoder.tokenize(texts)
     if cut:
         log.warning("%d of %d captions have over %d tokens and are cut.", cut, len(texts), settings.length)
@@ -107,10 +105,6 @@ def _compare_null(path: pathlib.Path, ours: np.ndarray) -> None:
     own = np.concatenate([ours, np.repeat(ours[-1:], max(len(theirs) - len(ours), 0), axis=0)])[: len(theirs)]
     apart = float(np.linalg.norm(theirs - own) / np.linalg.norm(own))
     log.info("the empty caption that came with the teacher is %.3g of its size away from this encoder's.", apart)
-
-
-def _sha256(texts: list[str]) -> str:
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def _manifest(

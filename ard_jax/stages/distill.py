@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ard_jax.build import make_rollout, make_run_mesh, make_student
-from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
+from ard_jax.captions.conditions import check_pictures, check_text_encoder, inputs_of, load_conditions
 from ard_jax.conditions import draw_numbers
 from ard_jax.data import InMemory, Source, identify, open_real
 from ard_jax.drawing import make_pictures, student_sampler
@@ -58,11 +58,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         source, columns = InMemory({"nothing": np.zeros(1, np.int32)}), None
         numbers = functools.partial(draw_numbers, trajectory_key(config.seed), count=conditions.for_training)
     else:
-        (source, manifest), numbers = open_store(config, workdir, teacher_hash), None
+        (source, manifest), numbers = open_store(config, workdir, teacher_hash, inputs_of(conditions)), None
         columns = columns_of(manifest["points"], config)
         inputs["store"] = store_hash(manifest)
     method = make_method(config, student, teacher, columns, start)
     real = open_real(source, config) if method.real else None
+    if real is not None:
+        check_pictures(config, workdir, conditions, real)
     # a store's own bounds are part of its hash
     claim(directory, config, "distill", **inputs, max_abs=str(config.trajectories.max_abs) if settings.online else "")
     records: Source | dict[str, Source] = source

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from ard_jax.build import example_shape
+from ard_jax.captions.conditions import check_texts
 from ard_jax.config import plain
 from ard_jax.convert.vae import diffusers_config
 from ard_jax.data import MODES, Source, check_records, identify
@@ -60,6 +61,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = 
     identity = identify(config.encode, source)
     features = _features_of(config, identity["classes"])
     vae_hash = tree_sha256({"params": params, "config": diffusers_config(model)})
+    check_texts(config, workdir, source)
     claim(directory, config, "encode", vae=vae_hash, images=str(len(source)))
     keep_identity(directory, identity)
     count = len(source) * _views(config)

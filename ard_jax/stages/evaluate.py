@@ -43,7 +43,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ard_jax.captions.conditions import check_text_encoder, load_conditions
+from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
 from ard_jax.checks import listed_labels
 from ard_jax.conditions import Conditions
 from ard_jax.config import plain
@@ -60,7 +60,8 @@ from ard_jax.parallel import is_first, local_mesh
 from ard_jax.progress import Stopwatch
 from ard_jax.prompted import judge, open_list
 from ard_jax.results import Measured, Results, add_degradation, degradation_ratios, main_target
-from ard_jax.trajectories.store import Store, read_manifest, store_hash
+from ard_jax.sampled import drawn_with
+from ard_jax.trajectories.store import Store, read_manifest, same_captions, store_hash, stored_settings
 from ard_jax.types import Params
 from ard_jax.workdir import (
     Loaded,
@@ -87,7 +88,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         models: names of those to measure; () for all that have been sampled, or are drawn here.
 
     Raises:
-        UserError: nothing has been sampled, the samples are latents, or there are too few images for neighbours.
+        UserError: nothing has been sampled, the samples are latents, of other settings or of students of another
+            teacher, or there are too few images for neighbours.
     """
     if config.sample.prompts:
         return judge(open_list(config, workdir), config.evaluate)
@@ -101,6 +103,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     names = _models(config, workdir, models)
     teacher = load_teacher(config, workdir, mesh)
     students = {name: load_student(workdir / "distill" / name, mesh) for name in names if name != "teacher"}
+    _check_students(config, teacher, students)
     conditions = load_conditions(config, workdir)
     samples = _samples(config, workdir, {name: students.get(name, teacher) for name in names}, conditions, vae, mesh)
     # a reference stands for the real images, which whoever has its file need not have
@@ -120,7 +123,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     yardstick = open_yardstick(config, real_images, vae, conditions, parts / "reference")
     occupy(directory)
     paired = Paired(config, teacher, students, conditions, make_decoder(vae, config, mesh), mesh)
-    given = _trajectories(config, workdir, students.values(), paired.count)
+    given = _trajectories(config, workdir, students.values(), inputs_of(conditions), paired.count)
 
     def beside_teacher(name):
         of = {"config": plain(config), "teacher": teacher.sha256, "student": students[name].sha256}
@@ -192,6 +195,24 @@ def _models(config: ml_collections.ConfigDict, workdir: pathlib.Path, asked: Col
     return [name for name in sampled if name in (asked or sampled)]
 
 
+def _check_students(config: ml_collections.ConfigDict, teacher: Loaded, students: Mapping[str, Loaded]) -> None:
+    """Raises UserError for a student of other trajectories than those that it would be held against."""
+    here = stored_settings(plain(config))
+    for name, student in students.items():
+        theirs = student.config.get("inputs", {}).get("teacher")
+        if not theirs:  # converted, or trained before it was noted
+            continue
+        there = stored_settings(plain(student.config))
+        other = [f"{key} {there[key]!r} there, {here[key]!r} here" for key in here if there[key] != here[key]]
+        if theirs != teacher.sha256:
+            other.insert(0, f"a teacher of hash {theirs:.8} there, {teacher.sha256:.8} here")
+        if other:
+            raise UserError(
+                f"{name} was distilled from another teacher or solver than this config's ({'; '.join(other[:3])}): "
+                f"give 'evaluate' those, or move distill/{name} away and distil it from these."
+            )
+
+
 def _samples(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
@@ -203,8 +224,10 @@ def _samples(
     """The samples of models, out of their files, or with `evaluate.draw` drawn as they are looked at."""
     if not config.evaluate.draw:
         sampled, folder = require_done(workdir / "sample", "sample")["models"], workdir / "sample"
+        inputs = drawn_with(inputs_of(conditions), vae, config.data.space)
         return {
-            name: read_samples(folder / name, sampled[name], loaded.sha256, config) for name, loaded in models.items()
+            name: read_samples(folder / name, sampled[name], loaded.sha256, config, inputs)
+            for name, loaded in models.items()
         }
     check_text_encoder(config, workdir, conditions)
     return {
@@ -238,12 +261,18 @@ class _Trajectories(NamedTuple):
 
 
 def _trajectories(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, students: Iterable[Loaded], count: int
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    students: Iterable[Loaded],
+    told: Mapping[str, str],
+    count: int,
 ) -> _Trajectories | None:
-    """`count` trajectories of the store that some student was trained on; None where it no longer lies there."""
+    """`count` trajectories of the store that some student was trained on, if it lies there and is of these captions."""
     folder, wanted = store_folder(config, workdir), {_store_of(student) for student in students} - {""}
     try:
         if not wanted or (sha256 := store_hash(manifest := read_manifest(folder))) not in wanted:
+            return None
+        if not same_captions(manifest, told):
             return None
         store = Store(folder, manifest)
         places = np.linspace(0, len(store) - 1, min(len(store), count)).astype(int)

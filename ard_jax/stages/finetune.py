@@ -10,7 +10,7 @@ import pathlib
 import ml_collections
 
 from ard_jax.build import make_rollout, make_run_mesh
-from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
+from ard_jax.captions.conditions import check_pictures, check_text_encoder, inputs_of, load_conditions
 from ard_jax.data import identify, open_real
 from ard_jax.drawing import make_pictures, student_sampler
 from ard_jax.methods import columns_of, finetuned_config, make_finetune_method
@@ -44,10 +44,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     student, params, start_hash, before = load_student(start, mesh)
     check_same_config(network_settings(before), network_settings(config), ("data", "model", "diffusion"), start)
     config = finetuned_config(config, before)
-    source, manifest = open_store(config, workdir, teacher_hash)
     conditions = load_conditions(config, workdir)
     check_text_encoder(config, workdir, conditions)
+    source, manifest = open_store(config, workdir, teacher_hash, inputs_of(conditions))
     real = open_real(source, config)
+    check_pictures(config, workdir, conditions, real)
     directory = workdir / "distill" / settings.name
     inputs = {"teacher": teacher_hash, "start": start_hash, "store": store_hash(manifest), **inputs_of(conditions)}
     claim(directory, config, "finetune", **inputs)

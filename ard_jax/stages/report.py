@@ -1,12 +1,14 @@
 """Puts a run on one self-contained HTML page: pictures from the same noise, tables, curves.
 
 Reads `evaluate/`, with the curve that `watch` left there, and the metrics and pictures of every training, and writes
-`report/index.html`, `report/results.json` and `report/teaser.png`.
+`report/index.html`, `report/results.json` and, unless the teacher is alone, `report/teaser.png`.
 """
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Mapping
+from operator import methodcaller
 from typing import Any
 
 import ml_collections
@@ -22,6 +24,8 @@ from ard_jax.results import Measured, Results, read_results
 from ard_jax.training.pictures import pictures_in
 from ard_jax.workdir import read_done, require_done, teacher_folder, write_done
 
+log = logging.getLogger("ard_jax")
+
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Writes the report.
@@ -32,18 +36,24 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if not is_first():
         return
     watch, directory = Stopwatch(), workdir / "report"
-    require_done(workdir / "evaluate", "evaluate")
+    made = require_done(workdir / "evaluate", "evaluate")["sha256"]
     results = dataclasses.replace(read_results(workdir), seconds=_stage_seconds(workdir))
-    paths = [workdir / "evaluate" / f"{name}.npz" for name in ("pictures", "edits", "gallery")]
-    pictures, edits, gallery = (read_npz(path) if path.exists() else {} for path in paths)  # not every run has all
+    # not every run has all: what evaluate did not make this time is of other weights
+    files = [f"{name}.npz" for name in ("pictures", "edits", "gallery")]
+    pictures, edits, gallery = (read_npz(workdir / "evaluate" / file) if file in made else {} for file in files)
     folders = _folders(config, workdir, results.models)
     curves, progress = _read_curves(folders), {name: _read_progress(folder) for name, folder in folders.items()}
     html = build_report(config.report.title, results, pictures, curves, edits, gallery, read_curve(workdir), progress)
-    atomic_write(directory / "index.html", lambda temporary: temporary.write_text(html, encoding="utf-8"))
-    atomic_write(directory / "teaser.png", lambda temporary: temporary.write_bytes(teaser(pictures, results, gallery)))
+    written = {"index.html": html.encode()}
+    if gallery or any(not model.is_teacher for model in results.models.values()):
+        written["teaser.png"] = teaser(pictures, results, gallery)
+    else:
+        (directory / "teaser.png").unlink(missing_ok=True)  # of an earlier evaluation
+        log.info("teaser.png is left out, which shows students beside their teacher: none was evaluated.")
+    for file, content in written.items():  # once all of it is made: what is refused leaves the last report whole
+        atomic_write(directory / file, methodcaller("write_bytes", content))
     write_json(directory / "results.json", summary(results))
-    files = ("index.html", "teaser.png", "results.json")
-    write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())
+    write_done(directory, {file: file_sha256(directory / file) for file in (*written, "results.json")}, watch())
 
 
 def summary(results: Results) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import logging
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import ml_collections
@@ -27,10 +27,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ard_jax.build import make_run_mesh
-from ard_jax.captions.conditions import check_text_encoder, load_conditions
-from ard_jax.completion import SAMPLED
+from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
 from ard_jax.conditions import Conditions
-from ard_jax.config import plain
 from ard_jax.drawing import (
     Decoder,
     Drawable,
@@ -45,20 +43,19 @@ from ard_jax.drawing import (
     to_levels,
 )
 from ard_jax.errors import UserError
-from ard_jax.files import atomic_write, file_sha256, join_npz, read_npz, to_host, write_json, write_npz
+from ard_jax.files import atomic_write, file_sha256, join_npz, read_npz, to_host, write_npz
 from ard_jax.parallel import batch_shards, is_first
 from ard_jax.picture_grid import image_grid
 from ard_jax.progress import Stopwatch, progress_bar
 from ard_jax.prompted import Listed, lay_out, open_list
+from ard_jax.sampled import drawn_otherwise, drawn_with, has_begun, note_samples
 from ard_jax.types import Batch
 from ard_jax.workdir import (
-    config_differences,
     find_vae,
     load_student,
     load_teacher,
     merge_done,
     occupy,
-    read_config,
     read_done,
     require_done,
     teacher_folder,
@@ -86,13 +83,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     decoder, conditions = make_decoder(vae, config, mesh), load_conditions(config, workdir)
     check_text_encoder(config, workdir, conditions)
     check_labels(config.sample, conditions)
-    missing = [name for name in config.sample.models if not _is_finished(config, workdir, name, vae is not None)]
+    inputs = drawn_with(inputs_of(conditions), vae, config.data.space)
+    missing = [name for name in config.sample.models if not _is_finished(config, workdir, name, inputs)]
     loaded = {name: _load(config, workdir, name, mesh) for name in missing}
     programs = functools.cache(functools.partial(make_drawing, config=config, mesh=mesh))  # one for equal students
     for name, model in loaded.items():
         watch, directory = Stopwatch(), workdir / "sample" / name
         occupy(directory)
-        _begin(directory, config, model.facts["ema_sha256"])
+        _begin(directory, config, {"ema": model.facts["ema_sha256"], **inputs})
         drawn = functools.partial(programs(model.sampler), model.params)
         _draw(drawn, conditions, decoder, config, mesh, directory / "parts")
         if not is_first():
@@ -112,11 +110,13 @@ def _draw_list(listed: Listed) -> None:
         lay_out(listed)
 
 
-def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, decodes: bool) -> bool:
+def _is_finished(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, inputs: Mapping[str, str]
+) -> bool:
     """Whether a model's samples are there, of its weights as they are now; latents are none where there is a VAE now.
 
     Raises:
-        UserError: they are, with other settings.
+        UserError: they are, with other settings, captions or decoder.
     """
     made = (read_done(workdir / "sample") or {}).get("models", {}).get(name)
     folder = teacher_folder(config, workdir) if name == "teacher" else workdir / "distill" / name
@@ -124,36 +124,29 @@ def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path, name:
     directory = workdir / "sample" / name
     if made is None or made["ema_sha256"] != weights or not (directory / "samples.npz").exists():
         return False
-    if decodes and "grid.png" not in made["sha256"]:
+    if inputs.get("vae") and "grid.png" not in made["sha256"]:
         return False
-    _check_settings(directory, config)
+    _check_settings(directory, config, inputs)
     log.info("%s has been sampled already.", name)
     return True
 
 
-def _check_settings(directory: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Raises UserError if the samples in a folder are of other settings."""
-    before = config_differences(read_config(directory / "config.json"), plain(config))
-    other = [
-        f"{key} {there!r} there, {here!r} here"
-        for key, (there, here) in before.items()
-        if key.startswith(SAMPLED) and not key.endswith(".dir")
-    ]
-    if other:
+def _check_settings(directory: pathlib.Path, config: ml_collections.ConfigDict, inputs: Mapping[str, str]) -> None:
+    """Raises UserError if the samples in a folder are of other settings, captions or decoder."""
+    if other := drawn_otherwise(directory, config, inputs):
         raise UserError(
             f"{directory} holds samples of other settings ({'; '.join(other[:3])}): use those settings, or another "
             f"--workdir, or move that folder away."
         )
 
 
-def _begin(directory: pathlib.Path, config: ml_collections.ConfigDict, weights: str) -> None:
-    """Notes what a folder's samples are of; parts must be of the same, or of weights that are no more."""
-    path = directory / "config.json"
-    if path.exists() and read_config(path).get("inputs", {}).get("ema") == weights:
-        _check_settings(directory, config)
+def _begin(directory: pathlib.Path, config: ml_collections.ConfigDict, inputs: Mapping[str, str]) -> None:
+    """Notes what a folder's samples are of; parts must be of the same, or of what is no more."""
+    if has_begun(directory, inputs):
+        _check_settings(directory, config, inputs)
     elif is_first():
         shutil.rmtree(directory / "parts", ignore_errors=True)
-        write_json(path, plain(config) | {"inputs": {"ema": weights}})
+        note_samples(directory, config, inputs)
 
 
 def _load(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str, mesh: Mesh) -> Drawable:

@@ -13,7 +13,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ard_jax.build import example_shape, make_process, make_run_mesh, make_solve, make_teacher
-from ard_jax.captions.conditions import inputs_of, load_conditions
+from ard_jax.captions.conditions import check_pictures, inputs_of, load_conditions
 from ard_jax.data import check_records, identify, image_source
 from ard_jax.drawing import make_pictures, teacher_sampler
 from ard_jax.keys import make_key
@@ -42,6 +42,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = 
     if check:
         return check_records(source)
     conditions = load_conditions(config, workdir)
+    check_pictures(config, workdir, conditions, source)
     claim(directory, config, "teacher", **inputs_of(conditions))
     keep_identity(directory, identify(data, source))
     model, shape = make_teacher(config), example_shape(config)

@@ -42,7 +42,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     model, params, teacher_hash, _ = load_teacher(config, workdir, mesh)
     conditions = load_conditions(config, workdir)
     check_text_encoder(config, workdir, conditions)
-    claim(directory, config, "trajectories", teacher=teacher_hash, **inputs_of(conditions))
+    inputs = {"teacher": teacher_hash, **inputs_of(conditions)}
+    claim(directory, config, "trajectories", **inputs)
     path = directory / "manifest.json"
     if is_first() and path.exists() and read_json(path, dict[str, Any]).get("tried") != config.trajectories.count:
         path.unlink()  # nobody shall read a store that grows
@@ -60,7 +61,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if not is_first():
         return
     described = store.describe(directory, number_of_shards(config.trajectories.count, config.trajectories.shard_size))
-    made = manifest(config, stored_settings(plain(config)), teacher_hash, described)
+    made = manifest(config, stored_settings(plain(config)), inputs, described)
     if not made["kept"]:
         raise UserError(
             f"all {made['tried']} trajectories leave [-{config.trajectories.max_abs}, {config.trajectories.max_abs}]: "

@@ -25,7 +25,6 @@ from typing import NamedTuple
 import ml_collections
 
 from ard_jax.build import make_run_mesh
-from ard_jax.completion import SAMPLED, other_settings
 from ard_jax.config import plain
 from ard_jax.curve import BETTER, Line, add_line, best_line, curve_path, line_of, read_curve
 from ard_jax.errors import UserError
@@ -35,8 +34,9 @@ from ard_jax.parallel import is_first
 from ard_jax.report import build_curve
 from ard_jax.results import read_results
 from ard_jax.runner import TEACHER, Job, Place, run_missing, with_settings
-from ard_jax.snapshots import model_folder, put_back, take_snapshot
-from ard_jax.training.checkpoints import checkpoint_sha256, read_wanted, sealed_steps, steps_in, write_wanted
+from ard_jax.sampled import SAMPLED, other_settings
+from ard_jax.snapshots import hash_there, model_folder, put_back, take_snapshot
+from ard_jax.training.checkpoints import read_wanted, sealed_steps, steps_in, write_wanted
 from ard_jax.training.loggers import Logger, check_loggers, tensorboard
 from ard_jax.workdir import leave_all, occupy, read_config, read_done
 
@@ -134,15 +134,13 @@ class Watcher:
         return ended, todo
 
     def _hash(self, folder: pathlib.Path, step: int) -> str | None:
-        """`checkpoint_sha256`, None if it has just been deleted."""
-        try:
-            if step in sealed_steps(folder / "checkpoints"):
-                return checkpoint_sha256(folder / "checkpoints", step)
-            if (folder, step) not in self.hashes:
-                self.hashes[folder, step] = checkpoint_sha256(folder / "checkpoints", step)
-            return self.hashes[folder, step]
-        except FileNotFoundError:
-            return None
+        """`hash_there`, which of a checkpoint that has no hashes on the disk reads all files, and that just once."""
+        checkpoints = folder / "checkpoints"
+        if step in sealed_steps(checkpoints) or step not in steps_in(checkpoints):
+            return hash_there(folder, step)
+        if (folder, step) not in self.hashes and (found := hash_there(folder, step)):
+            self.hashes[folder, step] = found
+        return self.hashes.get((folder, step))
 
     def measure(self, checkpoint: Checkpoint) -> None:
         """Samples and evaluates one, and adds its line to the curve; one that cannot be read is passed over."""
@@ -171,14 +169,20 @@ class Watcher:
     def _keep_best(self, checkpoint: Checkpoint, view: pathlib.Path) -> None:
         """Sees that the best is there: the training may have chosen to delete it just before it was asked not to."""
         name, step, _ = checkpoint
-        folder, best = model_folder(self.config, self.workdir, name), self._best(name)
+        folder, best = model_folder(self.config, self.workdir, name), self._best(name, checkpoint)
         if best == [step] and self._is_ours(folder):
             write_wanted(folder, [*read_wanted(folder), step])
             put_back(folder, step, view)
 
-    def _best(self, name: str) -> list[int]:
-        """The step of a model's best checkpoint, if any has been measured."""
-        best = best_line(self.lines, name, self.config.run.keep_best)
+    def _best(self, name: str, at_hand: Checkpoint | None = None) -> list[int]:
+        """The step of a model's best checkpoint, of those measured that are still there, or `at_hand`; if any is."""
+        folder = model_folder(self.config, self.workdir, name)
+
+        def is_there(line: Line) -> bool:
+            measured = Checkpoint(line["model"], line["step"], line["checkpoint"])
+            return measured == at_hand or self._hash(folder, measured.step) == measured.sha256
+
+        best = best_line(self.lines, name, self.config.run.keep_best, is_there)
         return [best["step"]] if best else []
 
     def _is_ours(self, folder: pathlib.Path) -> bool:

@@ -5,7 +5,7 @@ and every device always solves batches of `trajectories.batch_size`, however man
 """
 
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,8 @@ from ard_jax.sharded import Record, Shard
 from ard_jax.trajectories import store
 from ard_jax.types import Batch, Params
 from ard_jax.version import __version__
+
+DIVERGED = 8  # trajectories in a row that are NaN: of a teacher that is, since single ones are just dropped
 
 
 def make_solver(
@@ -111,10 +113,13 @@ def drop_out_of_bounds(
     """Yields the records that are within bounds, and notes the numbers of the others in `dropped`.
 
     Raises:
-        UserError: all of a batch are NaN.
+        UserError: `DIVERGED` in a row are NaN.
     """
+    in_a_row = 0
     for records, kept in batches:
-        if not kept.any() and all(np.isnan(row).any() for row in records["x0"].astype(np.float32)):
+        is_nan = [bool(np.isnan(row).any()) for row in records["x0"].astype(np.float32)]
+        in_a_row = in_a_row + len(kept) if all(is_nan) else 0
+        if in_a_row >= DIVERGED:
             raise UserError(
                 "the teacher's trajectories are NaN: it has diverged, or its numbers are too large for model.dtype; "
                 "train it anew with a lower learning rate, or set model.dtype=float32."
@@ -129,15 +134,16 @@ def drop_out_of_bounds(
 
 
 def manifest(
-    config: ml_collections.ConfigDict, settings: dict[str, Any], teacher_hash: str, shards: list[Shard]
+    config: ml_collections.ConfigDict, settings: dict[str, Any], inputs: Mapping[str, str], shards: list[Shard]
 ) -> dict[str, Any]:
-    """How the store was made."""
+    """How the store was made, of the inputs "teacher" and, where there are such, "captions"."""
     trajectories = config.trajectories
     dropped = sum(len(shard["dropped"]) for shard in shards)
     return {
         "format": 1,
         "code_version": __version__,
-        "teacher_sha256": teacher_hash,
+        "teacher_sha256": inputs["teacher"],
+        **({"captions_sha256": inputs["captions"]} if "captions" in inputs else {}),
         "seed": config.seed,
         "settings": settings,
         "points": list(trajectories.points),

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Required, TypedDict
 
 import ml_collections
@@ -41,6 +42,7 @@ class Manifest(TypedDict, total=False):
 
     shards: Required[list[Shard]]
     teacher_sha256: str
+    captions_sha256: str
     settings: dict[str, Any]
     points: list[int]
     keep_noisy: bool
@@ -105,15 +107,22 @@ class Store:
             raise _broken_shard(path, f"cannot be read ({first_line(error)})") from error
 
 
-def open_store(config: ml_collections.ConfigDict, workdir: pathlib.Path, teacher_hash: str) -> tuple[Store, Manifest]:
+def open_store(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, teacher_hash: str, told: Mapping[str, str]
+) -> tuple[Store, Manifest]:
     """The trajectory store and its manifest.
+
+    Args:
+        config, workdir: of the run that trains on it.
+        teacher_hash: of the averaged parameters.
+        told: what `captions.conditions.inputs_of` gives of the conditions that its records number.
 
     Raises:
         UserError: there is none, it does not fit the config, or a shard is broken.
     """
     folder = store_folder(config, workdir)
     manifest = read_manifest(folder)
-    _check_store(manifest, config, teacher_hash)
+    _check_store(manifest, config, teacher_hash, told)
     check_shards(folder, manifest, checksums=_total_bytes(manifest) <= config.run.in_memory)
     return Store(folder, manifest), manifest
 
@@ -127,17 +136,29 @@ def _total_bytes(manifest: Manifest) -> int:
     return sum(shard["bytes"] for shard in manifest["shards"])
 
 
-def _check_store(manifest: Manifest, config: ml_collections.ConfigDict, teacher_hash: str) -> None:
+def same_captions(manifest: Manifest, told: Mapping[str, str]) -> bool:
+    """Whether the numbers of a store's records are of these captions; one that does not say may be of any."""
+    return manifest.get("captions_sha256", told.get("captions")) == told.get("captions")
+
+
+def _check_store(
+    manifest: Manifest, config: ml_collections.ConfigDict, teacher_hash: str, told: Mapping[str, str]
+) -> None:
     """Compares a store with the config that wants to train on it.
 
     Raises:
-        UserError: it was made by another teacher or with other settings, or lacks a point.
+        UserError: it was made by another teacher, of other captions or with other settings, or lacks a point.
     """
     remedy = "make a store with this config, or use the config that the store was made with"
     if manifest["teacher_sha256"] != teacher_hash:
         raise UserError(
             f"the trajectory store was made by another teacher (weights {manifest['teacher_sha256'][:12]}…, "
             f"the teacher here has {teacher_hash[:12]}…): {remedy}."
+        )
+    if not same_captions(manifest, told):
+        raise UserError(
+            f"the trajectory store was made of other captions (hash {manifest['captions_sha256'][:12]}…, those here "
+            f"have {told.get('captions', 'none')[:12]}…), which its records number: {remedy}."
         )
     here = stored_settings(plain(config))
     differing = [
