@@ -44,6 +44,7 @@ def make_method(
             max_abs=config.trajectories.max_abs,
             seed=config.seed,
             options=settings.get(settings.objective.rpartition(".")[2], {}),
+            horizontal_flip=config.data.horizontal_flip,
         )
     )
 

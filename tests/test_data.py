@@ -444,6 +444,49 @@ def test_joined_streams_go_on_together(source):
         assert_same(left["other"], right)
 
 
+class Breakable(Counting):
+    """Record 3 cannot be read while the source is broken."""
+
+    broken = True
+
+    def __getitem__(self, index):
+        if self.broken and index == 3:
+            raise UserError("The image 3 cannot be read: repair it or remove it.")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("names", [("whole", "breakable"), ("breakable", "whole")])
+def test_joined_streams_stay_where_they_are_when_one_cannot_be_read(names, threads):
+    """What is saved then is where both go on, bit for bit, once the record is mended."""
+    breakable = Breakable(20)
+    sources = {"whole": Counting(20), "breakable": breakable}
+
+    def start():
+        streams = ((name, stream(sources[name], batch_size=4, seed=6, num_threads=threads)) for name in names)
+        return Joined(dict(streams))
+
+    breakable.broken = False
+    uninterrupted = read(start(), 8)
+    first = next(k for k, batch in enumerate(uninterrupted) if 3 in batch["breakable"]["image"])
+    assert first > 0
+    breakable.broken = True
+    iterator = start()
+    read(iterator, first)
+    before = iterator.get_state()
+    for _ in range(2):
+        with pytest.raises(UserError, match="3 cannot be read"):
+            next(iterator)
+        assert iterator.get_state() == before
+    breakable.broken = False
+    resumed = start()
+    resumed.set_state(json.loads(json.dumps(iterator.get_state())))
+    for goes_on in (iterator, resumed):
+        for left, right in zip(read(goes_on, 8 - first), uninterrupted[first:], strict=True):
+            for name in names:
+                assert_same(left[name], right[name])
+
+
 def test_stream_of_fewer_records_than_a_batch():
     batch = next(stream(Counting(3), batch_size=8, seed=0))
     assert np.bincount(batch["image"][:6, 0, 0, 0].astype(int)).tolist() == [2, 2, 2]

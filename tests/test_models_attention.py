@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from ard_jax.models.splash import BlockMask
 from ard_jax.plan.topology import ENVIRONMENT
 
 TOKENS, HEADS, WIDTH = 128, 2, 8
+CAPABILITY = "ard_jax.models.attention.compute_capability"
 
 
 def inputs(rows, dtype="float32", lengths=(TOKENS, TOKENS, TOKENS)):
@@ -140,8 +142,41 @@ def test_a_student_and_its_sampler_are_the_same_by_splash(remat):
         ("tpu", "bfloat16", 1032, 72, "xla"),
     ],
 )
-def test_auto_takes_the_kernel_of_the_device_where_it_applies(platform, dtype, tokens, head_dim, chosen):
+def test_auto_takes_the_kernel_of_the_device_where_it_applies(platform, dtype, tokens, head_dim, chosen, monkeypatch):
+    monkeypatch.setattr(CAPABILITY, lambda: None)  # whatever GPU is here
     assert choose_backend("auto", platform, jnp.dtype(dtype), tokens, head_dim) == chosen
+
+
+@pytest.mark.parametrize(
+    "capability, chosen", [((7, 5), "xla"), ((8, 0), "cudnn"), ((10, 0), "cudnn"), (None, "cudnn")]
+)
+def test_cudnn_is_for_gpus_that_have_its_kernel(capability, chosen, monkeypatch):
+    monkeypatch.setattr(CAPABILITY, lambda: capability)
+    assert choose_backend("auto", "gpu", jnp.dtype("bfloat16"), 256, 64) == chosen
+    if chosen == "cudnn":
+        assert choose_backend("cudnn", "gpu", jnp.dtype("bfloat16"), 256, 64) == "cudnn"
+        return
+    with pytest.raises(
+        UserError, match=r"compute capability 8\.0 \(Ampere\) or newer, and here it is 7\.5; choose auto"
+    ):
+        choose_backend("cudnn", "gpu", jnp.dtype("bfloat16"), 256, 64)
+
+
+@pytest.mark.parametrize(
+    "said, capability",
+    [(["7.5"], (7, 5)), (["10.0"], (10, 0)), (["8.6", "7.5"], (7, 5)), (["gfx90a"], None), ([], None)],
+)
+def test_the_compute_capability_is_that_of_the_least_gpu_here(said, capability, monkeypatch):
+    def local_devices(backend):
+        assert backend == "gpu"
+        if not said:
+            raise RuntimeError(
+                "Unknown backend: 'gpu' requested, but no platforms that are instances of gpu are present."
+            )
+        return [SimpleNamespace(compute_capability=one) for one in said]
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    assert importlib.import_module("ard_jax.models.attention").compute_capability() == capability
 
 
 @pytest.mark.parametrize(

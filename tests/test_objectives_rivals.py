@@ -34,6 +34,8 @@ from rivals_fixtures import (
     toy_output,
 )
 
+from ard_jax import methods
+from ard_jax.build import make_student, make_teacher
 from ard_jax.checks import validate
 from ard_jax.config import default_config
 from ard_jax.diffusion import FlowMatching, Guidance, LinearVP, few_step_process, guided_output
@@ -51,12 +53,13 @@ from ard_jax.objectives import (
     scores,
     trajectory_matching,
 )
-from ard_jax.objectives.adversarial import DISCRIMINATOR, judging_flops, make_judge
+from ard_jax.objectives.adversarial import DISCRIMINATOR, flip_at_random, judging_flops, make_judge
 from ard_jax.objectives.denoising import denoising
 from ard_jax.objectives.few_steps import draw_nodes, mix_noise
 from ard_jax.parallel import make_mesh
 from ard_jax.sampling import NO_GUIDANCE, fresh_noise, student_rollout, teacher_predictor
 from ard_jax.training.state import init_state, make_step, optimizer_of
+from configs import smoke as smoke_config
 
 OPTIMIZER = default_config().distill.optimizer.to_dict()
 
@@ -432,6 +435,45 @@ def test_the_discriminator_pushes_samples_to_where_it_takes_them_for_real(networ
     difference = jax.tree.map(jnp.subtract, gradient[DISCRIMINATOR], heads)
     assert optax.tree.norm(difference) < 1e-3 * optax.tree.norm(heads)
     assert not np.array_equal(after["u"]["pointwise"], vectors["u"]["pointwise"])  # which turn once a step
+
+
+@pytest.mark.parametrize("horizontal_flip", [False, True])
+def test_the_discriminator_sees_real_images_mirrored_as_the_teacher_did(horizontal_flip, batch, monkeypatch):
+    """Half of them, by key and position, as in the adversarial fine-tune; the keys of the noise stay what they are."""
+    shown = []
+
+    def judge_both(judge, params, vectors, frozen, real, fake):
+        shown.extend((real, fake))
+        return {}, lambda: jnp.zeros((ROWS, *SHAPE)), {}
+
+    monkeypatch.setattr(distribution_matching, "judge_both", judge_both)
+    monkeypatch.setattr(distribution_matching, "power_iteration", lambda params, vectors: vectors)
+    built = given(LinearVP(), (1, 0), options=MATCHING | {"weight": 1.0}, horizontal_flip=horizontal_flip)
+    method = distribution_matching.distribution_matching(built, judge="anyone")
+    real = {name: batch[name][::-1] for name in ("condition", "position")} | {"image": batch["x0"][:, 0]}
+    networks = {STUDENT: PARAMS, "fake": FAKE, DISCRIMINATOR: {}}
+    method.gradients(networks, (), TEACHER, {"trajectory": batch, "real": real}, KEY, jnp.int32(0))
+    judge_key = jax.random.split(KEY, 4)[3]
+    (seen, real_key), (_, fake_key) = shown
+    assert [real_key, fake_key] == list(jax.random.split(judge_key))
+    assert seen.keys() == real.keys() and all(seen[name] is real[name] for name in ("condition", "position"))
+    if not horizontal_flip:
+        assert seen["image"] is real["image"]
+        return
+    expected = flip_at_random(jax.random.fold_in(judge_key, 2), real["position"], real["image"])
+    np.testing.assert_array_equal(seen["image"], expected)
+    is_mirrored = (seen["image"] != real["image"]).any(axis=(1, 2, 3))
+    np.testing.assert_array_equal(seen["image"][is_mirrored], real["image"][is_mirrored][:, :, ::-1])
+    assert 5 < is_mirrored.sum() < ROWS - 5
+
+
+@pytest.mark.parametrize("horizontal_flip", [False, True])
+def test_methods_are_told_whether_the_teacher_s_images_were_mirrored(horizontal_flip, monkeypatch):
+    config = smoke_config.get_config()
+    config.data.horizontal_flip = horizontal_flip
+    monkeypatch.setattr(methods, "find_method", lambda name: lambda given: given)
+    teacher, student = make_teacher(config), make_student(config)
+    assert methods.make_method(config, student, teacher, (0,)).horizontal_flip is horizontal_flip
 
 
 # ---------------------------------------------------------------------------------------- trajectory matching

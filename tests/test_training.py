@@ -31,7 +31,16 @@ from ard_jax.objectives import Joint, Method
 from ard_jax.parallel import make_mesh
 from ard_jax.training import checkpoints, loop
 from ard_jax.training.loop import NotFinite, train
-from ard_jax.training.state import OPTIMIZERS, init_state, learning_rate, make_optimizer, make_step, ramped_decay
+from ard_jax.training.state import (
+    OPTIMIZERS,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    make_step,
+    optimizer_of,
+    ramped_decay,
+    state_shapes,
+)
 
 OPTIMIZER = default_config().distill.optimizer.to_dict()
 
@@ -464,6 +473,55 @@ def test_no_readable_checkpoint_ends_in_a_sentence(uninterrupted, tmp_path):
     ):
         fit(tmp_path)
     assert saved_steps(tmp_path) == [9, 12]  # nothing was deleted on the user's behalf
+
+
+def test_a_run_that_goes_on_never_makes_the_state_of_a_fresh_one(joint_run, tmp_path, at_step, monkeypatch):
+    """Beside the one that is read there may be no room for it."""
+    at_step(5, terminate)
+    with pytest.raises(Preempted):
+        fit(tmp_path, method=joint())
+    monkeypatch.setattr(loop, "init_state", lambda *given: pytest.fail("the state of a fresh run was made"))
+    assert tree_sha256(fit(tmp_path, method=joint()).state) == tree_sha256(joint_run[1])
+
+
+def test_the_shapes_of_a_state_say_all_that_its_arrays_do():
+    optimizer = optimizer_of(joint(), settings())
+    given = {"w": jnp.zeros(3), "b": jnp.zeros(())}, optimizer, 5, make_mesh(), joint().begin
+    shapes, state = state_shapes(*given), init_state(*given)
+    assert jax.tree.structure(shapes) == jax.tree.structure(state)
+    for shape, array in zip(jax.tree.leaves(shapes), jax.tree.leaves(state), strict=True):
+        assert (shape.shape, shape.dtype, shape.sharding) == (array.shape, array.dtype, array.sharding)
+
+
+@pytest.fixture
+def short_of_memory(monkeypatch):
+    """Reading a checkpoint ends in what XLA, or NumPy, says when memory runs out; the steps that were tried."""
+    tried = []
+
+    def restore(manager, step, **_):
+        tried.append(step)
+        if len(tried) > 1:
+            raise MemoryError("Unable to allocate 9.00 GiB")
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nMore")
+
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "restore", restore)
+    return tried
+
+
+def test_a_checkpoint_that_finds_no_memory_is_not_called_broken(uninterrupted, tmp_path, short_of_memory, caplog):
+    copy(uninterrupted[0], tmp_path, "checkpoints")
+    for said in ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.", "Unable to allocate 9.00 GiB"):
+        with pytest.raises(UserError) as error:
+            fit(tmp_path)
+        assert str(error.value).startswith(f"memory ran out while checkpoint 12 was read ({said}): ")
+    assert short_of_memory == [12, 12] and saved_steps(tmp_path) == [9, 12]
+    assert "cannot be read" not in caplog.text
+
+
+def test_parameters_that_find_no_memory_are_not_called_another_config_s(uninterrupted, short_of_memory):
+    with pytest.raises(UserError, match="^memory ran out while checkpoint 12 was read "):
+        checkpoints.load_parameters(uninterrupted[0] / "checkpoints", "ema", uninterrupted[1].ema)
+    assert short_of_memory == [12]
 
 
 def test_parameters_of_a_broken_checkpoint_end_in_a_sentence(uninterrupted, tmp_path):

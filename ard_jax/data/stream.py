@@ -91,7 +91,13 @@ class Joined:
         return self
 
     def __next__(self) -> Batch:
-        return {name: next(batches) for name, batches in self.streams.items()}
+        """The next batch of each; where one cannot be read, all stay at the last that every one of them gave."""
+        before = self.get_state()
+        try:
+            return {name: next(batches) for name, batches in self.streams.items()}
+        except Exception:
+            self.set_state(before)
+            raise
 
     def get_state(self) -> dict[str, PyTree]:
         return {name: batches.get_state() for name, batches in self.streams.items()}

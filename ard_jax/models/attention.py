@@ -29,6 +29,9 @@ def _why_unsupported(backend: str, platform: str, dtype: jnp.dtype, tokens: int,
     if backend == "cudnn":
         if platform not in ("gpu", "cuda"):
             return f"it needs an NVIDIA GPU, and this is {platform}"
+        if (found := compute_capability()) and found < (8, 0):  # where JAX itself ends in an error
+            here = ".".join(map(str, found))
+            return f"it needs a GPU of compute capability 8.0 (Ampere) or newer, and here it is {here}"
         if dtype not in (jnp.bfloat16, jnp.float16):
             return f"it computes in bfloat16 or float16, not in {jnp.dtype(dtype).name}"
         if head_dim % 8 or head_dim > 128:
@@ -41,6 +44,14 @@ def _why_unsupported(backend: str, platform: str, dtype: jnp.dtype, tokens: int,
         if tokens % TILES[-1]:
             return f"its blocks are multiples of {TILES[-1]} tokens, not {tokens}"
     return None
+
+
+def compute_capability() -> tuple[int, ...] | None:
+    """The least of this machine's NVIDIA GPUs, such as (7, 5); None where there is none: others may be planned for."""
+    try:
+        return min(tuple(map(int, gpu.compute_capability.split("."))) for gpu in jax.local_devices(backend="gpu"))
+    except (RuntimeError, ValueError):  # there is no GPU, or it is AMD's, which has a name there
+        return None
 
 
 def choose_backend(backend: str, platform: str, dtype: jnp.dtype, tokens: int, head_dim: int) -> str:

@@ -62,6 +62,7 @@ class Given(NamedTuple):
         max_abs: trajectories that leave [-max_abs, max_abs] do not count; 0 for any. A store has dropped them.
         seed: of the run.
         options: the method's own settings, `config.distill.<objective>`; empty if it has none.
+        horizontal_flip: mirror half of the real images, if the method is shown any: the teacher learnt from such.
     """
 
     student: Network
@@ -76,6 +77,7 @@ class Given(NamedTuple):
     max_abs: float
     seed: int
     options: Mapping[str, Any]
+    horizontal_flip: bool = False
 
 
 class Method(NamedTuple):

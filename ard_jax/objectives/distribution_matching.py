@@ -24,7 +24,15 @@ import jax.numpy as jnp
 from ard_jax.models.discriminator import power_iteration
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import STUDENT, Given, Joint, Method, Metrics, require_kind
-from ard_jax.objectives.adversarial import DISCRIMINATOR, Judge, begin_heads, judge_both, judging_flops, make_judge
+from ard_jax.objectives.adversarial import (
+    DISCRIMINATOR,
+    Judge,
+    begin_heads,
+    flip_at_random,
+    judge_both,
+    judging_flops,
+    make_judge,
+)
 from ard_jax.objectives.denoising import denoising
 from ard_jax.objectives.few_steps import at_node, draw_nodes, require_store
 from ard_jax.objectives.scores import (
@@ -95,7 +103,11 @@ def distribution_matching(given: Given, judge: Judge | None = None) -> Joint:
         metrics: Metrics = {}
         if judge:
             memory = power_iteration(networks[DISCRIMINATOR], memory)
-            real, fake = zip((whole["real"], rows), jax.random.split(judge_key), strict=True)
+            seen = whole["real"]
+            if given.horizontal_flip:
+                flip_key = jax.random.fold_in(judge_key, 2)  # none of the two that it is split into
+                seen = {**seen, "image": flip_at_random(flip_key, seen["position"], seen["image"])}
+            real, fake = zip((seen, rows), jax.random.split(judge_key), strict=True)
             gradient[DISCRIMINATOR], to_images, metrics = judge_both(
                 judge, networks[DISCRIMINATOR], memory, frozen, real, fake
             )

@@ -110,12 +110,12 @@ def _other_state(state: TrainState) -> dict[str, Any]:
 
 
 def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, laid out as `like` is; None if there is none.
+    """The newest checkpoint that can be read, laid out as `like` is, arrays or shapes; None if there is none.
 
     A checkpoint that cannot be read is reported and set aside, and the one before it is tried.
 
     Raises:
-        UserError: there are checkpoints, and none can be read.
+        UserError: there are checkpoints, and none can be read; or memory ran out.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
@@ -123,6 +123,7 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainStat
             check_sealed(pathlib.Path(manager.directory), step)
             state, position = restore_step(manager, step, like)
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+            _check_memory(error, step)
             log.warning("checkpoint %d cannot be read (%s): going back to the one before.", step, first_line(error))
             continue
         for broken in (other for other in steps if other > step):
@@ -134,6 +135,15 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainStat
             f"restore them from a copy, or start again in another --workdir."
         )
     return None
+
+
+def _check_memory(error: Exception, step: int) -> None:
+    """Raises UserError if what ended the reading of a checkpoint says nothing of it: there was no memory for it."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        raise UserError(
+            f"memory ran out while checkpoint {step} was read ({first_line(error)}): end what else runs on the "
+            f"devices, or split the state over more of them with mesh.fsdp=-1, and run the same again."
+        ) from error
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:
@@ -236,7 +246,7 @@ def load_parameters(directory: pathlib.Path, part: str, like: PyTree) -> PyTree:
         like: pytree of arrays or `jax.ShapeDtypeStruct`s with shardings, giving shapes, types and placement.
 
     Raises:
-        UserError: there is no checkpoint, or it does not fit.
+        UserError: there is no checkpoint, it does not fit, or memory ran out.
     """
     if not directory.is_dir():
         raise UserError(f"there are no checkpoints in {directory}: run the stage that makes them first.")
@@ -247,6 +257,7 @@ def load_parameters(directory: pathlib.Path, part: str, like: PyTree) -> PyTree:
         try:
             return manager.restore(step, args=ocp.args.Composite(**{part: ocp.args.StandardRestore(like)}))[part]
         except Exception as error:
+            _check_memory(error, step)
             raise UserError(
                 f"checkpoint {step} in {directory} cannot be read as this config's model ({first_line(error)}): "
                 f"use the config that it was made with, or make it again."

@@ -19,13 +19,13 @@ from jax.sharding import Mesh
 from ard_jax.chips import peak_flops
 from ard_jax.errors import Preempted, UserError
 from ard_jax.objectives import Method, Metrics
-from ard_jax.parallel import is_first, put_batch
+from ard_jax.parallel import is_first, put_batch, whole_matrices
 from ard_jax.training import checkpoints
 from ard_jax.training.loggers import check_loggers
 from ard_jax.training.metrics import MetricLog
 from ard_jax.training.pictures import Pictures
 from ard_jax.training.reading import Reading
-from ard_jax.training.state import TrainState, init_state, make_step, optimizer_of
+from ard_jax.training.state import TrainState, init_state, make_step, optimizer_of, state_shapes
 from ard_jax.types import Batches, Params, PyTree
 
 log = logging.getLogger("ard_jax")
@@ -78,25 +78,30 @@ def train(
     check_loggers(run.loggers)
     started = time.monotonic()
     optimizer = optimizer_of(method, settings)
-    state = init_state(params, optimizer, seed, mesh, method.begin, frozen)
+    start = params, optimizer, seed, mesh, method.begin, frozen
+    shapes = state_shapes(*start)
+    if (whole := whole_matrices(shapes.params, mesh)) and is_first():
+        log.info("%.1f MB of parameters lie whole on every device: %s.", sum(whole.values()) / 1e6, ", ".join(whole))
     step_function = make_step(
-        method.objective, optimizer, settings.optimizer.ema, mesh, state, frozen, settings.accumulate
+        method.objective, optimizer, settings.optimizer.ema, mesh, shapes, frozen, settings.accumulate
     )
     with (
         checkpoints.make_manager(directory / "checkpoints", run.keep_checkpoints, run.keep_every) as manager,
         concurrent.futures.ThreadPoolExecutor(1) as sealer,
     ):
         seconds = 0.0
-        if restored := checkpoints.restore(manager, state):
+        if restored := checkpoints.restore(manager, shapes):
             state, position = restored
             batches.set_state(position["data"])
             seconds = position["seconds"]
             log.info("resuming at step %d of %d.", int(state.step), settings.steps)
-        elif is_first():
-            # the statistics of a parameter are for a process that has all of it
-            statistics = jax.process_count() == 1
-            overview = parameter_overview.get_parameter_overview(state.params, include_stats=statistics)
-            log.info("parameters:\n%s", overview)
+        else:
+            state = init_state(*start)  # only now: beside one that is read there may be no room
+            if is_first():
+                # the statistics of a parameter are for a process that has all of it
+                statistics = jax.process_count() == 1
+                overview = parameter_overview.get_parameter_overview(state.params, include_stats=statistics)
+                log.info("parameters:\n%s", overview)
 
         reading = Reading(batches)
 

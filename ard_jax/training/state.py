@@ -1,6 +1,6 @@
 """Training state, optimiser and the jitted step."""
 
-import logging
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,17 +15,14 @@ from ard_jax.keys import make_key, wrap_key
 from ard_jax.objectives import STUDENT, Begin, Joint, Method, Metrics, Objective
 from ard_jax.parallel import (
     batch_sharding,
-    is_first,
     on_mesh,
     replicated_sharding,
     sharding_of,
     split_in_turns,
-    whole_matrices,
+    with_shardings,
 )
 from ard_jax.training.reading import WHOLE
 from ard_jax.types import Batch, Params, PyTree
-
-log = logging.getLogger("ard_jax")
 
 # Optimisers by their names in optax, and whether they take weight decay.
 OPTIMIZERS = {
@@ -177,6 +174,19 @@ def start_state(
     return state._replace(opt_state=optimizer.init(state.networks))
 
 
+def state_shapes(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    begin: Begin | None = None,
+    frozen: PyTree = None,
+) -> TrainState:
+    """The shapes of `init_state`'s arrays, with their shardings: a checkpoint is read by them, and nothing computed."""
+    start = functools.partial(start_state, optimizer=optimizer, seed=seed, begin=begin)
+    return with_shardings(jax.eval_shape(start, params, frozen=frozen), mesh)
+
+
 def init_state(
     params: Params,
     optimizer: optax.GradientTransformation,
@@ -186,15 +196,9 @@ def init_state(
     frozen: PyTree = None,
 ) -> TrainState:
     """`start_state` on a mesh; every array owns its memory, so that the step may be given it for good."""
-
-    def start(params, frozen):
-        return start_state(params, optimizer, seed, begin, frozen)
-
-    shapes = jax.eval_shape(start, params, frozen)
-    lies = sharding_of(shapes, mesh)
-    if (whole := whole_matrices(shapes.params, mesh)) and is_first():
-        log.info("%.1f MB of parameters lie whole on every device: %s.", sum(whole.values()) / 1e6, ", ".join(whole))
-    return jax.jit(start, out_shardings=lies)(params, frozen)
+    start = functools.partial(start_state, optimizer=optimizer, seed=seed, begin=begin)
+    lies = sharding_of(jax.eval_shape(start, params, frozen=frozen), mesh)
+    return jax.jit(start, out_shardings=lies)(params, frozen=frozen)
 
 
 def ramped_decay(decay: float, step: jax.Array) -> jax.Array:
