@@ -24,6 +24,7 @@ from ard_jax.files import file_sha256, join_npz, read_json, read_npz, tree_sha25
 from ard_jax.models import init_from_teacher
 from ard_jax.objectives.ard import ard, online_ard, teacher_forcing
 from ard_jax.parallel import make_mesh
+from ard_jax.results import read_results
 from ard_jax.sampling import sample_student, sample_teacher, sampling_key
 from ard_jax.stages import sample
 from ard_jax.training.checkpoints import load_parameters
@@ -297,6 +298,10 @@ def test_students_of_another_teacher_are_not_evaluated_beside_this_one(pipeline,
     found = sentence(smoke("evaluate", workdir), "evaluate")
     assert f"ard was distilled from another teacher or solver than this config's ({said}" in found
     assert not (workdir / "evaluate").exists()
+    (workdir / "distill" / "ard").rename(tmp_path / "away")  # as that sentence says
+    outcome = smoke("evaluate", workdir)
+    assert outcome.status == 0 and "ard: sampled, but no longer in distill/, so left out." in outcome.err
+    assert set(read_results(workdir).models) == {"teacher"}
 
 
 def test_parts_are_joined_to_what_one_file_would_be(tmp_path):

@@ -192,7 +192,12 @@ def _models(config: ml_collections.ConfigDict, workdir: pathlib.Path, asked: Col
     if config.evaluate.draw:
         return list(asked or config.sample.models)
     sampled = require_done(workdir / "sample", "sample")["models"]
-    return [name for name in sampled if name in (asked or sampled)]
+    if asked:
+        return [name for name in sampled if name in asked]
+    gone = [name for name in sampled if name != "teacher" and not (workdir / "distill" / name).exists()]
+    if gone:
+        log.info("%s: sampled, but no longer in distill/, so left out.", ", ".join(gone))
+    return [name for name in sampled if name not in gone]
 
 
 def _check_students(config: ml_collections.ConfigDict, teacher: Loaded, students: Mapping[str, Loaded]) -> None:
