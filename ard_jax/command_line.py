@@ -134,10 +134,12 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         return 130 if reason.by_hand else 0
     except KeyboardInterrupt:
         print(f"\nard_jax {words}: interrupted; running the same command goes on from what is saved.", file=sys.stderr)
+        hosts.leave_others(130)
         return 130
     except Exception as error:
         sentence = _describe_storage_error(error, workdir)
         if not sentence:
+            hosts.leave_others(1, error)
             raise
         return _report_error(words, sentence)
     finally:
@@ -287,8 +289,7 @@ def _stop_on_sigterm(stage: str) -> Iterator[None]:
 
 def _report_error(stage: str, sentence: str) -> int:
     print(f"ard_jax {stage}: {sentence}", file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():  # asking for the number of processes would ask for devices first
-        hosts.leave(2)
+    hosts.leave_others(2)
     return 2
 
 

@@ -14,7 +14,7 @@ from ard_jax.captions.store import open_captions
 from ard_jax.config import keys_that_change, plain, with_defaults
 from ard_jax.methods import finetuned_config
 from ard_jax.results import Measured, read_results
-from ard_jax.sampled import drawn_otherwise
+from ard_jax.sampled import are_drawn, drawn_otherwise
 from ard_jax.trajectories.store import read_manifest, store_hash
 from ard_jax.workdir import (
     SECTIONS,
@@ -27,6 +27,7 @@ from ard_jax.workdir import (
     require_done,
     store_folder,
     teacher_folder,
+    vae_folder,
 )
 
 # Settings by which the measurements of samples come out the same.
@@ -101,11 +102,13 @@ def _weights(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str
 
 
 def _is_sampled(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> bool:
-    """Whether a model's samples are there, drawn from its weights as they are now."""
-    sampled = (read_done(workdir / "sample") or {"models": {}})["models"].get(name)
-    if sampled is None or sampled["ema_sha256"] != _weights(config, workdir, name):
+    """Whether a model's samples are there, drawn from its weights as they are now: the stage would leave them alone."""
+    made = (read_done(workdir / "sample") or {"models": {}})["models"].get(name)
+    directory = workdir / "sample" / name
+    decodes = config.data.space == "latent" and vae_folder(config, workdir).exists()
+    if not are_drawn(directory, made, _weights(config, workdir, name), decodes):
         return False
-    return not drawn_otherwise(workdir / "sample" / name, config, _captions(config, workdir))
+    return not drawn_otherwise(directory, config, _captions(config, workdir))
 
 
 def _is_measured(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collection[str]) -> bool:

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -183,6 +184,14 @@ def is_fresh(path: pathlib.Path, than: pathlib.Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return than.stat().st_mtime - path.stat().st_mtime < FRESH
     return False
+
+
+def leave_others(status: int, error: BaseException | None = None) -> None:
+    """`leave`, with the traceback of an error, if this process is one of several; else nothing."""
+    if jax.distributed.is_initialized():  # asking for the number of processes would ask for devices first
+        if error is not None:
+            traceback.print_exception(error)
+        leave(status)
 
 
 def leave(status: int) -> None:

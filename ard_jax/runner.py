@@ -119,7 +119,10 @@ def jobs_of(entries: Iterable[Entry]) -> list[Job]:
             for name in drawn:  # one by one, or what is drawn would be drawn again with what is not
                 jobs.append(Job("sample", entry.home.with_settings({"sample.models": (name,)}), (name,)))
             measured.setdefault(entry.home.workdir, (entry.home, [TEACHER]))[1].append(entry.name)
-    jobs += [Job("evaluate", home, tuple(names)) for home, names in measured.values()]
+    for home, names in measured.values():
+        drawing = home.config.evaluate.draw  # then it has no samples to tell it which models there are
+        place = home.with_settings({"sample.models": tuple(names)}) if drawing else home
+        jobs.append(Job("evaluate", place, tuple(names)))
     unique: dict[tuple, Job] = {}
     for job in jobs:
         unique.setdefault((job.stage, job.place.workdir, job.models), job)
@@ -188,7 +191,8 @@ def with_settings(config: ml_collections.ConfigDict, changes: Mapping[str, Any])
         *path, last = key.split(".")
         section = functools.reduce(getitem, path, copy)
         try:
-            with copy.ignore_type() if ROWS[key].any_type else contextlib.nullcontext():
+            # what a config names itself, such as a method's steps, has no row
+            with copy.ignore_type() if key in ROWS and ROWS[key].any_type else contextlib.nullcontext():
                 section[last] = value
         except TypeError:
             raise UserError(f"{key} is {value!r}, which is no {type(known[key]).__name__}: give one.") from None

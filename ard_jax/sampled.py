@@ -39,6 +39,20 @@ def note_samples(directory: pathlib.Path, config: ml_collections.ConfigDict, inp
     write_json(directory / "config.json", plain(config) | {"inputs": dict(inputs)})
 
 
+def are_drawn(directory: pathlib.Path, made: Mapping[str, Any] | None, weights: str, decodes: bool) -> bool:
+    """Whether the samples of a model lie in a folder, whatever their settings.
+
+    Args:
+        directory: of them.
+        made: what sample/done.json says of the model, if anything.
+        weights: hash of its averaged parameters as they are now.
+        decodes: whether there is a VAE for latents now; samples that are latents are none then.
+    """
+    if made is None or made["ema_sha256"] != weights or (decodes and "grid.png" not in made["sha256"]):
+        return False
+    return all((directory / file).exists() for file in ("samples.npz", "config.json"))
+
+
 def has_begun(directory: pathlib.Path, inputs: Mapping[str, str]) -> bool:
     """Whether samples in a folder were begun from these weights, and not as latents where there is a VAE now."""
     path = directory / "config.json"

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import pathlib
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -132,10 +133,23 @@ def at_checkpoint(
 
 
 def link_folders(workdir: pathlib.Path, target: pathlib.Path, names: Sequence[str]) -> None:
-    """Symbolic links in `target` to those folders of a run that are there, and not in `target` yet."""
+    """Symbolic links in `target` to those folders of a run that are there, but for what `target` has itself.
+
+    Links within the run are relative, so that it can be moved; one that leads elsewhere, such as to where the run was
+    before, is made anew.
+    """
+    run, place = workdir.resolve(), target.resolve()
     for name in names:
-        if (workdir / name).exists() and not (target / name).exists():
-            (target / name).symlink_to((workdir / name).absolute(), target_is_directory=True)
+        folder, link = run / name, target / name
+        is_own = link.exists() and not link.is_symlink()
+        if is_own or not folder.exists() or (link.exists() and link.samefile(folder)):
+            continue
+        new = target / f".partial-{secrets.token_hex(8)}"
+        try:
+            new.symlink_to(os.path.relpath(folder, place) if place.is_relative_to(run) else folder)
+            os.replace(new, link)  # another process may be at it too, and makes the same
+        finally:
+            new.unlink(missing_ok=True)
 
 
 def _link_model(folder: pathlib.Path, step: int, own: pathlib.Path) -> None:

@@ -4,7 +4,7 @@ A sweep file has a docstring, which says what it is about and what it costs, and
     config    the config file that all entries start from, with its arguments
     settings  dotted keys and values for all entries (optional)
     entries   name → dotted keys and values; the name is that of the entry's student, or of its fine-tune
-    over      a key that the entries differ in, along which the page draws Fréchet distances (optional)
+    over      a key of numbers that the entries differ in, along which the page draws Fréchet distances (optional)
     stages    which of the stages are run (optional, all but finetune)
 
 With finetune among the stages, the entries are fine-tunes of one student, that of the settings. Entries that differ in
@@ -144,17 +144,20 @@ def plan(sweep: Sweep, workdir: str, only: list[str] | None = None) -> list[Entr
         only: names of entries; None for all.
 
     Raises:
-        UserError: an entry that there is not, or a setting that a stage would refuse.
+        UserError: an entry that there is not, a setting that a stage would refuse, or an `over` of no numbers.
     """
     missing = [name for name in only or () if name not in sweep.entries]
     if missing:
         raise UserError(f"{sweep.file} has no entry {missing[0]!r}: its entries are {', '.join(sweep.entries)}.")
     shared = _resolve(sweep, workdir, sweep.settings)
-    return [
+    entries = [
         _plan_entry(sweep, name, settings, shared)
         for name, settings in sweep.entries.items()
         if only is None or name in only
     ]
+    for entry in entries:  # the page would fail on it once all is trained
+        axis_position(sweep, entry)
+    return entries
 
 
 def _plan_entry(sweep: Sweep, name: str, settings: Mapping[str, Any], shared: Place) -> Entry:
@@ -263,11 +266,21 @@ def _collect(sweep: Sweep, entries: Iterable[Entry]) -> dict[str, Any]:
 
 
 def axis_position(sweep: Sweep, entry: Entry) -> float | None:
-    """Where an entry stands along `over`: the value, or how many values where it is several, such as points."""
+    """Where an entry stands along `over`: the value, or how many values where it is several, such as points.
+
+    Raises:
+        UserError: it is no number.
+    """
     if sweep.over is None:
         return None
     value = flatten(plain(entry.config))[sweep.over]
-    return len(value) if isinstance(value, list) else value
+    position = len(value) if isinstance(value, list) else value
+    if isinstance(position, bool) or not isinstance(position, int | float):
+        raise UserError(
+            f"over of {sweep.file} is {sweep.over!r}, which is {value!r} for entry {entry.name!r}, but the axis has "
+            f"numbers: name a setting that has them, such as distill.steps, or leave over out."
+        )
+    return position
 
 
 def _table_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:

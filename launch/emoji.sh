@@ -7,20 +7,21 @@
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 workdir=runs/emoji
-prompts=()
-flags=()
 if [[ $# -gt 0 && "$1" != --* ]]; then
   workdir=$1
   shift
 fi
+# never empty, which in macOS's bash 3.2 would be an error
+draw=(-m examples.draw_emoji)
+flags=(--workdir "$workdir")
 while [[ $# -gt 0 ]]; do
   case "$1" in
     --prompt)
-      prompts+=(--prompt "${2:?--prompt needs words}")
+      draw+=(--prompt "${2:?--prompt needs words}")
       shift 2
       ;;
     --prompt=*)
-      prompts+=(--prompt "${1#--prompt=}")
+      draw+=(--prompt "${1#--prompt=}")
       shift
       ;;
     --config.*)
@@ -34,15 +35,15 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 started=$SECONDS
-"$python" -m examples.draw_emoji --out "$workdir/first.png" "${prompts[@]}"
+"$python" "${draw[@]}" --out "$workdir/first.png"
 echo "emoji: first pictures after $((SECONDS - started)) seconds; look at $workdir/first.png"
 "$python" -m ard_jax convert --source pipelines/openmoji-teacher --workdir "$workdir"
 "$python" -m ard_jax convert --source pipelines/openmoji-ard --workdir "$workdir" --name shipped
 config=configs/openmoji.py:budget=quick,steps=2,target=xt,student
-"$python" -m ard_jax run captions,trajectories --config "$config=ard" --workdir "$workdir" "${flags[@]}" \
-  then distill --config "$config=ard" --workdir "$workdir" "${flags[@]}" \
-  beside distill --config "$config=step" --workdir "$workdir" "${flags[@]}" \
-  then sample,evaluate,report --config "$config=ard" --workdir "$workdir" "${flags[@]}" \
+"$python" -m ard_jax run captions,trajectories --config "$config=ard" "${flags[@]}" \
+  then distill --config "$config=ard" "${flags[@]}" \
+  beside distill --config "$config=step" "${flags[@]}" \
+  then sample,evaluate,report --config "$config=ard" "${flags[@]}" \
   "--config.sample.models=('teacher', 'ard', 'step', 'shipped')"
-"$python" -m examples.draw_emoji --out "$workdir/all.png" --workdir "$workdir" "${prompts[@]}"
+"$python" "${draw[@]}" --out "$workdir/all.png" --workdir "$workdir"
 echo "emoji: $((SECONDS - started)) seconds; open $workdir/report/index.html"

@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from ard_jax.captions.layouts import LAYOUTS, check_layout, write_layout
 from ard_jax.captions.lists import Prompt, read_prompts
+from ard_jax.captions.texts import read_texts
+from ard_jax.data.captioned import lines_of
 from ard_jax.errors import UserError
 
 GENEVAL = [
@@ -39,6 +42,28 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path):
     path = tmp_path / "color_val.txt"
     path.write_text("a green bench\tcolor\n\n a  red car \n")
     assert read_prompts(path) == [Prompt("a green bench", "00000"), Prompt("a red car", "00001")]
+
+
+# What str.splitlines cuts at, and JSON and people's texts may have within a line.
+INNER = "\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_ends_at_a_newline_alone(tmp_path, inner, end):
+    texts = [f"a red{inner}heart", "a blue one"]
+    objects = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    for name, lines in (("a.txt", texts), ("a.jsonl", objects)):
+        path = tmp_path / name
+        path.write_bytes(b"\xef\xbb\xbf" + "".join(line + end for line in lines).encode())
+        assert [prompt.text for prompt in read_prompts(path)] == ["a red heart", "a blue one"]
+        config = ConfigDict({"captions": {"source": "file", "path": str(path)}, "data": {"caption_key": "text"}})
+        assert read_texts(config).texts == texts
+
+
+def test_lines_of_a_text():
+    for text, lines in (("", []), ("a", ["a"]), ("a\n", ["a"]), ("\na\r\n\r\n b", ["", "a", "", " b"])):
+        assert lines_of(text) == lines
 
 
 def test_lines_of_objects_keep_what_they_say(tmp_path):

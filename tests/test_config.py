@@ -24,6 +24,7 @@ from ard_jax.config import (
 )
 from ard_jax.diffusion import FlowMatching, LinearVP
 from ard_jax.errors import UserError
+from ard_jax.sampled import SAMPLED
 from ard_jax.trajectories.store import stored_settings
 
 POSITIVE = {
@@ -168,7 +169,7 @@ def test_what_samples_and_measurements_depend_on():
 
     sampled = but_for_dir("data") | {"vae.", "diffusion."}
     sampled |= {f"sample.{name}" for name in ("count", "seed", "labels", "held_out")}
-    assert set(completion.SAMPLED) == sampled
+    assert set(SAMPLED) == sampled
     measured = {key for key in ROWS if key.startswith("evaluate.")} - {"evaluate.draw"}  # the same either way
     assert set(completion.MEASURED) == sampled | but_for_dir("encode") | {"student."} | measured
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -130,6 +131,30 @@ def test_tfds_latents_are_used_as_they_are(tmp_path):
         image_source(config(**fields | {"image_size": 8}))
     with pytest.raises(UserError, match="The label of record 0 of the TFDS dataset .* is 1, .* allows 0 to 0"):
         _ = image_source(config(**fields | {"num_classes": 1}))[0]
+
+
+def test_a_damaged_record_of_tfds_is_named_in_a_sentence(tmp_path):
+    """And not a traceback, after which what was trained since the last checkpoint would be lost."""
+    features = {
+        "latent": tfds.features.Tensor(shape=(4, 4, 64), dtype=np.float32, encoding=tfds.features.Encoding.BYTES),
+        "label": tfds.features.Scalar(dtype=np.int64),
+    }
+    latents = np.random.default_rng(0).normal(size=(3, 4, 4, 64)).astype(np.float32)
+    directory = write_tfds(tmp_path, features, [{"latent": latent, "label": 1} for latent in latents])
+    (shard,) = directory.glob("*array_record*")
+    content = bytearray(shard.read_bytes())
+    content[3000] ^= 1  # what follows the records is empty
+    shard.write_bytes(content)
+    fields = dict(source="tfds", dir=str(directory), image_size=4, channels=64, num_classes=2, space="latent")
+    source = image_source(config(**fields))
+    said = []
+    for number, latent in enumerate(latents):
+        try:
+            np.testing.assert_array_equal(source[number]["image"], latent)
+        except UserError as error:
+            said.append((number, str(error)))
+    ((broken, sentence),) = said
+    assert re.fullmatch(f"record {broken} of the TFDS dataset in .* cannot be read .*such as 'encode'.", sentence)
 
 
 def test_a_training_reads_tfds_without_importing_what_is_slow(tmp_path):

@@ -1,5 +1,6 @@
 """Folders of pictures: what a viewer shows, all that are there, and what they are wherever they lie."""
 
+import json
 import logging
 import pathlib
 import types
@@ -11,6 +12,7 @@ from PIL import Image
 from pipeline_fixtures import FOLDER, files, sentence, smoke, write_classes
 
 from ard_jax.data import identify, image_source
+from ard_jax.data.captioned import ImageFolder
 from ard_jax.errors import UserError
 from ard_jax.files import read_json
 
@@ -126,6 +128,19 @@ def test_the_same_data_elsewhere_are_the_same_and_others_are_not(tmp_path):
     assert made(tmp_path / "4", more=True)["records"] == 3
     assert made(tmp_path / "5", size=64)["sha256"] != here["sha256"]
     assert made(tmp_path / "6", names=("a", "b"))["classes"] != here["classes"]
+
+
+def test_captions_may_hold_separators_and_lines_keep_their_numbers(tmp_path):
+    captions = ["a red\u2028heart", "a\x85b\u2029c"]
+    lines = [json.dumps({"file_name": "x.png", "text": text}, ensure_ascii=False) for text in captions]
+    save(grey(9), tmp_path / "x.png")
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_bytes("\r\n\n".join(lines).encode())
+    data = types.SimpleNamespace(dir=str(tmp_path), image_size=8, channels=3, caption_key="text")
+    assert ImageFolder(data).captions == captions
+    metadata.write_text("\n".join([lines[0], "", "{"]), encoding="utf-8")
+    with pytest.raises(UserError, match="^line 3 of .*metadata.jsonl is no JSON object"):
+        ImageFolder(data)
 
 
 @pytest.fixture

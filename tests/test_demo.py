@@ -4,13 +4,16 @@ import base64
 import dataclasses
 import importlib.util
 import io
+import pathlib
 import re
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from pipeline_fixtures import copy, run, sentence
 
@@ -19,8 +22,10 @@ from ard_jax.build import make_solve
 from ard_jax.demo import html
 from ard_jax.demo.drawing import MOST_CHARACTERS, MOST_PIXELS, draw, edit, open_picture, step_at
 from ard_jax.demo.models import Model, Models, find_models
+from ard_jax.demo.runner import Drawn
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, write_json
+from ard_jax.pipeline.prompts import Prompts
 from ard_jax.progress import Stopwatch
 from ard_jax.sampling import sample_teacher, teacher_steps
 
@@ -233,6 +238,52 @@ def test_captions_that_cannot_be_drawn():
     said = refused(draw, OfCaptions, "ab " * 3334, 0, 1, ["ard"])
     assert said == f"the caption has 10,001 characters: give at most {MOST_CHARACTERS:,}."
     assert refused(draw, OfCaptions, " \n ", 0, 1, ["ard"]) == "the caption is empty: say what to draw, in words."
+
+
+class OfWords:
+    """Stands for a student that is told captions of 6 tokens at most, and for the models of a demo of it alone."""
+
+    steps = calls = 2
+    image_shape, id2label = (8, 8, 1), types.MappingProxyType({})
+
+    def __init__(self):
+        captions = ConfigDict({"length": 6, "cleaning": "none"})
+        self.first = self.pipe = self
+        self.config, self.prompts = ConfigDict({"captions": captions}), Prompts("wordllama", captions, 256)
+        self.every = self.editors = [Model("ard", pathlib.Path("ard"), steps=2)]
+
+    def find(self, name):
+        return self.every[0]
+
+    def open(self, name):
+        return self
+
+    def noise(self, seed, count):
+        return np.zeros((count, 8, 8, 1))
+
+    def draw(self, told, noise):
+        yield 2
+        return Drawn(np.zeros((1, 8, 8, 1), np.uint8), np.zeros((1, 2, 8, 8, 1), np.uint8))
+
+    def edit(self, *asked, **how):
+        return types.SimpleNamespace(images=np.zeros((1, 8, 8, 1)), trajectory=np.zeros((1, 2, 8, 8, 1)))
+
+
+@pytest.mark.parametrize(
+    ("caption", "note"),
+    [
+        ("a red heart", ""),
+        ("a red heart and a blue circle and a fox", " The caption has over 6 tokens and was cut there."),
+    ],
+)
+def test_a_caption_that_is_cut_is_said_at_the_end(tmp_path, caption, note):
+    pytest.importorskip("wordllama")
+    Image.new("L", (8, 8)).save(tmp_path / "picture.png")
+    models = OfWords()
+    for seen in (draw(models, caption, 0, 1, ["ard"]), edit(models, caption, 0, 1, "ard", tmp_path / "picture.png", 1)):
+        *before, last = [html.status(drawing) for drawing in seen]
+        assert before and all("<progress" in markup and "tokens" not in markup for markup in before)
+        assert last == f'<p class="ard-done" role="status">Done.{note}</p>'
 
 
 def test_pictures_that_cannot_be_opened(models, tmp_path):

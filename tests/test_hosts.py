@@ -296,6 +296,42 @@ def test_hosts_that_were_started_differently_all_stop(tmp_path, port):
     assert not (tmp_path / "teacher").exists()
 
 
+DEFECT = """
+import sys
+from ard_jax.__main__ import main
+from ard_jax.stages import teacher
+
+def identify(*_):
+    raise RuntimeError("a defect")
+
+if sys.argv[-1] == "1":
+    teacher.identify = identify
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_defect_on_one_host_ends_it_at_once(tmp_path, port):
+    """An orderly end would wait for the other host, which waits for this one, while the pod is paid for."""
+    given = ["teacher", "--config", SMOKE, "--workdir", tmp_path, "--coordinator", f"localhost:{port}"]
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", DEFECT, *given, "--num-processes", "2", "--process-id", str(index)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    )
+    try:
+        _, said = second.communicate(timeout=300)  # for the broken case alone, which takes a week
+        assert second.returncode == 1 and "Traceback" in said and "RuntimeError: a defect" in said
+        assert first.poll() is None  # which has not been waited for
+    finally:
+        first.kill(), second.kill()
+        first.communicate()
+
+
 def test_local_pod_says_what_it_wants():
     ended = subprocess.run(["launch/local_pod.sh", "teacher"], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2 and "give the number of processes and a stage" in ended.stderr

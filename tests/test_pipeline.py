@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from ml_collections import ConfigDict
 from PIL import Image
 from pipeline_fixtures import ROOT, copy, files
 
@@ -26,6 +27,7 @@ from ard_jax.files import read_json, write_json
 from ard_jax.models import AutoencoderKL, network_shapes, parameter_shapes
 from ard_jax.models.vae import to_images, to_latents
 from ard_jax.pipeline.inputs import resolve_labels
+from ard_jax.pipeline.prompts import Prompts
 from ard_jax.sampling import draw_noise, sample_student, sample_teacher, sampling_key
 from ard_jax.weights.tensors import write_tensors
 from configs import smoke as smoke_config
@@ -374,6 +376,19 @@ def test_labels_that_do_not(student):
     assert "class_labels is empty" in refused(student, [])
     nameless = ARDPipeline(student.params, student.config)
     assert "'three' cannot be looked up, since this pipeline has no names" in refused(nameless, "three")
+
+
+def test_prompts_that_are_cut_are_said(caplog):
+    pytest.importorskip("wordllama")
+    prompts = Prompts("wordllama", ConfigDict({"length": 6, "cleaning": "none"}), 256)
+    texts = ["a red heart", "a red heart and a blue circle and a fox"]
+    prompts.resolve(texts[0], {"negative_prompt": "green"}, is_guided=True, is_student=False)
+    assert not caplog.messages
+    _, caption = prompts.resolve([*texts, texts[1]], {}, is_guided=False, is_student=True)
+    assert caption.mask.sum(axis=1).max() == 6
+    prompts.resolve(texts[0], {"negative_prompt": texts[1]}, is_guided=True, is_student=False)
+    assert caplog.messages == [f"{count} prompts have over 6 tokens and are cut." for count in ("2 of 3", "1 of 1")]
+    assert {(record.name, record.levelname) for record in caplog.records} == {("ard_jax", "WARNING")}
 
 
 # ------------------------------------------------------------------------------------------------- what is refused

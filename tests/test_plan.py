@@ -23,6 +23,7 @@ from ard_jax.plan.cost import Cost, Memory, measure, needed_bytes
 from ard_jax.plan.programs import caption_step, finetune_step, for_platform, sampler, training_step, trajectory_step
 from ard_jax.plan.search import MAKERS, candidate_of, candidates, least, try_settings
 from ard_jax.plan.topology import SHAPES, Slice, find_slice
+from ard_jax.runner import with_settings
 from ard_jax.stages import plan
 from configs import imagenet256, pixart_sigma_1024, smoke, smoke_captions
 
@@ -357,6 +358,46 @@ def test_a_search_prints_its_flags(tmp_path, monkeypatch, capsys):
     assert f"What to take: {faster.flags('distill')}; as given, 50% of that speed" in said
     assert found["fits_as_given"] and found["advice"] == {"distill": faster._asdict()}
     assert found["programs"]["training step"]["bound"] == 1.0
+
+
+@pytest.mark.parametrize("fitting", [(), ("training step",)])
+def test_where_nothing_fits_the_file_says_so(fitting, tmp_path, monkeypatch, capsys):
+    """And holds no plan of before, which a program would take for this one."""
+    config, file = small(), tmp_path / "plan.json"
+    file.write_text('{"fits_as_given": true}')
+    monkeypatch.setattr(plan, "find_slice", lambda _: here())
+    monkeypatch.setattr(plan, "measure", lambda work, _: cost(1e9 if work.name in fitting else 4000 * GIB, work))
+    monkeypatch.setattr(plan, "try_settings", lambda config, where, stage, first, **_: [
+        (candidate_of(config, where, stage), first)
+    ])  # fmt: skip
+    plan.run(config, "cpu", file, True, False)
+    assert "Nothing that was tried fits: take more chips" in capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert (found["topology"], found["fits_as_given"], found["advice"]) == ("cpu", False, {})
+    verdicts = {name: program["fits"] for name, program in found["programs"].items()}
+    assert verdicts == ({"training step": True, "fine-tune step": False} if fitting else {"training step": False})
+    assert found["chip_hours"] == found["storage"] == {}  # as printed: there is no recipe of what does not fit
+
+
+def test_the_recipe_leaves_out_what_its_run_does_not_make():
+    """The store where the teacher is solved inside of the step, unless a fine-tune reads it; and what has a `dir`."""
+
+    def counted_stages(*stages, **changes):
+        config = with_settings(small(), {key.replace("_", "."): value for key, value in changes.items()})
+        steps = {stage: cost(1e9, MAKERS[stage](config, here())) for stage in stages}
+        others = (cost(1e9, program(config, here())) for program in (sampler, trajectory_step))
+        hours = recipe.chip_hours(config, steps, *others)
+        disk = recipe.storage(config, {stage: made.work for stage, made in steps.items()})
+        assert hours.keys() - {"sample"} == disk.keys()
+        return set(disk)
+
+    every = {"teacher", "trajectories", "distill"}
+    assert counted_stages("distill") == every
+    assert counted_stages("distill", distill_online=True) == every - {"trajectories"}
+    assert counted_stages("distill", "finetune", distill_online=True) == {*every, "finetune"}
+    assert counted_stages("distill", teacher_dir="elsewhere") == every - {"teacher"}
+    made = counted_stages("distill", "finetune", trajectories_dir="elsewhere")
+    assert made == {*every, "finetune"} - {"trajectories"}
 
 
 def test_the_recipe_s_storage():

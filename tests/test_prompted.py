@@ -1,6 +1,7 @@
 """Lists of prompts drawn by a converted PixArt, laid out, and judged by a CLIP of its own."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from ard_jax.evaluation import clip_scores
 from ard_jax.evaluation.clip_images import images_for_clip
 from ard_jax.files import read_json, read_npz, write_json
 from ard_jax.prompted import SCORES
+from ard_jax.snapshots import link_folders
 from ard_jax.text import open_tokenizer, tokens_for_clip
 from ard_jax.weights.tensors import write_tensors
 
@@ -99,6 +101,61 @@ def test_another_layout_draws_nothing_again(drawn, tmp_path, monkeypatch):
     before = (home / "geneval" / "teacher").stat().st_mtime_ns
     assert stage("sample", workdir, asked, "sample.layout=geneval").status == 0
     assert (home / "geneval" / "teacher").stat().st_mtime_ns == before
+
+
+def made_run(root):
+    (root / "teacher").mkdir(parents=True)
+    home = root / "prompts" / "a"
+    home.mkdir(parents=True)
+    return root, home
+
+
+def test_links_stay_right_where_a_run_is_moved(tmp_path):
+    run_folder, home = made_run(tmp_path / "run")
+    link_folders(run_folder, home, ("teacher", "vae"))
+    assert [path.name for path in home.iterdir()] == ["teacher"]  # the run has no VAE
+    moved = run_folder.rename(tmp_path / "moved")
+    assert (moved / "prompts" / "a" / "teacher").samefile(moved / "teacher")
+
+
+def test_links_that_lead_elsewhere_are_made_anew_and_no_others(tmp_path):
+    """Those of a run that was moved, and of one that was copied, lead to where it was."""
+    before, _ = made_run(tmp_path / "before")
+    run_folder, home = made_run(tmp_path / "run")
+    link = home / "teacher"
+    for leads in (tmp_path / "gone" / "teacher", before / "teacher"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(leads)
+        link_folders(run_folder, home, ["teacher"])
+        assert link.samefile(run_folder / "teacher")
+        assert [path.name for path in home.iterdir()] == ["teacher"]
+    link.unlink()
+    link.symlink_to(run_folder / "teacher")
+    (home / "vae").mkdir()
+    (run_folder / "vae").mkdir()
+    link_folders(run_folder, home, ["teacher", "vae"])
+    assert link.readlink() == run_folder / "teacher" and not (home / "vae").is_symlink()
+
+
+def test_links_from_elsewhere_are_whole_paths(tmp_path, monkeypatch):
+    run_folder, _ = made_run(tmp_path / "run")
+    (tmp_path / "view").mkdir()
+    monkeypatch.chdir(tmp_path)
+    link_folders(run_folder.relative_to(tmp_path), tmp_path / "view", ["teacher"])
+    assert (tmp_path / "view" / "teacher").readlink() == run_folder / "teacher"
+
+
+def test_a_run_that_was_moved_is_sampled(drawn, tmp_path, monkeypatch):
+    """Its links as earlier versions made them, with whole paths."""
+    workdir = shutil.copytree(drawn[0], tmp_path / "moved", symlinks=True)
+    home = workdir / "prompts" / "evaluation_metadata"
+    for name in ("teacher", "vae"):
+        (home / name).unlink()
+        (home / name).symlink_to(tmp_path / "run" / name)
+    monkeypatch.setattr("ard_jax.stages.sample._draw", lambda *args: 1 / 0)
+    outcome = stage("sample", workdir, f"sample.prompts={drawn[1]}", "sample.layout=geneval")
+    assert outcome.status == 0, outcome.err
+    assert (home / "teacher").samefile(workdir / "teacher")
 
 
 def test_scores_are_those_of_the_vectors(drawn, tmp_path):

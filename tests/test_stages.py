@@ -13,6 +13,7 @@ from pipeline_fixtures import STAGES, copy, done, files, sentence, smoke
 
 from ard_jax import drawing
 from ard_jax.build import make_solve, make_student, make_teacher
+from ard_jax.completion import is_complete
 from ard_jax.conditions import Labels
 from ard_jax.data import image_source, labels_and_images, to_uint8
 from ard_jax.data.stream import stream
@@ -25,6 +26,7 @@ from ard_jax.models import init_from_teacher
 from ard_jax.objectives.ard import ard, online_ard, teacher_forcing
 from ard_jax.parallel import make_mesh
 from ard_jax.results import read_results
+from ard_jax.sampled import are_drawn
 from ard_jax.sampling import sample_student, sample_teacher, sampling_key
 from ard_jax.stages import sample
 from ard_jax.training.checkpoints import load_parameters
@@ -260,6 +262,24 @@ def test_what_is_sampled_is_left_alone_and_never_replaced(pipeline, tmp_path):
         said = sentence(smoke("sample", workdir, TEACHER_ALONE, change), "sample")
         assert f"{workdir / 'sample' / 'teacher'} holds samples of other settings ({change.split('=')[0]} " in said
     assert (file.stat().st_mtime_ns, file.stat().st_ino) == before
+
+
+def test_what_sample_would_draw_again_is_not_complete(pipeline, tmp_path):
+    """Else a comparison would go on to 'evaluate', which sends it back to 'sample'."""
+    workdir, config = copy(pipeline, tmp_path, "teacher", "distill", "sample"), smoke_config.get_config()
+    assert is_complete("sample", config, workdir)
+    folder, away = workdir / "sample" / "ard", tmp_path / "away"
+    folder.rename(away)  # as the refusal of samples of other settings says
+    assert not is_complete("sample", config, workdir)
+    away.rename(folder)
+    (folder / "samples.npz").rename(away)  # which takes the most room
+    assert not is_complete("sample", config, workdir)
+    away.rename(folder / "samples.npz")
+    assert is_complete("sample", config, workdir)
+    # latents are no samples where there is a VAE to decode them with
+    facts = {"ema_sha256": "same", "sha256": {"samples.npz": ""}}
+    assert are_drawn(folder, facts, "same", decodes=False) and not are_drawn(folder, facts, "same", decodes=True)
+    assert not are_drawn(folder, facts, "other", decodes=False) and not are_drawn(folder, None, "same", decodes=False)
 
 
 def test_parts_of_other_settings_are_not_joined(pipeline, tmp_path):

@@ -25,8 +25,8 @@ from ard_jax.methods import training_flops
 from ard_jax.models import parameter_shapes
 from ard_jax.objectives import Given
 from ard_jax.report import build_comparison, markdown, words
-from ard_jax.runner import with_settings
-from ard_jax.stages.compare import _over_seeds
+from ard_jax.runner import jobs_of, with_settings
+from ard_jax.stages.compare import _over_seeds, quick_config
 from configs import smoke
 
 STEP = {"title": "Step distillation", "steps": (2,), "settings": {"student": {"mask": "diagonal"}}}
@@ -192,6 +192,22 @@ def test_the_command_refuses_before_anything_is_made(tmp_path):
         file = write_config(tmp_path, METHODS, changes)
         assert expected in sentence(compare(file, tmp_path / "run", "--quick"), "compare")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_quick_run_may_make_a_method_smaller():
+    quick = {"compare": {"methods": {"ard": {"steps": (1,)}}}}
+    config = quick_config(config_with({"ard": ARD, "step": STEP}, quick=quick))
+    assert list(entries_of(config, training_flops, WORKDIR)) == ["ard_1", "step_2"]
+    wrong = {"compare": {"methods": {"ard": {"steps": 1}}}}
+    with pytest.raises(UserError, match="compare.quick: compare.methods.ard.steps is 1, which is no tuple: give one."):
+        quick_config(config_with({"ard": ARD}, quick=wrong))
+
+
+def test_evaluate_draws_what_it_measures_where_it_draws():
+    config = with_settings(config_with(METHODS), {"evaluate.draw": True})
+    *others, last = jobs_of(entries_of(config, training_flops, WORKDIR).values())
+    assert last.stage == "evaluate" and "sample" not in {job.stage for job in others}
+    assert last.place.config.sample.models == last.models == ("teacher", "ard_3", "knowledge_1", "step_2")
 
 
 def test_labels_may_be_changed_into_a_word():

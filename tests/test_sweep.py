@@ -67,6 +67,12 @@ def started(monkeypatch):
         ({"a": {}}, {"overrides": {}}, "has the key 'overrides': its keys are config, settings, entries, over, stages"),
         ({"a": {}}, {"over": "student.layers"}, "over of .* is 'student.layers', which is no setting"),
         (
+            {"a": {}, "b": {"student.mask": "window"}},
+            {"over": "student.mask"},
+            "over of .* is 'student.mask', which is 'causal' for entry 'a', but the axis has numbers: name",
+        ),
+        ({"a": {"distill.online": True}}, {"over": "distill.online"}, "over of .* is True for entry 'a', but"),
+        (
             {"a": {}},
             {"stages": ("distill", "teacher")},
             "give some of teacher, trajectories, distill, finetune, sample, evaluate",
@@ -177,6 +183,16 @@ def test_a_store_is_shared_where_only_the_sampling_differs_and_made_elsewhere_is
     assert [workdir for *_, workdir in commands] == ["x", *["x/few"] * 4]
     assert {config.teacher.dir for _, config, _ in commands} == {"/elsewhere/teacher"}
     assert commands[1][1].trajectories.dir == "x/trajectories"
+
+
+def test_evaluate_draws_the_models_of_the_entries_where_it_draws(tmp_path, capsys):
+    """By the command that is printed, whose config names a student that no entry trains."""
+    entries = {"one": {}, "two": {"student.mask": "window"}, "far": {"diffusion.guidance_scale": 2.5}}
+    file = write_sweep(tmp_path, entries, settings={"evaluate.draw": True})
+    commands = [parsed(line[3:]) for line in printed(capsys, file, "--workdir", "x", "--print", "python")]
+    drawn = {workdir: config.sample.models for stage, config, workdir in commands if stage == "evaluate"}
+    assert drawn == {"x": ("teacher", "one", "two"), "x/far": ("teacher", "far")}
+    assert "sample" not in {stage for stage, *_ in commands}
 
 
 def test_fine_tunes_start_from_one_student_that_is_trained_before_them(tmp_path, capsys):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from etils import epath
 
-from ard_jax.data import read_lines, read_text
+from ard_jax.data import lines_of, read_lines, read_text
 from ard_jax.errors import UserError
 from ard_jax.files import read_json
 
@@ -54,7 +54,7 @@ def _in_one_line(text: str) -> str:
 
 def _of_lines(path: pathlib.Path) -> list[Prompt]:
     """Empty lines are left out."""
-    texts = [_in_one_line(line.partition("\t")[0]) for line in read_text(epath.Path(path)).splitlines()]
+    texts = [_in_one_line(line.partition("\t")[0]) for line in lines_of(read_text(epath.Path(path)))]
     return [Prompt(text, f"{number:05d}") for number, text in enumerate(filter(None, texts))]
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from ard_jax.data import Source, captions_of, image_source, read_lines, read_text
+from ard_jax.data import Source, captions_of, image_source, lines_of, read_lines, read_text
 from ard_jax.errors import UserError
 
 log = logging.getLogger("ard_jax")
@@ -68,7 +68,7 @@ def _of_file(config: ConfigDict) -> Texts:
     if not path.is_file():
         raise UserError(f"captions.path is {str(path)!r}, which is no file: give a text file or a .jsonl.")
     if path.suffix != ".jsonl":
-        return Texts([line.strip() for line in read_text(path).splitlines()])
+        return Texts([line.strip() for line in lines_of(read_text(path))])
     texts = []
     for where, line in read_lines(path):
         if not isinstance(line.get(key), str):

@@ -5,7 +5,7 @@ A *source*, `Source`, is random-access as Grain's are: `len(source)` records, `s
 `data.stream`, which alone imports Grain, batches any of them.
 """
 
-from ard_jax.data.captioned import read_lines, read_text
+from ard_jax.data.captioned import lines_of, read_lines, read_text
 from ard_jax.data.memory import InMemory, Source, check_records, in_memory
 from ard_jax.data.pixels import MODES, as_shown, center_crop, to_uint8
 from ard_jax.data.real import check_real, open_real
@@ -34,6 +34,7 @@ __all__ = [
     "image_source",
     "in_memory",
     "labels_and_images",
+    "lines_of",
     "open_real",
     "read_lines",
     "read_text",

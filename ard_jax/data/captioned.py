@@ -1,6 +1,7 @@
 """Pictures with captions: a folder by its metadata.jsonl, and drawn shapes; a picture's label is its own number."""
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ def read_lines(path: epath.Path) -> Iterator[tuple[str, dict]]:
     """
     if not path.is_file():
         raise UserError(f"{path} is not there: give a folder with a {METADATA}, a line with file_name and text each.")
-    for number, text in enumerate(read_text(path).splitlines(), start=1):
+    for number, text in enumerate(lines_of(read_text(path)), start=1):
         if not text.strip():
             continue
         try:
@@ -97,6 +98,14 @@ def read_text(path: epath.Path) -> str:
     except UnicodeDecodeError as error:
         number = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"line {number} of {path} is not UTF-8: save the file in that encoding.") from None
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, without their ends.
+
+    They end at newlines alone: str.splitlines also cuts at U+2028 and the like, which JSON may hold within a string.
+    """
+    return [line.removesuffix("\n").removesuffix("\r") for line in io.StringIO(text, newline="\n")]
 
 
 class Shapes(InMemory):

@@ -15,7 +15,7 @@ from ard_jax.data.captioned import ImageFolder, Shapes
 from ard_jax.data.folder import Folder
 from ard_jax.data.memory import InMemory, Record, Source, in_threads
 from ard_jax.data.pixels import MODES, decode, to_uint8
-from ard_jax.errors import UserError
+from ard_jax.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds  # takes seconds, and only two sources need it
@@ -151,7 +151,14 @@ class _Tfds:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        record, where = self._records[index], f"record {index} of {self._where}"
+        where = f"record {index} of {self._where}"
+        try:
+            record = self._records[index]
+        except RuntimeError as error:  # ArrayRecord's own checksums
+            raise UserError(
+                f"{where} cannot be read ({first_line(error)}): restore its files, or run again what made them, such "
+                f"as 'encode'."
+            ) from error
         if self._num_classes is None:
             return {"image": self._read(record, where), "label": np.int32(index)}
         label = int(record["label"])

@@ -12,6 +12,7 @@ from ard_jax.data import MODES, as_shown, center_crop, to_uint8
 from ard_jax.demo.models import Models
 from ard_jax.demo.runner import Drawn
 from ard_jax.errors import UserError
+from ard_jax.pipeline import ARDPipeline
 from ard_jax.pipeline.inputs import require_int
 
 MOST_IMAGES = 8
@@ -46,6 +47,7 @@ class Drawing:
         doing: what is being done, "" at the end.
         part: of the work that is done, 0 … 1.
         source: the picture that is edited, uint8 (height, width, channel); None where none is.
+        note: a sentence on what was drawn, "" for none.
     """
 
     caption: str
@@ -53,6 +55,7 @@ class Drawing:
     doing: str = ""
     part: float = 0.0
     source: np.ndarray | None = None
+    note: str = ""
 
     @property
     def longest(self) -> int:
@@ -95,7 +98,8 @@ def draw(models: Models, told: str | int, seed: object, count: object, names: li
                 drawing, doing=f"{model.title}: step {done} of {runner.steps}", part=min(part, 0.99)
             )
         row = Row(model.title, _cost(runner.calls, drawn.milliseconds), drawn)
-        drawing = dataclasses.replace(drawing, rows=(*drawing.rows, row))
+        note = drawing.note or _note_on(told, runner.pipe)
+        drawing = dataclasses.replace(drawing, rows=(*drawing.rows, row), note=note)
     yield dataclasses.replace(drawing, part=1.0)
 
 
@@ -130,7 +134,14 @@ def edit(
     made = pipe.edit(source, step, [told] * count, seed, "np", return_trajectory=True)
     images, trajectory = (to_uint8(2 * np.asarray(part) - 1) for part in (made.images, made.trajectory))
     row = Row(model.title, f"{model.steps} calls, the picture after call {step}", Drawn(images, trajectory), step)
-    yield dataclasses.replace(drawing, rows=(row,), part=1.0)
+    yield dataclasses.replace(drawing, rows=(row,), part=1.0, note=_note_on(told, pipe))
+
+
+def _note_on(told: str | int, pipe: ARDPipeline) -> str:
+    """That a caption is longer than a model is told, if it is."""
+    if pipe.prompts is None or not pipe.prompts.count_cut([str(told)]):
+        return ""
+    return f"The caption has over {pipe.config.captions.length} tokens and was cut there."
 
 
 def step_at(position: int, longest: int, steps: int) -> int:

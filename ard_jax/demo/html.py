@@ -84,6 +84,13 @@ def progress(doing: str, part: float) -> str:
     )
 
 
+def status(drawing: Drawing) -> str:
+    """How far the models are."""
+    if drawing.doing:
+        return progress(drawing.doing, drawing.part)
+    return message(" ".join(filter(None, ("Done.", drawing.note))))
+
+
 def message(sentence: str, is_error: bool = False) -> str:
     """A sentence in the place of the bar."""
     role, kind = ("alert", "ard-error") if is_error else ("status", "ard-done")

@@ -167,7 +167,7 @@ def _said(work: Callable[[], Iterator[Drawing]]) -> Iterator[tuple[Drawing | Non
     """Every drawing of some work with what is said of it; what is wrong is said in a sentence, with no drawing."""
     try:
         for drawing in work():
-            yield drawing, html.progress(drawing.doing, drawing.part) if drawing.doing else html.message("Done.")
+            yield drawing, html.status(drawing)
     except UserError as error:
         said = str(error)
         yield None, html.message(said[:1].upper() + said[1:], is_error=True)

@@ -1,5 +1,6 @@
 """Prompts of a pipeline that is told captions: words, or vectors that somebody has encoded, into a `Caption`."""
 
+import logging
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from ard_jax.errors import UserError
 from ard_jax.pipeline.inputs import resolve_prompts
 from ard_jax.text_encoders import BUCKET, TextEncoder, open_text_encoder, pad_tokens
 from ard_jax.types import Caption
+
+log = logging.getLogger("ard_jax")
 
 
 class Prompts:
@@ -100,7 +103,8 @@ class Prompts:
             UserError: the vectors or their mask cannot be used.
         """
         if prompts is not None:
-            ids, _ = self.encoder.tokenize(prompts)
+            ids, cut = self.encoder.tokenize(prompts)
+            self._warn(cut, len(prompts))
             padded, own = pad_tokens(ids, self._settings.length)
             tokens = np.where(own[..., None], np.asarray(self.encoder.vectors(padded, own)).astype(np.float32), 0)
         else:
@@ -122,6 +126,15 @@ class Prompts:
         nulls = None if null is None else np.broadcast_to(null, (len(tokens), *null.shape)).copy()
         return Caption(tokens, own, nulls)
 
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """How many prompts have more tokens than the network is told."""
+        _, cut = self.encoder.tokenize(prompts)
+        return cut
+
+    def _warn(self, cut: int, count: int) -> None:
+        if cut:
+            log.warning("%d of %d prompts have over %d tokens and are cut.", cut, count, self._settings.length)
+
     def null(self, negative: str | None, embeds: jax.typing.ArrayLike | None) -> np.ndarray:
         """The empty caption's vectors, or a negative prompt's, and last the one that pads it: (vector, channel).
 
@@ -133,6 +146,8 @@ class Prompts:
             UserError: the vectors cannot be used.
         """
         if embeds is None:
+            if negative:
+                self._warn(self.count_cut([negative]), 1)
             return self.encoder.null(negative or "")
         vectors = np.asarray(embeds, np.float32)
         if vectors.ndim != 2 or vectors.shape[1] != self._width or not len(vectors):

@@ -1,7 +1,7 @@
 """What a whole run takes: places on disk, and hours of chips."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import ml_collections
@@ -15,6 +15,18 @@ from ard_jax.plan.programs import Work
 from ard_jax.training.checkpoints import kept_steps
 from ard_jax.training.state import make_optimizer, start_state
 from ard_jax.types import PyTree
+
+
+def is_made(stage: str, config: ml_collections.ConfigDict, trained: Collection[str]) -> bool:
+    """Whether a run makes its teacher, or its store: neither if it has a `dir`, nor a store that nothing reads.
+
+    Args:
+        stage: "teacher" or "trajectories".
+        config: the run's.
+        trained: the stages that train a student.
+    """
+    read = stage == "teacher" or "finetune" in trained or not config.distill.online
+    return read and not config[stage].dir
 
 
 def store_bytes(config: ml_collections.ConfigDict) -> int:
@@ -32,20 +44,23 @@ def state_bytes(state: PyTree) -> int:
 
 
 def storage(config: ml_collections.ConfigDict, steps: Mapping[str, Work]) -> dict[str, int]:
-    """Bytes on disk at the end of a run, by stage.
+    """Bytes on disk at the end of a run, by stage; of those that are made (`is_made`).
 
     Args:
         config: the run's.
         steps: of the stages that train a student, by name.
     """
-    settings = config.teacher
-    optimizer = make_optimizer(settings.optimizer, settings.steps)
-    shapes = network_shapes(make_teacher(config))
-    teacher = jax.eval_shape(lambda params: start_state(params, optimizer, 0), shapes)
-    trained = {"teacher": teacher} | {stage: work.arguments[0] for stage, work in steps.items()}
-    kept = {name: kept_checkpoints(config, name) for name in trained}
-    sizes = {name: kept[name] * state_bytes(state) for name, state in trained.items()}
-    return {"trajectories": store_bytes(config)} | sizes
+    trained = {stage: work.arguments[0] for stage, work in steps.items()}
+    if is_made("teacher", config, steps):
+        trained = {"teacher": _teacher_state(config), **trained}
+    sizes = {name: kept_checkpoints(config, name) * state_bytes(state) for name, state in trained.items()}
+    return {"trajectories": store_bytes(config), **sizes} if is_made("trajectories", config, steps) else sizes
+
+
+def _teacher_state(config: ml_collections.ConfigDict) -> PyTree:
+    """Shapes of the state of the teacher's training."""
+    optimizer = make_optimizer(config.teacher.optimizer, config.teacher.steps)
+    return jax.eval_shape(lambda params: start_state(params, optimizer, 0), network_shapes(make_teacher(config)))
 
 
 def kept_checkpoints(config: ml_collections.ConfigDict, stage: str) -> int:
@@ -63,7 +78,7 @@ def parameters(config: ml_collections.ConfigDict) -> int:
 def chip_hours(
     config: ml_collections.ConfigDict, steps: Mapping[str, Cost], sampler: Cost, trajectory: Cost
 ) -> dict[str, float]:
-    """Hours of chips of each stage at the bounds of its programs.
+    """Hours of chips of each stage that is run (`is_made`), at the bounds of its programs.
 
     The teacher's training is not compiled: it is given the utilisation of the distillation step.
 
@@ -78,6 +93,7 @@ def chip_hours(
         "teacher": config.teacher.steps * teacher_flops / (distill.chip.flops * distill.utilisation),
         "trajectories": _runs(config.trajectories.count, trajectory) * _of_all_chips(trajectory),
     }
+    seconds = {stage: spent for stage, spent in seconds.items() if is_made(stage, config, steps)}
     seconds |= {stage: config[stage].steps * _of_all_chips(step) for stage, step in steps.items()}
     seconds["sample"] = _runs(config.sample.count, sampler) * _of_all_chips(sampler)
     return {stage: spent / 3600 for stage, spent in seconds.items()}

@@ -6,11 +6,12 @@ disk.
 
 Compiles the distillation step, the student's sampler and the trajectory step of the config ahead of time, for devices
 that need not be there, and the text encoder where networks are told captions; the teacher's training is estimated.
+What has a `dir` (teacher.dir, trajectories.dir), and a store that nothing reads (distill.online), are not counted.
 Times are bounds: what the FLOPs, the bytes of memory and the bytes between chips take at the chips' peak rates,
 whichever is longest. A training step that does not fit is tried with other settings of model.remat, the mesh and
 accumulate, until one fits. XL/2 takes about two minutes a program on two cores.
 
---json FILE          writes the figures as one line of JSON, too
+--json FILE          writes the figures as one line of JSON, too; where nothing fits, those of the programs so far
 --finetune           plans the adversarial fine-tune as well
 --search             looks for the settings with the least bound, for each training step, and prints their flags; up to
                      ten more programs a step
@@ -18,6 +19,7 @@ accumulate, until one fits. XL/2 takes about two minutes a program on two cores.
 
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
@@ -57,8 +59,9 @@ def run(
             tried = try_settings(config, where, stage, steps[stage], thorough=search)
             print("\n".join(_search_lines(stage, tried)), flush=True)
             best = least(tried)
-            if best is None:
-                return
+            if best is None:  # there is no recipe, but a program that reads the file shall not find that of before
+                figures = {"programs": _program_figures(steps.values()), "chip_hours": {}, "storage": {}}
+                return _write_json(json_file, topology, False, advice, figures)
             if best != tried[0]:
                 advice[stage], steps[stage] = best
     if "distill" in advice:
@@ -72,10 +75,18 @@ def run(
     for cost in captions:
         print("\n".join(_program_lines(cost)), flush=True)
     print("\n".join(_recipe_lines(config, where, steps, others)), flush=True)
-    if json_file:
+    figures = _figures(config, steps, [*others, *captions])
+    _write_json(json_file, topology, fits_as_given, advice, figures)
+
+
+def _write_json(
+    file: pathlib.Path | None, topology: str, fits_as_given: bool, advice: dict[str, Candidate], figures: dict[str, Any]
+) -> None:
+    """Writes the plan as one line of JSON, if a file is given."""
+    if file:
         head = {"topology": topology, "fits_as_given": fits_as_given}
         head |= {"advice": {stage: candidate._asdict() for stage, candidate in advice.items()}}
-        write_text(json_file, json.dumps(head | _figures(config, steps, [*others, *captions])) + "\n")
+        write_text(file, json.dumps(head | figures) + "\n")
 
 
 def _heading(config: ml_collections.ConfigDict, where: Slice) -> list[str]:
@@ -168,7 +179,16 @@ def _recipe_lines(
 
 def _figures(config: ml_collections.ConfigDict, steps: dict[str, Cost], others: list[Cost]) -> dict[str, Any]:
     """The report as plain values: bytes, FLOPs, seconds and hours."""
-    programs = {
+    return {
+        "programs": _program_figures([*steps.values(), *others]),
+        "chip_hours": recipe.chip_hours(config, steps, *others[:2]),
+        "storage": _storage(config, steps),
+    }
+
+
+def _program_figures(costs: Iterable[Cost]) -> dict[str, Any]:
+    """Figures of each program, by its name."""
+    return {
         cost.work.name: {
             "rows": cost.work.rows,
             "devices": cost.work.mesh.size,
@@ -185,12 +205,7 @@ def _figures(config: ml_collections.ConfigDict, steps: dict[str, Cost], others: 
             "utilisation": cost.utilisation,
             "compile_seconds": cost.compile_seconds,
         }
-        for cost in (*steps.values(), *others)
-    }
-    return {
-        "programs": programs,
-        "chip_hours": recipe.chip_hours(config, steps, *others[:2]),
-        "storage": _storage(config, steps),
+        for cost in costs
     }
 
 

@@ -48,7 +48,7 @@ from ard_jax.parallel import batch_shards, is_first
 from ard_jax.picture_grid import image_grid
 from ard_jax.progress import Stopwatch, progress_bar
 from ard_jax.prompted import Listed, lay_out, open_list
-from ard_jax.sampled import drawn_otherwise, drawn_with, has_begun, note_samples
+from ard_jax.sampled import are_drawn, drawn_otherwise, drawn_with, has_begun, note_samples
 from ard_jax.types import Batch
 from ard_jax.workdir import (
     find_vae,
@@ -122,9 +122,7 @@ def _is_finished(
     folder = teacher_folder(config, workdir) if name == "teacher" else workdir / "distill" / name
     weights = require_done(folder, "teacher" if name == "teacher" else "distill")["sha256"]["ema"]
     directory = workdir / "sample" / name
-    if made is None or made["ema_sha256"] != weights or not (directory / "samples.npz").exists():
-        return False
-    if inputs.get("vae") and "grid.png" not in made["sha256"]:
+    if not are_drawn(directory, made, weights, decodes=bool(inputs.get("vae"))):
         return False
     _check_settings(directory, config, inputs)
     log.info("%s has been sampled already.", name)
