@@ -1,9 +1,10 @@
 """Every method on scikit-learn's digits, 8×8, at one training budget: that of ARD in four steps (configs/digits.py).
 
-Two cores take 14.5 minutes a seed, and 5.1 with --quick. Fréchet distances (classifier features), means of seeds 0, 1
-and 2, teacher 7.43, in four steps: step distillation 16.66, distribution matching 11.12, progressive 10.08, consistency
-9.08, ARD 8.73, with the adversarial fine-tune 7.08; in one: knowledge distillation 7.70. Mean flow, trajectory matching
-and the discriminator of distribution matching came later: at seed 0, in four steps, 7.50, 5.80 and 6.60.
+Two cores took 14.5 minutes a seed, and 5.1 with --quick, before the last three came. Fréchet distances (classifier
+features), means of seeds 0, 1 and 2, teacher 7.43, in four steps: step distillation 16.66, distribution matching 11.12,
+progressive 10.08, consistency 9.08, ARD 8.73, with the adversarial fine-tune 7.08; in one: knowledge distillation 7.70.
+Mean flow, trajectory matching and the discriminator of distribution matching came later: at seed 0, in four steps,
+7.50, 5.80 and 6.60.
 
 python -m ard_jax compare --config configs/compare_digits.py --workdir runs/compare [--quick]
 """

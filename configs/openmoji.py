@@ -9,7 +9,7 @@ calls; one of fewer is trained for more updates, at the same FLOPs.
 3,953 pictures with captions; a tenth of the compositions of a figure and skin tones is held out of training
 (ard_jax/data/openmoji_held_out.txt). With told=groups or subgroups, a DiT is told one of Unicode's 10 groups or 101
 sub-groups. With budget=cpu, students of a third as many pictures, an hour and a half each on a core of its own, after
-40 minutes of trajectories on two; with budget=quick, what launch/emoji.sh makes in some ten minutes. Both want the
+40 minutes of trajectories on two; with budget=quick, what launch/emoji.sh makes in some twenty minutes. Both want the
 shipped teacher in the workdir. Wants the extra `emoji`.
 """
 

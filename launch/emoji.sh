@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Coloured pictures from words on a laptop's CPU: the shipped teacher and its student of four calls draw what captions
-# say; then students of two calls are distilled from the teacher's own trajectories, by ARD and by step distillation, for
-# some ten minutes, and all are measured and shown.
+# say; then students of two calls are distilled from the teacher's own trajectories, by ARD and by step distillation, and
+# all are measured and shown, in some twenty minutes after the first pictures.
 #   launch/emoji.sh [WORKDIR] [--prompt "woman astronaut dark skin tone"] … [--config.key=value …]
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

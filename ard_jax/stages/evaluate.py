@@ -1,9 +1,11 @@
-"""Measures the samples of the teacher and of every student that has been sampled.
+"""Measures the samples of the teacher and of every student that has been sampled and is still there.
 
     python -m ard_jax evaluate --samples FILE.npz --reference FILE.npz --weights FILE
 measures anybody's images instead, as ADM does: FID, sFID, Inception score, precision, recall (add --help for more).
     python -m ard_jax evaluate --config FILE --workdir DIR --make-reference OUT.npz
 makes what they are held against of the real images of a config (add --help for more).
+
+Samples of other settings, and students of another teacher or solver, are refused.
 
 Reads `sample/` and the real images (of `data`, or of `encode` for models of latents) and writes, in `evaluate/`,
 `results.json`, `pictures.npz`, `edits.npz` and of captioned images `gallery.npz`: Fréchet distance, precision and

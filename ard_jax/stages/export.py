@@ -396,5 +396,5 @@ def _how_to_open(output: pathlib.Path, args: argparse.Namespace) -> str:
         "pipeline": f'open it with ARDPipeline.from_pretrained("{output}").',
         "diffusers": f'open it with DiTPipeline.from_pretrained("{output}").',
         "safetensors": f"read it with python -m ard_jax convert --source {output} --workdir DIR.",
-        "stablehlo": f"run it with python {output / 'run.py'} --labels 0 1 --out images.png.",
+        "stablehlo": f"run it with python {output / 'run.py'} --out images.png (its --help says how to tell it what).",
     }[args.format]

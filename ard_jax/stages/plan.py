@@ -9,7 +9,7 @@ that need not be there, and the text encoder where networks are told captions; t
 What has a `dir` (teacher.dir, trajectories.dir), and a store that nothing reads (distill.online), are not counted.
 Times are bounds: what the FLOPs, the bytes of memory and the bytes between chips take at the chips' peak rates,
 whichever is longest. A training step that does not fit is tried with other settings of model.remat, the mesh and
-accumulate, until one fits. XL/2 takes about two minutes a program on two cores.
+accumulate, until one fits. XL/2 takes up to a minute a program on two cores.
 
 --json FILE          writes the figures as one line of JSON, too; where nothing fits, those of the programs so far
 --finetune           plans the adversarial fine-tune as well

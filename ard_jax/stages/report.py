@@ -1,7 +1,7 @@
 """Puts a run on one self-contained HTML page: pictures from the same noise, tables, curves.
 
 Reads `evaluate/`, with the curve that `watch` left there, and the metrics and pictures of every training, and writes
-`report/index.html`, `report/results.json` and, unless the teacher is alone, `report/teaser.png`.
+`report/index.html`, `report/results.json` and, unless a teacher of classes is alone, `report/teaser.png`.
 """
 
 import dataclasses

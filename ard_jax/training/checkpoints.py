@@ -142,7 +142,7 @@ def _check_memory(error: Exception, step: int) -> None:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         raise UserError(
             f"memory ran out while checkpoint {step} was read ({first_line(error)}): end what else runs on the "
-            f"devices, or split the state over more of them with mesh.fsdp=-1, and run the same again."
+            f"devices, or split the state over all of them with mesh.data=1 and mesh.fsdp=-1, and run the same again."
         ) from error
 
 
