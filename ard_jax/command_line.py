@@ -278,13 +278,10 @@ def _stop_on_sigterm(stage: str) -> Iterator[None]:
         yield
         return
     numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
+    with hosts.handlers_put_back(numbers):
+        for number in numbers:
+            signal.signal(number, stop)
         yield
-    finally:
-        for number, handler in before.items():
-            # one that is not Python's (JAX's, on several hosts) cannot be put back, and the process is about to end
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _report_error(stage: str, sentence: str) -> int:

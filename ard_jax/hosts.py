@@ -1,18 +1,20 @@
 """Many hosts: how their processes find each other, see that they are about to do the same, and stop together."""
 
 import contextlib
+import ctypes
 import glob
 import importlib.util
 import json
 import logging
 import os
 import pathlib
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -184,6 +186,26 @@ def is_fresh(path: pathlib.Path, than: pathlib.Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return than.stat().st_mtime - path.stat().st_mtime < FRESH
     return False
+
+
+@contextlib.contextmanager
+def handlers_put_back(numbers: Iterable[int]) -> Iterator[None]:
+    """Puts the handlers of signals back in the end.
+
+    Those too that are not Python's, which `signal` cannot: on several hosts SIGTERM is JAX's, by which a training that
+    another stage of this process goes before saves its state.
+    """
+    library = ctypes.CDLL(None)
+    size = 256  # bytes, more than any system's struct sigaction
+    before = {number: (signal.getsignal(number), ctypes.create_string_buffer(size)) for number in numbers}
+    for number, (_, action) in before.items():
+        library.sigaction(number, None, action)
+    try:
+        yield
+    finally:
+        for number, (handler, action) in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            library.sigaction(number, action, None)
 
 
 def leave_others(status: int, error: BaseException | None = None) -> None:

@@ -41,9 +41,9 @@ echo "emoji: first pictures after $((SECONDS - started)) seconds; look at $workd
 "$python" -m ard_jax convert --source pipelines/openmoji-ard --workdir "$workdir" --name shipped
 config=configs/openmoji.py:budget=quick,steps=2,target=xt,student
 "$python" -m ard_jax run captions,trajectories --config "$config=ard" "${flags[@]}" \
-  then distill --config "$config=ard" "${flags[@]}" \
+  "then" distill --config "$config=ard" "${flags[@]}" \
   beside distill --config "$config=step" "${flags[@]}" \
-  then sample,evaluate,report --config "$config=ard" "${flags[@]}" \
+  "then" "sample,evaluate,report" --config "$config=ard" "${flags[@]}" \
   "--config.sample.models=('teacher', 'ard', 'step', 'shipped')"
 "$python" "${draw[@]}" --out "$workdir/all.png" --workdir "$workdir"
 echo "emoji: $((SECONDS - started)) seconds; open $workdir/report/index.html"

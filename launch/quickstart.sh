@@ -16,12 +16,12 @@ if [[ $# -gt 0 && "$1" != --* ]]; then
 fi
 started=$SECONDS
 students=(ard step ard_noisy step_noisy)
-commands=(teacher,trajectories --config configs/digits.py:student=ard --workdir "$workdir" "$@")
-word=then
+commands=("teacher,trajectories" --config configs/digits.py:student=ard --workdir "$workdir" "$@")
+word="then"
 for student in "${students[@]}"; do
   commands+=("$word" distill --config "configs/digits.py:student=$student" --workdir "$workdir" "$@")
   word=beside
 done
-commands+=(then sample,evaluate,report --config configs/digits.py:student=ard --workdir "$workdir" "$@")
+commands+=("then" "sample,evaluate,report" --config configs/digits.py:student=ard --workdir "$workdir" "$@")
 "$python" -m "${ARD_MODULE:-ard_jax}" run "${commands[@]}" "--config.sample.models=('teacher', 'ard', 'step', 'ard_noisy', 'step_noisy')"
 echo "quickstart: $((SECONDS - started)) seconds; open $workdir/report/index.html"

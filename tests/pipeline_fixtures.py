@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ard_jax import command_line
 from ard_jax.__main__ import main
 from ard_jax.errors import UserError
 from ard_jax.training import loop
@@ -50,6 +51,7 @@ def run(stage: str, *arguments: str) -> Outcome:
             status = main([stage, *map(str, arguments)])
     finally:
         root.handlers[:] = handlers
+        command_line.stopped.clear()  # which a process of its own would not have met
     return Outcome(status, out.getvalue(), err.getvalue())
 
 

@@ -142,8 +142,7 @@ def test_sampling():
     assert [row["of FLOPs"] for row in ratios[:3]] == [
         f"{a:.3f}" for a in (teacher / own, teacher / alone, own / alone)
     ]
-    for row in times:
-        assert figure(row["ms an image"]) > 0 and float(row["utilisation"]) >= 0
+    assert all(figure(row["ms an image"]) > 0 for row in times)
     assert all(figure(row["of time"]) > 0 for row in ratios)
 
 
@@ -212,7 +211,7 @@ def test_loop():
     assert all(figure(row["ms a step"]) > 0 for row in windows)
     values = {row["what"]: row["median (least–greatest)"] for row in figures}
     assert 0 < figure(values["waiting for input, of the time"]) < 100
-    assert figure(values["checkpoints, of the time without"]) > -100
+    assert "checkpoints, of the time without" in values
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -81,11 +81,16 @@ def browser():
         browser.close()
 
 
+def new_page(browser, **options):
+    page = browser.new_page(**options)
+    page.set_default_timeout(120_000)  # for machines that have other work
+    return page
+
+
 @pytest.fixture
 def page(browser, address):
-    page = browser.new_page()
+    page = new_page(browser)
     page.goto(address)
-    page.set_default_timeout(120_000)  # for machines that have other work
     page.wait_for_selector("#draw")
     yield page
     if not page.is_closed():
@@ -247,20 +252,22 @@ def test_progress_is_shown_and_stop_stops(page, held, queue):
         held.may_go_on.release()
         page.wait_for_selector(f"#draw-status span:has-text('Teacher: step {step} of 5')")
     assert float(page.get_attribute("#draw-status progress", "value")) == pytest.approx(2 / 5 / 3, abs=1e-3)
-    page.click("#stop")
-    assert said(page, "draw") == "Stopped."
-    held.may_go_on.release(100)
-    until(lambda: not any(queue.active_jobs))
+    with page.expect_response(lambda response: response.url.endswith("/cancel")):  # it comes when the work is over
+        page.click("#stop")
+        assert said(page, "draw") == "Stopped."
+        until(lambda: not any(queue.active_jobs))  # what the page says is an answer to another request
+        held.may_go_on.release(100)
     assert max(held.steps) < 4
 
 
 def test_a_closed_browser_stops_the_work(page, browser, address, held, queue):
     page.click("#draw")
     assert held.began.wait(60)
+    running = [event for job in queue.active_jobs if job for event in job]
     page.close()
-    until(lambda: any(event.closed for event in list(queue.event_ids_to_events.values())))
+    until(lambda: any(not event.alive for event in running))  # that is what gradio asks between two steps
     held.may_go_on.release(100)
-    other = browser.new_page()
+    other = new_page(browser)
     other.goto(address)
     other.get_by_label("Teacher", exact=True).uncheck()
     other.click("#draw")
@@ -272,7 +279,7 @@ def test_a_closed_browser_stops_the_work(page, browser, address, held, queue):
 def test_two_at_once_are_drawn_one_after_another(page, browser, address, held):
     page.click("#draw")
     assert held.began.wait(60)
-    other = browser.new_page()
+    other = new_page(browser)
     other.goto(address)
     other.get_by_label("Teacher", exact=True).uncheck()
     other.click("#draw")
@@ -330,7 +337,7 @@ def test_the_commands_of_the_page_start_it_with_their_models(workdir, flag):
 
 
 def _on_a_phone(browser, address: str) -> None:
-    page, asked = browser.new_page(viewport={"width": 390, "height": 844}), []
+    page, asked = new_page(browser, viewport={"width": 390, "height": 844}), []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(address)
     page.wait_for_selector("#draw")
@@ -339,7 +346,7 @@ def _on_a_phone(browser, address: str) -> None:
     assert said(page, "draw") == "The caption has 10,000 characters: give at most 1,000."
     page.fill("#draw-told textarea", "red heart")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#draw-status:has-text('Done.')", timeout=120_000)
+    page.wait_for_selector("#draw-status:has-text('Done.')")
     assert len(page.query_selector_all("#draw-pictures .ard-strip img")) == 24 + 4
     assert too_far_right(page) == []
     page.get_by_role("tab", name="Edit a picture").click()

@@ -296,16 +296,35 @@ def test_hosts_that_were_started_differently_all_stop(tmp_path, port):
     assert not (tmp_path / "teacher").exists()
 
 
+KEPT = """
+import faulthandler, os, signal
+from ard_jax.command_line import _stop_on_sigterm
+
+faulthandler.register(signal.SIGTERM)
+with _stop_on_sigterm("trajectories"):
+    pass
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_handler_that_is_not_python_s_is_there_again_after_a_stage():
+    """As JAX's is on several hosts, which a training in the same process is told by that it has to save."""
+    ended = subprocess.run([sys.executable, "-c", KEPT], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0 and "most recent call first" in ended.stderr
+
+
 DEFECT = """
+import signal
 import sys
 from ard_jax.__main__ import main
 from ard_jax.stages import teacher
 
 def identify(*_):
+    if sys.argv[-1] == "0":
+        signal.pause()  # or it might be blocked by then in what host 1's end breaks off
     raise RuntimeError("a defect")
 
-if sys.argv[-1] == "1":
-    teacher.identify = identify
+teacher.identify = identify
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -144,6 +144,10 @@ class Pod:
     def code(self, worker: int) -> pathlib.Path:
         return self.cloud / "homes" / str(worker) / "ard_jax_pod" / "code"
 
+    def looks(self) -> int:
+        """How often the log has been looked at."""
+        return sum(" follow " in " ".join(call) for call in self.calls("ssh"))
+
     def wait_for(self, *names: str) -> None:
         until(lambda: all((self.cloud / name).exists() for name in names), names)
 
@@ -402,8 +406,9 @@ def test_the_stage_outlives_the_script_and_the_same_command_attaches(pod):
     os.killpg(first.pid, signal.SIGKILL)
     end(first)
     assert pod.states() == ["pod: running"] * 2
+    before = pod.looks()
     second = pod.start(*COMMAND)
-    until(lambda: len(pod.calls("ssh")) > 8, "the second command's look at the log")
+    until(lambda: pod.looks() > before, "the second command's look at the log")
     (pod.cloud / "release").touch()
     outcome = end(second)
     assert outcome.status == 0, outcome.err
@@ -433,8 +438,9 @@ def test_interrupt_leaves_the_stage_and_stop_ends_it(pod):
     outcome = end(first)
     assert outcome.status == 130
     assert last(outcome).startswith("tpu_pod: interrupted: what was started on ard-jax runs on; ")
+    before = pod.looks()
     watching = pod.start(*COMMAND)
-    until(lambda: len(pod.calls("ssh")) > 8, "the watch")
+    until(lambda: pod.looks() > before, "the watch")
     assert pod.states() == ["pod: running"] * 2
     assert pod.run("--stop").status == 0
     outcome = end(watching)
@@ -461,13 +467,14 @@ def test_the_log_is_followed_and_a_stage_that_does_not_listen_is_killed(pod):
     running = pod.start(*COMMAND)
     pod.wait_for("started.0.1", "started.1.1")
     following = pod.worker(0, "follow", "11", "60")
-    time.sleep(1.2)  # longer than it waits between looks
+    assert following.stdout.readline() == "start 1: hang\n"
     (pod.cloud / "release").touch()
-    assert end(following).out == "start 1: hang\ndone: runs/x\n"
+    assert end(following).out == "done: runs/x\n"
     os.killpg(running.pid, signal.SIGKILL)
     until(lambda: pod.states() == ["pod: exited 0", "pod: running"], "the end of one worker")
     assert end(pod.worker(1, "stop", "1")).status == 0
-    assert pod.states() == ["pod: exited 0", "pod: lost"]
+    # once the last of its processes, which do not all go at once, has left the lock
+    until(lambda: pod.states() == ["pod: exited 0", "pod: lost"], "the end of the other")
 
 
 def test_delete(pod):
@@ -714,6 +721,17 @@ def test_a_signal_reaches_the_stage_and_its_last_words_are_shown(machine, whole)
     os.killpg(running.pid, signal.SIGTERM) if whole else running.terminate()
     outcome = end(running)
     assert outcome.status == 42 and outcome.out.endswith(f"{SAVED}.\n")
+
+
+def test_a_signal_that_comes_before_the_stage_starts_is_not_lost(machine):
+    cloud = pathlib.Path(machine["CLOUD"])
+    (cloud / "plan").write_text("hang")
+    # which the script runs first of all
+    write(cloud / "bin", {"mktemp": '#!/bin/sh\nkill -TERM "$PPID"\nexec /usr/bin/mktemp "$@"\n'})
+    (cloud / "bin" / "mktemp").chmod(0o755)
+    command = ["bash", f"{machine['root']}/launch/stage.sh", "teacher"]
+    environment = machine | {"PATH": f"{cloud / 'bin'}:{machine['PATH']}"}
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=240).returncode == 42
 
 
 # -------------------------------------------------------------------------------------------------------------- Slurm
