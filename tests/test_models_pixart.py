@@ -429,6 +429,8 @@ def test_the_cached_sampler_is_the_forward_on_its_own_predictions(x64, steps):
     settings = itertools.product(MASKS, range(4)) if steps == 4 else [("causal", 1), ("window", 3)]
     for mask, history in settings:
         student = ARDStudent(teacher, steps=steps, history_layers=history, mask=mask)
+        if steps == 4 and not student.layers_with_history and (mask, history) != (MASKS[0], 0):
+            continue  # nothing but step distillation again
         params = random_params(student, dtype=jnp.float64)
         points = jax.jit(lambda params, s=student: sample_student(s, params, noise, caption))(params)
         given = jnp.concatenate([noise[:, None], points[:, :-1]], axis=1)

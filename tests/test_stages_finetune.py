@@ -1,6 +1,7 @@
 """The fine-tune stage on configs/smoke.py: what it leaves, that it resumes, and what it refuses."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -121,7 +122,8 @@ def test_some_layers_and_a_student_by_name(finetuned, pipeline, tmp_path):
 def test_four_devices_compute_what_one_does(finetuned, pipeline, tmp_path):
     """The batch norm's groups and the adaptive weight are of the whole batch, however many devices share it."""
     workdir = copy(pipeline, tmp_path, *INPUTS)
-    outcome = finish(process("finetune", workdir, XLA_FLAGS="--xla_force_host_platform_device_count=4"))
+    four = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    outcome = finish(process("finetune", workdir, XLA_FLAGS=four))
     assert outcome.status == 0, outcome.err
     for name in ("loss", "adaptive_weight", "loss_discriminator"):
         there, here = ([line[name] for line in lines(root)] for root in (finetuned, workdir))

@@ -839,8 +839,9 @@ def test_a_stage_with_a_truncated_checkpoint_goes_back_to_the_one_before(pipelin
 def test_training_on_four_devices_is_that_on_one(pipeline, tmp_path):
     """The batch is split over the devices: the losses agree to rounding, and every later stage runs on them too."""
     workdir = tmp_path / "run"
+    four = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     for stage in STAGES:
-        outcome = finish(process(stage, workdir, XLA_FLAGS="--xla_force_host_platform_device_count=4"))
+        outcome = finish(process(stage, workdir, XLA_FLAGS=four))
         assert outcome.status == 0, outcome.err
     for folder in ("teacher", "distill/ard"):
         there, here = (lines(root / folder) for root in (pipeline, workdir))
