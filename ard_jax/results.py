@@ -197,6 +197,11 @@ def main_target(models: Mapping[str, Measured]) -> str:
     return "xt" if targets == {"xt"} else "x0"
 
 
+def distance_format(value: float, sign: str = "") -> str:
+    """How a Fréchet distance, or with the sign `+` a difference of two, is written; small networks' lie far below 1."""
+    return f"{sign},.2f" if abs(value) >= 1 else f"{sign}.3f"
+
+
 def shares(found: Mapping[str, float] | None) -> str:
     """A `Measured.recall_at_5` in percent, of captions that were trained on and of those held out; "" for none."""
     return (

@@ -11,7 +11,7 @@ import ml_collections
 from ard_jax.build import make_solve, make_teacher
 from ard_jax.convert.hub import is_repository
 from ard_jax.errors import UserError
-from ard_jax.results import Results, shares
+from ard_jax.results import Results, distance_format, shares
 from ard_jax.sampling import network_calls
 
 CITATION = """```bibtex
@@ -269,7 +269,7 @@ def results(facts: Facts) -> str:
     if facts.name not in models:
         return "These weights have not been measured in the workdir that they were exported from."
     columns = {  # heading: key, format
-        "FD": ("fd", _distance),
+        "FD": ("fd", lambda fd: format(fd, distance_format(fd))),
         "precision": ("precision", "{:.3f}".format),
         "recall": ("recall", "{:.3f}".format),
         "PSNR to the teacher (dB)": ("psnr", "{:.2f}".format),
@@ -291,11 +291,6 @@ def results(facts: Facts) -> str:
         f"{facts.results.features}."
     )
     return "\n".join(rows) + f"\n\n{words}"
-
-
-def _distance(value: float) -> str:
-    """As `report.words.distance`, whose package wants more than the base requirements."""
-    return f"{value:,.{3 if abs(value) < 1 else 2}f}"
 
 
 def settings(facts: Facts) -> str:

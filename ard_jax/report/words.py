@@ -8,7 +8,16 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeGuard
 
-from ard_jax.results import Measured, Results, is_step_distillation, main_target, objective_of, pair, shares
+from ard_jax.results import (
+    Measured,
+    Results,
+    distance_format,
+    is_step_distillation,
+    main_target,
+    objective_of,
+    pair,
+    shares,
+)
 
 ABSENT = "–"
 TARGETS = {"x0": "x0 points", "xt": "noisy points"}
@@ -57,8 +66,8 @@ def significant(value: Any) -> str:
 
 
 def distance(value: Any, sign: str = "") -> str:
-    """A Fréchet distance, or with the sign `+` a difference of two; those of small networks lie far below 1."""
-    return number(value, f"{sign},.2f" if not finite(value) or abs(value) >= 1 else f"{sign}.3f")
+    """A Fréchet distance, or with the sign `+` a difference of two; see `distance_format`."""
+    return number(value, distance_format(value, sign)) if finite(value) else number(value)
 
 
 def duration(seconds: Any) -> str:

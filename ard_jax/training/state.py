@@ -196,9 +196,9 @@ def init_state(
     frozen: PyTree = None,
 ) -> TrainState:
     """`start_state` on a mesh; every array owns its memory, so that the step may be given it for good."""
+    shapes = state_shapes(params, optimizer, seed, mesh, begin, frozen)
     start = functools.partial(start_state, optimizer=optimizer, seed=seed, begin=begin)
-    lies = sharding_of(jax.eval_shape(start, params, frozen=frozen), mesh)
-    return jax.jit(start, out_shardings=lies)(params, frozen=frozen)
+    return jax.jit(start, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))(params, frozen=frozen)
 
 
 def ramped_decay(decay: float, step: jax.Array) -> jax.Array:
