@@ -11,7 +11,7 @@ import ml_collections
 
 from ard_jax.captions.conditions import inputs_of
 from ard_jax.captions.store import open_captions
-from ard_jax.config import keys_that_change, plain, with_defaults
+from ard_jax.config import config_differences, keys_that_change, plain, with_defaults
 from ard_jax.methods import finetuned_config
 from ard_jax.results import Measured, read_results
 from ard_jax.sampled import are_drawn, drawn_otherwise
@@ -20,7 +20,6 @@ from ard_jax.workdir import (
     SECTIONS,
     captions_folder,
     check_same_config,
-    config_differences,
     read_config,
     read_done,
     recorded_config,

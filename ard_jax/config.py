@@ -510,6 +510,22 @@ def with_defaults(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return fill(recorded, plain(default_config()))
 
 
+def config_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[object, object]]:
+    """Keys of two configs whose values differ, sorted: both values, None for a key that one has not."""
+    one, other = flatten(before), flatten(now)
+    every = {key: (one.get(key), other.get(key)) for key in sorted(one.keys() | other.keys())}
+    return {key: values for key, values in every.items() if values[0] != values[1]}
+
+
+def other_settings(recorded: Mapping[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> list[str]:
+    """In words, where a recorded config has other values under keys that begin so; folders may have moved."""
+    return [
+        f"{key} {there!r} there, {here!r} here"
+        for key, (there, here) in config_differences(recorded, plain(config)).items()
+        if key.startswith(keys) and not key.endswith(".dir")
+    ]
+
+
 def config_arguments(text: str | None, **defaults: Any) -> dict[str, Any]:
     """Parses what follows the colon of `--config FILE:key=value,key=value`, typed as the defaults are.
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import ml_collections
 
-from ard_jax.config import keys_that_change, plain
+from ard_jax.config import keys_that_change, other_settings, plain
 from ard_jax.files import tree_sha256, write_json
 from ard_jax.models import AutoencoderKL
 from ard_jax.types import Params
-from ard_jax.workdir import config_differences, read_config
+from ard_jax.workdir import read_config
 
 # Settings by which a model's samples come out the same.
 SAMPLED = keys_that_change("sample")
@@ -83,12 +83,3 @@ def drawn_otherwise(
         if there and here and there != here:
             other.append(f"{name} of hash {there:.8} there, {here:.8} here")
     return other
-
-
-def other_settings(recorded: Mapping[str, Any], config: ml_collections.ConfigDict, keys: tuple[str, ...]) -> list[str]:
-    """In words, where a recorded config has other values under keys that begin so; folders may have moved."""
-    return [
-        f"{key} {there!r} there, {here!r} here"
-        for key, (there, here) in config_differences(recorded, plain(config)).items()
-        if key.startswith(keys) and not key.endswith(".dir")
-    ]

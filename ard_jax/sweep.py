@@ -33,7 +33,7 @@ import ml_collections
 from ard_jax import runner
 from ard_jax.checks import is_student_name, validate
 from ard_jax.command_line import Flags, known_keys, make_parser, parse_config, parse_flags
-from ard_jax.config import OF_STUDENTS, ROWS, flatten, plain
+from ard_jax.config import OF_STUDENTS, ROWS, config_differences, flatten, plain
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import local_path
 from ard_jax.report import words
@@ -41,7 +41,7 @@ from ard_jax.report.page import build_sweep
 from ard_jax.report.pieces import markdown_table
 from ard_jax.results import read_results
 from ard_jax.runner import TEACHER, Entry, Job, Place
-from ard_jax.workdir import FREE, SECTIONS, config_differences, network_settings
+from ard_jax.workdir import FREE, SECTIONS, network_settings
 
 STAGES = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
 UNASKED = tuple(stage for stage in STAGES if stage != "finetune")  # what a sweep runs that does not say

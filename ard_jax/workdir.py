@@ -22,7 +22,16 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ard_jax.build import make_process, make_student, make_teacher
-from ard_jax.config import ROWS, default_config, flatten, keys_that_change, plain, sections_that_change, with_defaults
+from ard_jax.config import (
+    ROWS,
+    config_differences,
+    default_config,
+    flatten,
+    keys_that_change,
+    plain,
+    sections_that_change,
+    with_defaults,
+)
 from ard_jax.convert.vae import open_vae
 from ard_jax.data import Identity
 from ard_jax.errors import UserError
@@ -178,13 +187,6 @@ def check_same_config(before: dict, now: dict, sections: tuple[str, ...], direct
             f"{directory} belongs to another config ({'; '.join(found[:3])}{more}): "
             f"use that config, or another --workdir, or move the folder away."
         )
-
-
-def config_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[object, object]]:
-    """Keys of two configs whose values differ, sorted: both values, None for a key that one has not."""
-    one, other = flatten(before), flatten(now)
-    every = {key: (one.get(key), other.get(key)) for key in sorted(one.keys() | other.keys())}
-    return {key: values for key, values in every.items() if values[0] != values[1]}
 
 
 def _is_of_another_objective(key: str, objective: str) -> bool:

@@ -8,10 +8,10 @@ from ard_jax.build import make_teacher
 from ard_jax.captions.store import Captions, open_captions
 from ard_jax.captions.texts import texts_of_data, texts_sha256
 from ard_jax.conditions import Conditions, Labels
-from ard_jax.config import plain
+from ard_jax.config import other_settings
 from ard_jax.data import Source
 from ard_jax.errors import UserError
-from ard_jax.workdir import captions_folder, config_differences, read_config, teacher_folder
+from ard_jax.workdir import captions_folder, read_config, teacher_folder
 
 
 def load_conditions(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Conditions:
@@ -88,9 +88,7 @@ def check_texts(config: ml_collections.ConfigDict, workdir: pathlib.Path, pictur
     if recorded["captions"]["source"] != "data":
         return
     if config[section].source == "tfds":
-        keys = (f"{section}.name", f"{section}.split", "data.caption_key")
-        found = config_differences(recorded, plain(config))
-        other = [f"{key} {found[key][0]!r} there, {found[key][1]!r} here" for key in keys if key in found]
+        other = other_settings(recorded, config, (f"{section}.name", f"{section}.split", "data.caption_key"))
     else:
         there = recorded.get("inputs", {}).get("texts", "")
         here = texts_sha256(texts_of_data(config, pictures).texts)

@@ -48,7 +48,7 @@ from jax.sharding import Mesh
 from ard_jax.captions.conditions import check_text_encoder, inputs_of, load_conditions
 from ard_jax.checks import listed_labels
 from ard_jax.conditions import Conditions
-from ard_jax.config import plain
+from ard_jax.config import keys_that_change, other_settings, plain
 from ard_jax.data import identify
 from ard_jax.drawing import drawable, make_decoder, open_real_images
 from ard_jax.errors import UserError
@@ -63,7 +63,7 @@ from ard_jax.progress import Stopwatch
 from ard_jax.prompted import judge, open_list
 from ard_jax.results import Measured, Results, add_degradation, degradation_ratios, main_target
 from ard_jax.sampled import drawn_with
-from ard_jax.trajectories.store import Store, read_manifest, same_captions, store_hash, stored_settings
+from ard_jax.trajectories.store import Store, read_manifest, same_captions, store_hash
 from ard_jax.types import Params
 from ard_jax.workdir import (
     Loaded,
@@ -204,13 +204,11 @@ def _models(config: ml_collections.ConfigDict, workdir: pathlib.Path, asked: Col
 
 def _check_students(config: ml_collections.ConfigDict, teacher: Loaded, students: Mapping[str, Loaded]) -> None:
     """Raises UserError for a student of other trajectories than those that it would be held against."""
-    here = stored_settings(plain(config))
     for name, student in students.items():
         theirs = student.config.get("inputs", {}).get("teacher")
         if not theirs:  # converted, or trained before it was noted
             continue
-        there = stored_settings(plain(student.config))
-        other = [f"{key} {there[key]!r} there, {here[key]!r} here" for key in here if there[key] != here[key]]
+        other = other_settings(plain(student.config), config, keys_that_change("store"))
         if theirs != teacher.sha256:
             other.insert(0, f"a teacher of hash {theirs:.8} there, {teacher.sha256:.8} here")
         if other:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import ml_collections
 
 from ard_jax.build import make_run_mesh
-from ard_jax.config import plain
+from ard_jax.config import other_settings, plain
 from ard_jax.curve import BETTER, Line, add_line, best_line, curve_path, line_of, read_curve
 from ard_jax.errors import UserError
 from ard_jax.files import write_json, write_text
@@ -34,7 +34,7 @@ from ard_jax.parallel import is_first
 from ard_jax.report import build_curve
 from ard_jax.results import read_results
 from ard_jax.runner import TEACHER, Job, Place, run_missing, with_settings
-from ard_jax.sampled import SAMPLED, other_settings
+from ard_jax.sampled import SAMPLED
 from ard_jax.snapshots import hash_there, model_folder, put_back, take_snapshot
 from ard_jax.training.checkpoints import read_wanted, sealed_steps, steps_in, write_wanted
 from ard_jax.training.loggers import Logger, check_loggers, tensorboard
