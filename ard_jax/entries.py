@@ -116,6 +116,7 @@ def _entries_of_method(
             stage=method["stage"],
             trained=home._replace(config=derived),
             home=home,
+            captions=home,
             teacher=home,
             store=home,
             method=name,

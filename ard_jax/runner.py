@@ -52,7 +52,8 @@ class Entry(NamedTuple):
         name: of its folder under distill/, such as "ard_4".
         stage: the stage that trains it.
         trained: where that is run, and with what; samples and results lie in the same workdir.
-        home, teacher, store: where it is sampled and measured, and where its teacher and its trajectories are made.
+        home, captions, teacher, store: where it is sampled and measured, and where its captions, its teacher and its
+            trajectories are made.
         method: that `compare` has it of; its key in `compare.methods`.
         title: of the method, on the page.
         shown: whether it is measured; others are only started from.
@@ -62,6 +63,7 @@ class Entry(NamedTuple):
     stage: str
     trained: Place
     home: Place
+    captions: Place
     teacher: Place
     store: Place
     method: str = ""
@@ -106,9 +108,8 @@ def jobs_of(entries: Iterable[Entry]) -> list[Job]:
     jobs: list[Job] = []
     measured: dict[str, tuple[Place, list[str]]] = {}
     for entry in entries:
-        for place in (entry.teacher, entry.store, entry.trained, entry.home):
-            if not place.config.data.num_classes and not place.config.captions.dir:
-                jobs.append(Job("captions", place, ()))
+        if not entry.captions.config.data.num_classes and not entry.captions.config.captions.dir:
+            jobs.append(Job("captions", entry.captions, ()))
         if not entry.teacher.config.teacher.dir:
             jobs.append(Job("teacher", entry.teacher, (TEACHER,)))
         if not entry.store.config.trajectories.dir:

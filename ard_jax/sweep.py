@@ -9,8 +9,8 @@ A sweep file has a docstring, which says what it is about and what it costs, and
 
 With finetune among the stages, the entries are fine-tunes of one student, that of the settings. Entries that differ in
 student.*, distill.* and finetune.* alone share a workdir: one teacher, one store, one evaluation. An entry that differs
-in anything else has a workdir of its own in that one, and still reads the teacher, and the store, if nothing differs
-that they depend on. A stage whose `dir` (teacher.dir, trajectories.dir) is set is not run.
+in anything else has a workdir of its own in that one, and still reads the captions, the autoencoder, the teacher and
+the store, each if nothing differs that it depends on. A stage whose `dir` (such as teacher.dir) is set is not run.
 
 Each stage runs in a process of its own, by the very words that --print prints: what a person would type is what is run,
 no stage sees what another has left behind in JAX, and a stage that is killed takes nothing with it.
@@ -41,9 +41,9 @@ from ard_jax.report.page import build_sweep
 from ard_jax.report.pieces import markdown_table
 from ard_jax.results import read_results
 from ard_jax.runner import TEACHER, Entry, Job, Place
-from ard_jax.workdir import FREE, SECTIONS, network_settings
+from ard_jax.workdir import FREE, SECTIONS, network_settings, vae_folder
 
-STAGES = ("teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
+STAGES = ("captions", "teacher", "trajectories", "distill", "finetune", "sample", "evaluate")
 UNASKED = tuple(stage for stage in STAGES if stage != "finetune")  # what a sweep runs that does not say
 KEYS = ("config", "settings", "entries", "over", "stages")
 SET_BY_SWEEP = ("student.name", "finetune.name", "sample.models")
@@ -102,7 +102,7 @@ def _check_sweep(file: str, sweep: Mapping[str, Any]) -> None:
         what = f"has the key {unknown[0]!r}" if unknown else "lacks config or entries"
         raise UserError(f"SWEEP of {file} {what}: its keys are {', '.join(KEYS)}.")
     for name in sweep["entries"]:
-        if not is_student_name(name) or name in ("sweep", *STAGES):
+        if not is_student_name(name) or name in ("sweep", "vae", *STAGES):
             raise UserError(f"sweep entry {name!r} cannot name a student's folder: use letters, digits, '-' and '_'.")
     stages = sweep.get("stages", ())
     if [stage for stage in STAGES if stage in stages] != list(stages):
@@ -171,17 +171,24 @@ def _plan_entry(sweep: Sweep, name: str, settings: Mapping[str, Any], shared: Pl
         own = _resolve(sweep, shared.workdir, {**shared.settings, **settings, named: name})
     differs = {key.split(".")[0] for key in _differing_settings(shared.config, own.config)} - set(OF_STUDENTS)
     if not differs:
-        return Entry(name, sweep.trained, own, home=shared, teacher=shared, store=shared)
-    same_teacher = not differs & OF_TEACHERS and network_settings(shared.config) == network_settings(own.config)
+        return Entry(name, sweep.trained, own, home=shared, captions=shared, teacher=shared, store=shared)
+    same_captions = not differs & {*SECTIONS["captions"], "data", "encode"}
+    same_teacher = same_captions and not differs & OF_TEACHERS and network_settings(shared.config) == network_settings(own.config)
     same_store = same_teacher and not differs & set(SECTIONS["trajectories"])
+    shares = {
+        "captions": same_captions and not own.config.data.num_classes,
+        "vae": "vae" not in differs and vae_folder(shared.config, shared.path).exists(),
+        "teacher": same_teacher,
+        "trajectories": same_store,
+    }
     elsewhere = {
-        f"{stage}.dir": f"{shared.workdir}/{stage}"
-        for stage, same in (("teacher", same_teacher), ("trajectories", same_store))
-        if same and not shared.config[stage].dir
+        f"{section}.dir": f"{shared.workdir}/{section}"
+        for section, same in shares.items()
+        if same and not shared.config[section].dir
     }
     home = own.with_settings(elsewhere)._replace(workdir=f"{shared.workdir}/{name}")
-    teacher, store = shared if same_teacher else home, shared if same_store else home
-    return Entry(name, sweep.trained, home, home, teacher, store)
+    captions, teacher, store = (shared if same else home for same in (same_captions, same_teacher, same_store))
+    return Entry(name, sweep.trained, home, home, captions, teacher, store)
 
 
 def _check_section(name: str, settings: Mapping[str, Any], sweep: Sweep) -> None:
@@ -199,7 +206,8 @@ def _check_section(name: str, settings: Mapping[str, Any], sweep: Sweep) -> None
 
 def _differing_settings(base: ml_collections.ConfigDict, config: ml_collections.ConfigDict) -> list[str]:
     """Keys of two configs that differ, but for those that may differ between two starts of the same run."""
-    free = tuple(key for key in FREE if not key.endswith(".dir"))  # what lies elsewhere may be something else
+    # what lies elsewhere may be something else
+    free = tuple(key for key in FREE if not key.endswith((".dir", ".path", ".encoder")))
     return [key for key in config_differences(plain(base), plain(config)) if not key.startswith(free)]
 
 

@@ -75,7 +75,7 @@ def started(monkeypatch):
         (
             {"a": {}},
             {"stages": ("distill", "teacher")},
-            "give some of teacher, trajectories, distill, finetune, sample, evaluate",
+            "give some of captions, teacher, trajectories, distill, finetune, sample, evaluate",
         ),
         ({"a": {"finetune.weight": 1.0}}, {}, "entry 'a' sets finetune.weight, but runs no fine-tune"),
         (
@@ -183,6 +183,23 @@ def test_a_store_is_shared_where_only_the_sampling_differs_and_made_elsewhere_is
     assert [workdir for *_, workdir in commands] == ["x", *["x/few"] * 4]
     assert {config.teacher.dir for _, config, _ in commands} == {"/elsewhere/teacher"}
     assert commands[1][1].trajectories.dir == "x/trajectories"
+
+
+def test_captions_and_the_autoencoder_are_shared_where_nothing_differs_that_they_depend_on(tmp_path, capsys):
+    """Or each entry would encode them again, and an autoencoder that lies in the shared workdir would be missed."""
+    entries = {"scale": {"diffusion.guidance_scale": 1.5}, "long": {"captions.length": 20}, "fewer": {"vae.batch_size": 4}}
+    captions = {"config": "configs/smoke_captions.py", "settings": {"data.channels": 4, "data.space": "latent"}}
+    file, workdir = write_sweep(tmp_path, entries, **captions), tmp_path / "x"
+    (workdir / "vae").mkdir(parents=True)
+    commands = [parsed(line[3:]) for line in printed(capsys, file, "--workdir", workdir, "--print", "python")]
+    made = [(stage, place) for stage, _, place in commands if stage in ("captions", "teacher")]
+    assert made == [(stage, f"{workdir}{own}") for own in ("", "/long") for stage in ("captions", "teacher")]
+    read = {place: (config.captions.dir, config.vae.dir) for stage, config, place in commands if stage == "distill"}
+    assert read == {
+        f"{workdir}/scale": (f"{workdir}/captions", f"{workdir}/vae"),
+        f"{workdir}/long": ("", f"{workdir}/vae"),
+        f"{workdir}/fewer": (f"{workdir}/captions", ""),
+    }
 
 
 def test_evaluate_draws_the_models_of_the_entries_where_it_draws(tmp_path, capsys):
