@@ -36,7 +36,7 @@ from ard_jax.command_line import Flags, known_keys, make_parser, parse_config, p
 from ard_jax.config import OF_STUDENTS, ROWS, config_differences, flatten, plain
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import local_path
-from ard_jax.report import words
+from ard_jax.report import measures, words
 from ard_jax.report.page import build_sweep
 from ard_jax.report.pieces import markdown_table
 from ard_jax.results import read_results
@@ -51,8 +51,7 @@ SET_BY_SWEEP = ("student.name", "finetune.name", "sample.models")
 OF_TEACHERS = {
     key.split(".")[0] for key, _row in ROWS.items() if "teacher" in _row.changes and "network" not in _row.changes
 }
-MEASURED = ("fd", "degradation", "precision", "recall", "psnr")
-HEAD = ("Entry", "Steps", *words.headings(MEASURED))
+MEASURED = ("fd", "fid", "degradation", "precision", "recall", "psnr", "recall_at_5")
 
 Words = tuple[str, ...]  # a stage and its flags
 
@@ -173,7 +172,9 @@ def _plan_entry(sweep: Sweep, name: str, settings: Mapping[str, Any], shared: Pl
     if not differs:
         return Entry(name, sweep.trained, own, home=shared, captions=shared, teacher=shared, store=shared)
     same_captions = not differs & {*SECTIONS["captions"], "data", "encode"}
-    same_teacher = same_captions and not differs & OF_TEACHERS and network_settings(shared.config) == network_settings(own.config)
+    same_teacher = (
+        same_captions and not differs & OF_TEACHERS and network_settings(shared.config) == network_settings(own.config)
+    )
     same_store = same_teacher and not differs & set(SECTIONS["trajectories"])
     shares = {
         "captions": same_captions and not own.config.data.num_classes,
@@ -291,29 +292,40 @@ def axis_position(sweep: Sweep, entry: Entry) -> float | None:
     return position
 
 
+def _columns(results: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of MEASURED those that the table has."""
+    models = [entry[role] for entry in results["entries"].values() for role in ("teacher", "results")]
+    return measures.columns(models, MEASURED)
+
+
+def _head(results: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("Entry", "Steps", *words.headings(_columns(results)))
+
+
 def _table_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
     """The cells of the table, each teacher before the entries that have it."""
+    columns = _columns(results)
     several = len({entry["workdir"] for entry in results["entries"].values()}) > 1
     shown = set()
     for name, entry in results["entries"].items():
         if entry["workdir"] not in shown:
             shown.add(entry["workdir"])
-            yield _row(f"teacher of {name}" if several else "teacher", entry["teacher"])
-        yield _row(name, entry["results"])
+            yield _row(f"teacher of {name}" if several else "teacher", entry["teacher"], columns)
+        yield _row(name, entry["results"], columns)
 
 
-def _row(name: str, model: Mapping[str, Any]) -> list[str]:
-    return [name, words.number(model.get("steps"), ",.0f"), *words.cells(model, MEASURED)]
+def _row(name: str, model: Mapping[str, Any], columns: tuple[str, ...]) -> list[str]:
+    return [name, words.number(model.get("steps"), ",.0f"), *words.cells(model, columns)]
 
 
 def _write_results(sweep: Sweep, entries: list[Entry], folder: pathlib.Path) -> None:
     """Writes the table, results.json and the page, and prints the table."""
     results = _collect(sweep, entries)
-    rows = list(_table_rows(results))
+    head, rows = _head(results), list(_table_rows(results))
     homes = {entry.home.workdir: entry.home for entry in entries}
     pictures = {workdir: runner.pictures_of(home) for workdir, home in homes.items()}
-    page = build_sweep(sweep.about, (HEAD, rows), results, pictures, sweep.over)
-    table = f"{markdown_table(HEAD, rows)}\n"
+    page = build_sweep(sweep.about, (head, rows), results, pictures, sweep.over)
+    table = f"{markdown_table(head, rows)}\n"
     runner.write_page(folder, "results.json", results, table, page)
     print(f"{table}done: {folder}", flush=True)
 

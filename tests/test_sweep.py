@@ -187,7 +187,11 @@ def test_a_store_is_shared_where_only_the_sampling_differs_and_made_elsewhere_is
 
 def test_captions_and_the_autoencoder_are_shared_where_nothing_differs_that_they_depend_on(tmp_path, capsys):
     """Or each entry would encode them again, and an autoencoder that lies in the shared workdir would be missed."""
-    entries = {"scale": {"diffusion.guidance_scale": 1.5}, "long": {"captions.length": 20}, "fewer": {"vae.batch_size": 4}}
+    entries = {
+        "scale": {"diffusion.guidance_scale": 1.5},
+        "long": {"captions.length": 20},
+        "fewer": {"vae.batch_size": 4},
+    }
     captions = {"config": "configs/smoke_captions.py", "settings": {"data.channels": 4, "data.space": "latent"}}
     file, workdir = write_sweep(tmp_path, entries, **captions), tmp_path / "x"
     (workdir / "vae").mkdir(parents=True)
@@ -285,6 +289,20 @@ def test_what_is_finished_is_not_run_again(workdir, tmp_path, capsys, started):
     assert stages(sweep.command(read, job) for job in unfinished(read, workdir)) == [
         ("distill", "window"), ("sample", "window"), ("evaluate", "")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("measured", ["fd", "fid"])
+def test_the_table_has_the_columns_that_were_measured(measured):
+    """Those of captions, and FID in the place of FD, where they were."""
+    model = {"steps": 4, "fd": 2.5, measured: 2.5, "recall_at_5": {"trained": 0.5, "held_out": 0.25}}
+    entries = {"a": {"workdir": "x", "teacher": model | {"steps": 24}, "results": model | {"degradation": 0.5}}}
+    assert sweep._head({"entries": entries}) == (
+        *("Entry", "Steps", f"{measured.upper()} ↓", "Degradation ↓", "Precision ↑", "Recall ↑"),
+        *("PSNR to teacher, dB ↑", "Caption in first 5, trained / held out ↑"),
+    )
+    teacher, student = sweep._table_rows({"entries": entries})
+    assert teacher == ["teacher", "24", "2.50", *["–"] * 4, "50 % / 25 %"]
+    assert student == ["a", "4", "2.50", "0.500", *["–"] * 3, "50 % / 25 %"]
 
 
 @pytest.mark.parametrize(
