@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from pipeline_fixtures import ROOT, copy, done, files, run, sentence
 from pixart_fixtures import small_pixart, write_pixart, write_text_encoder
+from test_stages_latents import write_vae
 
 from ard_jax import ARDPipeline
 from ard_jax.captions import texts as caption_texts
@@ -348,6 +349,28 @@ def test_pictures_are_trained_on_with_their_own_captions_alone(captioned, tmp_pa
     hold_out(workdir, 3)
     said = sentence(stage("teacher", workdir), "teacher")
     assert "has the caption of number 95, but" in said and "holds 96, of which 3 are held out of training: give" in said
+
+
+def test_latents_are_trained_on_with_the_captions_of_their_pictures_alone(tmp_path):
+    """Also where the pictures' captions changed after 'encode', before there were any in the workdir."""
+    folder, workdir = imagefolder(tmp_path / "pictures", ["black", "brown", "maroon", "red"]), tmp_path / "run"
+    write_vae(workdir / "vae", channels=3)
+    data = (
+        "data.source=tfds", f"data.dir={workdir / 'latents' / '1.0.0'}", "data.space=latent", "data.image_size=8",
+        "data.channels=2", "encode.source=imagefolder", f"encode.dir={folder}", "encode.image_size=16",
+    )  # fmt: skip
+    assert stage("encode", workdir, *data).status == 0
+    file = folder / "metadata.jsonl"
+    lines = file.read_text()
+    file.write_text("\n".join(reversed(lines.splitlines())))
+    assert stage("captions", workdir, *data).status == 0
+    said = sentence(stage("teacher", workdir, *data), "teacher")
+    assert f"the captions in {workdir / 'captions'} are not those of these pictures (texts of hash" in said
+    assert not (workdir / "teacher").exists()
+    file.write_text(lines)
+    (workdir / "captions").rename(workdir / "before")
+    assert stage("captions", workdir, *data).status == 0
+    assert stage("teacher", workdir, *data).status == 0
 
 
 def test_captions_of_another_split_of_a_dataset_are_not_its_pictures(tmp_path):

@@ -11,6 +11,7 @@ from ard_jax.conditions import Conditions, Labels
 from ard_jax.config import other_settings
 from ard_jax.data import Source
 from ard_jax.errors import UserError
+from ard_jax.files import read_json
 from ard_jax.workdir import captions_folder, read_config, teacher_folder
 
 
@@ -71,6 +72,8 @@ def check_pictures(
         )
     if config.data.space == "pixel":
         check_texts(config, workdir, pictures)
+    elif config.data.dir and (made := pathlib.Path(config.data.dir).parent / "manifest.json").exists():  # by 'encode'
+        _check_texts(captions_folder(config, workdir), read_json(made, dict).get("texts_sha256", ""))
 
 
 def check_texts(config: ml_collections.ConfigDict, workdir: pathlib.Path, pictures: Source) -> None:
@@ -87,15 +90,24 @@ def check_texts(config: ml_collections.ConfigDict, workdir: pathlib.Path, pictur
     recorded, section = read_config(folder / "config.json"), "encode" if config.data.space == "latent" else "data"
     if recorded["captions"]["source"] != "data":
         return
-    if config[section].source == "tfds":
-        other = other_settings(recorded, config, (f"{section}.name", f"{section}.split", "data.caption_key"))
-    else:
-        there = recorded.get("inputs", {}).get("texts", "")
-        here = texts_sha256(texts_of_data(config, pictures).texts)
-        other = [] if there in ("", here) else [f"texts of hash {there:.8} there, {here:.8} here"]
-    if other:
-        raise UserError(
-            f"the captions in {folder} are not those of these pictures ({'; '.join(other)}), so that pictures would "
-            f"have others' captions: move that folder away and run 'captions' again, or give the pictures it was made "
-            f"with."
-        )
+    if config[section].source != "tfds":
+        return _check_texts(folder, texts_sha256(texts_of_data(config, pictures).texts))
+    if other := other_settings(recorded, config, (f"{section}.name", f"{section}.split", "data.caption_key")):
+        raise _not_theirs(folder, "; ".join(other))
+
+
+def _check_texts(folder: pathlib.Path, here: str) -> None:
+    """Raises UserError if captions that were read of pictures are not those of this hash; "" where none is known."""
+    if not here or not (folder / "config.json").exists():
+        return
+    recorded = read_config(folder / "config.json")
+    there = recorded.get("inputs", {}).get("texts", "")
+    if recorded["captions"]["source"] == "data" and there not in ("", here):
+        raise _not_theirs(folder, f"texts of hash {there:.8} there, {here:.8} here")
+
+
+def _not_theirs(folder: pathlib.Path, other: str) -> UserError:
+    return UserError(
+        f"the captions in {folder} are not those of these pictures ({other}), so that pictures would have others' "
+        f"captions: move that folder away and run 'captions' again, or give the pictures it was made with."
+    )

@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 
 from ard_jax.build import example_shape
 from ard_jax.captions.conditions import check_texts
+from ard_jax.captions.texts import texts_of_data, texts_sha256
 from ard_jax.config import plain
 from ard_jax.convert.vae import diffusers_config
 from ard_jax.data import MODES, Source, check_records, identify
@@ -70,7 +71,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, check: bool = 
     if not is_first():
         return
     described = describe(directory, number_of_shards(count, settings.shard_size))
-    LAYOUT.finish(directory, features, described, _manifest(config, model, vae_hash, len(source), described))
+    LAYOUT.finish(directory, features, described, _manifest(config, model, vae_hash, source, described))
     log.info(
         "%d latents written; train on them with --config.data.source=tfds --config.data.space=latent "
         "--config.data.dir=%s",
@@ -224,10 +225,11 @@ def _manifest(
     config: ml_collections.ConfigDict,
     model: AutoencoderKL,
     vae_hash: str,
-    images: int,
+    source: Source,
     shards: list[Shard],
 ) -> dict[str, Any]:
     """How the dataset was made."""
+    told = not config.data.num_classes and config.encode.source != "tfds"  # whose texts take minutes to read
     return {
         "format": 1,
         "code_version": __version__,
@@ -238,7 +240,8 @@ def _manifest(
         "settings": plain(config)["encode"],
         "latent_shape": list(example_shape(config)),
         "num_classes": config.data.num_classes,
-        "images": images,
+        "images": len(source),
+        "texts_sha256": texts_sha256(texts_of_data(config, source).texts) if told else "",
         "records": sum(shard["records"] for shard in shards),
         "shards": shards,
     }
