@@ -178,7 +178,7 @@ def _plan_entry(sweep: Sweep, name: str, settings: Mapping[str, Any], shared: Pl
     same_store = same_teacher and not differs & set(SECTIONS["trajectories"])
     shares = {
         "captions": same_captions and not own.config.data.num_classes,
-        "vae": "vae" not in differs and vae_folder(shared.config, shared.path).exists(),
+        "vae": _has_vae(shared) and not own.config.vae.dir,  # which no stage of a sweep makes
         "teacher": same_teacher,
         "trajectories": same_store,
     }
@@ -190,6 +190,13 @@ def _plan_entry(sweep: Sweep, name: str, settings: Mapping[str, Any], shared: Pl
     home = own.with_settings(elsewhere)._replace(workdir=f"{shared.workdir}/{name}")
     captions, teacher, store = (shared if same else home for same in (same_captions, same_teacher, same_store))
     return Entry(name, sweep.trained, home, home, captions, teacher, store)
+
+
+def _has_vae(place: Place) -> bool:
+    """Whether there is an autoencoder for others to read; on a bucket, where nobody looks, wherever one is needed."""
+    if "://" in place.workdir:
+        return place.config.data.space == "latent"
+    return vae_folder(place.config, place.path).exists()
 
 
 def _check_section(name: str, settings: Mapping[str, Any], sweep: Sweep) -> None:

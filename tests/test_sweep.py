@@ -202,8 +202,11 @@ def test_captions_and_the_autoencoder_are_shared_where_nothing_differs_that_they
     assert read == {
         f"{workdir}/scale": (f"{workdir}/captions", f"{workdir}/vae"),
         f"{workdir}/long": ("", f"{workdir}/vae"),
-        f"{workdir}/fewer": (f"{workdir}/captions", ""),
+        f"{workdir}/fewer": (f"{workdir}/captions", f"{workdir}/vae"),
     }
+    workdir = "gs://bucket/x"
+    commands = [parsed(line[1:]) for line in printed(capsys, file, "--workdir", workdir, "--print", "tpu_pod")]
+    assert {config.vae.dir for stage, config, place in commands if place != workdir} == {f"{workdir}/vae"}
 
 
 def test_evaluate_draws_the_models_of_the_entries_where_it_draws(tmp_path, capsys):
