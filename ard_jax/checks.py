@@ -110,6 +110,9 @@ def _check_rivals(config: ml_collections.ConfigDict) -> None:
         for name in (name for name in settings[method] if name.endswith("optimizer")):
             with settings_of(f"distill.{method}.{name}"):
                 make_optimizer(settings[method][name], settings.steps)
+        if settings.objective == method:  # the student moves at every so-manieth step alone
+            with settings_of("distill.optimizer"):
+                make_optimizer(settings.optimizer, -(-settings.steps // settings[method].ratio))
     if settings.objective == "distribution_matching" and matching.weight:
         layers, depth = tuple(matching.layers), make_teacher(config).depth
         _check_judge("distill", settings.accumulate, "distill.distribution_matching.layers", layers, depth)

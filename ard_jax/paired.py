@@ -120,7 +120,8 @@ class Paired:
     def compare(self, student: Loaded, pictures: int) -> tuple[dict[str, Any], np.ndarray]:
         """A student's errors, and the pictures of its steps."""
         _, params, _, config = student
-        target, is_history = config.student.target, config.student.kind == "history"
+        is_history = config.student.kind == "history"
+        target = config.student.target if is_history else "x0"  # what the steps of the other kinds predict
         points = self.points(self.rows[target], config)
         if is_history:
             rollout = self.predictions(student, points, 0)

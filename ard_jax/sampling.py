@@ -130,7 +130,7 @@ def network_calls(how: Solve) -> int:
     total = calls(how.solver, how.steps)
     if how.guidance.scale == 1:
         return total
-    times = how.process.grid(how.steps).times
+    times = how.process.grid(how.steps).times.astype(np.float32)  # as programs have them: ends of an interval count
     nodes = [*range(how.steps), *range(1, total - how.steps + 1)]  # Heun's second calls are at the ends of its steps
     return total + sum(bool(how.guidance.acts_at(times[node], how.process)) for node in nodes)
 

@@ -1,4 +1,4 @@
-"""What a config must satisfy: names that are taken."""
+"""What a config must satisfy: names that are taken, and a warm-up that ends."""
 
 import pytest
 
@@ -16,3 +16,18 @@ def test_no_student_is_called_what_files_of_pictures_or_results_hold_beside_it(s
     config[section].name = name
     with pytest.raises(UserError, match=f"{section}.name is '{name}', which .+ and none of .*{name}"):
         validate(config)
+
+
+@pytest.mark.parametrize("objective", ["distribution_matching", "trajectory_matching"])
+def test_a_student_that_moves_seldom_must_warm_up_within_its_own_steps(objective):
+    """Of 60 steps it makes every fifth: 12, of which 11 may warm it up."""
+    config = smoke.get_config()
+    config.distill.update({"objective": objective, "steps": 60, objective: {"ratio": 5}})
+    config.distill.optimizer.warmup_steps = 11
+    validate(config)
+    config.distill.optimizer.warmup_steps = 12
+    with pytest.raises(UserError, match="of 12 steps that the optimiser makes: choose fewer") as error:
+        validate(config)
+    assert error.value.key == "distill.optimizer.warmup_steps"
+    config.distill.objective = "ard"
+    validate(config)

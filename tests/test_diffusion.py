@@ -272,6 +272,7 @@ def test_network_calls_of_a_guidance_interval():
     flow = {"process": FlowMatching(), "guided_channels": 0}
     sit = {"process": FlowMatching(1.0, reversed=True), "guided_channels": 0}
     for solver, scale, interval, kind, expected in (
+        ("ddim", 1.5, (0.1, 0.9), flow | {"steps": 10}, 19),  # of times 1, …, 0.1 all but the first, in any precision
         ("ddim", 1.5, (0.0, 1.0), flow, 8),
         ("ddim", 1.0, (0.0, 0.3), flow, 4),
         ("ddim", 1.5, (0.4, 0.8), flow, 6),  # of times 1, ¾, ½, ¼: two

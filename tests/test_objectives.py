@@ -14,10 +14,12 @@ from ard_jax.diffusion import FlowMatching, LinearVP
 from ard_jax.errors import UserError
 from ard_jax.methods import training_flops
 from ard_jax.models import DiT, parameter_shapes
+from ard_jax.objectives import KEPT
 from ard_jax.objectives.ard import ard, online_ard
 from ard_jax.objectives.denoising import denoising
+from ard_jax.parallel import make_mesh
 from ard_jax.sampling import is_within_bounds, sample_student, sample_teacher, take_points, trajectory_key
-from ard_jax.training.state import learning_rate, make_optimizer
+from ard_jax.training.state import init_state, learning_rate, make_optimizer, make_step
 from configs import digits
 
 OPTIMIZER = default_config().distill.optimizer.to_dict()
@@ -139,9 +141,16 @@ def test_online_distillation_equals_that_from_the_store(networks, target):
     columns = (0, 2, 3)  # of the points 3, 1, 0 among 3, 2, 1, 0
     records = stored(teacher, teacher_params, seed=5)
     from_store = ard(student, target=target, columns=columns)
-    online = online_ard(student, teacher, target=target, max_abs=0.0, **settings)
     expected = evaluate(from_store, params, None, records)
-    assert_same(evaluate(online, params, teacher_params, positions(POSITIONS)), expected)
+
+    def solved_online(max_abs):
+        online = online_ard(student, teacher, target=target, max_abs=max_abs, **settings)
+        loss, metrics = evaluate(online, params, teacher_params, positions(POSITIONS))
+        return metrics.pop(KEPT), (loss, metrics)
+
+    number, found = solved_online(0.0)
+    assert_same(found, expected)
+    assert number == len(POSITIONS)
     assert expected[0] > 1e-2
 
     # dropped trajectories count neither in the sum nor in the number
@@ -150,10 +159,28 @@ def test_online_distillation_equals_that_from_the_store(networks, target):
     kept = np.flatnonzero(is_within_bounds(records["x0"][:, jnp.asarray(columns)], max_abs))
     assert len(kept) == 3
     rest = jax.tree.map(lambda array: array[kept], records)
-    online = online_ard(student, teacher, target=target, max_abs=max_abs, **settings)
-    assert_same(
-        evaluate(online, params, teacher_params, positions(POSITIONS)), evaluate(from_store, params, None, rest)
-    )
+    number, found = solved_online(max_abs)
+    assert_same(found, evaluate(from_store, params, None, rest))
+    assert number == len(kept)
+
+
+def test_a_dropped_trajectory_counts_the_same_in_whichever_part_of_a_step_it_is(networks):
+    """Of a step in two parts the one has three trajectories and the other two: each is a fifth of the step's mean."""
+    teacher, student, teacher_params, params = networks
+    points = stored(teacher, teacher_params, seed=5)["x0"][:, jnp.asarray((0, 2, 3))]
+    limit = float(np.sort(np.abs(points).max(axis=(1, 2, 3, 4)))[-2:].mean())
+    how = dict(target="x0", points=POINTS, shape=SHAPE, seed=5, max_abs=limit, how=SOLVE)
+    objective, optimizer, mesh = online_ard(student, teacher, **how), optax.sgd(1.0), make_mesh()
+
+    def after(accumulate):
+        state = init_state(params, optimizer, 0, mesh)
+        step = make_step(objective, optimizer, 0.9, mesh, state, teacher_params, accumulate)
+        state, metrics = step(state, teacher_params, positions(POSITIONS))
+        return jax.tree.map(jnp.subtract, state.params, params), metrics
+
+    whole, parts = after(1), after(2)
+    assert_same(parts, whole)
+    assert set(whole[1]) == {"loss", *(f"loss_step_{n}" for n in (1, 2, 3)), "gradient_norm", "parameter_norm"}
 
 
 @pytest.mark.slow

@@ -222,3 +222,31 @@ def test_at_a_later_time_the_teacher_sees_noised_images():
     make_judge(Probe(**FIELDS), (), FlowMatching(10.0, True), 0.0).features({}, images, None, KEY, jnp.arange(40))
     np.testing.assert_array_equal(seen["images"], images)
     assert seen["time"][0] == 10.0
+
+
+@pytest.mark.parametrize("process", [LinearVP(), FlowMatching()])
+def test_noise_does_not_tell_a_fake_from_an_image(process):
+    """On an accelerator a student's samples are bfloat16, and what is loaded is not: numbers alike look alike."""
+    judge = make_judge(DiT(**FIELDS, dtype=jnp.bfloat16), (), process, 0.3)
+    images = jax.random.normal(KEY, (4, *SHAPE)).astype(jnp.bfloat16)
+    label, position = jnp.zeros(4, jnp.int32), jnp.arange(4)
+    shapes = parameter_shapes(judge.teacher, jnp.zeros((1, *SHAPE)), jnp.zeros(1), label[:1])
+    rng = np.random.default_rng(0)
+    teacher = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+    look = quick_jit(judge.features)
+    fake, real = (look(teacher, seen, label, KEY, position)[0] for seen in (images, images.astype(jnp.float32)))
+    np.testing.assert_array_equal(fake, real)
+
+
+def test_a_teacher_of_whole_timesteps_is_told_the_one_that_its_image_is_noised_to():
+    seen = {}
+
+    class Probe(DiT):
+        def apply(self, variables, images, time, label, layers, method):
+            seen.update(images=images, time=time)
+
+    judge, zeros = make_judge(Probe(**FIELDS), (), LinearVP(), 0.03), jnp.zeros((1000, 4, 4, 1))  # .03 · 999 is 29.97
+    judge.features({}, zeros, None, KEY, jnp.arange(1000))
+    assert set(np.asarray(seen["time"]).tolist()) == {30.0}
+    signal = LinearVP().alphas_cumprod()
+    assert abs(seen["images"].std() - (1 - signal[30]) ** 0.5) < abs(seen["images"].std() - (1 - signal[29]) ** 0.5)

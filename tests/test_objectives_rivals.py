@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jaxprs import macs
+from networks import solve_of
 from pipeline_fixtures import copy, done, sentence, smoke
 from quick import quick_jit
 from rivals_fixtures import (
@@ -296,7 +297,7 @@ def test_the_gradients_of_distribution_matching(process, step, batch):
     # both scores, at the teacher's own grid
     grid = process.grid(50)
     way = grid.times / process.noise_time
-    allowed = np.flatnonzero((way >= 0.1) & (way <= 0.9))
+    allowed = np.flatnonzero((way > 0.1 - 1e-9) & (way < 0.9 + 1e-9))  # both ends count
     score_node, score_noise = drawn(score_key, batch, range(allowed[0], allowed[-1] + 1))
     assert set(score_node) <= set(allowed) and len(set(score_node)) > 10
     change, _ = matched(process, images, score_noise, score_node, y)
@@ -377,6 +378,24 @@ def test_scores_need_a_time(interval, grid):
     sentence = "interval is .* in which none of the .* times of its grid lies: widen it, or raise"
     with pytest.raises(UserError, match=sentence):
         distribution_matching.build(real_given("stochastic", **MATCHING | {"interval": interval, "grid": grid}))
+
+
+@pytest.mark.parametrize("steps", [10, 100])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scores_are_compared_at_the_ends_of_the_interval_too(reverse, steps):
+    """Times are i / steps, of which those with 1/5 ≤ i / steps ≤ 4/5 count, whatever rounding makes of them."""
+    inside = given(FlowMatching(1.0, reverse), (0,), options={"grid": steps, "interval": (0.2, 0.8)})
+    expected = [node for node in range(steps) if steps <= 5 * (steps - node) <= 4 * steps]
+    assert list(scores.scored_nodes(inside, "distribution_matching")) == expected
+
+
+@pytest.mark.parametrize("name", ["consistency", "distribution_matching", "trajectory_matching", "mean_flow"])
+def test_a_grid_of_more_steps_than_there_are_timesteps_is_called_by_its_name(name):
+    wrong = real_given(METHODS[name], **{**DEFAULTS[name], "grid": 100})
+    wrong = wrong._replace(solve=solve_of(5, process=LinearVP(train_steps=50)))
+    with pytest.raises(UserError, match="grid has 100 steps, but the process has 50 timesteps: choose .* 1 to 50") as e:
+        MODULES[name].build(wrong)
+    assert e.value.key == f"distill.{name}.grid"
 
 
 def test_the_discriminator_s_share_of_a_gradient():
@@ -544,6 +563,13 @@ def test_a_trajectory_that_matches_gets_no_gradient(batch):
         return method.gradients(networks, None, TEACHER, batch, KEY, jnp.int32(0))[0][STUDENT]
 
     assert optax.tree.norm(student(TEACHER)) == 0 and optax.tree.norm(student(FAKE)) > 1e-3
+
+
+def test_a_time_between_two_steps_of_trajectory_matching_is_either_s():
+    """Times are i / 100; each of the five steps has 20 of them and both its ends, whatever rounding makes of them."""
+    five = given(FlowMatching(), (4, 3, 2, 1, 0), options={"grid": 100, "interval": (0.0, 1.0)})
+    spans = trajectory_matching.spans_of_steps(five, FlowMatching().grid(100))
+    assert spans.tolist() == [[0, 21], [20, 41], [40, 61], [60, 81], [80, 100]]  # the data is no time of the grid
 
 
 def test_every_step_of_trajectory_matching_needs_a_time():

@@ -35,7 +35,7 @@ class Guidance:
             raise UserError(f"guided_channels is {self.channels}: give a number of channels, or 0 for all of them.")
 
     def acts_at(self, time: jax.Array | float, process: Process) -> jax.Array | bool:
-        """Whether guidance acts at a network time."""
+        """Whether guidance acts at a network time; at an end of the interval, in the precision of that time."""
         ends = (process.data_time + end * (process.noise_time - process.data_time) for end in self.interval)
         low, high = sorted(ends)
         return (low <= time) & (time <= high)

@@ -6,7 +6,8 @@ is `Given`; `config.distill.objective` names one here, or a module of anybody's 
 An objective is built once from its settings and is then a pure function
 (params, frozen, batch, key) → (loss, metrics): `frozen` holds parameters that are read but not trained (None where
 there are none), `key` is the run's random key, the same at every step, and whatever is drawn for an example is drawn
-from that key and the example's position in the endless stream of data.
+from that key and the example's position in the endless stream of data. Its loss is a mean over the examples; where some
+do not count, how many do stands among the metrics as `KEPT`, by which the parts of a step are weighed.
 
 Where other networks learn beside the one that will be sampled, each from a loss of its own, or where something is
 remembered from step to step, it is a `Joint`.
@@ -43,6 +44,7 @@ class Joint(NamedTuple):
 
 
 STUDENT = "student"  # its name among the networks of a `Joint`
+KEPT = "kept"  # the metric, which no log shows
 
 
 class Given(NamedTuple):

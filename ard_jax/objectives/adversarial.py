@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ard_jax.diffusion import Process
+from ard_jax.diffusion import LinearVP, Process
 from ard_jax.models import ARDStudent, Backbone, Condition, Discriminator
 from ard_jax.models.backbone import condition_like
 from ard_jax.models.discriminator import Vectors, normalise_kernels, power_iteration, random_vectors
@@ -55,8 +55,9 @@ class Judge(NamedTuple):
         time = jnp.full(len(images), self.time)
         if self.time != self.process.data_time:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, position)
-            noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], images.dtype))(keys)
-            images = self.process.noised(images, noise, time)
+            # in float32 whatever the images are: bfloat16 noise has 128 values, by which fakes would be known
+            noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], jnp.float32))(keys)
+            images = self.process.noised(images.astype(jnp.float32), noise, time)
         seen = images, time, condition, self.layers
         # see layers.layer_norm, here and below
         return self.teacher.apply({"params": params}, *seen, method="features")  # type: ignore[return-value]
@@ -67,9 +68,12 @@ class Judge(NamedTuple):
 
 
 def make_judge(teacher: Backbone, layers: tuple[int, ...], process: Process, share: float) -> Judge:
-    """A judge with a head on each of the given blocks, () for all, at a share of the way from data to noise."""
+    """A judge with a head on each of the given blocks, () for all, at a share of the way from data to noise; of a
+    process with timesteps, at the nearest of them."""
     layers = layers or tuple(range(teacher.depth))
     time = process.data_time + share * (process.noise_time - process.data_time)
+    if isinstance(process, LinearVP):
+        time = float(round(time))  # between two timesteps there is no noise level
     return Judge(teacher, Discriminator(len(layers), dtype=teacher.dtype), layers, process, time)
 
 

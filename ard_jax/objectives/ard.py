@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, Backbone, Condition
 from ard_jax.models.flops import student_macs, teacher_macs
-from ard_jax.objectives import Given, Method, Metrics, Objective, require_kind
+from ard_jax.objectives import KEPT, Given, Method, Metrics, Objective, require_kind
 from ard_jax.objectives.few_steps import distance
 from ard_jax.sampling import (
     Solve,
@@ -182,6 +182,7 @@ def online_ard(
         states = jnp.where(kept[:, None, None, None, None], jax.lax.stop_gradient(states), 0.0)
         kept = kept.astype(jnp.float32)
         per_step = _loss_per_step(student, params, noise, states, condition, kept, huber, own_history)
-        return summarise(per_step, weights)
+        value, metrics = summarise(per_step, weights)
+        return value, {**metrics, KEPT: jnp.sum(kept)}
 
     return loss

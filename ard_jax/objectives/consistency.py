@@ -29,7 +29,15 @@ from ard_jax.errors import UserError
 from ard_jax.models import Backbone
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import STUDENT, Given, Joint, Method, require_kind
-from ard_jax.objectives.few_steps import at_node, calls_of, distance, draw_nodes, require_store, teacher_samples
+from ard_jax.objectives.few_steps import (
+    at_node,
+    calls_of,
+    distance,
+    draw_nodes,
+    named_grid,
+    require_store,
+    teacher_samples,
+)
 from ard_jax.sampling import NO_GUIDANCE, teacher_predictor
 
 
@@ -91,7 +99,8 @@ def fine_grid(given: Given, name: str) -> Grid:
     K is `grid` of the options of the method `name`.
 
     Raises:
-        UserError: K is no multiple of the student's steps, whose nodes would not all be trained then.
+        UserError: K is no multiple of the student's steps, whose nodes would not all be trained then, or more than the
+            process has timesteps.
     """
     steps, count = len(given.points), given.options["grid"]
     count = count or -(-given.solve.steps // steps) * steps
@@ -101,5 +110,5 @@ def fine_grid(given: Given, name: str) -> Grid:
             f"choose one that is, or 0 for the first from the teacher's steps on."
         )
     process = few_step_process(given.solve.process)
-    grid = process.grid(count)
+    grid = named_grid(process, count, name)
     return grid._replace(times=np.append(grid.times, process.data_time))

@@ -88,7 +88,7 @@ def distribution_matching(given: Given, judge: Judge | None = None) -> Joint:
     learn_fake = jax.value_and_grad(
         denoising(given.teacher, given.solve.process, label_dropout=0.0, horizontal_flip=False), has_aux=True
     )
-    grid, nodes = given.solve.process.grid(given.options["grid"]), scored_nodes(given, "distribution_matching")
+    nodes, grid = scored_nodes(given, "distribution_matching"), given.solve.process.grid(given.options["grid"])
     ratio, weight = given.options["ratio"], given.options["weight"]
 
     def gradients(networks, memory, frozen, batch, key, step):

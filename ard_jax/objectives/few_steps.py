@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ard_jax.diffusion import Grid, Guidance, per_row
+from ard_jax.diffusion import Grid, Guidance, LinearVP, Process, per_row
 from ard_jax.errors import UserError
 from ard_jax.objectives import Given
 from ard_jax.types import Batch
@@ -74,6 +74,20 @@ def draw_nodes(
         return jax.random.randint(node_key, (), nodes.start, nodes.stop), jax.random.normal(noise_key, shape)
 
     return jax.vmap(draw)(positions)
+
+
+def named_grid(process: Process, steps: int, name: str) -> Grid:
+    """The grid that `grid` of the options of the method `name` asks of a process.
+
+    Raises:
+        UserError: the process has fewer timesteps than that.
+    """
+    if isinstance(process, LinearVP) and steps > process.train_steps:
+        raise UserError(
+            f"distill.{name}.grid has {steps} steps, but the process has {process.train_steps} timesteps: "
+            f"choose a number from 1 to {process.train_steps}."
+        )
+    return process.grid(steps)
 
 
 def at_node(x0: jax.Array, noise: jax.Array, grid: Grid, node: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from ard_jax.diffusion.solvers import Predict
 from ard_jax.errors import UserError
 from ard_jax.models import Backbone
 from ard_jax.objectives import Given
-from ard_jax.objectives.few_steps import at_node, calls_of, draw_nodes
+from ard_jax.objectives.few_steps import at_node, calls_of, draw_nodes, named_grid
 from ard_jax.sampling import NO_GUIDANCE, fresh_noise, teacher_predictor
 from ard_jax.types import Batch, Params
 
@@ -124,11 +124,12 @@ def scored_nodes(given: Given, name: str) -> range:
     """Nodes of the grid at which scores are compared, those in `interval` of the options of the method `name`.
 
     Raises:
-        UserError: there are none in the interval.
+        UserError: there are none in the interval, or the process has no such grid.
     """
     process, options = given.solve.process, given.options
-    times = process.grid(options["grid"]).times
-    way = (times - process.data_time) / (process.noise_time - process.data_time)
+    times = named_grid(process, options["grid"], name).times
+    # in float32, so that rounding in float64 leaves out no end of the interval
+    way = ((times - process.data_time) / (process.noise_time - process.data_time)).astype(np.float32)
     low, high = options["interval"]
     nodes = np.flatnonzero((low <= way) & (way <= high))
     if not len(nodes):

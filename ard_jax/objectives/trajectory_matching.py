@@ -28,7 +28,7 @@ from ard_jax.diffusion.processes import Prediction
 from ard_jax.errors import UserError
 from ard_jax.models.flops import teacher_macs
 from ard_jax.objectives import STUDENT, Given, Joint, Method, require_kind
-from ard_jax.objectives.few_steps import Span, at_node, draw_nodes, mix_noise
+from ard_jax.objectives.few_steps import Span, at_node, draw_nodes, mix_noise, named_grid
 from ard_jax.objectives.scores import (
     FAKE,
     begin_fake,
@@ -58,7 +58,7 @@ def build(given: Given) -> Method:
 def trajectory_matching(given: Given) -> Joint:
     """Builds the objective. The batch holds "condition" (leaves (batch, …)) and "position" (batch,)."""
     process, ratio = given.solve.process, given.options["ratio"]
-    grid = process.grid(given.options["grid"])
+    grid = named_grid(process, given.options["grid"], NAME)
     times, spans = jnp.asarray(grid.times, jnp.float32), jnp.asarray(spans_of_steps(given, grid))
 
     def generate(params, batch, x, node):
@@ -101,7 +101,8 @@ def spans_of_steps(given: Given, grid: Grid) -> np.ndarray:
         UserError: a step has none.
     """
     own, nodes = few_step_process(given.solve.process).grid(len(given.points)), scored_nodes(given, NAME)
-    ends, noise = (np.arctan2(part.sigma, part.alpha) for part in (own, grid))  # rising with the noise
+    # rising with the noise; in float32, in which nodes that two grids share are the same
+    ends, noise = (np.arctan2(part.sigma, part.alpha).astype(np.float32) for part in (own, grid))
     spans = []
     for start, end in zip(ends[:-1], ends[1:], strict=True):
         inside = [node for node in nodes if end <= noise[node] <= start]

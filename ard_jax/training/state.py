@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from ard_jax.errors import UserError
 from ard_jax.keys import make_key, wrap_key
-from ard_jax.objectives import STUDENT, Begin, Joint, Method, Metrics, Objective
+from ard_jax.objectives import KEPT, STUDENT, Begin, Joint, Method, Metrics, Objective
 from ard_jax.parallel import (
     batch_sharding,
     on_mesh,
@@ -69,7 +69,9 @@ def learning_rate(settings: ml_collections.ConfigDict, steps: int) -> optax.Sche
     """
     peak, warmup = settings.learning_rate, settings.warmup_steps
     if not 0 <= warmup < steps:
-        raise UserError(f"warmup_steps is {warmup} of {steps} steps: choose fewer than all of them.")
+        raise UserError(
+            f"warmup_steps is {warmup} of {steps} steps that the optimiser makes: choose fewer than all of them."
+        )
     if settings.schedule == "constant":
         after = optax.constant_schedule(peak)
     elif settings.schedule == "cosine":
@@ -223,8 +225,8 @@ def make_step(
         ema_decay: of the averaged parameters, see `ramped_decay`.
         mesh: of devices; see `parallel` for what lies where.
         state, frozen: of the shapes that the step will be given; shapes alone will do.
-        accumulate: microbatches a step, whose gradients, losses and metrics are averaged: less memory, the same step
-            but for rounding.
+        accumulate: microbatches a step, whose gradients, losses and metrics are averaged, each by its rows that count:
+            less memory, the same step but for rounding.
 
     A batch of several hosts says whether each had its own records (`reading.WHOLE`); unless all had, and the gradient
     is finite, the state stays.
@@ -235,16 +237,21 @@ def make_step(
     def mean_gradients(networks, memory, frozen, batch, key, step):
         turns = jax.tree.map(lambda rows: split_in_turns(rows, mesh, accumulate), batch)
 
-        def turn(carry, rows):
-            total, memory = carry
+        def weighed(memory, rows):
             gradient, memory, metrics = gradients(networks, memory, frozen, rows, key, step)
-            return (jax.tree.map(jnp.add, total, (gradient, metrics)), memory), None
+            kept = metrics.pop(KEPT, 1.0)
+            return jax.tree.map(lambda leaf: kept * leaf, (gradient, metrics)), jnp.float32(kept), memory
+
+        def turn(carry, rows):
+            (total, count), memory = carry
+            part, kept, memory = weighed(memory, rows)
+            return ((jax.tree.map(jnp.add, total, part), count + kept), memory), None
 
         first = jax.tree.map(lambda rows: rows[0], turns)
-        gradient, _, metrics = jax.eval_shape(gradients, networks, memory, frozen, first, key, step)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (gradient, metrics))
-        (total, memory), _ = jax.lax.scan(turn, (zeros, memory), turns)
-        gradient, metrics = jax.tree.map(lambda leaf: leaf / accumulate, total)
+        part, kept, _ = jax.eval_shape(weighed, memory, first)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (part, kept))
+        ((total, count), memory), _ = jax.lax.scan(turn, (zeros, memory), turns)
+        gradient, metrics = jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1.0), total)
         return gradient, memory, metrics
 
     @on_mesh(mesh)
@@ -253,6 +260,7 @@ def make_step(
         key, networks = wrap_key(state.rng), state.networks
         compute = gradients if accumulate == 1 else mean_gradients
         gradient, memory, metrics = compute(networks, state.memory, frozen, batch, key, state.step)
+        metrics.pop(KEPT, None)
         updates, opt_state = optimizer.update(gradient, state.opt_state, networks)
         networks = optax.apply_updates(networks, updates)
         params, others = networks, None
