@@ -99,7 +99,8 @@ class Results:
 
     Attributes:
         features: in words, what Fréchet distance, precision and recall are measured in.
-        real_images, samples, paired: how many real images, samples of each model and paired trajectories there are.
+        real_images, samples, paired: how many real images, samples of each model that are held against them, and paired
+            trajectories there are.
         labels: how the conditions of samples were drawn: "uniform"ly, "balanced", or "chosen" by number.
         models: by name.
         degradation_ratio: of the students with `main_target`, that of step distillation over that of ARD.
@@ -192,8 +193,9 @@ def objective_of(model: Measured) -> str:
 
 
 def main_target(models: Mapping[str, Measured]) -> str:
-    """The kind of point that a run is about: "x0", the paper's, or "xt" where all students have noisy ones."""
-    targets = {model.target or "x0" for model in models.values() if not model.is_teacher}
+    """The kind of point that a run is about: "x0", the paper's, or "xt" where all students of ARD have noisy ones."""
+    ours = [model for model in models.values() if not model.is_teacher and objective_of(model) == "ard"]
+    targets = {model.target or "x0" for model in ours}
     return "xt" if targets == {"xt"} else "x0"
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, write_json
-from ard_jax.results import Measured, Results, degradation_ratios, pair, read_results
+from ard_jax.results import Measured, Results, degradation_ratios, main_target, pair, read_results
 
 
 def test_what_evaluate_wrote_is_written_again_byte_for_byte(pipeline, tmp_path):
@@ -52,6 +52,14 @@ def test_only_students_of_as_many_steps_are_a_pair():
     assert pair(models, "xt") == ("step", "ard") and degradation_ratios(models) == {"xt": 2.5}
     del models["ard"]
     assert pair(models, "xt") == ("one", None)
+
+
+def test_a_rival_s_points_are_not_what_a_run_is_about():
+    """Rivals predict x0 whatever the points of the students beside them."""
+    ard = Measured(kind="student", target="xt", mask="causal")
+    rival = Measured(kind="student", target="x0", objective="consistency")
+    assert main_target({"teacher": Measured(kind="teacher"), "ard": ard, "rival": rival}) == "xt"
+    assert main_target({"ard": ard, "other": Measured(kind="student", target="x0", mask="causal")}) == "x0"
 
 
 @pytest.mark.parametrize("text", [None, "{", json.dumps([1]), json.dumps({"models": {"teacher": 3}})])
