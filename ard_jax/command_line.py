@@ -115,6 +115,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
                 check_devices()
                 validate(config)
                 hosts.check_same_settings(flatten(plain(config)))
+                hosts.check_same_workdir(workdir)
         module = _stage_module(stage)
     except UserError as error:
         return _report_error(words, str(error))

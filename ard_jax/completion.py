@@ -57,7 +57,8 @@ def is_complete(
     recorded, read = read_config(directory / "config.json"), _inputs(stage, config, workdir)
     if stage == "finetune":
         config = finetuned_config(config, recorded_config(workdir / "distill" / _start_of(stage, config)))
-    recorded["inputs"] = {name: recorded.get("inputs", {}).get(name) for name in read}
+    unknown = {"max_abs": read.get("max_abs")}  # of students that were made before it was noted
+    recorded["inputs"] = {name: (unknown | recorded.get("inputs", {})).get(name) for name in read}
     check_same_config(recorded, plain(config) | {"inputs": read}, (*SECTIONS[stage], "inputs"), directory)
     return True
 
@@ -77,6 +78,8 @@ def _inputs(stage: str, config: ml_collections.ConfigDict, workdir: pathlib.Path
     found = {"teacher": _weights(config, workdir, "teacher")}
     if stage == "finetune" or stage == "distill" and not config.distill.online:
         found["store"] = store_hash(read_manifest(store_folder(config, workdir)))
+    elif stage == "distill":  # a store's own bounds are part of its hash
+        found["max_abs"] = str(config.trajectories.max_abs)
     start = _start_of(stage, config)
     return found | _captions(config, workdir) | ({"start": _weights(config, workdir, start)} if start else {})
 

@@ -8,13 +8,14 @@ import json
 import logging
 import os
 import pathlib
+import secrets
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -239,16 +240,8 @@ def check_same_settings(settings: dict[str, Any]) -> None:
     everyone = gather_json({"settings": settings, "versions": versions, "time": time.time()})
     first, here = everyone[0], everyone[jax.process_index()]
     for host, other in enumerate(everyone):
-        keys = sorted(first["settings"].keys() | other["settings"].keys())
-        differing = [
-            f"{key} {other['settings'].get(key)!r} there, {first['settings'].get(key)!r} on host 0"
-            for key in keys
-            if other["settings"].get(key) != first["settings"].get(key)
-        ]
-        if differing:
-            raise UserError(
-                f"host {host} was started with another config ({'; '.join(differing[:3])}): give all hosts the same."
-            )
+        if differing := _differences(other["settings"], first["settings"]):
+            raise UserError(f"host {host} was started with another config ({differing}): give all hosts the same.")
     if here is not first:
         return
     for name in versions:
@@ -258,6 +251,66 @@ def check_same_settings(settings: dict[str, Any]) -> None:
     times = [other["time"] for other in everyone]
     if max(times) - min(times) > SKEW:
         log.warning("the hosts' clocks differ by %.0f seconds: their logs do too.", max(times) - min(times))
+
+
+def _differences(other: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """The first keys that a host has otherwise than host 0, in words; "" if there are none."""
+    keys = [key for key in sorted(first.keys() | other.keys()) if other.get(key) != first.get(key)]
+    return "; ".join(f"{key} {other.get(key)!r:.80} there, {first.get(key)!r:.80} on host 0" for key in keys[:3])
+
+
+def check_same_inputs(found: Mapping[str, Any], directory: pathlib.Path) -> None:
+    """Compares what each host is about to make a folder of; all hosts call it.
+
+    Args:
+        found: on this host, as JSON: hashes of its data, of a teacher, of a store.
+        directory: the folder.
+
+    Raises:
+        UserError: on all hosts, if one has others; the sentence names it and the first keys.
+    """
+    if jax.process_count() == 1:
+        return
+    everyone = gather_json(found)
+    for host, other in enumerate(everyone):
+        if differing := _differences(other, everyone[0]):
+            raise UserError(
+                f"host {host} has other inputs for {directory} than host 0 ({differing}): let all hosts read the same "
+                f"files."
+            )
+
+
+def check_same_workdir(workdir: pathlib.Path) -> None:
+    """Sees that all hosts find in the workdir what host 0 writes there; all hosts call it.
+
+    Raises:
+        UserError: on all hosts, if one does not, or host 0 cannot write there.
+    """
+    if jax.process_count() == 1:
+        return
+    first = jax.process_index() == 0
+    # a name that nobody has asked a network's file system for, which might remember that it was not there
+    token, said = workdir / f".seen-{secrets.token_hex(8)}", ""
+    try:
+        if first:
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                token.touch()
+            except OSError as error:
+                said = f"host 0 cannot write to {workdir} ({first_line(error)}): mend that, or give another --workdir."
+        folder, name, said = gather_json([str(workdir), token.name, said])[0]
+        if said:
+            raise UserError(said)
+        blind = [host for host, sees in enumerate(gather_json(os.path.exists(workdir / name))) if not sees]
+    finally:
+        if first:
+            with contextlib.suppress(OSError):  # it could not even be written
+                token.unlink()
+    if blind:
+        raise UserError(
+            f"host {blind[0]} does not see {folder} as host 0 does: give a folder that all hosts share, such as one of "
+            f"a bucket that is mounted on each."
+        )
 
 
 def wait_for_all(what: str) -> None:

@@ -108,7 +108,8 @@ class Layout:
         """
         serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
         path = self.shard_path(directory, shard, shards)
-        for leftover in path.parent.glob(f".partial-*{path.suffix}"):  # of a run killed while writing this shard
+        # of a run killed while writing this shard, whatever it took their number to be: the dataset may have grown
+        for leftover in path.parent.glob(f".partial-*.array_record-{shard:05d}-of-*"):
             leftover.unlink()
 
         def write(temporary: pathlib.Path) -> None:

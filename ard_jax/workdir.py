@@ -36,6 +36,7 @@ from ard_jax.convert.vae import open_vae
 from ard_jax.data import Identity
 from ard_jax.errors import UserError
 from ard_jax.files import AGAIN, locked, read_json, require_finite, tree_sha256, write_json
+from ard_jax.hosts import check_same_inputs
 from ard_jax.models import AutoencoderKL, Backbone, Network, network_shapes
 from ard_jax.parallel import is_first, with_shardings
 from ard_jax.training.checkpoints import load_parameters
@@ -58,7 +59,7 @@ NETWORK = {key for key, row in ROWS.items() if "network" in row.changes}
 
 
 def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, stage: str, **inputs: str) -> None:
-    """Writes the resolved config into a stage's folder, or compares it with the one that is there.
+    """Writes the resolved config into a stage's folder, or compares it with the one that is there; all hosts do it.
 
     Args:
         directory: the stage's folder.
@@ -67,8 +68,9 @@ def claim(directory: pathlib.Path, config: ml_collections.ConfigDict, stage: str
         inputs: hashes of what else they depend on, such as the teacher's.
 
     Raises:
-        UserError: the folder belongs to another config; the sentence names the first keys that differ.
+        UserError: the folder belongs to another config, whose first other keys are named; or the hosts' inputs differ.
     """
+    check_same_inputs(inputs, directory)  # before there is anything to compare with, too
     path = directory / "config.json"
     now = plain(config) | {"inputs": inputs}
     occupy(directory)
@@ -107,19 +109,19 @@ def leave_all() -> None:
 
 
 def keep_identity(directory: pathlib.Path, found: Identity) -> None:
-    """Notes in a stage's folder what data it is made of, or compares them with those that it was begun with.
+    """Notes in a stage's folder what data it is made of, or compares them with those it was begun with; all hosts do.
 
     Writes data.json, and labels.json, the names of the classes, where there are any.
 
     Raises:
-        UserError: they are others; the sentence says in what.
+        UserError: they are others, or another host's are; the sentence says in what.
     """
+    check_same_inputs(found, directory)
     check_identity(directory, found)
-    if not is_first() or (directory / "data.json").exists():
-        return
-    if found["classes"]:
-        write_json(directory / "labels.json", found["classes"])
-    write_json(directory / "data.json", found)
+    if is_first() and not (directory / "data.json").exists():
+        if found["classes"]:
+            write_json(directory / "labels.json", found["classes"])
+        write_json(directory / "data.json", found)
 
 
 def check_identity(directory: pathlib.Path, found: Identity) -> None:
@@ -307,9 +309,8 @@ def recorded_config(directory: pathlib.Path) -> ml_collections.ConfigDict:
     """The config that a stage's folder was made with; settings that came later have their defaults."""
     config = default_config()
     config.unlock()
-    recorded = read_config(directory / "config.json")
     with config.ignore_type():
-        config.update(recorded)
+        config.update(read_config(directory / "config.json"))
     config.model.attention = "auto"  # that of the device where it was made may not be here
     return config
 

@@ -130,6 +130,8 @@ check() {
   esac
   [[ -f "${config%%:*}" ]] || refuse "the config file '${config%%:*}' is not there: name one, such as configs/digits.py."
   if [[ "$workdir" != gs://* ]]; then
+    [[ ! "${type##*-}" =~ ^[0-9]+$ ]] || ((10#${type##*-} <= 8)) || # one worker has 8 at most, chips or cores by type
+      refuse "the workers of a $type do not see each other's disks, which $workdir lies on: give --workdir gs://BUCKET/DIR."
     say "what the stage makes in $workdir lies on the workers' own disks and goes when they do: give gs://BUCKET/DIR."
   fi
   # Workers may come minutes apart, as one boots anew or waits for a bucket; a setting of the user's comes after this one.

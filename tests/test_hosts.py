@@ -17,9 +17,18 @@ from PIL import Image
 from pipeline_fixtures import FOLDER, ROOT, SMOKE, copy, done, finish, process, smoke, write_classes
 
 from ard_jax import hosts
+from ard_jax.config import default_config
 from ard_jax.errors import UserError
-from ard_jax.hosts import ProcessPlace, check_same_settings, is_fresh, place_by_environment, place_by_flags
+from ard_jax.hosts import (
+    ProcessPlace,
+    check_same_settings,
+    check_same_workdir,
+    is_fresh,
+    place_by_environment,
+    place_by_flags,
+)
 from ard_jax.training.pictures import pictures_in
+from ard_jax.workdir import claim, keep_identity
 
 TWO = ("localhost:1234", "2", "1")
 
@@ -143,6 +152,38 @@ def test_skews_are_said_once(two_hosts, caplog):
     assert clocks == "the hosts' clocks differ by 60 seconds: their logs do too."
 
 
+def test_hosts_with_other_data_write_nothing(monkeypatch, tmp_path):
+    """On a first start there is nothing yet that each could compare its own with."""
+    here = {"classes": ["a", "b"], "records": 80, "sha256": "0123"}
+    others = {**here, "records": 24, "sha256": "4567"}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "gather_json", lambda mine: [mine, others if "records" in mine else {"teacher": "x"}])
+    said = f"host 1 has other inputs for {tmp_path} than host 0 (records 24 there, 80 on host 0; sha256 '4567' there, "
+    with pytest.raises(UserError, match=re.escape(said)):
+        keep_identity(tmp_path, here)
+    with pytest.raises(
+        UserError, match=r"than host 0 \(teacher 'x' there, 'y' on host 0\): let all hosts read the same"
+    ):
+        claim(tmp_path, default_config(), "distill", teacher="y")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("workdir", "said"),
+    [
+        ("made/here", "host 1 does not see {} as host 0 does: give a folder that all hosts share"),
+        ("file/here", "host 0 cannot write to {} ([Errno 20] Not a directory: "),
+    ],
+)
+def test_a_workdir_that_is_not_for_all_hosts(monkeypatch, tmp_path, workdir, said):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "gather_json", lambda mine: [mine, False if mine is True else mine])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=re.escape(said.format(tmp_path / workdir))):
+        check_same_workdir(tmp_path / workdir)
+    assert not list((tmp_path / "made").rglob(".seen*"))
+
+
 # ------------------------------------------------------------------------------------------- really several processes
 
 
@@ -257,13 +298,14 @@ def test_a_picture_that_one_host_cannot_read_costs_no_step(tmp_path):
     assert not list((tmp_path / "first" / "teacher" / "checkpoints").glob("[0-9]*"))
 
 
-def by_flags(index, count, port, workdir, *overrides):
+def by_flags(index, count, port, workdir, *overrides, cwd=ROOT):
     """One process of a pod, which finds the others by flags."""
     flags = [f"--config.{override}" for override in overrides]
     place = ["--coordinator", f"localhost:{port}", "--num-processes", str(count), "--process-id", str(index)]
     return subprocess.Popen(
         [sys.executable, "-m", "ard_jax", "teacher", "--config", SMOKE, "--workdir", workdir, *flags, *place],
-        cwd=ROOT,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -294,6 +336,110 @@ def test_hosts_that_were_started_differently_all_stop(tmp_path, port):
         assert ended.status == 2, ended
         assert "host 1 was started with another config (seed 1 there, 0 on host 0): give all hosts the" in ended.err
     assert not (tmp_path / "teacher").exists()
+
+
+@pytest.mark.slow
+def test_hosts_that_do_not_share_the_workdir_all_stop(tmp_path, port):
+    running = [by_flags(index, 2, port, tmp_path / str(index)) for index in (0, 1)]
+    for index, ended in enumerate([finish(one) for one in running]):
+        assert ended.status == 2, ended
+        assert f"ard_jax teacher: host 1 does not see {tmp_path / '0'} as host 0 does: give a folder that" in ended.err
+        assert not list((tmp_path / str(index)).glob("[.t]*"))  # neither what was written to see it, nor a teacher
+
+
+@pytest.mark.slow
+def test_a_pod_is_asked_to_stop_before_its_first_step(pipeline, tmp_path):
+    """While it reads its checkpoint and compiles, which takes minutes of a large network."""
+    copy(pipeline, tmp_path, "teacher")
+    running = pod("teacher", tmp_path, "teacher.steps=1000", "teacher.checkpoint_every=1000", "run.log_every=100")
+    assert any("resuming at step 20 of 1000." in line for line in running.stderr)
+    running.send_signal(signal.SIGTERM)
+    ended = finish(running)
+    assert ended.status == 0, ended
+    said = re.findall(r"teacher: stopped at step (\d+) of 1000; its state is saved", ended.out)
+    assert len(said) == 2 and len(set(said)) == 1 and 20 < int(said[0]) < 1000, ended
+    assert (tmp_path / "teacher" / "checkpoints" / said[0]).exists()
+
+
+ONE_CANNOT_READ = """
+import os, pathlib, sys
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from ard_jax.parallel import make_mesh
+from ard_jax.training import checkpoints
+from ard_jax.training.state import TrainState
+
+port, index, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+jax.distributed.initialize(f"localhost:{port}", 2, index, cluster_detection_method="deactivate")
+place = NamedSharding(make_mesh(), PartitionSpec())
+
+def state(step):
+    step, array = jax.jit(lambda: (jnp.int32(step), jnp.arange(8.0)), out_shardings=place)()
+    return TrainState(step=step, params={"w": array}, ema={"w": array}, opt_state={"m": array}, rng=array)
+
+with checkpoints.make_manager(folder, 0) as manager:
+    for step in (1, 2, 3):
+        checkpoints.save(manager, state(step), {"data": {}, "seconds": 0.0})
+        manager.wait_until_finished()
+    if index == 0:
+        checkpoints.seal(folder)
+    checkpoints.wait_for_all("sealed")
+    real, broken = pathlib.Path.open, {0: "3", 1: "2"}[index]
+
+    def open(path, *arguments, **options):
+        if broken in path.relative_to(folder.parent).parts:
+            raise OSError(5, "Input/output error")
+        return real(path, *arguments, **options)
+
+    pathlib.Path.open = open
+    restored, _ = checkpoints.restore(manager, state(0))
+    print("restored step", int(restored.step), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_host_cannot_read_is_passed_over_by_all(tmp_path, port):
+    """Host 0 cannot read the third, and host 1 the second."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_CANNOT_READ, str(port), str(index), tmp_path / "checkpoints"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    try:
+        for one in running:
+            out, err = one.communicate(timeout=300)  # for the broken case alone, in which they wait for each other
+            assert "restored step 1\n" in out, err
+            assert "checkpoint 3 cannot be read ([Errno 5] Input/output error on host 0)" in err
+            assert "checkpoint 2 cannot be read ([Errno 5] Input/output error on host 1)" in err
+    finally:
+        for one in running:
+            one.kill()
+            one.communicate()
+    there = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert there == ["1", "2.unreadable", "3.unreadable"]
+
+
+@pytest.mark.slow
+def test_hosts_with_other_data_all_stop(tmp_path, port):
+    """At the same path, as where each has a disk of its own: here a folder from which each was started."""
+    for index in (0, 1):
+        write_classes(tmp_path / str(index) / "data", count=4 + index)
+    given = [*FOLDER, "data.dir=data"]
+    running = [by_flags(index, 2, port, tmp_path / "run", *given, cwd=tmp_path / str(index)) for index in (0, 1)]
+    for ended in [finish(one) for one in running]:
+        assert ended.status == 2, ended
+        said = (
+            f"host 1 has other inputs for {tmp_path / 'run' / 'teacher'} than host 0 (records 10 there, 8 on host 0; "
+        )
+        assert said in ended.err
+    assert not (tmp_path / "run" / "teacher" / "data.json").exists()
 
 
 KEPT = """

@@ -246,7 +246,7 @@ def test_arguments_arrive_as_they_were_given(pod):
 def test_the_code_that_is_copied(pod):
     """What git tracks or does not ignore, as it lies here, and the config file; nothing that was there before."""
     pod.ready()
-    outcome = pod.run("teacher", "--config", "runs/mine/config.py", "--workdir", "/nfs")
+    outcome = pod.run("teacher", "--config", "runs/mine/config.py", "--workdir", "/disk", "--type", "v5litepod-8")
     assert outcome.status == 0 and "lies on the workers' own disks" in outcome.err
     for worker in (0, 1):
         code = pod.code(worker)
@@ -274,7 +274,7 @@ def test_buckets_are_mounted_on_all_workers_before_any_starts(pod):
     mounts = [number for number, words in enumerate(asked) if "mount_buckets" in words]
     starts = [number for number, words in enumerate(asked) if "tpu_worker.sh start" in words]
     assert len(mounts) == len(starts) == 1 and mounts[0] < starts[0]
-    assert pod.run("teacher", *COMMAND[1:3], "--workdir", "/nfs").status == 0
+    assert pod.run("teacher", *COMMAND[1:3], "--workdir", "/disk", "--type", "v5litepod-8").status == 0
     assert sum("mount_buckets" in " ".join(call) for call in pod.calls("ssh")) == 1
 
 
@@ -616,6 +616,10 @@ def test_the_runtime_comes_from_the_type(pod, type, runtime):
         ),
         (("teacher", "--config=/etc/x.py", "--workdir=gs://b/x"), "must go with the code"),
         (("teacher", "--config=configs/../../x.py", "--workdir=gs://b/x"), "must go with the code"),
+        (
+            (*COMMAND[:4], "/disk"),
+            "the workers of a v5litepod-16 do not see each other's disks, which /disk lies on: give",
+        ),
         ((*COMMAND, "--sopt"), "there is no flag --sopt"),
         ((*COMMAND, "distill"), "'distill' is not understood"),
         ((*COMMAND, "--spot=yes"), "--spot takes no value"),

@@ -264,6 +264,24 @@ def test_what_is_sampled_is_left_alone_and_never_replaced(pipeline, tmp_path):
     assert (file.stat().st_mtime_ns, file.stat().st_ino) == before
 
 
+def test_an_online_student_of_other_bounds_is_not_complete(pipeline, tmp_path):
+    """Which the stage would refuse too; one that was made before they were noted may have had these."""
+    workdir, config = copy(pipeline, tmp_path, "teacher", "distill"), smoke_config.get_config()
+    config.distill.online = True
+    path = workdir / "distill" / "ard" / "config.json"
+    made = read_json(path, dict)
+    made["distill"]["online"] = True
+    assert made["inputs"].pop("max_abs") == ""
+    write_json(path, made)
+    assert is_complete("distill", config, workdir)
+    made["inputs"]["max_abs"] = str(config.trajectories.max_abs)
+    write_json(path, made)
+    assert is_complete("distill", config, workdir)
+    config.trajectories.max_abs = 1.5
+    with pytest.raises(UserError, match=r"belongs to another config \(inputs.max_abs '.*' there, '1.5' here\)"):
+        is_complete("distill", config, workdir)
+
+
 def test_what_sample_would_draw_again_is_not_complete(pipeline, tmp_path):
     """Else a comparison would go on to 'evaluate', which sends it back to 'sample'."""
     workdir, config = copy(pipeline, tmp_path, "teacher", "distill", "sample"), smoke_config.get_config()

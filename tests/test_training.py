@@ -30,7 +30,7 @@ from ard_jax.files import read_json, tree_sha256
 from ard_jax.objectives import Joint, Method
 from ard_jax.parallel import make_mesh
 from ard_jax.training import checkpoints, loop
-from ard_jax.training.loop import NotFinite, train
+from ard_jax.training.loop import NotFinite, Preemption, train
 from ard_jax.training.state import (
     OPTIMIZERS,
     init_state,
@@ -211,6 +211,80 @@ def test_a_lost_terminal_and_ctrl_c_save_as_a_preemption_does(uninterrupted, tmp
             signal.signal(each, handler)
 
 
+class Coordinator:
+    """JAX's rule for one of several hosts that go in step: all stop where they ask about the step that it chose.
+
+    Attributes:
+        step: the last that was asked about.
+        chosen: the one after that, once there is a notice.
+    """
+
+    def __init__(self):
+        self.step, self.chosen = 0, None
+
+    def notice(self):
+        self.chosen = self.step + 1
+
+    def reached(self, step):
+        self.step = step
+        return step == self.chosen
+
+
+@pytest.fixture
+def coordinator(monkeypatch):
+    made = Coordinator()
+    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop.multihost_utils, "reached_preemption_sync_point", made.reached)
+    monkeypatch.setattr(loop, "gather_json", lambda value: [value, value], raising=False)
+    monkeypatch.setattr(Preemption, "last", 0, raising=False)
+    return made
+
+
+@pytest.mark.parametrize("resumed", [0, 7, 5000])
+def test_a_notice_before_the_first_step_of_several_hosts_is_not_lost(coordinator, resumed):
+    """It comes while a checkpoint is read, or while the first step compiles."""
+    coordinator.notice()
+    with Preemption(resumed) as preemption:
+        assert preemption.asked(resumed + 1)
+
+
+@pytest.mark.parametrize("resumed", [0, 7, 5000])
+def test_a_notice_while_the_first_step_of_several_hosts_compiles_is_not_lost(coordinator, resumed):
+    with Preemption(resumed) as preemption:
+        coordinator.notice()
+        assert preemption.asked(resumed + 1)
+
+
+@pytest.mark.parametrize("resumed", [0, 4, 90])
+def test_a_notice_between_two_trainings_of_several_hosts_is_not_lost(coordinator, resumed):
+    with Preemption(0) as preemption:
+        assert not any(preemption.asked(step) for step in range(1, 21))
+    coordinator.notice()
+    with Preemption(resumed) as preemption:
+        assert preemption.asked(resumed + 1)
+
+
+def test_several_hosts_stop_if_one_of_them_has_come_further(coordinator, monkeypatch):
+    """The step was chosen when this one had asked about the next training's, and another about the last one's."""
+    monkeypatch.setattr(loop, "gather_json", lambda value: [value, True])
+    with Preemption(0) as preemption:
+        assert preemption.asked(1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_several_hosts_are_asked_to_stop_by_a_lost_terminal_and_ctrl_c(coordinator, number):
+    """Which JAX does not know of; SIGTERM it tells all hosts."""
+    before = signal.signal(signal.SIGTERM, lambda *_: coordinator.notice())
+    others = signal.signal(number, lambda *_: None)
+    try:
+        with Preemption(0) as preemption:
+            assert not preemption.asked(1)
+            os.kill(os.getpid(), number)
+            assert preemption.asked(2) and preemption.noted == number
+    finally:
+        signal.signal(signal.SIGTERM, before), signal.signal(number, others)
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path, at_step):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
@@ -243,6 +317,22 @@ def test_a_flipped_bit_is_seen_on_resume(uninterrupted, tmp_path, at_step, caplo
     assert "checkpoint 8 cannot be read (1 of its files were altered or lost, such as" in caplog.text
     assert "resuming at step 6 of 12." in caplog.text
     assert (tmp_path / "checkpoints" / "8.unreadable" / part).exists()
+
+
+def test_hashes_of_a_checkpoint_that_was_set_aside_are_not_held_against_the_next(uninterrupted, tmp_path):
+    """Killed between a new checkpoint of that step and its hashes, a run would set the good one aside too."""
+    copy(uninterrupted[0], tmp_path, "checkpoints", "checksums")
+    truncate(largest_file(tmp_path / "checkpoints" / "12" / "params"))
+    position = {"data": stream(data(), batch_size=BATCH, seed=3).get_state(), "seconds": 0.0}
+    with checkpoints.make_manager(tmp_path / "checkpoints", 2) as manager:
+        state, _ = checkpoints.restore(manager, uninterrupted[1])
+        assert int(state.step) == 9
+        checkpoints.save(manager, uninterrupted[1], position)
+        manager.wait_until_finished()
+        assert saved_steps(tmp_path) == [9, 12]
+    with checkpoints.make_manager(tmp_path / "checkpoints", 2) as manager:
+        state, _ = checkpoints.restore(manager, uninterrupted[1])
+        assert tree_sha256(state) == tree_sha256(uninterrupted[1])
 
 
 def test_the_checkpoints_that_are_kept_have_hashes(uninterrupted):

@@ -165,6 +165,15 @@ def test_a_shard_killed_in_the_middle_is_not_there(tmp_path):
     assert store.whole_shards(tmp_path, 1, [0]) == {0}
 
 
+def test_what_a_killed_run_left_of_a_shard_goes_though_the_store_has_grown(tmp_path):
+    """The names of the same shard of two stores end in their numbers of shards; others may be being written."""
+    (tmp_path / "1.0.0").mkdir()
+    own, other = (f"1.0.0/.partial-0123.array_record-{shard}-of-00001" for shard in ("00000", "00001"))
+    (tmp_path / own).touch(), (tmp_path / other).touch()
+    write(tmp_path, records(), shards=2)
+    assert files(tmp_path) == [other, "1.0.0/trajectories-train.array_record-00000-of-00002", "shards/00000.json"]
+
+
 def test_a_shard_that_fails_in_the_middle_is_not_there(tmp_path):
     def some():
         yield from records(count=2)

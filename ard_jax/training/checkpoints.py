@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from ard_jax.errors import UserError, first_line
 from ard_jax.files import file_sha256, read_json, write_json
-from ard_jax.hosts import of_first, wait_for_all
+from ard_jax.hosts import gather_json, of_first, wait_for_all
 from ard_jax.parallel import is_first
 from ard_jax.training.state import TrainState
 from ard_jax.types import PyTree
@@ -121,9 +119,10 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainStat
     for step in steps:
         try:
             check_sealed(pathlib.Path(manager.directory), step)
-            state, position = restore_step(manager, step, like)
-        except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-            _check_memory(error, step)
+            state, position = _restore_together(manager, step, like)
+        except UserError:  # which says nothing of the checkpoint
+            raise
+        except Exception as error:  # of whatever kind, and on all hosts
             log.warning("checkpoint %d cannot be read (%s): going back to the one before.", step, first_line(error))
             continue
         for broken in (other for other in steps if other > step):
@@ -135,6 +134,34 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainStat
             f"restore them from a copy, or start again in another --workdir."
         )
     return None
+
+
+def _restore_together(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """`restore_step`, which raises on all hosts if it does on one, so that none goes on from another step.
+
+    Raises:
+        UserError: memory ran out, on this host maybe alone, which then ends.
+        Exception: the checkpoint cannot be read.
+    """
+    restored, met = None, None
+    try:
+        restored = restore_step(manager, step, like)
+    except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+        _check_memory(error, step)
+        met = error
+    said = _said_by_any(first_line(met) if met else None)
+    if met is not None:
+        raise met
+    if restored is None or said:
+        raise ValueError(said)
+    return restored
+
+
+def _said_by_any(said: str | None) -> str | None:
+    """What is said on the first host that says anything, on all of them; all of them call it."""
+    if jax.process_count() == 1:
+        return said
+    return next((f"{other} on host {host}" for host, other in enumerate(gather_json(said)) if other), None)
 
 
 def _check_memory(error: Exception, step: int) -> None:
@@ -196,18 +223,41 @@ def _file_hashes(folder: pathlib.Path) -> dict[str, str]:
 
 
 def check_sealed(directory: pathlib.Path, step: int) -> None:
-    """Raises ValueError, on all hosts, if files of a checkpoint are not as they were written."""
-    altered: list[str] = []
+    """Raises ValueError, on all hosts, if files of a checkpoint are not as they were written, or one cannot open them.
+
+    What one host alone met within Orbax, the others would wait for there.
+    """
+    said: str | None
+    try:
+        said = _find_altered(directory, step) if is_first() else ""
+        if jax.process_count() > 1:
+            _open_all(directory / str(step))
+    except Exception as error:  # of a disk or of a network
+        said = first_line(error)
+    if said := _said_by_any(said):
+        raise ValueError(said)
+
+
+def _find_altered(directory: pathlib.Path, step: int) -> str:
+    """Which files of a checkpoint have other hashes than are noted of them, in words; "" if none has."""
     path = _checksums(directory, step)
-    if is_first() and path.exists():
-        with contextlib.suppress(UserError):  # hashes that are damaged say nothing of the checkpoint
-            before, now = read_json(path, dict[str, str]), _file_hashes(directory / str(step))
-            altered = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    count = len(altered)
-    if jax.process_count() > 1:
-        count = int(multihost_utils.broadcast_one_to_all(np.int32(count)))
-    if count:
-        raise ValueError(f"{count} of its files were altered or lost, such as {(altered or ['one'])[0]}")
+    if not path.exists():
+        return ""
+    try:
+        before = read_json(path, dict[str, str])
+    except UserError:  # hashes that are damaged say nothing of the checkpoint
+        return ""
+    now = _file_hashes(directory / str(step))
+    altered = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    return f"{len(altered)} of its files were altered or lost, such as {altered[0]}" if altered else ""
+
+
+def _open_all(folder: pathlib.Path) -> None:
+    """Reads the start of every file under a folder."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                file.read(1)
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
@@ -218,6 +268,7 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
         while target.exists():
             target = target.with_name(f"{target.name}+")
         os.replace(folder / str(step), target)
+        _checksums(folder, step).unlink(missing_ok=True)  # or they would be held against the next one of this step
         log.warning("checkpoint %d is kept as %s.", step, target)
     wait_for_all("checkpoints are set aside")
     manager.reload()

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import logging
 import math
+import os
 import pathlib
 import signal
 import time
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 
 from ard_jax.chips import peak_flops
 from ard_jax.errors import Preempted, UserError
+from ard_jax.hosts import gather_json
 from ard_jax.objectives import Method, Metrics
 from ard_jax.parallel import is_first, put_batch, whole_matrices
 from ard_jax.training import checkpoints
@@ -143,7 +145,7 @@ def train(
                     metric_log.show(step, picture)
 
         try:
-            with Preemption() as preemption:
+            with Preemption(int(state.step)) as preemption:
                 unsealed = 0
                 if not int(state.step):
                     show(state, 0)
@@ -241,18 +243,38 @@ class Preemption:
     """Notes SIGTERM, a lost terminal and Ctrl-C while the loop runs; a second Ctrl-C ends it at once.
 
     Of several hosts, all stop after the same step when one is asked to. There JAX handles SIGTERM, and the preemption
-    notice of a TPU, and its coordinator chooses the step.
+    notice of a TPU, and its coordinator chooses the step: the one after the last that any host has asked about. The
+    other signals are passed on as SIGTERM.
+
+    Args:
+        step: of the state that the loop goes on from.
     """
 
-    def __init__(self):
+    last = 0  # the step that this process asked about last, in a training before this one too
+
+    def __init__(self, step: int):
+        self.step, self.early = step, False
         self.noted, self.at_once, self.alone = 0, False, jax.process_count() == 1
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if self.alone else ():
+        if not self.alone:
+            self.early = self._skip_to(self.step)
+        for number in (*((signal.SIGTERM,) if self.alone else ()), signal.SIGHUP, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 self.before[number] = signal.signal(number, self.note)
         return self
+
+    def _skip_to(self, step: int) -> bool:
+        """Whether a notice has come since the last step that was asked about; from here on the next is `step` + 1.
+
+        JAX compares with the step that it has chosen, so one between the two would never be found again. Both are asked
+        about before any host goes on: what comes in between finds a host at either end.
+        """
+        reached = multihost_utils.reached_preemption_sync_point(Preemption.last + 1)
+        Preemption.last = step
+        reached = multihost_utils.reached_preemption_sync_point(step) or reached
+        return any(gather_json(reached))
 
     def note(self, number: int, _: object) -> None:
         if number == signal.SIGINT:
@@ -261,12 +283,17 @@ class Preemption:
                 raise KeyboardInterrupt
             log.warning("stopping after this step, once its state is saved; Ctrl-C again ends at once.")
         self.noted = number
+        if not self.alone:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def asked(self, step: int) -> bool:
         """Whether to stop after this step; every host asks after every step."""
         if self.at_once:  # what a signal raises within a garbage collection Python drops
             raise KeyboardInterrupt
-        return bool(self.noted) if self.alone else multihost_utils.reached_preemption_sync_point(step)
+        if self.alone:
+            return bool(self.noted)
+        Preemption.last = step
+        return multihost_utils.reached_preemption_sync_point(step) or self.early
 
     def __exit__(self, *_: object) -> None:
         for number, before in self.before.items():
