@@ -131,6 +131,25 @@ def at_step(monkeypatch):
     return calls.__setitem__
 
 
+def test_what_a_run_starts_from_is_freed_but_for_what_it_reads(tmp_path, at_step):
+    """Or it would lie beside the state to the end, of a fresh run and of one that goes on."""
+    for last in (2, 4):
+        params, seen = {"w": jnp.zeros(3), "b": jnp.zeros(())}, []
+        at_step(last, lambda params=params, seen=seen: seen.append([leaf.is_deleted() for leaf in params.values()]))
+        train(
+            Method(objective, 24.0),
+            params,
+            stream(data(), batch_size=BATCH, seed=3),
+            settings=settings(steps=last),
+            run=ml_collections.ConfigDict({"log_every": 2, "keep_checkpoints": 2, "keep_every": 0, "loggers": ()}),
+            seed=5,
+            directory=tmp_path,
+            mesh=make_mesh(),
+            frozen={"teacher": params["w"]},
+        )
+        assert seen == [[False, True]]
+
+
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 

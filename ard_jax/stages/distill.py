@@ -24,6 +24,7 @@ from ard_jax.parallel import check_batch, is_first
 from ard_jax.progress import Stopwatch
 from ard_jax.sampling import trajectory_key
 from ard_jax.training.fit import Task, fit
+from ard_jax.training.state import release
 from ard_jax.trajectories.store import open_store, store_hash
 from ard_jax.types import Params
 from ard_jax.workdir import (
@@ -72,6 +73,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         keep_identity(directory, identify(config.data, real))
         records = {"trajectory": source, "real": real}
     frozen = {"": None, "teacher": teacher_params, "start": params}[method.reads]
+    release(teacher_params, (params, frozen))
     task = Task(records, method, conditions, frozen, numbers)
     pictures = make_pictures(student_sampler(make_rollout(config, student)), conditions, config, workdir, mesh)
     made = fit(task, params, config, settings, directory, mesh, watch, pictures)

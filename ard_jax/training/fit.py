@@ -52,7 +52,7 @@ def fit(
 
     Args:
         task: what to train on.
-        params: where a fresh run starts.
+        params: where a fresh run starts; freed as `train` says.
         config: `seed` and `run` count.
         settings: the stage's section: steps, batch_size, accumulate, checkpoint_every, optimizer.
         directory: of the run.

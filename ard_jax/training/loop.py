@@ -27,7 +27,7 @@ from ard_jax.training.loggers import check_loggers
 from ard_jax.training.metrics import MetricLog
 from ard_jax.training.pictures import Pictures
 from ard_jax.training.reading import Reading
-from ard_jax.training.state import TrainState, init_state, make_step, optimizer_of, state_shapes
+from ard_jax.training.state import TrainState, init_state, make_step, optimizer_of, release, state_shapes
 from ard_jax.types import Batches, Params, PyTree
 
 log = logging.getLogger("ard_jax")
@@ -61,7 +61,7 @@ def train(
 
     Args:
         method: what is trained, see `ard_jax.objectives`.
-        params: where a fresh run starts.
+        params: where a fresh run starts; their memory is freed once it has, but for what `frozen` holds too.
         batches: an iterator of this process's rows of each batch, with Grain's `get_state` and `set_state`.
         settings: a stage's section of the config: steps, batch_size, accumulate, checkpoint_every, optimizer.
         run: the `run` section.
@@ -104,6 +104,7 @@ def train(
                 statistics = jax.process_count() == 1
                 overview = parameter_overview.get_parameter_overview(state.params, include_stats=statistics)
                 log.info("parameters:\n%s", overview)
+        release(params, frozen)
 
         reading = Reading(batches)
 
@@ -214,7 +215,7 @@ class Meter:
         """Means of the metrics since the last report; raises NotFinite with the step and the name of a bad one."""
         if not self.pending:
             return
-        fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
+        fetched = jax.device_get(self.pending)  # all in one go
         for step, metrics in fetched:
             for name, value in sorted(metrics.items(), key=lambda item: item[0] != "loss"):  # the loss is named first
                 if not math.isfinite(value):

@@ -203,6 +203,14 @@ def init_state(
     return jax.jit(start, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))(params, frozen=frozen)
 
 
+def release(params: Params, kept: PyTree) -> None:
+    """Frees the memory of arrays that nobody reads any more, though somebody names them; not of those in `kept`."""
+    own = {id(leaf) for leaf in jax.tree.leaves(kept)}
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and id(leaf) not in own:
+            leaf.delete()
+
+
 def ramped_decay(decay: float, step: jax.Array) -> jax.Array:
     """EMA decay that forgets the start: min(decay, (1 + step) / (10 + step))."""
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
