@@ -233,7 +233,8 @@ class Meter:
             "steps_per_s": rate,
             "samples_per_s": samples,
             "utilisation": samples * self.flops_per_example / self.peak,
-            "input_wait": self.waited / spent,  # share of the time
+            # share of the host's time; devices wait as long at most, since they may be at work on steps before
+            "input_wait": self.waited / spent,
         }
         self.pending, self.since, self.timed, self.waited = [], now, 0, 0.0
         if self.metric_log:
