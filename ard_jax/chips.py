@@ -29,19 +29,24 @@ class Chip(NamedTuple):
 
 # TPU: Google Cloud's system-architecture pages of v4, v5e, v5p and v6e (docs.cloud.google.com/tpu/docs/v5e and so on);
 # links: "all-reduce bandwidth per Pod" over the Pod's chips, of v5p its 4800 Gbps a chip. hbm_bytes: the limit that
-# libtpu 0.0.42 names when a program is too large. NVIDIA: the data sheets of A100 80GB, H100 and H200 (all SXM, without
-# sparsity); links: half of NVLink's two-way rate.
+# libtpu 0.0.42 names when a program is too large. NVIDIA: the data sheets of A100, H100 and H200, without sparsity;
+# SXM where the name says nothing; links: half of NVLink's two-way rate, which PCIe and NVL have by bridges.
 CHIPS = {
     "v4": Chip(flops=275e12, hbm_bytes=30.75 * GIB, hbm_bandwidth=1200e9, ici_bandwidth=269e9),
     "v5e": Chip(flops=197e12, hbm_bytes=15.75 * GIB, hbm_bandwidth=819e9, ici_bandwidth=200e9),
     "v5p": Chip(flops=459e12, hbm_bytes=95.74 * GIB, hbm_bandwidth=2765e9, ici_bandwidth=600e9),
     "v6e": Chip(flops=918e12, hbm_bytes=31.25 * GIB, hbm_bandwidth=1638e9, ici_bandwidth=400e9),
     "A100": Chip(flops=312e12, hbm_bytes=80e9, hbm_bandwidth=2039e9, ici_bandwidth=300e9),
+    "A100 40GB": Chip(flops=312e12, hbm_bytes=40e9, hbm_bandwidth=1555e9, ici_bandwidth=300e9),
     "H100": Chip(flops=989e12, hbm_bytes=80e9, hbm_bandwidth=3350e9, ici_bandwidth=450e9),
+    "H100 PCIe": Chip(flops=756e12, hbm_bytes=80e9, hbm_bandwidth=2000e9, ici_bandwidth=300e9),
+    "H100 NVL": Chip(flops=835e12, hbm_bytes=94e9, hbm_bandwidth=3900e9, ici_bandwidth=300e9),
     "H200": Chip(flops=989e12, hbm_bytes=141e9, hbm_bandwidth=4800e9, ici_bandwidth=450e9),
+    "H200 NVL": Chip(flops=835e12, hbm_bytes=141e9, hbm_bandwidth=4800e9, ici_bandwidth=450e9),
 }
 
-# How `jax.Device.device_kind` starts; the longer names come before those that they start with.
+# By the whole of `jax.Device.device_kind`: what is called a little otherwise, such as a part of a GPU (MIG), has other
+# peaks, which are measured.
 KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -50,9 +55,15 @@ KINDS = {
     "TPU v5": "v5p",
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
-    "NVIDIA A100": "A100",
-    "NVIDIA H100": "H100",
+    "NVIDIA A100-SXM4-40GB": "A100 40GB",
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA A100-PCIE-40GB": "A100 40GB",
+    "NVIDIA A100 80GB PCIe": "A100",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H100 PCIe": "H100 PCIe",
+    "NVIDIA H100 NVL": "H100 NVL",
     "NVIDIA H200": "H200",
+    "NVIDIA H200 NVL": "H200 NVL",
 }
 
 
@@ -68,7 +79,7 @@ def fetches_slowly(chip: Chip | None) -> bool:
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip of a `jax.Device.device_kind`, None for one that is not in the table."""
-    return next((CHIPS[name] for kind, name in KINDS.items() if device_kind.startswith(kind)), None)
+    return CHIPS.get(KINDS.get(device_kind, ""))
 
 
 def measured_matmul_rate(

@@ -172,7 +172,7 @@ def report(facts: Facts) -> str:
 
 def problems(facts: Facts) -> list[str]:
     """A sentence on each thing that would go wrong, and what to do about it."""
-    found = []
+    found, package = [], _package(facts)
     if facts.failure:
         found.append(f"JAX finds no device ({facts.failure}): see that jax is installed for it and that it is free.")
     if "JAX_PLATFORMS" in facts.environment and facts.failure:
@@ -180,7 +180,7 @@ def problems(facts: Facts) -> list[str]:
     if facts.driver and facts.platform == "cpu" and "JAX_PLATFORMS" not in facts.environment:
         found.append("there is an NVIDIA GPU, but jax is installed for the CPU alone: pip install -U 'jax[cuda13]'.")
     if "libtpu" not in facts.versions and pathlib.Path("/dev/accel0").exists():
-        found.append("there is a TPU, but libtpu is not installed: pip install '.[tpu]'.")
+        found.append(f"there is a TPU, but libtpu is not installed: pip install '{package}[tpu]'.")
     if 0 < facts.memory < LITTLE_MEMORY:
         found.append(f"{_gib(facts.memory)} of memory are little for training: close other programs first.")
     if facts.disk_free < LITTLE_DISK:
@@ -189,7 +189,7 @@ def problems(facts: Facts) -> list[str]:
         found.append("nothing can be written in this folder: give a --workdir elsewhere.")
     for extra in ("train", "text", "emoji"):
         if facts.missing.get(extra):
-            found.append(f"{USES[extra]} will not run without the extra {extra}: pip install '.[{extra}]'.")
+            found.append(f"{USES[extra]} will not run without the extra {extra}: pip install '{package}[{extra}]'.")
     return found
 
 
@@ -198,7 +198,8 @@ def next_steps(facts: Facts) -> list[str]:
     missing = {extra for extra, names in facts.missing.items() if names}
     steps = {}
     if "train" in missing:
-        steps["pip install -r requirements.txt" if facts.repository else "pip install 'ard_jax[train]'"] = "all stages"
+        every = "-r requirements.txt" if facts.repository else f"'{_package(facts)}[train]'"
+        steps[f"pip install {every}"] = "all stages"
     if "emoji" not in missing and facts.repository:
         if "demo" not in missing:
             steps["python -m ard_jax demo"] = "the shipped models in a page, to play with"
@@ -207,9 +208,14 @@ def next_steps(facts: Facts) -> list[str]:
     if "train" not in missing and facts.repository:
         steps["launch/quickstart.sh"] = "from nothing to a four-step student on real digits"
     if "demo" in missing:
-        steps[f"pip install '{'.' if facts.repository else 'ard_jax'}[demo]'"] = "a page to play with models"
+        steps[f"pip install '{_package(facts)}[demo]'"] = "a page to play with models"
     width = max(map(len, steps), default=0)
     return [f"{command:<{width}}  # {words}" for command, words in steps.items()]
+
+
+def _package(facts: Facts) -> str:
+    """What pip is told to install, extras after it."""
+    return "." if facts.repository else "ard_jax"
 
 
 def _gib(number: int) -> str:

@@ -111,7 +111,7 @@ def main() -> None:
     conditions = Labels(10)
     classifier = measured("train", lambda: train_classifier(config, Pictures(args.count), None, conditions))
     measured("classifier", lambda: classifier.measure(samples, folder / "parts" / "classifier"))
-    inception = open_inception(config, (SIDE, SIDE, 3), folder / "parts" / "reference")
+    inception = open_inception(config, (SIDE, SIDE, 3), conditions, folder / "parts" / "reference")
     measured("inception", lambda: inception.measure(samples, folder / "parts" / "inception"))
     shutil.rmtree(folder)
     print(json.dumps(found))

@@ -48,6 +48,7 @@ def test_a_machine_that_is_well():
         (dict(disk_free=GIB), "1.0 GiB are free on this disk"),
         (dict(writable=False), "nothing can be written in this folder"),
         (dict(missing=without("train")), "will not run without the extra train: pip install '.[train]'."),
+        (dict(missing=without("text"), repository=False), "without the extra text: pip install 'ard_jax[text]'."),
         (dict(devices=(), platform="", failure="no backend"), "JAX finds no device (no backend)"),
     ],
 )

@@ -5,6 +5,7 @@ import pytest
 
 from ard_jax.errors import UserError
 from ard_jax.evaluation import disturb, train_judge
+from ard_jax.evaluation.judge import RIVALS, _rivals
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}
 
@@ -60,6 +61,15 @@ def test_its_features_are_those_of_images_alone(judge):
     assert np.allclose(judge(images[3:5]), features[3:5], atol=1e-5)
     with pytest.raises(UserError, match="the judge was trained on \\(16, 16, 3\\)"):
         judge(np.zeros((1, 8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize("count", [RIVALS + 1, RIVALS + 100, RIVALS + 256, 2 * RIVALS])
+def test_rivals_are_always_as_many_and_any_caption_may_be_one(count):
+    own, rng = np.repeat(np.arange(128, dtype=np.int32), 2), np.random.default_rng(0)
+    drawn = [_rivals(own, count, rng) for _ in range(30)]
+    for shown, places in drawn:
+        assert len(set(shown.tolist())) == len(shown) == RIVALS and np.array_equal(shown[places], own)
+    assert set().union(*(shown.tolist() for shown, _ in drawn)) == set(range(count))
 
 
 def test_captions_that_several_images_share():

@@ -19,7 +19,7 @@ from ard_jax.captions.conditions import load_conditions
 from ard_jax.conditions import Labels
 from ard_jax.config import default_config
 from ard_jax.data import InMemory, PixelRows, image_source, labels_and_images
-from ard_jax.drawing import drawable
+from ard_jax.drawing import choose_numbers, drawable
 from ard_jax.errors import UserError
 from ard_jax.evaluation import (
     FeatureExtractor,
@@ -35,9 +35,10 @@ from ard_jax.evaluation import (
 from ard_jax.evaluation.features import AT_ONCE, batch_size_of, train_feature_net
 from ard_jax.evaluation.inception import Features
 from ard_jax.evaluation.npz import NpzArray
-from ard_jax.files import file_sha256, read_json, read_npz
-from ard_jax.measuring import Samples, draw_samples, inception, make_parts, read_parts, reference
-from ard_jax.measuring.classifier import Classifier
+from ard_jax.files import file_sha256, read_json, read_npz, tree_sha256
+from ard_jax.hosts import wait_for_all
+from ard_jax.measuring import Samples, classifier, draw_samples, inception, make_parts, read_parts, reference
+from ard_jax.measuring.classifier import Classifier, train_classifier
 from ard_jax.measuring.drawn import Drawn
 from ard_jax.measuring.inception import open_inception
 from ard_jax.paired import Paired
@@ -178,7 +179,7 @@ def test_the_least_distance_is_that_of_the_real_pictures_of_the_captions_that_we
     conditions, real = Labels(90), random_images(8, 90)
     words = [conditions.words(number) for number in range(90)]
     judge = train_judge(real, words, steps=2)
-    looks = dict(zip(words, judge(real), strict=True))
+    looks = dict(zip(words, judge(real)[:, None], strict=True))
     yardstick = Classifier(judge(real), judge, "a judge", 120, conditions, 3, example_features=looks)
     labels = np.random.default_rng(3).integers(0, 90, 120)
 
@@ -189,6 +190,71 @@ def test_the_least_distance_is_that_of_the_real_pictures_of_the_captions_that_we
     perfect, poor = measure(real[labels], "perfect.npz"), measure(random_images(8, 120, seed=1), "poor.npz")
     assert perfect["fd"] == pytest.approx(perfect["fd_least"], rel=1e-6) and perfect["fd_least"] > 1e-3
     assert poor["fd_least"] == perfect["fd_least"] < poor["fd"]
+
+
+def test_a_caption_of_several_pictures_is_represented_by_each_of_them_in_turn(tmp_path):
+    """Shapes have two pictures a caption, of which a perfect model draws one as often as the other."""
+    config = default_config()
+    config.data.update(source="shapes", space="pixel", image_size=16, channels=3, num_classes=0)
+    config.evaluate.judge_steps, config.sample.count = 2, 200
+    source = image_source(config.data)
+    images, numbers = labels_and_images(source)
+    words = [source.captions[number] for number in numbers]
+    yardstick = train_classifier(config, source, None, Labels(96, tuple(words)))
+    labels = np.random.default_rng(3).integers(0, 96, 200)
+    drawn, of = [], {word: [row for row, other in enumerate(words) if other == word] for word in words}
+    for label in labels:
+        rows = of[words[label]]
+        drawn.append(rows[0])
+        rows.append(rows.pop(0))
+    samples = opened(save(tmp_path, images[drawn]))._replace(labels=labels)
+    found = yardstick.measure(samples, tmp_path / "parts").numbers
+    assert found["fd_least"] == pytest.approx(found["fd"], rel=1e-4) and found["fd"] > 1e-3
+    assert set(map(len, of.values())) == {2} and np.array_equal(yardstick.examples[words[1]], images[0])
+
+
+class HeldOut(Labels):
+    """The last two of them are held out of training."""
+
+    @property
+    def for_training(self):
+        return self.count - 2
+
+
+@pytest.mark.parametrize(
+    ("given", "compared"),
+    [
+        ({"held_out": 20}, 80),
+        ({"labels": (0, 4, 5, 1)}, 50),  # 4 and 5 are held out
+        ({"held_out": 100}, 100),  # there are no others
+    ],
+)
+def test_what_was_measured_says_how_many_samples_were_compared(tmp_path, network, given, compared):
+    """In either features, those of captions that were held out of training are left out if there are others."""
+    conditions, images, config = HeldOut(6), random_images(8, 100), settings(tmp_path, 100)
+    config.sample.update(given)
+    config.data.update(image_size=8, channels=3, num_classes=6)
+    labels = choose_numbers(config.sample, np.arange(100), conditions)
+    samples = opened(save(tmp_path, images))._replace(labels=labels)
+    kept = images[labels < 4] if compared < 100 else images
+    alone = opened(save(tmp_path, kept, "alone.npz"))
+    real = random_images(8, 100, seed=1)
+    save(tmp_path, real, "reference.npz")
+    source = InMemory({"image": real.astype(np.float32) / 127.5 - 1, "label": np.arange(100, dtype=np.int32) % 6})
+    config.evaluate.feature_steps = 2
+    yardsticks = (
+        open_inception(config, (8, 8, 3), conditions, tmp_path / "of"),
+        train_classifier(config, source, None, conditions),
+    )
+    for number, yardstick in enumerate(yardsticks):
+        held = yardstick.measure(samples, tmp_path / f"samples {number}")
+        expected = yardstick.measure(alone, tmp_path / f"alone {number}")
+        assert held.compared == expected.compared == len(kept) == compared
+        assert held.numbers == expected.numbers, yardstick.about
+    assert ("50 images are too few" in yardsticks[1].about) == (compared == 50)
+    config.evaluate.split = compared + 1
+    with pytest.raises(UserError, match=f"of {compared} samples in splits of {compared + 1}"):
+        open_inception(config, (8, 8, 3), conditions, tmp_path / "of")
 
 
 def test_halves_are_as_far_apart_as_chance_has_them():
@@ -293,7 +359,7 @@ def test_inception_measures_as_the_files_do(tmp_path, network):
     of_real = network.of(random_images(8, 300, seed=2))
     statistics = {"mu": of_real.pool.mean(0), "sigma": np.cov(of_real.pool.T)}
     save(tmp_path, real, "reference.npz", **statistics)
-    yardstick = open_inception(settings(tmp_path, 60), (8, 8, 3), tmp_path / "parts" / "reference")
+    yardstick = open_inception(settings(tmp_path, 60), (8, 8, 3), Labels(1), tmp_path / "parts" / "reference")
     held = yardstick.measure(opened(save(tmp_path, samples)), tmp_path / "parts" / "x")
     got = held.numbers
     expected = adm_files.adm_metrics(tmp_path / "samples.npz", tmp_path / "reference.npz", network, split_size=20)
@@ -310,7 +376,7 @@ def test_inception_measures_as_the_files_do(tmp_path, network):
 def test_a_file_of_images_alone_is_what_distances_are_to(tmp_path, network):
     real = random_images(8, 50, seed=1)
     save(tmp_path, real, "reference.npz")
-    yardstick = open_inception(settings(tmp_path, 60), (8, 8, 3), tmp_path / "parts")
+    yardstick = open_inception(settings(tmp_path, 60), (8, 8, 3), Labels(1), tmp_path / "parts")
     assert yardstick.halves["fd"] == pytest.approx(of_halves(network.of(real).pool), rel=1e-4)
     assert yardstick.real_images == 50
 
@@ -320,7 +386,11 @@ def test_a_killed_measurement_goes_on(tmp_path, network, monkeypatch):
     samples = opened(save(tmp_path, random_images(8, 300)))
     monkeypatch.setattr(inception, "BATCH_SIZE", 4)
     monkeypatch.setattr("ard_jax.measuring.inception.make_parts", lambda *given: make_parts(*given, size=64))
-    whole = open_inception(settings(tmp_path, 300), (8, 8, 3), tmp_path / "a").measure(samples, tmp_path / "b").numbers
+    whole = (
+        open_inception(settings(tmp_path, 300), (8, 8, 3), Labels(1), tmp_path / "a")
+        .measure(samples, tmp_path / "b")
+        .numbers
+    )
     before = network.seen
     stream = network.stream
 
@@ -331,7 +401,7 @@ def test_a_killed_measurement_goes_on(tmp_path, network, monkeypatch):
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(network, "stream", stop_later)
-    yardstick = open_inception(settings(tmp_path, 300), (8, 8, 3), tmp_path / "c")
+    yardstick = open_inception(settings(tmp_path, 300), (8, 8, 3), Labels(1), tmp_path / "c")
     with pytest.raises(KeyboardInterrupt):
         yardstick.measure(samples, tmp_path / "d")
     monkeypatch.setattr(network, "stream", stream)
@@ -364,15 +434,23 @@ def test_a_reference_of_our_own_is_what_numpy_makes_of_the_images(tmp_path, netw
     make(network, other, tmp_path / "other.npz", tmp_path / "others", seed=1)
     again = json.loads(str(read_npz(tmp_path / "other.npz")["about"]))
     assert again["images_sha256"] != about["images_sha256"]
-    yardstick = open_inception(settings(tmp_path, 60), (8, 8, 3), tmp_path / "known")
+    monkeypatch.setattr(inception, "BATCH_SIZE", 24)  # as of other devices, so that parts are others too
+    make(network, images, tmp_path / "same.npz", tmp_path / "same")
+    again = json.loads(str(read_npz(tmp_path / "same.npz")["about"]))
+    assert again["images_sha256"] == about["images_sha256"]
+    yardstick = open_inception(settings(tmp_path, 60), (8, 8, 3), Labels(1), tmp_path / "known")
     assert yardstick.halves == about["halves"] and yardstick.real_images == 100
     got = yardstick.measure(opened(save(tmp_path, images)), tmp_path / "x").numbers
     assert got["fid"] == pytest.approx(0, abs=1e-3) and got["sfid"] == pytest.approx(0, abs=1e-3)
     network.sha256 = "cd" * 32
     with pytest.raises(UserError, match="was made with weights abababab, but evaluate.weights are cdcdcdcd: give"):
-        open_inception(settings(tmp_path, 60), (8, 8, 3), tmp_path / "known")
+        open_inception(settings(tmp_path, 60), (8, 8, 3), Labels(1), tmp_path / "known")
+    with pytest.raises(
+        UserError, match=r"^The reference \S+ was made with weights abababab, but the weights that were"
+    ):
+        adm_files.adm_metrics(tmp_path / "samples.npz", path, network, split_size=20)
     with pytest.raises(UserError, match="The images of this run are 16x16 and the reference images in .* 8x8, but"):
-        open_inception(settings(tmp_path, 60), (16, 16, 3), tmp_path / "known")
+        open_inception(settings(tmp_path, 60), (16, 16, 3), Labels(1), tmp_path / "known")
 
 
 # ------------------------------------------------------------------------------------------------------ in a run
@@ -381,9 +459,11 @@ def test_a_reference_of_our_own_is_what_numpy_makes_of_the_images(tmp_path, netw
 def test_bfloat16_is_said_to_compare_with_nothing_and_parts_of_float32_are_not_taken_for_it(tmp_path, network, caplog):
     save(tmp_path, random_images(8, 50, seed=1), "reference.npz")
     samples = opened(save(tmp_path, random_images(8, 60)))
-    open_inception(settings(tmp_path, 60), (8, 8, 3), tmp_path / "reference").measure(samples, tmp_path / "parts")
+    open_inception(settings(tmp_path, 60), (8, 8, 3), Labels(1), tmp_path / "reference").measure(
+        samples, tmp_path / "parts"
+    )
     assert network.seen == 110 and not [m for m in caplog.messages if "computes in" in m]
-    rounded = open_inception(settings(tmp_path, 60, dtype="bfloat16"), (8, 8, 3), tmp_path / "reference")
+    rounded = open_inception(settings(tmp_path, 60, dtype="bfloat16"), (8, 8, 3), Labels(1), tmp_path / "reference")
     assert network.dtype == rounded.facts["dtype"] == "bfloat16" and "not comparable" in rounded.about
     assert "computes in bfloat16: these numbers compare with no published ones" in caplog.text
     rounded.measure(samples, tmp_path / "parts")
@@ -447,7 +527,7 @@ def test_a_killed_evaluation_looks_at_nothing_again(pipeline, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "Results", kill)
+        patch.setattr(evaluate, "write_json", kill)  # of its results, as a full disk would
         assert smoke("evaluate", workdir).status == 130
     assert sorted(path.name for path in (workdir / "evaluate" / "parts").iterdir()) == ["ard", "paired", "teacher"]
     monkeypatch.setattr(Paired, "compare", kill)
@@ -644,6 +724,52 @@ def test_two_hosts_and_one_find_the_same(tmp_path):
         for got, expected in zip(found["statistics"], alone["statistics"], strict=True):
             np.testing.assert_allclose(got, expected, rtol=1e-9)
         assert found["halves"] == pytest.approx(alone["halves"], rel=1e-9)
+
+
+def look_with_its_own(folder):
+    """What a process says whose network is its own, and which parts there are then."""
+    of, images = {"sha256": f"network {jax.process_index()}"}, NpzArray(folder / "samples.npz")
+    parts = folder / f"parts-{jax.process_count()}"
+    try:
+        make_parts(lambda batches: {"x": np.concatenate([*batches])}, images, parts, of, 16, 32)
+    except UserError as error:
+        return str(error)
+    return files(parts)
+
+
+@pytest.mark.slow
+def test_parts_of_hosts_that_look_with_something_else_are_not_mixed(tmp_path):
+    save(tmp_path, random_images(8, 60))
+    *refused, alone = on_hosts(look_with_its_own, tmp_path)
+    said = f"host 1 has other inputs for {tmp_path}/parts-2 than host 0 (sha256 'network 1' there, 'network 0' on host"
+    assert all(sentence.startswith(said) for sentence in refused) and not (tmp_path / "parts-2").exists()
+    assert alone == ["000000000.npz", "000000032.npz", "of.json"]
+
+
+def train_here(folder):
+    """Hashes of the networks that this process measures with, and of the features that it found of real images.
+
+    What a process trains depends on its number, as on hosts whose CPUs have other numbers of cores.
+    """
+    wait_for_all("both have begun")  # Gloo connects them within half a minute or not at all
+    seed, config = jax.process_index() + (jax.process_count() == 1), default_config()
+    classifier.train_feature_net = functools.partial(train_feature_net, seed=seed)
+    classifier.train_judge = functools.partial(train_judge, seed=seed)
+    config.data.update(source="shapes", space="pixel", image_size=16, channels=3, num_classes=0)
+    config.evaluate.update(judge_steps=2, feature_steps=2)
+    shapes = image_source(config.data)
+    captioned = train_classifier(config, shapes, None, Labels(96, tuple(shapes.captions)))
+    config.data.num_classes = 96
+    classes = train_classifier(config, shapes, None, Labels(96))
+    networks = tree_sha256({"judge": captioned.network.params, "said": captioned.network.embedded}), classes.facts
+    return {"networks": networks, "seen": [float(np.abs(one.own).sum()) for one in (captioned, classes)]}
+
+
+@pytest.mark.slow
+def test_all_hosts_measure_with_the_first_one_s_networks(tmp_path):
+    first, other, alone = on_hosts(train_here, tmp_path)
+    assert first["networks"] == other["networks"] != alone["networks"]
+    assert first["seen"] == pytest.approx(other["seen"], rel=1e-6) != pytest.approx(alone["seen"], rel=1e-6)
 
 
 def see_drawn(workdir, weights, folder):

@@ -47,7 +47,11 @@ def test_the_table_of_chips():
         "TPU v6 lite": "v6e", "TPU v6e": "v6e", "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA H100 80GB HBM3": "H100",
     }  # fmt: skip
     assert {kind: chip_of(kind) for kind in kinds} == {kind: CHIPS[name] for kind, name in kinds.items()}
-    assert chip_of("cpu") is None and set(SHAPES) <= set(CHIPS)
+    dense = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H200 NVL": 835e12, "NVIDIA H200": 989e12}
+    assert {kind: chip_of(kind).flops for kind in dense} == dense
+    for other in ("cpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H200 MIG 1g.18gb", "TPU v4 lite"):
+        assert chip_of(other) is None  # a part of a chip, or another: measured
+    assert set(SHAPES) <= set(CHIPS)
     assert CHIPS["v5e"] == (197e12, 15.75 * GIB, 819e9, 200e9)
     for chip in CHIPS.values():  # the ridge of the roofline, in FLOPs a byte, and links slower than memory
         assert 100 < chip.flops / chip.hbm_bandwidth < 600 and chip.ici_bandwidth < chip.hbm_bandwidth
@@ -377,6 +381,22 @@ def test_where_nothing_fits_the_file_says_so(fitting, tmp_path, monkeypatch, cap
     verdicts = {name: program["fits"] for name, program in found["programs"].items()}
     assert verdicts == ({"training step": True, "fine-tune step": False} if fitting else {"training step": False})
     assert found["chip_hours"] == found["storage"] == {}  # as printed: there is no recipe of what does not fit
+
+
+@pytest.mark.parametrize("program", ["sampler", "trajectory step", "text encoder"])
+def test_a_program_beside_the_training_that_does_not_fit_is_no_plan_that_fits(program, tmp_path, monkeypatch):
+    config, file = for_platform(smoke_captions.get_config(), "cpu"), tmp_path / "plan.json"
+    monkeypatch.setattr(plan, "find_slice", lambda _: here())
+    monkeypatch.setattr(plan, "caption_step", lambda *_: training_step(config, here())._replace(name="text encoder"))
+    monkeypatch.setattr(plan, "measure", lambda work, _: cost(4000 * GIB if program in work.name else 1e9, work))
+    plan.run(config, "cpu", file, False, False)
+    found = json.loads(file.read_text())
+    assert not found["fits_as_given"]
+    assert (
+        [name for name, one in found["programs"].items() if not one["fits"]]
+        == [name for name in found["programs"] if program in name]
+        != []
+    )
 
 
 def test_the_recipe_leaves_out_what_its_run_does_not_make():

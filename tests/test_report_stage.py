@@ -28,6 +28,20 @@ def write_evaluation(workdir, names, drawn=("teacher", "ard"), more=()):
     write_json(folder / "done.json", {"sha256": dict.fromkeys(made, ""), "seconds": 1.0})
 
 
+def test_the_times_are_of_every_stage_that_was_run(tmp_path):
+    write_evaluation(tmp_path, ["teacher", "ard"])
+    folders = {"teacher": 3.0, "latents": 5.0, "captions": 7.0}
+    for folder, seconds in folders.items():
+        write_json(tmp_path / folder / "done.json", {"sha256": {}, "seconds": seconds})
+    write_json(tmp_path / "sample" / "done.json", {"sha256": {}, "models": {"ard": {"sha256": {}, "seconds": 2.0}}})
+    assert smoke("report", tmp_path).status == 0
+    told = read_json(tmp_path / "report" / "results.json")["seconds"]
+    assert list(told.items()) == [
+        ("captions", 7.0), ("encode", 5.0), ("teacher", 3.0), ("sample/ard", 2.0), ("evaluate", 1.0)
+    ]  # fmt: skip
+    assert "encode" in (tmp_path / "report" / "index.html").read_text()
+
+
 @pytest.mark.parametrize("gallery", [False, True])
 def test_pictures_of_an_earlier_evaluation_are_not_shown(tmp_path, gallery):
     write_evaluation(tmp_path, ["teacher", "ard"], more=["gallery.npz"] if gallery else [])

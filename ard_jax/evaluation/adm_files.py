@@ -128,13 +128,14 @@ def adm_metrics(
         the log says so: sfid without mu_s and sigma_s, fid without mu and sigma, precision and recall without arr_0.
 
     Raises:
-        UserError: a file is missing, damaged or of another layout, the reference is of another size, or there are too
-            few images for the splits or the neighbours.
+        UserError: a file is missing, damaged or of another layout, the reference is of another size or was made with
+            other weights, or there are too few images for the splits or the neighbours.
     """
     samples = _open_images(local_path(samples_npz), "The samples")
     reference = open_reference(local_path(reference_npz), samples.shape[1:], f"The samples in {samples.path}")
     check_counts(len(samples), reference, split_size, k)
     network = InceptionFeatures.from_file(weights) if isinstance(weights, str | os.PathLike) else weights
+    check_weights(network, reference, "The reference", "the weights that were given")
     warn_of_other_numbers(network, len(samples))
     seen = _look_at(network, samples, split_size)
     known = None if reference.images is None else know(_look_at(network, reference.images), reference)
@@ -146,6 +147,15 @@ def check_counts(count: int, reference: Reference, split_size: int, k: int) -> N
     adm.check_splits(count, split_size)
     if reference.images is not None:
         adm.check_neighbours(len(reference.images), count, k)
+
+
+def check_weights(network: InceptionFeatures, reference: Reference, what: str, weights: str) -> None:
+    """Raises UserError if a reference of ours was made with other weights; the sentence calls both as it is told."""
+    if reference.about and reference.about["weights_sha256"] != network.sha256:
+        raise UserError(
+            f"{what} {reference.path} was made with weights {reference.about['weights_sha256'][:8]}, but {weights} are "
+            f"{network.sha256[:8]}: give those, or make it again with evaluate --make-reference."
+        )
 
 
 def warn_of_other_numbers(network: InceptionFeatures, count: int) -> None:

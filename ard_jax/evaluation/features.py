@@ -146,9 +146,10 @@ def train_feature_net(
     **A Fréchet distance in these features is not comparable with ImageNet FID**, nor with one in the features
     of a network trained on other data or with another seed: compare models of one data set with one extractor.
 
-    The result is a function of the arguments alone on one kind of device. The cost is bounded by `steps`
-    batches of 64 images, however large the data set is. Each batch is shifted at random by up to an eighth of
-    the image. A tenth of the images, chosen by the seed, is kept from training for the held-out accuracy.
+    The result is a function of the arguments alone on one kind of device with as many cores, by whose number a CPU
+    orders its sums. The cost is bounded by `steps` batches of 64 images, however large the data set is. Each batch is
+    shifted at random by up to an eighth of the image. A tenth of the images, chosen by the seed, is kept from training
+    for the held-out accuracy.
 
     Args:
         images: (N, height, width, channel) uint8, height and width at least 4.

@@ -73,12 +73,14 @@ class Judge:
     Attributes:
         captions: all that an image's own is looked for among, each once.
         image_shape: (height, width, channel) of the images that it was trained on.
+        params: that look at images.
+        embedded: the captions, (caption, 64) float64 of length 1.
     """
 
     captions: tuple[str, ...]
     image_shape: tuple[int, ...]
-    _params: Params
-    _embedded: np.ndarray  # (caption, 64) of length 1
+    params: Params
+    embedded: np.ndarray
 
     num_features = NUM_FEATURES
 
@@ -99,7 +101,7 @@ class Judge:
         for start in range(0, len(images), size):
             batch = _seen(images[start : start + size])
             padding = [(0, size - len(batch))] + [(0, 0)] * 3  # one size compiles once
-            found[start : start + len(batch)] = np.asarray(_apply(self._params, np.pad(batch, padding)))[: len(batch)]
+            found[start : start + len(batch)] = np.asarray(_apply(self.params, np.pad(batch, padding)))[: len(batch)]
         return found
 
     @property
@@ -110,7 +112,7 @@ class Judge:
     @property
     def sha256(self) -> str:
         """Of the parameters that look at images."""
-        return tree_sha256(self._params)
+        return tree_sha256(self.params)
 
     def recall(self, images: ImageRows, captions: Sequence[str], ks: Sequence[int] = (1, 5)) -> dict[int, float]:
         """Share of the images whose own caption is among the k that fit them best, by k.
@@ -132,7 +134,7 @@ class Judge:
         features = _normalised(features)
         for start in range(0, len(own), JUDGE_BATCH):
             rows = slice(start, start + JUDGE_BATCH)
-            likeness = features[rows] @ self._embedded.T
+            likeness = features[rows] @ self.embedded.T
             theirs = np.take_along_axis(likeness, own[rows, None], axis=1)
             better[rows] = (likeness > theirs).sum(axis=1)
         return {k: float((better < k).mean()) for k in ks}
@@ -145,7 +147,7 @@ def train_judge(images: ImageRows, captions: Sequence[str], *, seed: int = 0, st
     hardest are those that differ from its own by a word, of which a batch has hardly any. Each batch is shifted at
     random over its border's colour, by up to a sixteenth of the image, blurred a little or not, and noised, since
     generated pictures are not as clean as real ones. The result is a function of the arguments alone on one kind of
-    device.
+    device with as many cores, by whose number a CPU orders its sums.
 
     Args:
         images: (N, height, width, channel) uint8, height and width at least 4.
@@ -232,9 +234,8 @@ def _rivals(own: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.n
     if count <= RIVALS:
         return np.arange(count), own
     here = np.unique(own)
-    others = np.setdiff1d(rng.choice(count, RIVALS + len(own), replace=False), here)
-    shown = np.concatenate([here, others])[:RIVALS]
-    return shown, np.searchsorted(here, own).astype(np.int32)
+    others = rng.choice(np.setdiff1d(np.arange(count), here), RIVALS - len(here), replace=False)
+    return np.concatenate([here, others]), np.searchsorted(here, own).astype(np.int32)
 
 
 def _batches(count, size, steps, rng):

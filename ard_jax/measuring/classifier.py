@@ -5,13 +5,16 @@ A Fréchet distance so measured compares models here, and with nothing else.
 
 import dataclasses
 import functools
+import itertools
 import logging
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ard_jax.captions.texts import texts_of_data
 from ard_jax.conditions import Conditions
@@ -33,9 +36,9 @@ from ard_jax.evaluation import (
     train_judge,
 )
 from ard_jax.measuring.parts import make_parts, read_parts
-from ard_jax.measuring.samples import Held, Samples
+from ard_jax.measuring.samples import Held, Samples, compared_rows, count_compared
 from ard_jax.models import AutoencoderKL
-from ard_jax.types import Params
+from ard_jax.types import Params, PyTree
 
 log = logging.getLogger("ard_jax")
 
@@ -53,12 +56,12 @@ class Classifier:
         own: features of the real images, without those held out of training (image, feature).
         network: uint8 images → features (image, feature).
         network_words: it in words.
-        samples: how many a model has that are not of captions held out of training.
+        samples: how many of a model are compared.
         conditions: what the numbers of samples stand for.
         neighbours: of precision and recall.
         judged: how well a judge knows the captions of real images, as `Results.judge` has it.
         examples: of a judge, an image of each caption.
-        example_features: of these (feature,).
+        example_features: of a judge, of all images of each caption (image, feature).
     """
 
     own: np.ndarray
@@ -102,8 +105,7 @@ class Classifier:
         """Fréchet distance to the real images, unless there are too few of either, precision and recall; of a judge
         the recall of captions, and the distance of real images of these captions. See `Yardstick`.
 
-        Images of captions that are held out of training count for the recall of captions alone, as there may be more of
-        them than in the data.
+        Images that are not compared (`compared_rows`) count for the recall of captions alone.
         """
 
         def look(batches: Iterator[np.ndarray]) -> dict[str, np.ndarray]:
@@ -112,16 +114,16 @@ class Classifier:
         of = {**self.facts, "samples": samples.sha256}
         parts = make_parts(look, samples.images, folder, of, self.network.batch_size)
         features = np.concatenate([part["features"] for part in read_parts(parts)])
-        is_trained = samples.labels < self.conditions.for_training
-        compared = is_trained if is_trained.any() else np.full_like(is_trained, True)
+        compared = compared_rows(samples.labels, self.conditions)
         held = self._distances(features[compared])
         judge, captions = self.judge, self._captions(samples)
         if judge is None or captions is None:
             return held
+        is_trained = samples.labels < self.conditions.for_training
         numbers = held.numbers | _recall(judge, features, captions, is_trained)
         if "fd" in numbers:
-            real = np.stack([self.example_features[caption] for caption in captions])
-            numbers["fd_least"] = frechet_distance(self.statistics, feature_statistics(real[compared]))
+            real = _in_turn(self.example_features, list(itertools.compress(captions, compared)))
+            numbers["fd_least"] = frechet_distance(self.statistics, feature_statistics(real))
         return held._replace(numbers=numbers)
 
     def _distances(self, features: np.ndarray) -> Held:
@@ -130,7 +132,7 @@ class Classifier:
         precision, recall = precision_recall(self.own[spread], features[:count], k=self.neighbours)
         found: dict[str, Any] = {"precision": precision, "recall": recall}
         if not self._are_enough(min(len(self.own), len(features))):
-            return Held(found)
+            return Held(found, len(features))
         own = feature_statistics(features)
         distance, parts = frechet_distance(self.statistics, own), influence(self.statistics, own, features)
         found |= {
@@ -138,7 +140,7 @@ class Classifier:
             "fd_interval": distance_interval(distance, parts),
             "fd_halves": distance_of_halves(features),
         }
-        return Held(found, parts)
+        return Held(found, len(features), parts)
 
     @functools.cached_property
     def statistics(self) -> FeatureStatistics:
@@ -164,6 +166,8 @@ def train_classifier(
 ) -> Classifier:
     """Reads the real images and trains the network that looks at them; a judge sees those that are held out as well.
 
+    All processes have the first one's network: what each trains differs in its last bits where its cores are others.
+
     Args:
         config: `evaluate` says how long it is trained, `run.in_memory` how many bytes of images memory may hold.
         source: of real images.
@@ -172,7 +176,7 @@ def train_classifier(
     """
     settings = config.evaluate
     common = {
-        "samples": config.sample.count - config.sample.held_out,
+        "samples": count_compared(config.sample, conditions),
         "conditions": conditions,
         "neighbours": settings.neighbours,
     }
@@ -181,6 +185,7 @@ def train_classifier(
         images, labels = labels_and_images(source, REAL_LIMIT, config.run.in_memory)
         labels = labels if config.data.num_classes else np.zeros_like(labels)
         net = train_feature_net(images, labels, config.data.num_classes or 1, steps=settings.feature_steps)
+        net = dataclasses.replace(net, params=_of_first(net.params))
         words = f"a small classifier trained on the same images (held-out accuracy {net.held_out_accuracy:.3f})"
         return _said(Classifier(net(images), net, words, **common))
     if (config.encode if vae else config.data).source == "openmoji":
@@ -188,6 +193,8 @@ def train_classifier(
     images, numbers = labels_and_images(source, REAL_LIMIT, config.run.in_memory)
     captions = [texts[number] for number in numbers]
     judge = train_judge(images, captions, steps=settings.judge_steps)
+    params, embedded = _of_first((judge.params, judge.embedded))
+    judge = dataclasses.replace(judge, params=params, embedded=embedded)
     held_out = {conditions.words(number) for number in range(conditions.for_training, len(conditions))}
     is_trained = np.array([caption not in held_out for caption in captions])
     features = judge(images)
@@ -197,9 +204,25 @@ def train_classifier(
     }
     own = features[is_trained] if is_trained.any() else features
     words = "a small judge of images and captions, trained on the same images"
-    first = {caption: row for row, caption in reversed(list(enumerate(captions)))}
-    examples, looks = _Examples(images, first), {caption: features[row] for caption, row in first.items()}
+    rows: dict[str, list[int]] = {}
+    for row, caption in enumerate(captions):
+        rows.setdefault(caption, []).append(row)
+    examples = _Examples(images, {caption: places[0] for caption, places in rows.items()})
+    looks = {caption: features[places] for caption, places in rows.items()}
     return _said(Classifier(own, judge, words, **common, judged=judged, examples=examples, example_features=looks))
+
+
+def _of_first(tree: PyTree) -> PyTree:
+    """The first process's arrays on all of them, bit by bit."""
+    if jax.process_count() == 1:
+        return tree
+
+    def sent(leaf: jax.typing.ArrayLike) -> np.ndarray:
+        own = np.asarray(leaf)
+        told = multihost_utils.broadcast_one_to_all(np.frombuffer(own.tobytes(), np.uint8))
+        return np.frombuffer(np.asarray(told).tobytes(), own.dtype).reshape(own.shape)
+
+    return jax.tree.map(sent, tree)
 
 
 def _said(classifier: Classifier) -> Classifier:
@@ -224,6 +247,12 @@ class _Examples(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+def _in_turn(rows: Mapping[str, np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """A row of each caption's own, (caption, feature): each time that it comes the next one, and so round."""
+    turns = {caption: itertools.cycle(own) for caption, own in rows.items()}
+    return np.stack([next(turns[caption]) for caption in captions])
 
 
 def _features_of_disturbed(judge: Judge, images: np.ndarray | PixelRows) -> np.ndarray:

@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
+from ard_jax.conditions import Conditions
 from ard_jax.errors import UserError
 from ard_jax.evaluation import InceptionFeatures, distance_interval, influence
 from ard_jax.evaluation.adm_files import (
@@ -18,6 +19,7 @@ from ard_jax.evaluation.adm_files import (
     Reference,
     Seen,
     check_counts,
+    check_weights,
     know,
     metrics_of,
     open_reference,
@@ -28,7 +30,7 @@ from ard_jax.evaluation.adm_files import (
 from ard_jax.evaluation.inception import BATCH_SIZE, CHANNELS, Features
 from ard_jax.files import file_sha256, local_path
 from ard_jax.measuring.parts import make_parts, read_parts
-from ard_jax.measuring.samples import Held, ImageRows, Samples
+from ard_jax.measuring.samples import Held, ImageRows, Samples, compared_rows, count_compared
 
 log = logging.getLogger("ard_jax")
 
@@ -43,6 +45,7 @@ class Inception:
         network: on all devices of this process.
         reference: what samples are held against.
         reference_sha256: of its file.
+        conditions: what the numbers of samples stand for.
         half, split_size, neighbours: of `adm_metrics`.
         folder: for what is found of the reference's images on the way.
     """
@@ -50,6 +53,7 @@ class Inception:
     network: InceptionFeatures
     reference: Reference
     reference_sha256: str
+    conditions: Conditions
     half: bool
     split_size: int
     neighbours: int
@@ -109,7 +113,7 @@ class Inception:
         halves = about["halves"] if about else {}
         if images is None:
             return None, halves
-        seen = self._see(images, self.reference_sha256, self.folder)
+        seen = self._see(images, np.full(len(images), True), self.reference_sha256, self.folder)
         return know(seen, self.reference), halves if about or self._has_others else halves_of(seen)
 
     @property
@@ -117,25 +121,38 @@ class Inception:
         return self._known[1]
 
     def measure(self, samples: Samples, folder: pathlib.Path) -> Held:
-        """FID (`fd` and `fid`), sFID, Inception score, precision and recall. See `Yardstick`."""
+        """FID (`fd` and `fid`), sFID, Inception score, precision and recall, of those that are compared
+        (`compared_rows`). See `Yardstick`."""
         known, _ = self._known
-        seen = self._see(samples.images, samples.sha256, folder, self.split_size)
+        compared = compared_rows(samples.labels, self.conditions)
+        seen = self._see(samples.images, compared, samples.sha256, folder, self.split_size)
         found: dict[str, Any] = {**metrics_of(seen, known, self.reference, half=self.half, k=self.neighbours)}
         halves = {f"{name}_halves": distance for name, distance in halves_of(seen).items()}
         pool, _ = statistics_of(self.reference, known)
         if pool is None:
-            return Held(found | halves)
+            return Held(found | halves, len(seen.pool))
         parts = influence(pool, seen.of_pool, seen.pool)
         interval = distance_interval(found["fid"], parts)
-        return Held(found | halves | {"fd": found["fid"], "fd_interval": interval}, parts)
+        return Held(found | halves | {"fd": found["fid"], "fd_interval": interval}, len(seen.pool), parts)
 
-    def _see(self, images: ImageRows, sha256: str, folder: pathlib.Path, split_size: int | None = None) -> Seen:
-        """Images of that hash, in parts."""
+    def _see(
+        self, images: ImageRows, wanted: np.ndarray, sha256: str, folder: pathlib.Path, split_size: int | None = None
+    ) -> Seen:
+        """Images of that hash, in parts; of all of them those that are wanted, bool (count,)."""
         of = {"sha256": self.network.sha256, "dtype": self.network.dtype, "images": sha256}
         batch = batch_size()
         parts = make_parts(functools.partial(look, self.network), images, folder, of, batch)
-        found = (Features(**part) for part in read_parts(parts))
-        return see(found, len(images), split_size)
+        found = _wanted((Features(**part) for part in read_parts(parts)), wanted)
+        return see(found, int(wanted.sum()), split_size)
+
+
+def _wanted(found: Iterable[Features], wanted: np.ndarray) -> Iterator[Features]:
+    """Of features of some images at a time, those of a mask (count,) over all of them."""
+    first = 0
+    for some in found:
+        rows = wanted[first : first + len(some.pool)]
+        first += len(some.pool)
+        yield Features(*(array[rows] for array in some))
 
 
 def halves_of(seen: Seen) -> dict[str, float]:
@@ -169,12 +186,15 @@ def load_network(config: ml_collections.ConfigDict, dtype: str = "float32") -> I
     return InceptionFeatures.from_file(_named(config, "weights")).over(jax.local_devices(), dtype)
 
 
-def open_inception(config: ml_collections.ConfigDict, shape: tuple[int, ...], folder: pathlib.Path) -> Inception:
+def open_inception(
+    config: ml_collections.ConfigDict, shape: tuple[int, ...], conditions: Conditions, folder: pathlib.Path
+) -> Inception:
     """What `evaluate.weights` and `evaluate.reference` name, checked before anything is computed.
 
     Args:
         config: the run's.
         shape: of its images (height, width, channel).
+        conditions: that samples are drawn of.
         folder: see `Inception`.
 
     Raises:
@@ -184,16 +204,21 @@ def open_inception(config: ml_collections.ConfigDict, shape: tuple[int, ...], fo
     settings = config.evaluate
     path, _ = local_path(_named(config, "reference")), _named(config, "weights")
     reference = open_reference(path, shape, "The images of this run")
-    check_counts(config.sample.count, reference, settings.split, settings.neighbours)
+    count = count_compared(config.sample, conditions)
+    check_counts(count, reference, settings.split, settings.neighbours)
     network = load_network(config, settings.dtype)
-    if reference.about and reference.about["weights_sha256"] != network.sha256:
-        raise UserError(
-            f"evaluate.reference {path} was made with weights {reference.about['weights_sha256'][:8]}, but "
-            f"evaluate.weights are {network.sha256[:8]}: give those, or make it again with evaluate --make-reference."
-        )
-    warn_of_other_numbers(network, config.sample.count)
-    half = settings.distances == "float16"
-    return Inception(network, reference, file_sha256(path), half, settings.split, settings.neighbours, folder)
+    check_weights(network, reference, "evaluate.reference", "evaluate.weights")
+    warn_of_other_numbers(network, count)
+    return Inception(
+        network=network,
+        reference=reference,
+        reference_sha256=file_sha256(path),
+        conditions=conditions,
+        half=settings.distances == "float16",
+        split_size=settings.split,
+        neighbours=settings.neighbours,
+        folder=folder,
+    )
 
 
 def _named(config: ml_collections.ConfigDict, name: str) -> str:

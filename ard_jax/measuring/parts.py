@@ -11,7 +11,7 @@ import numpy as np
 
 from ard_jax.evaluation.npz import array_names
 from ard_jax.files import read_json, read_npz, write_json, write_npz
-from ard_jax.hosts import wait_for_all
+from ard_jax.hosts import check_same_inputs, wait_for_all
 from ard_jax.parallel import is_first
 from ard_jax.progress import progress_bar
 
@@ -49,9 +49,13 @@ def make_parts(
 
     Returns:
         The parts' files, npz, in the order of the images. They are the same however many processes made them.
+
+    Raises:
+        UserError: what they depend on is something else in another process.
     """
     of = {**of, "count": len(images), "size": (size := -(-size // batch_size) * batch_size)}
     path = folder / "of.json"
+    check_same_inputs(of, folder)
     if is_first() and not (path.exists() and read_json(path) == of):
         shutil.rmtree(folder, ignore_errors=True)
         write_json(path, of)

@@ -1,8 +1,8 @@
 """A reference of our own: what ADM's reference files hold, made of any images.
 
 An npz file with `mu`, `sigma` (pool features of all images), `mu_s`, `sigma_s` (spatial ones), `arr_0` (10,000 of the
-images, spread evenly), and `about`, JSON: how many images there are, their hash and shape, the weights' hash, and the
-distances of two halves of them.
+images, spread evenly), and `about`, JSON: how many images there are, the hash of their hashes in order, their shape,
+the weights' hash, and the distances of two halves of them.
 """
 
 import hashlib
@@ -67,15 +67,15 @@ def make_reference(
 
     def look(batches: Iterator[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         halves = {layer: adm.Halves() for layer in LAYERS}
-        digest, shown = hashlib.sha256(), [np.empty((0, *images.rows.shape[1:3], CHANNELS), np.uint8)]
+        hashes, shown = [], [np.empty((0, *images.rows.shape[1:3], CHANNELS), np.uint8)]
         for numbers, batch in batches:
-            digest.update(np.ascontiguousarray(batch).data)
+            hashes += [hashlib.sha256(image.tobytes()).digest() for image in batch]
             shown.append(batch[kept[numbers]])
             (features,) = network.stream([batch], batch_size())
             for layer, running in halves.items():
                 running.add(getattr(features, layer), half[numbers])
         sums = {f"{layer}_{name}": array for layer in LAYERS for name, array in halves[layer].arrays().items()}
-        return {IMAGES: np.concatenate(shown), "sha256": np.array(digest.hexdigest()), **sums}
+        return {IMAGES: np.concatenate(shown), "hashes": np.frombuffer(b"".join(hashes), np.uint8), **sums}
 
     of = {"sha256": network.sha256, "data": dict(identity), "shape": list(images.rows.shape[1:])}
     parts = make_parts(look, images, folder, of, batch_size(), max(PART, -(-len(images) // PARTS)))
@@ -83,7 +83,7 @@ def make_reference(
         return
     halves, digest = {layer: adm.Halves() for layer in LAYERS}, hashlib.sha256()
     for part in read_parts(parts, without=IMAGES):
-        digest.update(str(part["sha256"]).encode())
+        digest.update(part.pop("hashes").tobytes())  # each image's own: how many a part has is up to the devices
         for layer, running in halves.items():
             own = {name.removeprefix(f"{layer}_"): array for name, array in part.items()}
             running.merge(adm.Halves.from_arrays(own))

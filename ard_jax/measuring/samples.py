@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import ml_collections
 import numpy as np
 
+from ard_jax.conditions import Conditions
+from ard_jax.drawing import choose_numbers
 from ard_jax.errors import UserError
 from ard_jax.evaluation.npz import NpzArray, array_names, read_array
 from ard_jax.sampled import SAMPLED, drawn_otherwise
@@ -55,12 +57,27 @@ class Held(NamedTuple):
 
     Attributes:
         numbers: fields of `results.Measured`.
+        compared: how many samples the distances are of, see `compared_rows`.
         influence: of each sample on `fd`, to first order, in their order; those that have no part in it are left out.
             None where there is no `fd`.
     """
 
     numbers: dict[str, Any]
+    compared: int
     influence: np.ndarray | None = None
+
+
+def compared_rows(labels: np.ndarray, conditions: Conditions) -> np.ndarray:
+    """Which samples are held against real images, bool (count,): those of captions held out of training only where
+    there are no others, as there may be more of them than in the data."""
+    is_trained = labels < conditions.for_training
+    return is_trained if is_trained.any() else np.full_like(is_trained, True)
+
+
+def count_compared(settings: ml_collections.ConfigDict, conditions: Conditions) -> int:
+    """How many of each model's samples that will be, by what `sample` says of them."""
+    labels = choose_numbers(settings, np.arange(settings.count), conditions)
+    return int(compared_rows(labels, conditions).sum())
 
 
 class Yardstick(Protocol):

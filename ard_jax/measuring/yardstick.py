@@ -34,5 +34,5 @@ def open_yardstick(
         UserError: what `train_classifier` and `open_inception` raise.
     """
     if source is None:
-        return open_inception(config, image_shape(config, vae), folder)
+        return open_inception(config, image_shape(config, vae), conditions, folder)
     return train_classifier(config, source, vae, conditions)

@@ -154,7 +154,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
     results = Results(
         features=yardstick.about,
         real_images=yardstick.real_images,
-        samples=config.sample.count - config.sample.held_out,
+        samples=max((own.compared for own in held.values()), default=None),  # all models have the same conditions
         labels="chosen" if chosen else config.sample.labels or "uniform",
         paired=paired.count,
         models=measured,
@@ -165,18 +165,18 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Collec
         judge=yardstick.judged,
         config=plain(config),
     )
-    forget_parts(parts)
-    if not is_first():  # every host has computed the same
-        return
-    write_json(directory / "results.json", results.to_json())
-    write_npz(directory / "pictures.npz", **pictures)
-    write_npz(directory / "edits.npz", **edits)
     files = ["results.json", "pictures.npz", "edits.npz"]
-    if yardstick.judged is not None:
-        pictures = _gallery(yardstick.examples, samples, conditions, config.evaluate.pictures)
-        write_npz(directory / "gallery.npz", **pictures)
-        files.append("gallery.npz")
-    write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())
+    if is_first():  # every host has computed the same
+        write_json(directory / "results.json", results.to_json())
+        write_npz(directory / "pictures.npz", **pictures)
+        write_npz(directory / "edits.npz", **edits)
+        if yardstick.judged is not None:
+            pictures = _gallery(yardstick.examples, samples, conditions, config.evaluate.pictures)
+            write_npz(directory / "gallery.npz", **pictures)
+            files.append("gallery.npz")
+    forget_parts(parts)  # no sooner: on a full disk they are what the next start goes on with
+    if is_first():
+        write_done(directory, {file: file_sha256(directory / file) for file in files}, watch())
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ disk.
 
 Compiles the distillation step, the student's sampler and the trajectory step of the config ahead of time, for devices
 that need not be there, and the text encoder where networks are told captions; the teacher's training is estimated.
-What has a `dir` (teacher.dir, trajectories.dir), and a store that nothing reads (distill.online), are not counted.
+What has a `dir` (teacher.dir, trajectories.dir), and a store that nothing reads (distill.online), are not counted; nor
+are the chip-hours and the disk of the stages captions and encode.
 Times are bounds: what the FLOPs, the bytes of memory and the bytes between chips take at the chips' peak rates,
 whichever is longest. A training step that does not fit is tried with other settings of model.remat, the mesh and
 accumulate, until one fits. XL/2 takes up to a minute a program on two cores.
@@ -75,6 +76,7 @@ def run(
     for cost in captions:
         print("\n".join(_program_lines(cost)), flush=True)
     print("\n".join(_recipe_lines(config, where, steps, others)), flush=True)
+    fits_as_given &= all(cost.fits for cost in (*others, *captions))
     figures = _figures(config, steps, [*others, *captions])
     _write_json(json_file, topology, fits_as_given, advice, figures)
 

@@ -65,8 +65,8 @@ def summary(results: Results) -> dict[str, Any]:
 def _stage_seconds(workdir: pathlib.Path) -> dict[str, float]:
     """Seconds of every finished stage; one entry a model where a stage runs model by model."""
     seconds: dict[str, float] = {}
-    for stage in ("teacher", "trajectories", "distill", "sample", "evaluate"):
-        done = read_done(workdir / stage) or {}
+    for stage in ("captions", "encode", "teacher", "trajectories", "distill", "sample", "evaluate"):
+        done = read_done(workdir / {"encode": "latents"}.get(stage, stage)) or {}
         if "models" in done:
             seconds |= {f"{stage}/{name}": model["seconds"] for name, model in done["models"].items()}
         elif done:
