@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -63,7 +64,17 @@ class TextEncoder:
         return self.apply(self.params, ids, mask)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[list[np.ndarray], int]:
-        """The ids of each text, with those that stand before and after it, and how many texts were too long."""
+        """The ids of each text, with those that stand before and after it, and how many texts were too long.
+
+        Raises:
+            UserError: a text has half a character in it, which JSON can say and no tokenizer takes.
+        """
+        for text in texts:
+            if half := re.search("[\ud800-\udfff]", text):
+                raise UserError(
+                    f"the text {text[:40]!r} has {half[0]!r} in it, which is half a character: leave that out, or "
+                    f"give the whole one."
+                )
         return self.tokenizer.encode([clean_caption(text, self.cleaning) for text in texts], self.length)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -113,11 +124,13 @@ def open_text_encoder(
         mesh: that its parameters lie on, by the same rules as a teacher's; None for the default device.
 
     Raises:
-        UserError: it is not there or cannot be used, or its tokenizer has other ids than it.
+        UserError: it is not said, is not there or cannot be used, or its tokenizer has other ids than it.
     """
     if length < 2:
         raise UserError(f"length is {length}: a text has at least 2 tokens, its first and its end.")
     clean_caption("", cleaning)  # raises before anything is read
+    if not source:
+        raise UserError(f"captions.encoder is '': give {WORDLLAMA}, the folder of a pipeline or a T5, or hf:ORG/NAME.")
     if source == WORDLLAMA:
         return _open_wordllama(length, cleaning)
     folder = fetch_source(source) if source.startswith("hf:") else pathlib.Path(source)

@@ -1,13 +1,18 @@
 """CLIP's way in from transformers' and open_clip's names and configs."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 from clip_fixtures import config, random_state_dict
+from pixart_fixtures import word_tokenizer
+from safetensors.numpy import save_file
 
 from ard_jax.convert import clip_from_open_clip, clip_from_transformers
 from ard_jax.convert.clip import open_clip_shapes
 from ard_jax.convert.clip_config import fields_of_open_clip, fields_of_transformers
+from ard_jax.convert.clip_folder import open_clip_folder
 from ard_jax.errors import UserError
 from ard_jax.models import CLIP, clip_fields, count_parameters
 from ard_jax.models.clip import ACTIVATIONS
@@ -190,6 +195,27 @@ def test_a_file_is_read_as_the_arrays_are(tmp_path):
         write_tensors(tmp_path / f"{name}.safetensors", written)
         found = convert(open_tensors(tmp_path / f"{name}.safetensors"), described)[1]
         assert jax.tree.all(jax.tree.map(np.array_equal, found, params)), name
+
+
+def test_whole_numbers_of_published_folders_are_left_out(tmp_path):
+    """OpenAI's files in transformers' names count their positions, those in its own say its sizes."""
+    arrays, settings = random_state_dict()
+    params = clip_from_transformers(arrays, settings)[1]
+    sizes = {"input_resolution": np.array(30), "context_length": np.array(12), "vocab_size": np.array(50)}
+    places = {
+        f"{part}_model.embeddings.position_ids": np.arange(count)[None]
+        for part, count in (("text", 12), ("vision", 10))
+    }
+    folders = {
+        "config.json": (arrays | places, settings),
+        "open_clip_config.json": (under_open_clip_names(arrays) | sizes, OPEN_CLIP),
+    }
+    for name, (written, described) in folders.items():
+        folder = tmp_path / name.split(".")[0]
+        word_tokenizer(folder / "tokenizer.json")
+        save_file({key: np.asarray(array, order="C") for key, array in written.items()}, folder / "model.safetensors")
+        (folder / name).write_text(json.dumps(described))
+        assert jax.tree.all(jax.tree.map(np.array_equal, open_clip_folder(folder).params, params)), name
 
 
 @pytest.mark.parametrize(

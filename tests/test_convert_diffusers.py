@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from convert_fixtures import assert_same, state_dict
 
+from ard_jax.config import default_config
 from ard_jax.convert import dit_from_diffusers, dit_to_diffusers, from_torch
+from ard_jax.convert.diffusers_pipeline import sampling_differences
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, DiT, layers
 from ard_jax.models.layers import position_table
@@ -193,6 +195,27 @@ def test_folders_of_2023():
     del old["norm_elementwise_affine"]  # whose default was another one for that class
     with pytest.raises(UserError, match="norm_elementwise_affine is None, but only False can be converted"):
         dit_from_diffusers(written, old)
+
+
+def test_what_its_pipeline_does_otherwise_is_said():
+    config = default_config()
+    config.data.update(num_classes=0, channels=4, space="latent")
+    config.model.update(name="PixArt", null_mask="caption")
+    config.diffusion.update(guided_channels=3, guidance_interval=(0.3, 0.7), solver="dpm++2m", spacing="dpm")
+    assert sampling_differences(config) == [
+        "PixArtSigmaPipeline guides all 4 channels, the teacher's settings 3.",
+        "PixArtSigmaPipeline guides at every step, the teacher's settings from 0.3 to 0.7 of the way from data to "
+        "noise (diffusion.guidance_interval).",
+        "PixArtSigmaPipeline reads the empty caption under a mask of its own, this teacher under that of the caption "
+        "in whose place it stands (model.null_mask is 'caption').",
+    ]
+    config.diffusion.guidance_scale = 1.0
+    assert sampling_differences(config) == []
+    config = default_config()
+    config.data.num_classes = 1000
+    config.diffusion.update(guided_channels=0, guidance_interval=(0.0, 0.5), spacing="leading")
+    (said,) = sampling_differences(config)
+    assert said.startswith("DiTPipeline guides at every step, the teacher's settings from 0 to 0.5 of the way")
 
 
 # ------------------------------------------------------------------------------------------------------- mistakes

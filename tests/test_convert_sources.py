@@ -7,6 +7,7 @@ import logging
 import pathlib
 import re
 
+import ml_dtypes
 import numpy as np
 import pytest
 from convert_fixtures import (
@@ -20,17 +21,18 @@ from convert_fixtures import (
     write_json,
     write_vae,
 )
+from pixart_fixtures import random_like, small_pixart, write_pixart
 from safetensors.numpy import save_file
 
 from ard_jax.build import make_process, make_student, make_teacher
 from ard_jax.checks import validate
-from ard_jax.convert import from_torch, sources, to_torch
+from ard_jax.convert import from_torch, pixart_to_published, sources, to_torch
 from ard_jax.convert.families.base import Hints, Source
 from ard_jax.convert.families.folders import folder_license
 from ard_jax.convert.published import parameters
 from ard_jax.convert.sources import open_source
 from ard_jax.errors import UserError
-from ard_jax.models import ARDStudent, DiT, size_fields
+from ard_jax.models import ARDStudent, DiT, PixArt, network_shapes, size_fields
 from ard_jax.weights.tensors import read_tensors, write_tensors
 
 HEADS = {"num_heads": 2}
@@ -430,6 +432,43 @@ def test_parts_of_pipelines(tmp_path):
     assert (source.config.diffusion.guided_channels, source.config.diffusion.spacing) == (0, "linspace")
     alone = open_source(folder / "vae")
     assert alone.what == "an autoencoder of diffusers" and alone.vae == folder / "vae" and alone.model is None
+
+
+@pytest.mark.parametrize("kind", ["PixArtSigmaPipeline", "PixArtAlphaPipeline"])
+def test_published_folders_call_every_transformer_by_one_old_name(tmp_path, kind):
+    """Which it is says norm_type; what is younger than the folder is left out of its config or null."""
+    dit = write_dit_pipeline(tmp_path / "dit") / "transformer"
+    pixart = write_pixart(tmp_path / "pixart", kind, interpolation=1.0) / "transformer"
+    expected = [open_source(folder) for path in (dit, pixart) for folder in (path.parent, path)]
+    for path, norm in ((dit, "ada_norm_zero"), (pixart, "ada_norm_single")):
+        described = json.loads((path / "config.json").read_text()) | {"_class_name": "Transformer2DModel"}
+        described |= {"num_vector_embeds": None, "only_cross_attention": False, "use_linear_projection": False}
+        assert described["norm_type"] == norm
+        if path == pixart:
+            del described["attention_type"]
+            described |= {"use_additional_conditions": None, "caption_channels": 20}
+            if kind == "PixArtAlphaPipeline":
+                described |= {"interpolation_scale": None}
+        write_json(path / "config.json", described)
+    found = [open_source(folder) for path in (dit, pixart) for folder in (path.parent, path)]
+    assert [type(source.model) for source in found] == [DiT, DiT, PixArt, PixArt]
+    for new, old in zip(found, expected, strict=True):
+        assert (new.what, new.model) == (old.what, old.model)
+        assert_same(new.tensors, old.tensors)
+    write_json(dit / "config.json", {"_class_name": "Transformer2DModel", "norm_type": "layer_norm"})
+    assert f"{dit} holds a Transformer2DModel: only a DiT, a PixArt transformer" in refused(dit)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_pixart_of_no_name_is_known_by_its_positions_in_any_precision(tmp_path, dtype):
+    model = small_pixart(interpolation=2.0, null_mask="caption")
+    published = pixart_to_published(model, random_like(network_shapes(model)))
+    kept = {
+        name: array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, array in published.items()
+    }
+    assert open_source(write(tmp_path / "mine.safetensors", kept), Hints(**HEADS)).model == model
+    kept["pos_embed"] = kept["pos_embed"] * 1.01
+    assert "nothing tells how this PixArt's positions" in refused(write(tmp_path / "x.safetensors", kept), **HEADS)
 
 
 def test_a_folder_with_one_file(tmp_path):

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import importlib.util
 import io
+import os
 import pathlib
 import re
 import sys
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from pipeline_fixtures import copy, run, sentence
 
 from ard_jax import ARDPipeline
@@ -25,6 +26,7 @@ from ard_jax.demo.models import Model, Models, find_models
 from ard_jax.demo.runner import Drawn
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, write_json
+from ard_jax.pipeline.inputs import read_image
 from ard_jax.pipeline.prompts import Prompts
 from ard_jax.progress import Stopwatch
 from ard_jax.sampling import sample_teacher, teacher_steps
@@ -299,6 +301,22 @@ def test_pictures_that_cannot_be_opened(models, tmp_path):
         assert refused(open_picture, models, path) == "the picture is larger than 50 megapixels: shrink it first."
     assert "is 600×10, too narrow" in refused(open_picture, models, thin)
     assert "cannot be read (UnidentifiedImageError)" in refused(open_picture, models, tmp_path / "words.png")
+
+
+def test_no_program_is_run_for_what_calls_itself_a_picture(models, tmp_path, monkeypatch):
+    """Pillow goes by what is in a file, and hands a PostScript to Ghostscript, which has no limit of time or memory."""
+    gs = tmp_path / "gs"
+    gs.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # which an earlier look may have found missing
+    picture = tmp_path / "picture.png"
+    picture.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n")
+    assert refused(open_picture, models, picture) == (
+        "the picture cannot be read (UnidentifiedImageError): give a PNG, JPEG, WebP or GIF."
+    )
+    assert "cannot be read (UnidentifiedImageError): give the path of a picture" in refused(read_image, picture, 8, 1)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_picture_is_cut_shrunk_and_laid_on_white(models, tmp_path):

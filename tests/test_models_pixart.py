@@ -267,6 +267,10 @@ def test_another_position_table_is_refused():
     published["pos_embed"] = layers.position_table(4, 4, 24)[None]  # that of another interpolation
     with pytest.raises(UserError, match="pos_embed .* is not the fixed sin-cos table"):
         pixart_from_published(published, config)
+    written = pixart_to_diffusers(model, random_params(model))[0]  # as older files of diffusers have it
+    pixart_from_diffusers(written | {"pos_embed.pos_embed": model.positions(4, 4)[None]}, config)
+    with pytest.raises(UserError, match="pos_embed .* is not the fixed sin-cos table"):
+        pixart_from_diffusers(written | {"pos_embed.pos_embed": published["pos_embed"]}, config)
 
 
 @pytest.mark.parametrize(

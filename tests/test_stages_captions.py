@@ -1,10 +1,12 @@
 """Captions: their sources, their store, the stages that are told them, and a PixArt from its folder to its exports."""
 
+import gc
 import json
 import re
 import shlex
 import subprocess
 import sys
+import weakref
 
 import jax
 import numpy as np
@@ -26,6 +28,7 @@ from ard_jax.data import image_source
 from ard_jax.errors import UserError
 from ard_jax.files import read_json, read_npz, write_json
 from ard_jax.models import network_shapes
+from ard_jax.pipeline.prompts import Prompts
 from ard_jax.text_encoders import open_text_encoder
 from ard_jax.weights.tensors import read_tensors, write_tensors
 from configs import smoke_captions
@@ -293,6 +296,18 @@ def test_held_out_captions_are_never_trained_on_and_are_measured_apart(captioned
     assert np.array_equal(gallery["ard"][4], read_npz(workdir / "sample" / "ard" / "samples.npz")["arr_0"][66])
     page = (workdir / "report" / "index.html").read_text()
     assert "Captions trained on" in page and "Captions held out of training" in page
+
+
+@pytest.mark.parametrize(
+    ("overrides", "samples"),
+    [(("sample.held_out=72",), 72), (("sample.labels=(1, 10, 2)",), 48)],  # of none but held-out ones; a third of them
+)
+def test_results_say_how_many_samples_were_held_against_real_images(captioned, tmp_path, overrides, samples):
+    workdir = copy(captioned, tmp_path / "run", "captions", "teacher")
+    hold_out(workdir, 86)
+    outcome = stage("evaluate", workdir, "evaluate.draw=True", "sample.models=('teacher',)", *overrides)
+    assert outcome.status == 0, outcome.err
+    assert read_json(workdir / "evaluate" / "results.json")["samples"] == samples
 
 
 def test_nothing_held_out_cannot_be_asked_for(captioned, tmp_path):
@@ -580,6 +595,111 @@ def test_a_pipeline_goes_out_and_in_with_its_text_encoder(pixart, tmp_path):
     np.testing.assert_allclose(given.images, drawn.images, rtol=0, atol=2e-5)
     edited = again.edit(drawn.images[0], 1, prompt=["blue square"], output_type="np").images
     assert edited.shape == (1, 16, 16, 3)
+    outcome = run("convert", "--source", str(tmp_path / "pipe"), "--workdir", str(tmp_path / "run"))
+    assert outcome.status == 0, outcome.err
+    outcome = run("export", "--workdir", str(tmp_path / "run"), "--model", "ard", "--format", "pipeline")
+    assert outcome.status == 0, outcome.err
+    exported = ARDPipeline.from_pretrained(tmp_path / "run" / "export" / "ard" / "pipeline")
+    other = exported(["a red apple", "green circle"], num_images_per_prompt=2, seed=1, output_type="np")
+    np.testing.assert_array_equal(other.images, drawn.images)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_convert_knows_the_text_encoder_of_a_pipeline(pixart, tmp_path, monkeypatch, named):
+    """By its name, or the folder's: the repository of one that was downloaded."""
+    student = ARDPipeline.from_pretrained(pixart / "run" / "distill" / "ard")
+    student.prompts.source = "wordllama" if named else student.prompts.source
+    student.save_pretrained(tmp_path / "pipe")
+    monkeypatch.setattr("ard_jax.stages.convert.fetch_source", lambda source: tmp_path / "pipe")
+    outcome = run("convert", "--source", "hf:ORG/NAME", "--workdir", str(tmp_path / "run"))
+    assert outcome.status == 0, outcome.err
+    found = read_json(tmp_path / "run" / "distill" / "ard" / "config.json")["captions"]["encoder"]
+    assert found == ("wordllama" if named else "hf:ORG/NAME")
+
+
+def teacher_with(pixart, workdir, encoder):
+    """A workdir of the teacher alone, whose captions another text encoder has encoded."""
+    copy(pixart / "run", workdir, "teacher", "vae")
+    path = workdir / "teacher" / "config.json"
+    config = read_json(path)
+    config["captions"]["encoder"] = str(encoder)
+    write_json(path, config)
+    return workdir
+
+
+def export_teacher(workdir, form, *more):
+    return run("export", "--workdir", str(workdir), "--model", "teacher", "--format", form, *more)
+
+
+@pytest.mark.parametrize("form", ["pipeline", "diffusers"])
+def test_a_text_encoder_that_is_gone_is_said(pixart, tmp_path, form):
+    workdir = teacher_with(pixart, tmp_path / "run", "gone/t5")
+    said = sentence(export_teacher(workdir, form), "export", last=True)
+    assert "the text encoder's folder 'gone/t5', which captions.encoder names, is not there" in said
+    assert not (workdir / "export" / "teacher" / form).exists()
+
+
+@pytest.mark.oracle
+def test_a_tokenizer_in_its_encoder_s_folder_goes_to_where_diffusers_looks(pixart, tmp_path):
+    import diffusers
+    import sentencepiece
+
+    encoder = write_text_encoder(tmp_path / "t5")
+    (encoder / "tokenizer.json").unlink()
+    (tmp_path / "text").write_text("\n".join(" ".join(PROMPTS).split() * 30))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(encoder / "spiece"), vocab_size=60, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", minloglevel=2,
+    )  # fmt: skip
+    (encoder / "spiece.vocab").unlink()
+    write_json(encoder / "tokenizer_config.json", {"extra_ids": 0})
+    outcome = export_teacher(teacher_with(pixart, tmp_path / "run", encoder), "diffusers")
+    assert outcome.status == 0, outcome.err
+    out = tmp_path / "run" / "export" / "teacher" / "diffusers"
+    assert {path.name for path in (out / "text_encoder").iterdir()} == {"config.json", "model.safetensors"}
+    texts = ["a red apple", "green circle"]
+    theirs = diffusers.DiffusionPipeline.from_pretrained(out).tokenizer(texts)["input_ids"]
+    ours = open_text_encoder(str(encoder), 300, "none")
+    assert [list(map(int, own)) for own in ours.tokenize(texts)[0]] == theirs
+    again = open_text_encoder(str(out), 300, "none")
+    for one, other in zip(again.encode(texts), ours.encode(texts), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_stablehlo_of_a_teacher_without_a_text_encoder(pixart, tmp_path):
+    outcome = export_teacher(teacher_with(pixart, tmp_path / "run", ""), "stablehlo", "--platforms", "cpu")
+    said = sentence(outcome, "export", last=True)
+    assert said.startswith("ard_jax export: captions.encoder is '', but a teacher's guidance needs the vectors of")
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("form", "encoder"), [("pipeline", ""), ("diffusers", ""), ("diffusers", "wordllama")])
+def test_a_card_tells_vectors_where_no_text_encoder_goes_along(pixart, tmp_path, monkeypatch, form, encoder):
+    workdir = teacher_with(pixart, tmp_path / "run", encoder)
+    outcome = export_teacher(workdir, form)
+    assert outcome.status == 0, outcome.err
+    folder = workdir / "export" / "teacher" / form
+    card = (folder / "README.md").read_text()
+    assert "a red apple" not in card and "No text encoder goes along: `tokens` (prompt, token, channel)" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    embeds, mask = np.random.default_rng(0).normal(size=(1, 16, 20)).astype(np.float32), np.ones((1, 16), np.int32)
+    told = {"tokens": embeds, "mask": mask, "empty": embeds[0, :1]}
+    if form == "diffusers":
+        import torch
+
+        told = {"tokens": torch.tensor(embeds), "mask": torch.tensor(mask)}
+        told |= {"empty": -told["tokens"], "empty_mask": told["mask"]}
+        code = code.replace("pipe(", "pipe(use_resolution_binning=False, height=16, width=16, ")  # it is so small
+    monkeypatch.chdir(folder)
+    exec(code, told)
+    assert [image.size for image in told["images"]] == [(16, 16)]
+
+
+def test_a_pipeline_s_card_names_a_prompt_where_its_text_encoder_has_a_name(pixart, tmp_path):
+    workdir = teacher_with(pixart, tmp_path / "run", "wordllama")
+    assert export_teacher(workdir, "pipeline").status == 0
+    card = (workdir / "export" / "teacher" / "pipeline" / "README.md").read_text()
+    assert 'pipe("a red apple", num_images_per_prompt=4' in card and "No text encoder" not in card
 
 
 def test_a_teacher_s_negative_prompt_and_sides(pixart):
@@ -589,6 +709,61 @@ def test_a_teacher_s_negative_prompt_and_sides(pixart):
     np.testing.assert_array_equal(teacher("a red apple", negative_prompt="", **settings).images, plain)
     assert np.abs(teacher("a red apple", negative_prompt="green", **settings).images - plain).max() > 1e-4
     assert teacher("a red apple", height=24, width=8, **settings).images.shape == (1, 24, 8, 3)
+
+
+def test_a_negative_prompt_is_as_long_as_it_is_itself(pixart):
+    """Whatever mask the empty caption has: of the authors' weights that of the caption in whose place it stands."""
+    teacher, random = ARDPipeline.from_pretrained(pixart / "folder"), np.random.default_rng(0)
+    long = random.normal(size=(5, 20)).astype(np.float32)
+    other = np.concatenate([long[:2], random.normal(size=(3, 20)).astype(np.float32)])
+
+    def drawn(prompt, **negative):
+        return teacher(prompt, seed=1, num_inference_steps=3, output_type="np", **negative).images
+
+    asked = [("red", long), ("red", other), ("a red apple a green circle", long[:1])]  # shorter and longer ones
+    own = [drawn(prompt, negative_prompt_embeds=embeds) for prompt, embeds in asked]
+    empty, green = drawn("red apple"), drawn("red apple", negative_prompt="green")
+    teacher.model = teacher.model.clone(null_mask="caption")
+    teacher._jitted.clear()
+    assert np.abs(drawn("red apple") - empty).max() > 1e-4
+    np.testing.assert_array_equal(drawn("red apple", negative_prompt="green"), green)
+    found = [drawn(prompt, negative_prompt_embeds=embeds) for prompt, embeds in asked]
+    for one, expected in zip(found, own, strict=True):
+        np.testing.assert_array_equal(one, expected)
+    assert np.abs(found[0] - found[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("negative", "said"),
+    [
+        (["blue"], r"negative_prompt is \['blue'\]: give one string, which is for all images."),
+        ("blu\ud83d", r"the text 'blu\\ud83d' has '\\ud83d' in it, which is half a character: leave that out"),
+    ],
+    ids=["several", "half a character"],  # which no report could print
+)
+def test_negative_prompts_that_are_none(pixart, negative, said):
+    with pytest.raises(UserError, match=said):
+        ARDPipeline.from_pretrained(pixart / "folder")("red", negative_prompt=negative, num_inference_steps=2)
+
+
+def test_pipelines_have_one_text_encoder_together(pixart, tmp_path):
+    """As long as one of them has it, in the type that they compute in, and its files are as they were."""
+    teacher, student = (ARDPipeline.from_pretrained(pixart / name) for name in ("folder", "run/distill/ard"))
+    assert teacher.prompts.encoder is student.prompts.encoder
+    half = ARDPipeline.from_pretrained(pixart / "folder", dtype="bfloat16").prompts.encoder
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {"bfloat16", "float32"}  # norms are summed
+    theirs, loaded = weakref.ref(teacher.prompts.encoder), open_text_encoder(str(pixart / "folder"), 300, "none").params
+    jax.tree.map(np.testing.assert_array_equal, teacher.prompts.encoder.params, loaded)
+    teacher.prompts.drop()
+    assert theirs() is student.prompts.encoder
+    student.prompts.drop()
+    gc.collect()
+    assert theirs() is None
+    write_text_encoder(tmp_path / "t5")
+    one, other = (Prompts(str(tmp_path / "t5"), student.config.captions, 20) for _ in range(2))
+    before = one.encoder.sha256
+    write_text_encoder(tmp_path / "t5", seed=7)
+    assert other.encoder.sha256 != before == one.encoder.sha256
 
 
 @pytest.mark.parametrize(
@@ -724,6 +899,7 @@ def test_diffusers_opens_what_is_exported(tmp_path, kind):
     outcome = run("export", "--workdir", str(tmp_path / "run"), "--model", "teacher", "--format", "diffusers")
     assert outcome.status == 0, outcome.err
     out = tmp_path / "run" / "export" / "teacher" / "diffusers"
+    assert outcome.out.strip().endswith(f'open it with {kind}.from_pretrained("{out}").')
     for part, name in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")):
         before, after = (read_tensors(folder / part / f"{name}.safetensors") for folder in (tmp_path / "folder", out))
         assert before.keys() == after.keys()

@@ -417,9 +417,19 @@ def test_what_an_encoder_is_depends_on_how_texts_are_read(tmp_path):
     assert len(hashes) == 3 and open_text_encoder(folder, 10, "none").sha256 in hashes
 
 
+def test_half_a_character_is_said(tmp_path):
+    opened = open_text_encoder(str(encoder(tmp_path)), 10, "none")
+    with pytest.raises(UserError, match=r"the text 'a red \\udc00 apple' has '\\udc00' in it, which is half a char"):
+        opened.tokenize(["a red apple", "a red \udc00 apple"])
+
+
 def test_bad_encoders(tmp_path):
     with pytest.raises(UserError, match="'nowhere' is not there: give 'wordllama', or the folder"):
         open_text_encoder("nowhere", 10, "none")
+    with pytest.raises(
+        UserError, match="^captions.encoder is '': give wordllama, the folder of a pipeline or a T5, or"
+    ):
+        open_text_encoder("", 10, "none")
     with pytest.raises(UserError, match="length is 1: a text has at least 2 tokens"):
         open_text_encoder("wordllama", 1, "none")
     with pytest.raises(UserError, match="cleaning is 'x'"):

@@ -69,6 +69,12 @@ def test_names_that_are_left_out_may_be_of_any_type(tmp_path):
     with pytest.raises(UserError, match="no floats of 16, 32 or 64 bits .bn.counter is I64"):
         open_tensors(tmp_path / "x.safetensors")
     assert set(open_tensors(tmp_path / "x.safetensors", leave_out=".counter")) == {"layer.0", "counter.weight"}
+    given["position_ids"] = np.arange(3)
+    write_shards(tmp_path / "shards", given)
+    with pytest.raises(UserError, match="no floats of 16, 32 or 64 bits"):
+        open_tensors(tmp_path / "shards")
+    found = open_tensors(tmp_path / "shards", leave_out=(".counter", "position_ids"))
+    assert set(found) == {"layer.0", "counter.weight"}
 
 
 def test_arrays_are_read_when_they_are_asked_for(tmp_path):

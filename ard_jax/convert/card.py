@@ -10,6 +10,7 @@ import ml_collections
 
 from ard_jax.build import make_solve, make_teacher
 from ard_jax.convert.hub import is_repository
+from ard_jax.convert.usage import usage
 from ard_jax.errors import UserError
 from ard_jax.results import Results, distance_format, shares
 from ard_jax.sampling import network_calls
@@ -54,6 +55,7 @@ class Facts:
         repository: on the hub, ORG/NAME, where it will lie; "" for none.
         base_model: the repository of what it was made from, ORG/NAME, "" if that lies in none.
         start: of a fine-tuned student, the name of the one that it started from, "" if unknown.
+        text_encoder: of a model of captions: "wordllama", a folder or "hf:ORG/NAME"; "" where there is none.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Facts:
     repository: str = ""
     base_model: str = ""
     start: str = ""
+    text_encoder: str = ""
 
 
 def model_card(facts: Facts) -> str:
@@ -195,72 +198,8 @@ def _network(facts: Facts) -> str:
 
 
 def _usage(facts: Facts) -> str:
-    """Lines that work in the folder, or anywhere once it is on the hub."""
-    classes = facts.config.data.num_classes
-    place = f'"{facts.repository}")' if facts.repository else '".")  # this folder'
-    if facts.form == "stablehlo":
-        return STABLEHLO_USAGE if classes else STABLEHLO_OF_CAPTIONS
-    if facts.form == "diffusers" and not classes:
-        code = (
-            f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({place}\n"
-            f'images = pipe("a red apple", guidance_scale={float(facts.config.diffusion.guidance_scale)}, '
-            f"num_inference_steps={facts.config.diffusion.steps}).images"
-        )
-    elif facts.form == "diffusers":
-        scale = facts.config.diffusion.guidance_scale if facts.config.data.num_classes == 1000 else 1.0
-        code = (
-            f"from diffusers import DiTPipeline\n\npipe = DiTPipeline.from_pretrained({place}\n"
-            f"images = pipe(class_labels=[0, 1], guidance_scale={float(scale)}, "
-            f"num_inference_steps={facts.config.diffusion.steps}).images"
-        )
-    elif facts.form == "safetensors":
-        return (
-            "The names of the arrays are those of the published DiT and ARD repositories; what their shapes do not "
-            "tell is in the file's metadata. ard_jax makes a model of it again:\n\n"
-            "```bash\npython -m ard_jax convert --source . --workdir DIR\n```"
-        )
-    else:
-        output = "" if facts.images else ', output_type="latent"'
-        code = (
-            f"from ard_jax import ARDPipeline\n\npipe = ARDPipeline.from_pretrained({place}\n"
-            f"images = pipe({CLASSES if classes else WORDS}=4, seed=0{output}).images"
-        )
-    return f"```python\n{code}\n```"
-
-
-CLASSES = "class_labels=[0, 1], num_images_per_label"
-WORDS = '"a red apple", num_images_per_prompt'
-STABLEHLO_OF_CAPTIONS = """It needs jax and numpy, Pillow for pictures, and for prompts the library of its tokenizer
-(tokenizers for a tokenizer.json, else sentencepiece); ard_jax is not imported.
-
-```bash
-python run.py --prompts "a red apple" "a green circle" --seed 0 --out images.png
-```
-
-```python
-import run
-
-generate = run.load(".")  # this folder
-tokens, mask = run.encode(".", ["a red apple", "a green circle"])
-images = generate(run.draw_noise(".", seed=0, count=2), tokens, mask)  # float32 in [0, 1], channels last
-```
-
-`signature.json` says what goes in and comes out, and which platforms the modules run on."""
-
-STABLEHLO_USAGE = """It needs jax and numpy, and Pillow for pictures; ard_jax is not imported.
-
-```bash
-python run.py --labels 0 1 --seed 0 --out images.png
-```
-
-```python
-import run
-
-generate = run.load(".")  # this folder
-images = generate(run.draw_noise(".", seed=0, count=2), [0, 1])  # float32 in [0, 1], channels last
-```
-
-`signature.json` says what goes in and comes out, and which platforms the modules run on."""
+    how = facts.form, facts.config, facts.is_student, facts.images is not None
+    return usage(*how, text_encoder=facts.text_encoder, repository=facts.repository)
 
 
 def results(facts: Facts) -> str:

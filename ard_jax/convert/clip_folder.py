@@ -4,7 +4,7 @@ import hashlib
 import pathlib
 from typing import Any, NamedTuple
 
-from ard_jax.convert.clip import clip_from_open_clip, clip_from_transformers
+from ard_jax.convert.clip import OPEN_CLIP_CONSTANTS, POSITION_IDS, clip_from_open_clip, clip_from_transformers
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json
 from ard_jax.models import CLIP
@@ -47,7 +47,8 @@ def open_clip_folder(folder: pathlib.Path) -> OpenedCLIP:
             )
     config = read_json(described, dict[str, Any], "fetch it again")
     convert = clip_from_open_clip if described == theirs else clip_from_transformers
-    model, params = convert(to_float32(open_tensors(folder), folder), config)
+    tensors = open_tensors(folder, leave_out=(*POSITION_IDS, *OPEN_CLIP_CONSTANTS))  # whole numbers, most of them
+    model, params = convert(to_float32(tensors, folder), config)
     hashes = [file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()]
     digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
     return OpenedCLIP(model, params, open_tokenizer(folder / "tokenizer.json"), digest)

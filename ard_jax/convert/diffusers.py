@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ard_jax.convert.diffusers_config import UNUSED, read_config, written_sizes
+from ard_jax.convert.diffusers_config import OLD_CLASS, TABLE, UNUSED, read_config, written_sizes
 from ard_jax.convert.published import expected_shapes, parameters, to_torch
 from ard_jax.errors import UserError
 from ard_jax.models import DiT, Network
@@ -23,8 +23,7 @@ from ard_jax.weights.names import check_names
 
 log = logging.getLogger("ard_jax")
 
-# The class as it is called now, and as the published folders of 2023 call it.
-CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+CLASS = "DiTTransformer2DModel"
 # Settings of diffusers' that we have no others for; a config that leaves one out means this.
 ONLY = {
     "norm_type": "ada_norm_zero",
@@ -64,7 +63,6 @@ EMBEDDERS = {  # under transformer_blocks.N.norm1.emb.
     "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
     "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
 }
-TABLE = "pos_embed.pos_embed"  # the fixed positions, which files of 2023 still hold
 
 
 def dit_from_diffusers(
@@ -110,7 +108,7 @@ def dit_to_diffusers(model: Network, params: Params) -> tuple[dict[str, np.ndarr
         arrays = np.split(published[name], 3) if _is_qkv(name) else [published[name]] * len(theirs)
         found |= zip(theirs, arrays, strict=True)
     return found, {
-        "_class_name": CLASSES[0],
+        "_class_name": CLASS,
         **ONLY,
         **sizes,
         "num_embeds_ada_norm": model.num_classes,
@@ -125,12 +123,12 @@ def dit_model(config: Mapping[str, Any], **fields: Any) -> DiT:
     Raises:
         UserError: it describes one that our DiT cannot be.
     """
-    given, sizes = read_config(config, CLASSES, ONLY, DEFAULTS)
+    given, sizes = read_config(config, (CLASS, OLD_CLASS), ONLY, DEFAULTS)
     size = sizes["image_size"]
-    scale = config.get("interpolation_scale") or (size // 64 if config.get("_class_name") == CLASSES[1] else 1)
+    scale = config.get("interpolation_scale") or (size // 64 if config.get("_class_name") == OLD_CLASS else 1)
     if scale > 1:
         raise UserError(
-            f"the transformer's positions are scaled by {scale}, as {CLASSES[1]} does for sample_size {size}: "
+            f"the transformer's positions are scaled by {scale}, as {OLD_CLASS} does for sample_size {size}: "
             f"only DiTs with the published position table can be used."
         )
     sizes |= {

@@ -8,6 +8,16 @@ from ard_jax.models import Network
 
 # What diffusers also asks of a config, and what changes nothing in these networks.
 UNUSED = {"norm_num_groups": 32, "dropout": 0.0, "upcast_attention": False}
+# What older versions called every transformer, as published folders still do, and what it is by its norm_type today.
+OLD_CLASS = "Transformer2DModel"
+BY_NORM = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+TABLE = "pos_embed.pos_embed"  # the fixed positions, which older files hold
+
+
+def transformer_class(config: Mapping[str, Any]) -> str:
+    """What diffusers calls the transformer of a config.json today; "" for one that says no class."""
+    name = str(config.get("_class_name", ""))
+    return BY_NORM.get(str(config.get("norm_type")), name) if name == OLD_CLASS else name
 
 
 def read_config(

@@ -56,8 +56,8 @@ def scheduler_config(config: ConfigDict) -> dict[str, Any]:
 
 
 def sampling_differences(config: ConfigDict) -> list[str]:
-    """Where `DiTPipeline` samples otherwise than this teacher's settings say; a sentence each."""
-    diffusion, channels, classes = config.diffusion, config.data.channels, config.data.num_classes
+    """Where the pipeline of diffusers samples otherwise than this teacher's settings say; a sentence each."""
+    diffusion, classes = config.diffusion, config.data.num_classes
     found = []
     is_dpm = diffusion.solver == "dpm++2m" and not classes
     if diffusion.spacing in ("linspace", "dpm") and not (is_dpm and diffusion.spacing == "dpm"):
@@ -72,13 +72,31 @@ def sampling_differences(config: ConfigDict) -> list[str]:
         )
     if diffusion.solver != "ddim" and not is_dpm:
         found.append(f"The teacher's solver is {diffusion.solver}; diffusers' folder has DDIM.")
-    if not classes:
-        return found
-    if classes != 1000:
+    if classes not in (0, 1000):
         found.append(
             f"DiTPipeline takes class 1000 for the null class, and this teacher has {classes} classes: guidance does "
             f"not work there, so use guidance_scale=1."
         )
-    elif diffusion.guidance_scale != 1 and diffusion.guided_channels not in (0, channels):
-        found.append(f"DiTPipeline guides all {channels} channels, the teacher's settings {diffusion.guided_channels}.")
+    elif diffusion.guidance_scale != 1:
+        found += _guided_otherwise(config)
+    return found
+
+
+def _guided_otherwise(config: ConfigDict) -> list[str]:
+    """Where a pipeline of diffusers guides otherwise; a sentence each."""
+    diffusion, channels, kind = config.diffusion, config.data.channels, pipeline_class(config)
+    found = []
+    if diffusion.guided_channels not in (0, channels):
+        found.append(f"{kind} guides all {channels} channels, the teacher's settings {diffusion.guided_channels}.")
+    if tuple(diffusion.guidance_interval) != (0.0, 1.0):
+        low, high = diffusion.guidance_interval
+        found.append(
+            f"{kind} guides at every step, the teacher's settings from {low:g} to {high:g} of the way from data to "
+            f"noise (diffusion.guidance_interval)."
+        )
+    if not config.data.num_classes and config.model.null_mask == "caption":
+        found.append(
+            f"{kind} reads the empty caption under a mask of its own, this teacher under that of the caption in whose "
+            f"place it stands (model.null_mask is 'caption')."
+        )
     return found

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ard_jax.convert.diffusers_config import UNUSED, read_config, written_sizes
+from ard_jax.convert.diffusers_config import OLD_CLASS, TABLE, UNUSED, read_config, written_sizes
 from ard_jax.convert.published import KINDS, NULL_CAPTION, expected_shapes, parameters, to_torch
 from ard_jax.errors import UserError
 from ard_jax.models import Network, PixArt
@@ -60,7 +60,7 @@ BLOCK = {
     "mlp.fc1": ("ff.net.0.proj",),
     "mlp.fc2": ("ff.net.2",),
 }
-TABLE = "scale_shift_table"
+MODULATION = "scale_shift_table"
 
 
 def pixart_from_published(
@@ -156,7 +156,8 @@ def pixart_model(config: Mapping[str, Any], **fields: Any) -> PixArt:
     Raises:
         UserError: it describes one that our PixArt cannot be.
     """
-    given, sizes = read_config(config, (CLASS,), ONLY, DEFAULTS)
+    config = {"attention_type": "default"} | dict(config)  # which older ones do not say
+    given, sizes = read_config(config, (CLASS, OLD_CLASS), ONLY, DEFAULTS)
     width, size = sizes["hidden_size"], sizes["image_size"]
     if config.get("cross_attention_dim", width) not in (width, None):
         raise UserError(
@@ -173,7 +174,7 @@ def pixart_model(config: Mapping[str, Any], **fields: Any) -> PixArt:
 
 
 def published_names(state_dict: Mapping[str, np.ndarray], model: PixArt) -> Tensors:
-    """A transformer's arrays by the authors' names, unread.
+    """A transformer's arrays by the authors' names, unread, with the fixed positions that older files have.
 
     Raises:
         UserError: the names or shapes are not those of `model`.
@@ -183,8 +184,10 @@ def published_names(state_dict: Mapping[str, np.ndarray], model: PixArt) -> Tens
         _diffusers_shapes(model),
         "its config describes",
         "the names and shapes of diffusers' PixArt",
+        optional=(TABLE,),
     )
-    return Tensors({name: joined(state_dict, theirs) for name, theirs in _diffusers_names(model).items()})
+    names = _diffusers_names(model) | ({"pos_embed": [TABLE]} if TABLE in state_dict else {})
+    return Tensors({name: joined(state_dict, theirs) for name, theirs in names.items()})
 
 
 def _diffusers_names(model: PixArt) -> dict[str, list[str]]:
@@ -195,10 +198,10 @@ def _diffusers_names(model: PixArt) -> dict[str, list[str]]:
         for name, theirs in OUTSIDE.items()
         for kind in KINDS.values()
     }
-    names["final_layer.scale_shift_table"] = [TABLE]
+    names[f"final_layer.{MODULATION}"] = [MODULATION]
     for layer in range(model.depth):
         ours, block = f"blocks.{layer}", f"transformer_blocks.{layer}"
-        names[f"{ours}.{TABLE}"] = [f"{block}.{TABLE}"]
+        names[f"{ours}.{MODULATION}"] = [f"{block}.{MODULATION}"]
         for name, theirs in BLOCK.items():
             for kind in KINDS.values():
                 names[f"{ours}.{name}.{kind}"] = [f"{block}.{part}.{kind}" for part in theirs]

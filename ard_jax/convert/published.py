@@ -366,14 +366,23 @@ def check_published(
     check_names(found, expected_shapes(model), described, names, optional=naming.constants)
 
 
-def _check_position_table(table: np.ndarray, model: Network) -> None:
-    """Raises UserError unless it is the fixed table of the model's image size, in whichever precision it was kept."""
-    network = model.backbone
-    side = network.image_size // network.patch_size if network.image_size else math.isqrt(math.prod(table.shape[:-1]))
-    fixed = network.positions(side, side)
+def has_positions(table: np.ndarray, network: Backbone) -> bool:
+    """Whether a position table is the fixed one of a network's image size, in whichever precision it was kept."""
+    side = _table_side(table, network)
+    fixed, given = network.positions(side, side), np.asarray(table, np.float32)
     kept = [fixed.astype(dtype).astype(np.float32) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16)]
-    given = np.asarray(table, np.float32)
-    if table.shape != (1, *fixed.shape) or not any(np.allclose(given[0], known, rtol=0, atol=1e-6) for known in kept):
+    return table.shape == (1, *fixed.shape) and any(np.allclose(given[0], known, rtol=0, atol=1e-6) for known in kept)
+
+
+def _table_side(table: np.ndarray, network: Backbone) -> int:
+    """Patches a side."""
+    return network.image_size // network.patch_size if network.image_size else math.isqrt(math.prod(table.shape[:-1]))
+
+
+def _check_position_table(table: np.ndarray, model: Network) -> None:
+    """Raises UserError unless it is the fixed table of the model's image size."""
+    side = _table_side(table, model.backbone)
+    if not has_positions(table, model.backbone):
         raise UserError(
             f"the state dict's pos_embed {tuple(table.shape)} is not the fixed sin-cos table of a square grid "
             f"({side}×{side} here): only DiTs with the published table can be used."

@@ -17,6 +17,7 @@ from ard_jax.pipeline.inputs import require_int
 
 MOST_IMAGES = 8
 MOST_CHARACTERS = 1000  # longer than any caption that an encoder reads whole
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # what Pillow itself decodes: of an EPS it would run Ghostscript
 MOST_PIXELS = 50_000_000  # of a picture to edit: more take seconds to shrink, and gigabytes
 
 
@@ -165,14 +166,16 @@ def open_picture(models: Models, path: pathlib.Path) -> np.ndarray:
     shape = models.first.pipe.image_shape
     assert shape is not None  # models without a VAE are refused
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=FORMATS)
         pixels = image.width * image.height
         if pixels <= MOST_PIXELS:
             image.load()
     except Image.DecompressionBombError:
         pixels = MOST_PIXELS + 1
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        raise UserError(f"the picture cannot be read ({type(error).__name__}): give a PNG, JPEG or WebP.") from None
+        raise UserError(
+            f"the picture cannot be read ({type(error).__name__}): give a PNG, JPEG, WebP or GIF."
+        ) from None
     if pixels > MOST_PIXELS:
         raise UserError(f"the picture is larger than {MOST_PIXELS // 10**6} megapixels: shrink it first.")
     if min(image.size) < 1 or max(image.size) > 50 * min(image.size):

@@ -20,10 +20,11 @@ import numpy as np
 from ard_jax.build import make_student, make_teacher
 from ard_jax.config import plain
 from ard_jax.convert import to_torch, vae_to_diffusers
-from ard_jax.convert.families.folders import read_description
+from ard_jax.convert.families.folders import find_text_encoder, read_description
 from ard_jax.convert.hub import fetch_source, is_repository
 from ard_jax.convert.published import parameters
 from ard_jax.convert.sources import open_source
+from ard_jax.convert.usage import EMBEDS
 from ard_jax.convert.vae import open_vae
 from ard_jax.errors import UserError
 from ard_jax.files import local_path, read_json, whole_folder, write_json
@@ -145,15 +146,9 @@ def _open_folder(folder: pathlib.Path) -> Opened:
         "vae": vae,
         "vae_params": vae_params,
         "id2label": dict(enumerate(source.labels)),
-        "text_encoder": _find_encoder(folder),
+        "text_encoder": find_text_encoder(folder),
         "card": card.read_text(encoding="utf-8") if card.is_file() else "",
     }
-
-
-def _find_encoder(folder: pathlib.Path) -> str:
-    """Where a pipeline's text encoder is: in its folder, or by the name that its index has; "" if it has none."""
-    named = read_description(folder / "model_index.json").get("text_encoder") or ("", "")
-    return str(folder) if (folder / "text_encoder").is_dir() else str(named[1]) if named[0] == "ard_jax" else ""
 
 
 def describe_model(config: ml_collections.ConfigDict, is_student: bool) -> ml_collections.ConfigDict:
@@ -223,10 +218,11 @@ def write_pipeline(
             is copied; one that a package ships, or that is on the hub, is named.
 
     Raises:
-        UserError: something is there that is no earlier pipeline of ours.
+        UserError: something is there that is no earlier pipeline of ours, or the text encoder's folder is not there.
     """
     folder = local_path(folder)
     _check_place(folder)
+    how, named = describe_encoder(text_encoder) if text_encoder else ("", None)
     with whole_folder(folder) as new:
         name = "student" if config.get("student") else "teacher"
         model = make_student(config) if name == "student" else make_teacher(config)
@@ -244,11 +240,11 @@ def write_pipeline(
             state_dict, settings = vae_to_diffusers(vae, vae_params)
             write_json(new / "vae" / "config.json", settings)
             write_tensors(new / "vae" / WEIGHTS, state_dict)
-        if text_encoder:
-            how, index["text_encoder"] = describe_encoder(text_encoder)
-            if how == "copied":
-                copy_encoder(text_encoder, new)
-        (new / "README.md").write_text(card or default_card(model), encoding="utf-8")
+        if how:
+            index["text_encoder"] = named
+        if how == "copied":
+            copy_encoder(text_encoder, new)
+        (new / "README.md").write_text(card or default_card(model, bool(how)), encoding="utf-8")
         index["id2label"] = {str(number): label for number, label in id2label.items()}
         write_json(new / "model_index.json", index)
 
@@ -271,13 +267,14 @@ def _check_place(folder: pathlib.Path) -> None:
         )
 
 
-def default_card(model: Network) -> str:
+def default_card(model: Network, has_text_encoder: bool) -> str:
     """What a folder says of itself if nobody wrote it a card."""
     is_student = model.is_student
     what = f"An ARD student of {model.steps} steps" if is_student else "A diffusion transformer"
     classes = model.backbone.num_classes
     told = f"{classes} classes of images" if classes else "images of captions"
-    call = "class_labels=[0, 1]" if classes else '"a red apple"'
+    words = '"a red apple"' if has_text_encoder else EMBEDS
+    call = "class_labels=[0, 1]" if classes else words
     return (
         f"---\nlibrary_name: ard_jax\n---\n\n{what} for {told}.\n\n"
         "```python\nfrom ard_jax import ARDPipeline\n\n"

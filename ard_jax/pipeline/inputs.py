@@ -9,16 +9,20 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ard_jax.build import make_solve
+from ard_jax.build import make_process, make_solve
 from ard_jax.data import MODES, as_shown
 from ard_jax.errors import UserError
 from ard_jax.sampling import Solve
+
+# Of pictures to edit, all of which Pillow decodes itself: of a PostScript it would run Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def resolve_labels(labels: Any, id2label: Mapping[int, str], num_classes: int) -> np.ndarray:
@@ -124,6 +128,21 @@ def resolve_sides(
     return found[0], found[1], shape[2]
 
 
+def resolve_latents(latents: jax.typing.ArrayLike, expected: tuple[int, ...]) -> np.ndarray:
+    """Noise of the caller's own, (batch, height, width, channel), of at least float32.
+
+    Raises:
+        UserError: it is of another shape than expected, or no floats.
+    """
+    array = np.asarray(latents)
+    if array.shape != expected or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(
+            f"latents is an array of {array.dtype} {array.shape}, but these labels need floats {expected}: give "
+            f"noise as (batch, height, width, channel), channels last, one an image."
+        )
+    return array.astype(jax.dtypes.canonicalize_dtype(jnp.promote_types(array.dtype, jnp.float32)))
+
+
 def _resolve_label(label: SupportsIndex | str, id2label: Mapping[int, str], num_classes: int) -> int:
     if isinstance(label, str):
         return _find_name(label, id2label, num_classes)
@@ -205,9 +224,19 @@ def read_image(image: Image.Image | str | os.PathLike | npt.ArrayLike, size: int
     return array.astype(np.float32) * 2 - 1 if floats else array.astype(np.float32) / 127.5 - 1
 
 
+def source_coefficients(config: ml_collections.ConfigDict, source_step: int) -> tuple[float, float]:
+    """α and σ of the point that an image to edit becomes: of data, or for noisy points those of the teacher."""
+    student, steps = config.student, config.diffusion.steps
+    if student.target == "x0":
+        return 1.0, 0.0
+    grid = make_process(config).grid(steps)
+    node = steps - student.points[source_step - 1]  # respaced indices count down from the noise
+    return float(grid.alpha[node]), float(grid.sigma[node])
+
+
 def _open_image(path: str | os.PathLike) -> Image.Image:
     try:
-        image = Image.open(pathlib.Path(path).expanduser())
+        image = Image.open(pathlib.Path(path).expanduser(), formats=FORMATS)
         image.load()
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise UserError(

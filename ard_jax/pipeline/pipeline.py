@@ -13,13 +13,21 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ard_jax.build import example_shape, make_process, make_solve, make_student, make_teacher
+from ard_jax.build import compute_dtype, example_shape, make_solve, make_student, make_teacher
 from ard_jax.errors import UserError
 from ard_jax.models import ARDStudent, AutoencoderKL, Backbone, Condition
 from ard_jax.models.vae import to_images, to_latents
 from ard_jax.parallel import equal_batches, make_mesh, put_batch, replicated_sharding, run_batches
 from ard_jax.pipeline.files import open_pipeline, write_pipeline
-from ard_jax.pipeline.inputs import read_image, require_int, resolve_labels, resolve_sides, resolve_solve
+from ard_jax.pipeline.inputs import (
+    read_image,
+    require_int,
+    resolve_labels,
+    resolve_latents,
+    resolve_sides,
+    resolve_solve,
+    source_coefficients,
+)
 from ard_jax.pipeline.outputs import OUTPUT_TYPES, PipelineOutput, concatenate, convert_output
 from ard_jax.pipeline.prompts import Prompts
 from ard_jax.progress import progress_bar
@@ -63,7 +71,8 @@ class ARDPipeline:
         self.id2label = {int(number): name for number, name in (id2label or {}).items()}
         is_told_words = not config.data.num_classes
         width = self.model.backbone.condition_shapes.tokens.shape[-1] if is_told_words else 0
-        self.prompts = Prompts(text_encoder, config.captions, width) if is_told_words else None
+        dtype = compute_dtype(config.model.dtype)
+        self.prompts = Prompts(text_encoder, config.captions, width, dtype) if is_told_words else None
         self.card = card
         self._jitted: dict[object, Program] = {}
 
@@ -184,8 +193,10 @@ class ARDPipeline:
         down = self.vae.downscale if self.vae is not None else 1
         sides = example_shape(self.config)
         shape = resolve_sides(sides, height, width, down, self.model.backbone.patch_size, self.prompts is not None)
-        noise = self._drawn_noise(seed, shape) if latents is None else self._own_noise(latents, len(labels), shape)
-        program = self._compiled(self.generate_function, **form, how=how)
+        own = None if latents is None else resolve_latents(latents, (len(labels), *shape))
+        noise = self._drawn_noise(seed, shape) if own is None else self._own_noise(own)
+        own_null = bool(negative_prompt) or negative_prompt_embeds is not None
+        program = self._compiled(self.generate_function, **form, how=how, own_null=own_null)
         return self._make(program, noise, labels, condition, output_type, size)
 
     def edit(
@@ -230,13 +241,17 @@ class ARDPipeline:
 
     # ----------------------------------------------------------------------------------- the programs that run
 
-    def generate_function(self, *, latent: bool = False, trajectory: bool = False, how: Solve | None = None) -> Program:
+    def generate_function(
+        self, *, latent: bool = False, trajectory: bool = False, how: Solve | None = None, own_null: bool = False
+    ) -> Program:
         """The program of a call, for `jax.jit` and `jax.export`, with symbolic batch sizes too.
 
         Args:
             latent: give what the network makes, instead of images.
             trajectory: give the steps too.
             how: a teacher is sampled; None for the config's own settings, and for a student.
+            own_null: what guidance moves away from is a negative prompt, which is as long as it is itself, whatever
+                `null_mask` says of the empty caption.
 
         Returns:
             A pure function (params, vae_params, noise (batch, height, width, channel), condition) → images in [0, 1],
@@ -245,6 +260,8 @@ class ARDPipeline:
         """
         model, is_student, present = self.model, self.is_student, self.presenter(latent, trajectory)
         how = how or make_solve(self.config)
+        if own_null:
+            model = model.clone(null_mask="own")
 
         def generate(params, vae_params, noise, labels):
             if is_student:
@@ -261,7 +278,7 @@ class ARDPipeline:
         The image is (1, height, width, channel) in [-1, 1].
         """
         model, vae, present = cast(ARDStudent, self.model), self.vae, self.presenter(latent, trajectory)
-        alpha, sigma = self._source_coefficients(source_step)
+        alpha, sigma = source_coefficients(self.config, source_step)
 
         def edit(params, vae_params, noise, labels, image):
             x0 = image if vae is None else to_latents(vae, vae_params, image)
@@ -270,15 +287,6 @@ class ARDPipeline:
             return present(vae_params, points, points[:, -1])
 
         return edit
-
-    def _source_coefficients(self, source_step: int) -> tuple[float, float]:
-        """α and σ of the point that the source image becomes: of data, or for noisy points those of the teacher."""
-        student, steps = self.config.student, self.config.diffusion.steps
-        if student.target == "x0":
-            return 1.0, 0.0
-        grid = make_process(self.config).grid(steps)
-        node = steps - student.points[source_step - 1]  # respaced indices count down from the noise
-        return float(grid.alpha[node]), float(grid.sigma[node])
 
     def presenter(self, latent: bool, trajectory: bool) -> Callable[[PyTree, jax.Array, jax.Array], PyTree]:
         """(vae_params, points (batch, step, …), sample (batch, …)) → what a program hands back."""
@@ -357,17 +365,8 @@ class ARDPipeline:
     def _draw_function(self, *, shape: tuple[int, int, int]) -> Program:
         return lambda key, index: draw_noise(key, index, shape)
 
-    def _own_noise(
-        self, latents: jax.typing.ArrayLike, count: int, shape: tuple[int, int, int]
-    ) -> Callable[[np.ndarray], jax.Array]:
+    def _own_noise(self, array: np.ndarray) -> Callable[[np.ndarray], jax.Array]:
         """Image numbers → rows of the caller's noise."""
-        array, expected = np.asarray(latents), (count, *shape)
-        if array.shape != expected or not jnp.issubdtype(array.dtype, jnp.floating):
-            raise UserError(
-                f"latents is an array of {array.dtype} {array.shape}, but these labels need floats {expected}: give "
-                f"noise as (batch, height, width, channel), channels last, one an image."
-            )
-        array = array.astype(jax.dtypes.canonicalize_dtype(jnp.promote_types(array.dtype, jnp.float32)))
         return lambda index: put_batch(array[index], self.mesh)
 
     # ------------------------------------------------------------------------------------------- what is asked

@@ -1,8 +1,10 @@
 """Prompts of a pipeline that is told captions: words, or vectors that somebody has encoded, into a `Caption`."""
 
 import logging
+import os
 import pathlib
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,10 +17,14 @@ from ard_jax.config import WORDLLAMA
 from ard_jax.convert.families.folders import PIPELINE
 from ard_jax.errors import UserError
 from ard_jax.pipeline.inputs import resolve_prompts
+from ard_jax.text.tokenizers import FILES
 from ard_jax.text_encoders import BUCKET, TextEncoder, open_text_encoder, pad_tokens
 from ard_jax.types import Caption
 
 log = logging.getLogger("ard_jax")
+
+# The text encoders that pipelines have open: a T5 is larger than the models of a demo, which all have the same.
+_open: weakref.WeakValueDictionary[object, TextEncoder] = weakref.WeakValueDictionary()
 
 
 class Prompts:
@@ -28,8 +34,9 @@ class Prompts:
         source: "wordllama", a folder, or "hf:ORG/NAME"; "" where there is none, and vectors have to be given.
     """
 
-    def __init__(self, source: str, captions: ml_collections.ConfigDict, width: int):
-        self.source, self._settings, self._width = source, captions, width
+    def __init__(self, source: str, captions: ml_collections.ConfigDict, width: int, dtype: jnp.dtype | None = None):
+        """`dtype` is the text encoder's compute type, None for its weights'."""
+        self.source, self._settings, self._width, self._dtype = source, captions, width, dtype
         self._encoder: TextEncoder | None = None
 
     @property
@@ -45,7 +52,7 @@ class Prompts:
                     "this pipeline has no text encoder: give prompt_embeds with prompt_attention_mask, or open it from "
                     "a folder that has one."
                 )
-            opened = open_text_encoder(self.source, self._settings.length, self._settings.cleaning)
+            opened = _shared_encoder(self.source, self._settings.length, self._settings.cleaning, self._dtype)
             if opened.width != self._width:
                 raise UserError(
                     f"the text encoder {self.source} makes vectors of {opened.width} channels, but the network reads "
@@ -55,7 +62,7 @@ class Prompts:
         return self._encoder
 
     def drop(self) -> None:
-        """Lets go of the text encoder's memory; it is opened again when it is needed."""
+        """Lets go of the text encoder, whose memory is free once no pipeline has it; it is opened again when needed."""
         self._encoder = None
 
     def resolve(
@@ -78,7 +85,10 @@ class Prompts:
         wrong = [name for name, value in words.items() if name.startswith("negative") and value is not None]
         if wrong and is_student:
             raise UserError(f"{wrong[0]} is a teacher's, and this is a student, which is not guided: leave it out.")
-        null = self.null(words.get("negative_prompt"), words.get("negative_prompt_embeds")) if is_guided else None
+        negative = words.get("negative_prompt")
+        if not isinstance(negative, str | None):
+            raise UserError(f"negative_prompt is {negative!r}: give one string, which is for all images.")
+        null = self.null(negative, words.get("negative_prompt_embeds")) if is_guided else None
         if embeds is not None:
             caption = self.caption(None, embeds, words.get("prompt_attention_mask"), null)
             return np.array([f"prompt {number}" for number in range(len(caption.tokens))]), caption
@@ -158,18 +168,54 @@ class Prompts:
         return np.concatenate([vectors, np.zeros_like(vectors[:1])])
 
 
+def _shared_encoder(source: str, length: int, cleaning: str, dtype: jnp.dtype | None) -> TextEncoder:
+    """An opened text encoder, the same for all who ask while somebody has it and its files are as they were.
+
+    Raises:
+        UserError: as `open_text_encoder`.
+    """
+    folder = pathlib.Path(source).absolute()
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if _is_folder(source) else ()
+    seen = tuple((os.fspath(path), path.stat().st_mtime_ns) for path in files)
+    key = source, seen, length, cleaning, dtype
+    opened = _open.get(key)
+    if opened is None:
+        opened = _open[key] = open_text_encoder(source, length, cleaning, dtype)
+    return opened
+
+
+def _is_folder(source: str) -> bool:
+    return source != WORDLLAMA and not source.startswith("hf:")
+
+
 def describe_encoder(source: str) -> tuple[str, Any]:
-    """How a pipeline's index names its text encoder: copied into the folder, or by a name that is known elsewhere."""
-    if source == WORDLLAMA or source.startswith("hf:"):
+    """How a pipeline's index names its text encoder: copied into the folder, or by a name that is known elsewhere.
+
+    Raises:
+        UserError: it is in a folder that is not there.
+    """
+    if not _is_folder(source):
         return "named", ["ard_jax", source]
+    if not pathlib.Path(source).is_dir():
+        raise UserError(
+            f"the text encoder's folder {source!r}, which captions.encoder names, is not there to be copied: put it "
+            f"there, or start this where 'captions' was started if it is a relative path."
+        )
     return "copied", ["transformers", "T5EncoderModel"]
 
 
 def copy_encoder(source: str, folder: pathlib.Path) -> None:
-    """Copies a text encoder and its tokenizer into a pipeline's folder, as diffusers has them there."""
+    """Copies a text encoder, and its tokenizer from beside or in it, into a pipeline's folder as diffusers has them."""
     path = pathlib.Path(source)
     part = path / "text_encoder" if (path / PIPELINE).is_file() else path
     beside = part.parent / "tokenizer"
-    shutil.copytree(part, folder / "text_encoder", symlinks=False)
-    if beside.is_dir():
+    is_beside = beside.is_dir()
+    of_encoder = None if is_beside else shutil.ignore_patterns(*FILES)
+    shutil.copytree(part, folder / "text_encoder", symlinks=False, ignore=of_encoder)
+    if is_beside:
         shutil.copytree(beside, folder / "tokenizer", symlinks=False)
+        return
+    (folder / "tokenizer").mkdir()
+    for name in FILES:
+        if (part / name).is_file():
+            shutil.copyfile(part / name, folder / "tokenizer" / name)

@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
         return _cache_inception(path, args.dry_run)
     source = open_source(path, hints)
     if source.config is not None:
-        if source.config.captions.encoder and args.source.startswith("hf:"):
+        if args.source.startswith("hf:") and source.config.captions.encoder == str(path.absolute()):
             source.config.captions.encoder = args.source  # and not where this machine keeps its copy
         validate(source.config)
     folders = _destinations(source, args)

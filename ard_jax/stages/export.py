@@ -24,42 +24,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
-from ard_jax.build import example_shape
 from ard_jax.config import plain
 from ard_jax.convert.card import Facts, choose_base_model, choose_license, model_card
-from ard_jax.convert.diffusers import dit_to_diffusers
-from ard_jax.convert.diffusers_pipeline import (
-    check_diffusers,
-    pipeline_class,
-    sampling_differences,
-    scheduler_config,
-)
+from ard_jax.convert.diffusers_pipeline import check_diffusers, sampling_differences
+from ard_jax.convert.families.folders import PIPELINE, folder_class
 from ard_jax.convert.families.pixart import NULL_CAPTION_FILE
 from ard_jax.convert.hub import check_push, push_folder
-from ard_jax.convert.pixart import pixart_to_diffusers
 from ard_jax.convert.published import NULL_CAPTION, to_torch
-from ard_jax.convert.stablehlo import (
-    PLATFORMS,
-    Told,
-    parse_batch_sizes,
-    parse_platforms,
-    write_sampler,
-    write_text_encoder,
-)
-from ard_jax.convert.vae import vae_to_diffusers
+from ard_jax.convert.stablehlo import PLATFORMS, parse_batch_sizes, parse_platforms
 from ard_jax.curve import FRECHET, METRICS, check_metric
 from ard_jax.errors import UserError
 from ard_jax.files import file_sha256, read_json, read_npz, whole_folder, write_json
 from ard_jax.models import count_parameters
 from ard_jax.pipeline import ARDPipeline
-from ard_jax.pipeline.files import WEIGHTS, open_workdir, with_dtype
-from ard_jax.pipeline.prompts import copy_encoder, describe_encoder
+from ard_jax.pipeline.files import open_workdir, with_dtype
+from ard_jax.pipeline.formats import label_names, write_diffusers, write_stablehlo
 from ard_jax.results import Results, read_results
 from ard_jax.snapshots import at_checkpoint
-from ard_jax.types import Caption
 from ard_jax.weights.tensors import write_tensors
 from ard_jax.workdir import load_weights, read_done, recorded_config, require_done, teacher_folder, vae_folder
 
@@ -118,6 +101,7 @@ def _export(args: argparse.Namespace, output: pathlib.Path) -> None:
         repository=args.push,
         base_model=base_model,
         start=_start(config, args.workdir),
+        text_encoder=pipe.prompts.source if pipe.prompts else "",
     )
     pipe.card = model_card(facts)
     with whole_folder(output) as temporary:
@@ -239,7 +223,7 @@ def _write_safetensors(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.N
         "format": "pt",
         "num_heads": str(pipe.model.backbone.num_heads),
         "config": json.dumps(plain(pipe.config)),
-        "id2label": json.dumps(_label_names(pipe)),
+        "id2label": json.dumps(label_names(pipe)),
     }
     arrays, kept = to_torch(pipe.model, pipe.params), args.workdir / "teacher" / NULL_CAPTION_FILE
     if args.model == "teacher" and kept.is_file():  # of a PixArt's own file, which had it
@@ -247,92 +231,14 @@ def _write_safetensors(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.N
     write_tensors(folder / f"{args.model}.safetensors", arrays, metadata)
 
 
-def _write_diffusers(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
-    """A `DiTPipeline`, or PixArt's, with its text encoder if that is in a folder."""
-    assert pipe.vae is not None  # `run` refuses latents that cannot be decoded
-    to_diffusers = dit_to_diffusers if pipe.prompts is None else pixart_to_diffusers
-    parts = {
-        "transformer": to_diffusers(pipe.model, pipe.params),
-        "vae": vae_to_diffusers(pipe.vae, pipe.vae_params),
-    }
-    for name, (state_dict, config) in parts.items():
-        write_json(folder / name / "config.json", config)
-        write_tensors(folder / name / WEIGHTS, state_dict, {"format": "pt"})
-    scheduler = scheduler_config(pipe.config)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    index: dict[str, Any] = {
-        "_class_name": pipeline_class(pipe.config),
-        "scheduler": ["diffusers", scheduler["_class_name"]],
-        "transformer": ["diffusers", parts["transformer"][1]["_class_name"]],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    if pipe.prompts is None:
-        index["id2label"] = _label_names(pipe)
-    elif pipe.prompts.source and describe_encoder(pipe.prompts.source)[0] == "copied":
-        copy_encoder(pipe.prompts.source, folder)
-        index |= {"text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "T5Tokenizer"]}
-    else:
-        log.warning("diffusers' folder has no text encoder: prompts must be given there as prompt_embeds.")
-        index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
-    write_json(folder / "model_index.json", index)
-
-
-def _label_names(pipe: ARDPipeline) -> dict[str, str]:
-    """Names by class number, as JSON keeps them."""
-    return {str(number): name for number, name in pipe.id2label.items()}
-
-
 def _write_stablehlo(pipe: ARDPipeline, folder: pathlib.Path, args: argparse.Namespace) -> None:
-    """The program that the pipeline runs."""
-    pipe.model = pipe.model.with_backbone(attention="xla")  # a kernel of the device at hand would run on no other
-    generate = pipe.generate_function()
-    decoding = {name: leaf for name, leaf in (pipe.vae_params or {}).items() if name in ("decoder", "post_quant_conv")}
-
-    weights = {"network": pipe.params} | ({"vae": decoding} if decoding else {})
-    platforms = parse_platforms(args.platforms)
-    told: Told = {"labels": ((), "int32", (0, pipe.config.data.num_classes - 1))}
-    about = None
-    if pipe.prompts is not None:
-        length, width = pipe.config.captions.length, pipe.model.backbone.condition_shapes.tokens.shape[-1]
-        told = {"tokens": ((length, width), "float32", None), "mask": ((length,), "bool", None)}
-        if not pipe.is_student:  # guidance's empty caption is a constant of the folder
-            weights["null"] = jnp.asarray(pipe.prompts.null(None, None))
-        if pipe.prompts.source:
-            encoder = pipe.prompts.encoder
-            about = write_text_encoder(
-                folder,
-                encoder.apply,
-                encoder.params,
-                tokenizer=encoder.tokenizer.path,
-                length=length,
-                cleaning=encoder.cleaning,
-                platforms=platforms,
-            )
-
-    def sampler(weights, noise, *condition):
-        if len(condition) == 1:
-            return generate(weights["network"], weights.get("vae"), noise, *condition)
-        (tokens, mask), null = condition, weights.get("null")
-        nulls = None if null is None else jnp.broadcast_to(null, (noise.shape[0], *null.shape))
-        return generate(weights["network"], weights.get("vae"), noise, Caption(tokens, mask, nulls))
-
-    write_sampler(
-        folder,
-        sampler,
-        weights,
-        shape=example_shape(pipe.config),
-        told=told,
-        names=pipe.id2label,
-        text_encoder=about,
-        batch_sizes=parse_batch_sizes(args.batch_sizes),
-        platforms=platforms,
-    )
+    write_stablehlo(pipe, folder, parse_batch_sizes(args.batch_sizes), parse_platforms(args.platforms))
 
 
 Writer = Callable[[ARDPipeline, pathlib.Path, argparse.Namespace], None]
 FORMATS: dict[str, Writer] = {
     "pipeline": write_pipeline,
-    "diffusers": _write_diffusers,
+    "diffusers": lambda pipe, folder, args: write_diffusers(pipe, folder),
     "safetensors": _write_safetensors,
     "stablehlo": _write_stablehlo,
 }
@@ -392,9 +298,10 @@ def _finish(folder: pathlib.Path, args: argparse.Namespace, sha256: str) -> None
 
 
 def _how_to_open(output: pathlib.Path, args: argparse.Namespace) -> str:
+    kind = folder_class(output, PIPELINE)  # of diffusers' folder
     return {
         "pipeline": f'open it with ARDPipeline.from_pretrained("{output}").',
-        "diffusers": f'open it with DiTPipeline.from_pretrained("{output}").',
+        "diffusers": f'open it with {kind}.from_pretrained("{output}").',
         "safetensors": f"read it with python -m ard_jax convert --source {output} --workdir DIR.",
         "stablehlo": f"run it with python {output / 'run.py'} --out images.png (its --help says how to tell it what).",
     }[args.format]

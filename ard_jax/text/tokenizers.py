@@ -11,6 +11,8 @@ from ard_jax.errors import UserError, first_line
 
 SENTENCEPIECE = ("spiece.model", "tokenizer.model")
 TOKENIZERS = "tokenizer.json"
+# All that transformers keeps a tokenizer in.
+FILES = (*SENTENCEPIECE, TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 END = 1  # T5's token after a text
 SPECIAL = re.compile(r"<pad>|</s>|<unk>|<extra_id_\d+>")
 

@@ -59,7 +59,7 @@ def load(path: pathlib.Path) -> Any:
         ) from None
 
 
-def open_state_dict(path: pathlib.Path, leave_out: str | None = None) -> Tensors:
+def open_state_dict(path: pathlib.Path, leave_out: str | tuple[str, ...] = ()) -> Tensors:
     """The arrays of a PyTorch file that is a state dict and nothing else, but for names that end on `leave_out`.
 
     Raises:
@@ -68,7 +68,7 @@ def open_state_dict(path: pathlib.Path, leave_out: str | None = None) -> Tensors
     return state_dict_tensors(load(path), path, leave_out)
 
 
-def state_dict_tensors(loaded: Any, path: pathlib.Path, leave_out: str | None = None) -> Tensors:
+def state_dict_tensors(loaded: Any, path: pathlib.Path, leave_out: str | tuple[str, ...] = ()) -> Tensors:
     """A loaded state dict as `Tensors`; they hold the file open, and no array in memory.
 
     Names that end on `leave_out` are left out, whatever their type.
@@ -80,8 +80,7 @@ def state_dict_tensors(loaded: Any, path: pathlib.Path, leave_out: str | None = 
     if not isinstance(loaded, Mapping) or not all(torch.is_tensor(value) for value in loaded.values()) or not loaded:
         keys = f" (it has {', '.join(map(repr, list(loaded)[:5]))})" if isinstance(loaded, Mapping) else ""
         raise UserError(f"{path} is no state dict of names and tensors{keys}: give one with the published names.")
-    if leave_out:
-        loaded = {name: tensor for name, tensor in loaded.items() if not str(name).endswith(leave_out)}
+    loaded = {name: tensor for name, tensor in loaded.items() if not str(name).endswith(leave_out)}
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in loaded.items()}
     supported = [dtype.name for dtype in DTYPES.values()]
     unsupported = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in supported]

@@ -34,13 +34,13 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return dict(open_tensors(path))
 
 
-def open_tensors(path: str | os.PathLike, leave_out: str | None = None) -> Tensors:
+def open_tensors(path: str | os.PathLike, leave_out: str | tuple[str, ...] = ()) -> Tensors:
     """The arrays of a file, or of a folder as diffusers writes it, types as they are stored.
 
     Args:
         path: a .safetensors file, a PyTorch file of a state dict, or a folder with one of them or with shards and
             their index. A folder's full-precision safetensors come before its fp16 ones, and those before pickles.
-        leave_out: how names end that are left out, whatever their type; in shards none are.
+        leave_out: how names end that are left out, whatever their type.
 
     Raises:
         UserError: it is not there, is truncated or corrupt, or a shard or an array that the index names is missing.
@@ -51,13 +51,13 @@ def open_tensors(path: str | os.PathLike, leave_out: str | None = None) -> Tenso
     if not path.is_file():
         raise UserError(f"{path} is not there: give a .safetensors file, or a folder that holds one.")
     if path.suffix == ".json":
-        return _open_shards(path)
+        return _open_shards(path, leave_out)
     if path.suffix in PICKLE_SUFFIXES:
         return open_state_dict(path, leave_out)
     return _open_safetensors(path, leave_out)
 
 
-def _open_safetensors(path: pathlib.Path, leave_out: str | None) -> Tensors:
+def _open_safetensors(path: pathlib.Path, leave_out: str | tuple[str, ...]) -> Tensors:
     """The arrays of one .safetensors file, but for names that end on `leave_out`.
 
     They are read by `pread`: a mapped file would count as this process's memory for as long as it is open.
@@ -67,7 +67,7 @@ def _open_safetensors(path: pathlib.Path, leave_out: str | None) -> Tensors:
     """
     try:
         file = safe_open(path, "np", backend="pread")
-        names = [name for name in file.keys() if not (leave_out and name.endswith(leave_out))]  # noqa: SIM118 (no dict)
+        names = [name for name in file.keys() if not name.endswith(leave_out)]  # noqa: SIM118 (no dict)
         slices = {name: file.get_slice(name) for name in names}
         headers = {name: (tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
     except (SafetensorError, OSError) as error:
@@ -87,8 +87,8 @@ def _open_safetensors(path: pathlib.Path, leave_out: str | None) -> Tensors:
     return Tensors(stored, file.metadata())
 
 
-def _open_shards(index: pathlib.Path) -> Tensors:
-    """The arrays that an index of shards names.
+def _open_shards(index: pathlib.Path, leave_out: str | tuple[str, ...]) -> Tensors:
+    """The arrays that an index of shards names, but for names that end on `leave_out`.
 
     Raises:
         UserError: the index is no index, a shard is missing, or a shard lacks an array.
@@ -103,7 +103,8 @@ def _open_shards(index: pathlib.Path) -> Tensors:
             raise UserError(
                 f"the shard {shard!r} that {index} names is missing: fetch it again and put it beside the index."
             )
-    opened = {shard: open_tensors(index.parent / shard) for shard in shards}
+    opened = {shard: open_tensors(index.parent / shard, leave_out) for shard in shards}
+    shard_of = {name: shard for name, shard in shard_of.items() if not name.endswith(leave_out)}
     for name, shard in shard_of.items():
         if name not in opened[shard]:
             raise UserError(

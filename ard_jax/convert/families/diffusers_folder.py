@@ -14,6 +14,7 @@ from ard_jax.convert.families.folders import (
     class_names,
     folder_class,
     folder_license,
+    holds_transformer,
     part_files,
     read_description,
 )
@@ -61,7 +62,7 @@ def recognise(path: pathlib.Path, hints: Hints) -> Source | None:
     """
     if folder_class(path, PIPELINE) == "DiTPipeline":
         return _open_pipeline(path, hints)
-    if folder_class(path, PART) in diffusers.CLASSES:
+    if holds_transformer(path, diffusers.CLASS):
         return _open_transformer(path, hints)
     return None
 

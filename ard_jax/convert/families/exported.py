@@ -14,6 +14,7 @@ from ard_jax.convert.families.folders import (
     PART,
     PIPELINE,
     class_names,
+    find_text_encoder,
     folder_class,
     folder_license,
     part_files,
@@ -49,7 +50,8 @@ def _open_pipeline(folder: pathlib.Path, hints: Hints) -> Source:
     if name is None:
         raise UserError(f"{path} names neither a student nor a teacher: save the pipeline again.")
     source = _open_part(folder / name, hints)
-    assert source.model is not None
+    assert source.model is not None and source.config is not None
+    source.config.captions.encoder = find_text_encoder(folder)
     return dataclasses.replace(
         source,
         what=f"the {name} of an ARDPipeline",

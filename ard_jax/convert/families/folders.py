@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ard_jax.convert.diffusers_config import transformer_class
 from ard_jax.errors import UserError
 from ard_jax.files import read_json
 from ard_jax.weights.tensors import WEIGHT_SUFFIXES
@@ -22,6 +23,15 @@ def folder_class(path: pathlib.Path, description: str) -> str | None:
     return str(read_description(path / description).get("_class_name")) if found == description else None
 
 
+def holds_transformer(path: pathlib.Path, name: str) -> bool:
+    """Whether a folder is that of one transformer, of this class of diffusers as it is called today.
+
+    Raises:
+        UserError: its description is broken.
+    """
+    return folder_class(path, PART) is not None and transformer_class(read_description(path / PART)) == name
+
+
 def read_description(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object that describes a folder.
 
@@ -31,6 +41,13 @@ def read_description(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing, so {path.parent} is not whole: fetch it again.")
     return read_json(path, dict[str, Any], "fetch it again")
+
+
+def find_text_encoder(folder: pathlib.Path) -> str:
+    """Where a pipeline's text encoder is: in its folder, or by the name that its index has; "" if it has none."""
+    named = read_description(folder / PIPELINE).get("text_encoder") or ("", "")
+    in_it = (folder / "text_encoder").is_dir()
+    return str(folder.absolute()) if in_it else str(named[1]) if named[0] == "ard_jax" else ""
 
 
 def part_files(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:

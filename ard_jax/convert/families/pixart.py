@@ -15,12 +15,14 @@ from ard_jax.convert.families.diffusers_folder import scheduler_settings
 from ard_jax.convert.families.folders import (
     PART,
     PIPELINE,
+    find_text_encoder,
     folder_class,
     folder_license,
+    holds_transformer,
     part_files,
     read_description,
 )
-from ard_jax.convert.published import NULL_CAPTION, check_published
+from ard_jax.convert.published import NULL_CAPTION, check_published, has_positions
 from ard_jax.errors import UserError
 from ard_jax.models import PixArt
 from ard_jax.models.pixart import LATENT_SIDE, SIZES
@@ -46,7 +48,7 @@ def recognise(path: pathlib.Path, hints: Hints) -> Source | None:
     """
     if folder_class(path, PIPELINE) in PIPELINES:
         return _open_pipeline(path, hints)
-    if folder_class(path, PART) == pixart.CLASS:
+    if holds_transformer(path, pixart.CLASS):
         return _open_transformer(path, hints, is_sigma=None)
     return None
 
@@ -58,8 +60,7 @@ def _open_pipeline(folder: pathlib.Path, hints: Hints) -> Source:
     assert source.config is not None
     source.config.diffusion.update(scheduler_settings(read_description(scheduler), scheduler, True))
     read_description(vae / PART)
-    if (folder / "text_encoder").is_dir():
-        source.config.captions.encoder = str(folder.absolute())
+    source.config.captions.encoder = find_text_encoder(folder)
     return dataclasses.replace(
         source,
         what=f"a {folder_class(folder, PIPELINE)} of diffusers",
@@ -165,8 +166,7 @@ def published_model(tensors: Mapping[str, np.ndarray], name: str | None, num_hea
         table, side = np.asarray(tensors["pos_embed"]), math.isqrt(math.prod(shapes["pos_embed"][:-1]))
         for interpolation in INTERPOLATIONS:
             model = PixArt(**fields, image_size=side * patch_size, interpolation=interpolation)
-            known = model.positions(side, side)
-            if table.shape[1:] == known.shape and np.allclose(table[0], known, rtol=0, atol=1e-3):
+            if has_positions(table, model):
                 return model
     raise UserError(
         f"nothing tells how this PixArt's positions are scaled: name its file as it was published, such as "
