@@ -198,7 +198,7 @@ def test_a_stored_trajectory_is_the_teacher_s_of_its_caption(config, teacher, tr
 @pytest.mark.parametrize("heads", ["separate", "shared"])
 def test_a_student_is_distilled_and_sampled(config, teacher, trajectories, tmp_path, heads):
     student = ARDStudent(NETWORK, steps=3, history_layers=1, heads=heads)
-    params = init_from_teacher(teacher, student)
+    params = jax.tree.map(jnp.copy, init_from_teacher(teacher, student))  # a training frees them
     given = Given(
         student=student,
         kind="history",
