@@ -118,10 +118,11 @@ def test_peak_rates(monkeypatch):
         monkeypatch.setattr(jax, "device_count", lambda: devices)
         return peak_flops()
 
-    monkeypatch.setattr(chips, "measured_matmul_rate", lambda size=None: 1e9 / (size or 1))
+    rates = {jnp.float32: 1e9, jnp.bfloat16: 2e9}
+    monkeypatch.setattr(chips, "measured_matmul_rate", lambda dtype=jnp.float32, size=None: rates[dtype] / (size or 1))
     assert peak("TPU v5 lite", "tpu") == 4 * 197e12
     assert peak("TPU v5", "tpu") == peak("TPU v5p", "tpu") == 4 * 459e12
     assert peak("NVIDIA H100 80GB HBM3", "gpu") == 4 * 989e12
     assert peak("cpu", "cpu") == 1e9 / 512  # they share the machine's cores
-    assert peak("a new accelerator", "gpu") == 4e9
+    assert peak("a new accelerator", "gpu") == 4 * 2e9  # in bfloat16, as those of the table
     assert 1e7 < measured_matmul_rate(size=64, seconds=0.001) < 1e15
