@@ -20,7 +20,10 @@ def test_a_student_without_a_history_is_held_against_predictions_whatever_its_ta
     config = smoke.get_config()
     config.student.kind = kind
     model, rng = make_teacher(config), np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32)  # noqa: E731
+
+    def draw(leaf):
+        return jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32)
+
     teacher, params = (jax.tree.map(draw, network_shapes(model)) for _ in range(2))
 
     def student(target):

@@ -1,6 +1,8 @@
 """What the networks of a run are told: classes, or the captions of its store."""
 
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 
@@ -73,7 +75,9 @@ def check_pictures(
     if config.data.space == "pixel":
         check_texts(config, workdir, pictures)
     elif config.data.dir and (made := pathlib.Path(config.data.dir).parent / "manifest.json").exists():  # by 'encode'
-        _check_texts(captions_folder(config, workdir), read_json(made, dict).get("texts_sha256", ""))
+        folder, here = captions_folder(config, workdir), read_json(made, dict).get("texts_sha256", "")
+        if recorded := _made_of_pictures(folder):
+            _refuse(folder, _other_texts(recorded, here))
 
 
 def check_texts(config: ml_collections.ConfigDict, workdir: pathlib.Path, pictures: Source) -> None:
@@ -84,30 +88,33 @@ def check_texts(config: ml_collections.ConfigDict, workdir: pathlib.Path, pictur
         pictures: those of `data`, or that `encode` makes latents of. The captions of a TFDS dataset are not read for
             this, which takes minutes, but told apart by its name and split.
     """
-    folder = captions_folder(config, workdir)
-    if config.data.num_classes or not (folder / "config.json").exists():
+    folder, section = captions_folder(config, workdir), "encode" if config.data.space == "latent" else "data"
+    if config.data.num_classes or (recorded := _made_of_pictures(folder)) is None:
         return
-    recorded, section = read_config(folder / "config.json"), "encode" if config.data.space == "latent" else "data"
-    if recorded["captions"]["source"] != "data":
-        return
-    if config[section].source != "tfds":
-        return _check_texts(folder, texts_sha256(texts_of_data(config, pictures).texts))
-    if other := other_settings(recorded, config, (f"{section}.name", f"{section}.split", "data.caption_key")):
-        raise _not_theirs(folder, "; ".join(other))
+    if config[section].source == "tfds":
+        other = other_settings(recorded, config, (f"{section}.name", f"{section}.split", "data.caption_key"))
+    else:
+        other = _other_texts(recorded, texts_sha256(texts_of_data(config, pictures).texts))
+    _refuse(folder, other)
 
 
-def _check_texts(folder: pathlib.Path, here: str) -> None:
-    """Raises UserError if captions that were read of pictures are not those of this hash; "" where none is known."""
-    if not here or not (folder / "config.json").exists():
-        return
-    recorded = read_config(folder / "config.json")
+def _made_of_pictures(folder: pathlib.Path) -> dict[str, Any] | None:
+    """With which config captions were read of pictures; None where there are none, or captions from elsewhere."""
+    recorded = read_config(folder / "config.json") if (folder / "config.json").exists() else None
+    return recorded if recorded and recorded["captions"]["source"] == "data" else None
+
+
+def _other_texts(recorded: Mapping[str, Any], here: str) -> list[str]:
+    """In words, where captions have another hash than these; "" where none is known."""
     there = recorded.get("inputs", {}).get("texts", "")
-    if recorded["captions"]["source"] == "data" and there not in ("", here):
-        raise _not_theirs(folder, f"texts of hash {there:.8} there, {here:.8} here")
+    return [] if "" in (there, here) or there == here else [f"texts of hash {there:.8} there, {here:.8} here"]
 
 
-def _not_theirs(folder: pathlib.Path, other: str) -> UserError:
-    return UserError(
-        f"the captions in {folder} are not those of these pictures ({other}), so that pictures would have others' "
-        f"captions: move that folder away and run 'captions' again, or give the pictures it was made with."
-    )
+def _refuse(folder: pathlib.Path, other: list[str]) -> None:
+    """Raises UserError if there is anything in which captions are others."""
+    if other:
+        raise UserError(
+            f"the captions in {folder} are not those of these pictures ({'; '.join(other)}), so that pictures would "
+            f"have others' captions: move that folder away and run 'captions' again, or give the pictures it was made "
+            f"with."
+        )

@@ -67,8 +67,8 @@ def _open_safetensors(path: pathlib.Path, leave_out: str | tuple[str, ...]) -> T
     """
     try:
         file = safe_open(path, "np", backend="pread")
-        names = [name for name in file.keys() if not name.endswith(leave_out)]  # noqa: SIM118 (no dict)
-        slices = {name: file.get_slice(name) for name in names}
+        every = file.keys()
+        slices = {name: file.get_slice(name) for name in every if not name.endswith(leave_out)}
         headers = {name: (tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(
